@@ -39,7 +39,7 @@ def sha256_file(
     "SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/00_artifact.ipynb #4c21e0c3
+# %% ../nbs/00_artifact.ipynb #ad601055
 def _file_id(p:Path, whole:int=64*2**20)->list:
     "Size and hash of one file; of files over `whole` bytes only the first and last MiB are read"
     size = p.stat().st_size
@@ -56,6 +56,9 @@ def input_fingerprint(
     if isinstance(ref, (list, tuple)): return fingerprint([input_fingerprint(r) for r in ref])
     if isinstance(ref, dict): return fingerprint({k: input_fingerprint(v) for k, v in ref.items()})
     p = Path(getattr(ref, 'path', ref))
+    if not p.exists() and '=' in str(ref):  # NAME=FILE, as in zh=novels.jsonl
+        name, _, rest = str(ref).partition('=')
+        return f'{name}={input_fingerprint(rest)}'
     if p.is_file(): return fingerprint(_file_id(p))
     if not p.is_dir(): return str(ref)
     if (p/'manifest.json').exists(): return Artifact.load(p).fingerprint
@@ -192,11 +195,13 @@ def say(kind:str, text:str):
     "One line of progress, on standard output"
     print(f'{kind}: {text}', flush=True)
 
-# %% ../nbs/00_artifact.ipynb #ce120168
+# %% ../nbs/00_artifact.ipynb #a84f3e9f
 def _relative(ref, start:Path):
     "How an input is written into a manifest: relative to the artifact, so that a run can be moved"
     if isinstance(ref, (list, tuple)): return [_relative(r, start) for r in ref]
     p = Path(getattr(ref, 'path', ref))
+    name, eq, rest = str(ref).partition('=')
+    if eq and not p.exists() and Path(rest).exists(): return f'{name}={os.path.relpath(rest, start)}'
     return os.path.relpath(p, start) if p.exists() else str(ref)
 
 def _jsonable(v):
@@ -272,7 +277,16 @@ def _write(f, req:dict, args:dict, out:Path, resumable:bool)->Artifact:
             raise StageError(f'{out}: no space left on device ({free/1e6:,.0f} MB free); free some, or choose another --out') from None
         raise
 
-# %% ../nbs/00_artifact.ipynb #6605ac1a
+# %% ../nbs/00_artifact.ipynb #2498f335
+def _state(out:Path, req:dict)->str:
+    "What lies at `out`, compared with a request: missing, interrupted, damaged, stale or up to date"
+    if not (out/'manifest.json').is_file():
+        return 'missing' if not out.with_name(out.name + '.tmp').exists() else 'interrupted'
+    old = Artifact(out, read_json(out/'manifest.json'))
+    if bad := old.damage(): return f'damaged: {bad[0]}'
+    return 'up to date' if old.key == req['key'] else f'stale: {_changes(old.manifest, req)}'
+
+# %% ../nbs/00_artifact.ipynb #5170f763
 def stage(
     kind:str,               # what the folder holds, such as "corpus"
     inputs:tuple=(),        # names of the parameters that are files, folders, artifacts or hub ids
@@ -285,14 +299,17 @@ def stage(
     def deco(f):
         sig, command = inspect.signature(f), f.__name__
         _commands.setdefault(kind, command)
-        @functools.wraps(f)
-        def run(*a, force=False, **kw):
+        def request(*a, **kw):
             bound = sig.bind(*a, **kw); bound.apply_defaults()
             args = dict(bound.arguments); out = Path(args.pop('out'))
             for k in inputs:
                 if isinstance(args[k], Artifact): args[k] = args[k].path
             if check: check(**args)
-            req = _request(kind, schema, args, inputs, ignore)
+            return args, out, _request(kind, schema, args, inputs, ignore)
+
+        @functools.wraps(f)
+        def run(*a, force=False, **kw):
+            args, out, req = request(*a, **kw)
             if old := _ready(out, req, force):
                 say(command, f'{out} is up to date')
                 return old
@@ -300,5 +317,6 @@ def stage(
         force = inspect.Parameter('force', inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
         run.__signature__ = sig.replace(parameters=[*sig.parameters.values(), force], return_annotation='Artifact')
         run.stage = dict(kind=kind, inputs=inputs, ignore=ignore, schema=schema, resumable=resumable)
+        run.state = lambda *a, **kw: _state(*request(*a, **kw)[1:])
         return run
     return deco

@@ -1,0 +1,104 @@
+"One micro run of the whole chain, shared by the tests that need real artifacts."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+MICRO = """
+name = "micro"
+
+[corpus]
+sources = ["zh=builtin:zh", "en=builtin:en"]
+valid_share = 0.02
+limit_chars = 150000
+
+[tokenizer]
+n_pieces = 2000
+
+[search]
+limit_chars = 20000
+chars = ["1800", "2000"]
+totals = ["200", "400", "600"]
+
+[vocab]
+n_pieces = 300
+n_hostile = 300
+
+[base]
+hidden = 64
+layers = 2
+heads = 2
+kv_heads = 1
+intermediate = 64
+steps = 6
+batch = 2
+length = 64
+
+[init]
+
+[pack]
+mix = ["1:zh", "0.5:en"]
+length = 64
+valid_chars = 2000
+
+[pretrain]
+rank = 4
+alpha = 8
+lr = 1e-3
+batch = 2
+steps = 6
+eval_every = 3
+save_every = 2
+log_every = 1
+eval_chars = 2000
+
+[merge]
+
+[sft]
+steps = 3
+
+[generate]
+prompts = ["文件"]
+max_new_tokens = 8
+
+[evaluate]
+length = 64
+n_chars = 2000
+"""
+
+
+def cmixtral(*args, cwd=None, env=None, code="", timeout=600):
+    "Run the command in a process of its own; `code` runs before it (to inject a fault)"
+    run = f"{code}\nimport sys\nfrom cmixtral_nb.pipeline import main\nsys.exit(main())"
+    return subprocess.run([sys.executable, "-c", run, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory):
+    "(folder of the run, recipe file, what the first run printed)"
+    tmp = tmp_path_factory.mktemp("micro")
+    recipe = tmp / "micro.toml"
+    recipe.write_text(MICRO)
+    out = cmixtral("run", recipe, "--out", tmp / "run")
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
+    return tmp / "run", recipe, out.stdout
+
+
+@pytest.fixture
+def cli(capsys):
+    "Call the command in this process: (exit status, standard error as lines)"
+    from cmixtral_nb.pipeline import main
+
+    def call(*args):
+        capsys.readouterr()
+        status = main([str(a) for a in args])
+        got = capsys.readouterr()
+        call.out = got.out
+        return status, got.err.strip().splitlines()
+
+    return call
