@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['open_text', 'doc_files', 'read_docs', 'lang_script', 'script_pattern', 'script_share', 'clean', 'text_hash',
-           'is_heldout', 'Deduplicator', 'clean_docs', 'parse_sources', 'corpus', 'corpus_langs', 'corpus_texts']
+__all__ = ['open_text', 'doc_files', 'read_docs', 'clean', 'lang_script', 'script_pattern', 'script_share', 'Deduplicator',
+           'is_heldout', 'clean_docs', 'parse_sources', 'corpus', 'corpus_langs', 'corpus_texts']
 
 # %% ../nbs/01_corpus.ipynb #51ced0eb
 import bz2, functools, glob, gzip, hashlib, io, itertools, json, lzma, re, unicodedata
@@ -16,15 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from .artifact import *
 
-# %% ../nbs/01_corpus.ipynb #ba9e77b5
+# %% ../nbs/01_corpus.ipynb #d0b37dd9
 def open_text(
     path:str|Path,  # plain, .gz, .bz2, .xz or .zst
-)->io.BufferedIOBase:  # binary, decompressed
+):  # binary file, decompressed
     "Open a file for reading bytes, decompressed according to its name"
     path = Path(path)
     if path.suffix == '.zst':
         import pyarrow
-        return pyarrow.input_stream(str(path), compression='zstd')
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression='zstd'))
     return {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}.get(path.suffix, open)(path, 'rb')
 
 class _Reader:
@@ -40,12 +40,10 @@ class _Reader:
             try: yield n, raw.decode('utf-8-sig' if n == 1 else 'utf-8')
             except UnicodeDecodeError as e: self.bad('invalid UTF-8', n, f'invalid UTF-8 (byte {raw[e.start]:#04x} at column {e.start})')
 
-# %% ../nbs/01_corpus.ipynb #1d3ae1e8
-_text_keys = 'text', 'content', 'raw_content', 'zh'
-
+# %% ../nbs/01_corpus.ipynb #cfd4cfe5
 def _row(r, column:str, source:str, reader:_Reader, n:int)->dict|None:
     "One row from a record of a file: its text, where it is from, and its other fields"
-    key = column or next((k for k in _text_keys if isinstance(r, dict) and k in r), '')
+    key = column or next((k for k in ('text', 'content', 'raw_content', 'zh') if isinstance(r, dict) and k in r), '')
     if not isinstance(r, dict) or not isinstance(r.get(key), str):
         return reader.bad('no text', n, f'expected an object with a string under "{column or "text"}"')
     return {**r, 'text': r[key], 'source': str(r.get('source', source))}
@@ -54,7 +52,7 @@ def _jsonl(f, column, source, reader):
     for n, line in reader.lines(f):
         if not line.strip(): continue
         try: r = json.loads(line)
-        except ValueError as e: reader.bad('invalid JSON', n, f'invalid JSON ({e})'); continue
+        except (ValueError, RecursionError) as e: reader.bad('invalid JSON', n, f'invalid JSON ({e})'); continue
         if row := _row(r, column, source, reader, n): yield row
 
 def _txt(f, column, source, reader):
@@ -65,45 +63,43 @@ def _txt(f, column, source, reader):
 
 def _parquet(path, column, source, reader):
     import pyarrow.parquet as pq
-    n = 0
+    n = itertools.count(1)
     for batch in pq.ParquetFile(path).iter_batches(1000):
         for r in batch.to_pylist():
-            n += 1
-            if row := _row(r, column, source, reader, n): yield row
+            if row := _row(r, column, source, reader, next(n)): yield row
 
-# %% ../nbs/01_corpus.ipynb #597c9bfe
-_forms = {'.jsonl': _jsonl, '.json': _jsonl, '.ndjson': _jsonl, '.txt': _txt, '.md': _txt}
-_packed = '.gz', '.bz2', '.xz', '.zst'
+# %% ../nbs/01_corpus.ipynb #e6b95073
+_forms = {'.jsonl': _jsonl, '.json': _jsonl, '.ndjson': _jsonl, '.txt': _txt}
 
-def _form(p:Path)->str: return (p.with_suffix('') if p.suffix in _packed else p).suffix
+def _form(p:Path)->str: return (p.with_suffix('') if p.suffix in ('.gz', '.bz2', '.xz', '.zst') else p).suffix
+def _readable(p:Path)->bool: return _form(p) in _forms or p.suffix == '.parquet'
 
 def _split_ref(ref:str)->tuple[str, str]:
     "`PATH#column` -> path, column; a file whose name holds a # is taken as it is"
-    if Path(ref).exists() or '#' not in ref: return ref, ''
-    return tuple(ref.rsplit('#', 1))
+    if '#' not in ref or Path(ref).exists(): return ref, ''
+    name, _, column = ref.rpartition('#')
+    return name, column
 
 def doc_files(
     ref:str|Path,  # file, folder, glob or `builtin:NAME`
 )->list[Path]:  # sorted; empty where nothing was found
     "The files that a reference names"
-    name, _ = _split_ref(str(ref))
+    name, _ = _split_ref(str(ref)); p = Path(name)
     if name.startswith('builtin:'): return [package_data(f'data/{name[8:]}.jsonl.xz')]
-    p = Path(name)
     if p.is_file(): return [p]
     found = p.rglob('*') if p.is_dir() else map(Path, glob.glob(name, recursive=True))
-    return sorted(f for f in found if f.is_file() and (_form(f) in _forms or f.suffix == '.parquet'))
+    return sorted(f for f in found if f.is_file() and _readable(f) and f.name != 'manifest.json')
 
-# %% ../nbs/01_corpus.ipynb #b362328f
+# %% ../nbs/01_corpus.ipynb #258b337e
 def _faults(ref:str)->list[str]:
     "What is wrong with a reference, found without reading it"
     name, _ = _split_ref(ref)
-    if name.startswith('hub:'): return [] if len(name) > 4 else ['hub: names no dataset; expected hub:ID[:config][@files][#column]']
+    if name.startswith('hub:'): return [] if len(name) > 4 else ['hub: names no data set, expected hub:ID[:config][@files][#column]']
     if name.startswith('builtin:'):
-        return [] if name[8:] in ('zh', 'en', 'parallel') else [f'{name}: no such corpus; expected builtin:zh, builtin:en or builtin:parallel']
-    files = doc_files(ref)
-    if not files: return [f'{name}: no such file' if not Path(name).is_dir() else f'{name}: holds no .jsonl, .txt or .parquet file (also .gz, .bz2, .xz, .zst)']
-    return [f'{f}: unknown form, expected .jsonl, .txt or .parquet (also .gz, .bz2, .xz, .zst)' for f in files
-            if _form(f) not in _forms and f.suffix != '.parquet']
+        return [] if name[8:] in ('zh', 'en', 'parallel') else [f'{name}: no such corpus, expected builtin:zh, builtin:en or builtin:parallel']
+    expected = '.jsonl, .txt or .parquet (the first two also .gz, .bz2, .xz, .zst)'
+    if not (files := doc_files(ref)): return [f'{name}: holds no file of the forms {expected}' if Path(name).is_dir() else f'{name}: no such file']
+    return [f'{f}: unknown form, expected {expected}' for f in files if not _readable(f)]
 
 def _hub(name:str, column:str, reader)->Iterator[dict]:
     "Stream the train split of `ID[:config][@files]` from the hub"
@@ -118,10 +114,10 @@ def _hub(name:str, column:str, reader)->Iterator[dict]:
     except Exception as e:
         raise StageError(f'hub:{name}: {type(e).__name__}: {" ".join(str(e).split())[:200]}; check the id, the network and HF_HUB_OFFLINE') from None
 
-# %% ../nbs/01_corpus.ipynb #92b1a8ed
+# %% ../nbs/01_corpus.ipynb #25b9a16f
 def read_docs(
-    ref:str|Path,         # file, folder, glob, `builtin:zh`, `hub:ID[:config][@files]`; `#column` names the text
-    on_error:str='skip',  # a line that is no UTF-8, no JSON or has no text: 'skip' counts it, 'stop' ends here
+    ref:str|Path,              # file, folder, glob, `builtin:zh`, `hub:ID[:config][@files]`; `#column` names the text
+    on_error:str='skip',       # a line that is no UTF-8, no JSON or has no text: 'skip' counts it, 'stop' ends here
     counts:Counter|None=None,  # receives {reason: bad lines}
 )->Iterator[dict]:  # rows with 'text', 'source' and what else the record holds
     "Stream documents from jsonl, text or parquet, plain or compressed, local or from the hub"
@@ -130,9 +126,7 @@ def read_docs(
     if bad := _faults(ref): raise StageError(*bad)
     name, column = _split_ref(ref)
     if name.startswith('hub:'): yield from _hub(name[4:], column, _Reader(name, on_error, counts)); return
-    for path in doc_files(ref):
-        reader = _Reader(path.name if name.startswith('builtin:') else str(path), on_error, counts)
-        yield from _read_file(path, column, reader)
+    for path in doc_files(ref): yield from _read_file(path, column, _Reader(str(path), on_error, counts))
 
 def _read_file(path:Path, column:str, reader)->Iterator[dict]:
     source = path.name.split('.')[0]
@@ -142,7 +136,19 @@ def _read_file(path:Path, column:str, reader)->Iterator[dict]:
     except (EOFError, OSError, lzma.LZMAError, ValueError) as e:
         raise StageError(f'{path}: cannot be read to its end ({" ".join(str(e).split())[:120]}); copy or download it again') from None
 
-# %% ../nbs/01_corpus.ipynb #b45e082e
+# %% ../nbs/01_corpus.ipynb #5912644b
+_junk = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffe\uffff\ud800-\udfff]')
+_trailing, _blank = re.compile(r'[ \t\u3000]+\n'), re.compile(r'\n{3,}')
+
+def clean(
+    text:str,  # one document
+)->str:  # the same document; "" where nothing is left
+    "Composed characters (NFC), `\\n` for all line ends, no control or zero-width characters, no trailing blanks"
+    text = _junk.sub('', text.replace('\r\n', '\n').replace('\r', '\n'))
+    text = _trailing.sub('\n', unicodedata.normalize('NFC', text) + '\n')
+    return _blank.sub('\n\n', text).strip('\n').rstrip()
+
+# %% ../nbs/01_corpus.ipynb #56e1b6a9
 _scripts = dict(
     Han='\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff',
     Kana='\u3040-\u30ff', Hangul='\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3', Latin='A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff',
@@ -156,11 +162,12 @@ def lang_script(
     lang:str,  # language code, such as "zh"
 )->str:  # names of scripts; empty for a language that the table does not hold
     "The script(s) in which a language is written"
-    return _lang_scripts.get(lang, 'Latin' if lang in _latin else '')
+    return _lang_scripts.get(lang.split('-')[0], 'Latin' if lang.split('-')[0] in _latin else '')
 
+# %% ../nbs/01_corpus.ipynb #ce3ff83c
 @functools.cache
 def script_pattern(
-    script:str,  # one name or several with blanks between them, such as "Han Kana"
+    script:str,  # one name, or several with blanks between them, such as "Han Kana"
 )->re.Pattern:  # matches a maximal run of characters of the script
     "A run of characters of a script"
     unknown = [s for s in script.split() if s not in _scripts]
@@ -172,87 +179,71 @@ def script_share(text:str, script:str)->float:
     own = sum(map(len, script_pattern(script).findall(text)))
     return own / max(own, sum(map(str.isalpha, text)), 1)
 
-# %% ../nbs/01_corpus.ipynb #1f533be1
-_junk = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffe\uffff\ud800-\udfff]')
-_trailing, _blank = re.compile(r'[ \t\u3000]+\n'), re.compile(r'\n{3,}')
+# %% ../nbs/01_corpus.ipynb #c7eebb08
+def _hash(text:str, **kw)->int:
+    "64 bits of a text; case and white space do not count"
+    return int.from_bytes(hashlib.blake2b(''.join(text.casefold().split()).encode('utf-8', 'replace'), digest_size=8, **kw).digest(), 'big')
 
-def clean(
-    text:str,  # one document
-)->str:  # the same document; "" where nothing is left
-    "Composed characters (NFC), `\\n` for all line ends, no control or zero-width characters, no trailing blanks"
-    text = unicodedata.normalize('NFC', text).replace('\r\n', '\n').replace('\r', '\n')
-    text = _trailing.sub('\n', _junk.sub('', text) + '\n')
-    return _blank.sub('\n\n', text).strip('\n').rstrip()
-
-# %% ../nbs/01_corpus.ipynb #f90fc4c7
-def text_hash(
-    text:str,  # case and white space do not count
-)->int:  # 64 bits
-    "A number that equal texts share"
-    return int.from_bytes(hashlib.blake2b(''.join(text.casefold().split()).encode(), digest_size=8).digest(), 'big')
-
-def is_heldout(
-    text:str,     # one document
-    share:float,  # of documents to hold out, 0 to 1
-)->bool:
-    "Whether a document belongs to the held-out part: decided by its hash alone, in whatever order it comes"
-    h = hashlib.blake2b(''.join(text.casefold().split()).encode(), digest_size=8, person=b'heldout').digest()
-    return int.from_bytes(h, 'big') < share * 2**64
-
-# %% ../nbs/01_corpus.ipynb #3194146d
 class Deduplicator:
     "Remembers documents and long paragraphs by 8-byte hashes; some 70 bytes of memory for each"
     def __init__(self, paragraph_chars:int=40):  # shorter paragraphs may repeat; 0: only whole documents count
         self.paragraph_chars, self.docs, self.paragraphs = paragraph_chars, set(), set()
     def is_new(self, text:str)->bool:
         "Whether this document was not seen before"
-        h = text_hash(text); new = h not in self.docs
-        self.docs.add(h)
-        return new
+        return self._first(text, self.docs)
     def keep_new(self, text:str, counts:Counter)->str:
         "The document without the long paragraphs that were seen before, here or elsewhere"
         if not self.paragraph_chars: return text
-        kept = [p for p in text.split('\n') if len(p) < self.paragraph_chars or self._first(p, counts)]
+        parts = text.split('\n')
+        kept = [p for p in parts if len(p) < self.paragraph_chars or self._first(p, self.paragraphs)]
+        if len(kept) == len(parts): return text
+        counts['repeated paragraph'] += len(parts) - len(kept)
         return clean('\n'.join(kept))
-    def _first(self, p:str, counts)->bool:
-        h = text_hash(p); first = h not in self.paragraphs
-        self.paragraphs.add(h)
-        if not first: counts['repeated paragraph'] += 1
-        return first
+    def _first(self, text:str, seen:set)->bool:
+        h = _hash(text); new = h not in seen
+        seen.add(h)
+        return new
 
-# %% ../nbs/01_corpus.ipynb #d275e0de
+# %% ../nbs/01_corpus.ipynb #8f3722a1
+def is_heldout(
+    text:str,     # one document
+    share:float,  # of documents to hold out, 0 to 1
+)->bool:
+    "Whether a document belongs to the held-out part: decided by its hash alone, in whatever order it comes"
+    return _hash(text, person=b'heldout') < share * 2**64
+
+# %% ../nbs/01_corpus.ipynb #9c528e3a
 def clean_docs(
-    rows:Iterator[dict],    # with 'text' and 'source'
-    lang:str='',            # language code; '' for any
+    rows:Iterator[dict],       # with 'text' and 'source'
+    lang:str='',               # language code; '' for any
     counts:Counter|None=None,  # receives {reason: documents dropped}
-    min_chars:int=10,       # shorter documents are dropped
-    min_share:float=.1,     # of letters in the script of the language
-    paragraph_chars:int=40, # paragraphs from this length on may stand once in the corpus; 0: any number of times
-)->Iterator[dict]:  # rows with 'text' and 'source'
+    min_chars:int=10,          # shorter documents are dropped
+    min_share:float=.1,        # of letters in the script of the language
+    paragraph_chars:int=40,    # paragraphs from this length on may stand once in the corpus; 0: any number of times
+    valid_share:float=0.,      # of documents held out
+)->Iterator[dict]:  # rows with 'text', 'source' and 'split'
     "Clean documents, drop what is too short, in another script or repeated, and count the reasons"
     counts, seen, script = Counter() if counts is None else counts, Deduplicator(paragraph_chars), lang_script(lang)
     for r in rows:
         text = clean(r['text'])
+        split = 'valid' if is_heldout(text, valid_share) else 'train'
         if len(text) < min_chars: counts['too short'] += 1
         elif script and script_share(text, script) < min_share: counts['another script'] += 1
         elif not seen.is_new(text): counts['repeated document'] += 1
         elif len(text := seen.keep_new(text, counts)) < min_chars: counts['only repeated paragraphs'] += 1
-        else: yield {'text': text, 'source': r['source']}
+        else: yield dict(text=text, source=r['source'], split=split)
 
-# %% ../nbs/01_corpus.ipynb #32a98497
+# %% ../nbs/01_corpus.ipynb #ec181e47
 def parse_sources(
     sources:list[str],  # "LANG=REF" each
 )->dict[str, list[str]]:  # language -> references, in the order given
     "Group the sources of a corpus by language; all faults at once"
     faults, out = [], {}
-    if isinstance(sources, str): sources = [sources]
-    for s in sources:
-        lang, eq, ref = str(s).partition('=')
-        if not eq or not re.fullmatch(r'[a-z]{2,8}(-[A-Za-z0-9]+)*', lang) or not ref: faults.append(f'source {s!r}: expected LANG=REF, such as zh=builtin:zh')
-        else:
-            out.setdefault(lang, []).append(ref)
-            faults += _faults(ref)
-    if not sources: faults.append('no sources: expected LANG=REF, such as zh=builtin:zh')
+    for s in [sources] if isinstance(sources, str) else sources:
+        lang, _, ref = str(s).partition('=')
+        if not ref or not re.fullmatch(r'[a-z]{2,8}(-[A-Za-z0-9]+)*', lang): faults.append(f'source {s!r}: expected LANG=REF, such as zh=builtin:zh')
+        else: out.setdefault(lang, []).append(ref); faults += _faults(ref)
+    if not out and not faults: faults.append('no sources, expected LANG=REF, such as zh=builtin:zh')
     if faults: raise StageError(*faults)
     return out
 
@@ -265,21 +256,7 @@ def _check(sources, valid_share=0., on_error='skip', min_share=0., **_):
     if on_error not in ('skip', 'stop'): faults.append(f'on_error is {on_error!r}, expected skip or stop')
     if faults: raise StageError(*faults)
 
-# %% ../nbs/01_corpus.ipynb #a5d21179
-def _split(rows, lang:str, out:Path, valid_share:float, limit_chars:int)->dict:
-    "Write {lang}.train.jsonl and {lang}.valid.jsonl; what they hold"
-    n = {k: Counter() for k in ('train', 'valid')}
-    files = {k: open(out/f'{lang}.{k}.jsonl', 'w', encoding='utf-8', newline='\n') for k in n}
-    try:
-        for r in rows:
-            k = 'valid' if is_heldout(r['text'], valid_share) else 'train'
-            files[k].write(json.dumps(r, ensure_ascii=False) + '\n')
-            n[k].update(n_docs=1, n_chars=len(r['text']), n_bytes=len(r['text'].encode()))
-            if limit_chars and n['train']['n_chars'] >= limit_chars: break
-    finally:
-        for f in files.values(): f.close()
-    return n
-
+# %% ../nbs/01_corpus.ipynb #024d6f41
 def _require_text(lang:str, refs:list[str], n:dict, drops:Counter, valid_share:float):
     "Refuse a corpus that later stages cannot use"
     where, why = ', '.join(refs), ', '.join(f'{v:,} {k}' for k, v in sorted(drops.items())) or 'the sources hold no document'
@@ -289,9 +266,20 @@ def _require_text(lang:str, refs:list[str], n:dict, drops:Counter, valid_share:f
     require(n_docs, f'{where}: no {lang} document is left ({why}); give other sources: cmixtral corpus --sources LANG=REF')
     require(n['train']['n_docs'], f'all {n_docs:,} {lang} documents are held out at valid_share={valid_share}; lower it: cmixtral corpus --valid-share')
     require(n['valid']['n_docs'] or not valid_share,
-        f'none of {n_docs:,} {lang} documents is held out at valid_share={valid_share}; raise it to {min(.5, 5/n_docs):.2g}: cmixtral corpus --valid-share')
+        f'none of {n_docs:,} {lang} documents is held out at valid_share={valid_share}; raise it, to {min(.5, 5/n_docs):.2g} say: cmixtral corpus --valid-share')
 
-# %% ../nbs/01_corpus.ipynb #b693da7a
+def _split(rows, lang:str, out:Path, limit_chars:int)->dict:
+    "Write {lang}.train.jsonl and {lang}.valid.jsonl; what they hold"
+    n = {k: Counter(n_docs=0, n_chars=0, n_bytes=0) for k in ('train', 'valid')}
+    with open(out/f'{lang}.train.jsonl', 'w', encoding='utf-8') as train, open(out/f'{lang}.valid.jsonl', 'w', encoding='utf-8') as valid:
+        for r in rows:
+            k = r.pop('split')
+            (train if k == 'train' else valid).write(json.dumps(r, ensure_ascii=False) + '\n')
+            n[k].update(n_docs=1, n_chars=len(r['text']), n_bytes=len(r['text'].encode()))
+            if limit_chars and n['train']['n_chars'] >= limit_chars: break
+    return n
+
+# %% ../nbs/01_corpus.ipynb #22a632ae
 def _with_files(f):
     "Give stage `f` the files behind its sources as an input, so that the key sees their contents"
     @functools.wraps(f)
@@ -299,12 +287,15 @@ def _with_files(f):
         sources = [sources] if isinstance(sources, str) else list(map(str, sources))
         refs = [s.partition('=')[2] for s in sources]
         return f(sources, *a, files=[str(p) for r in refs for p in (doc_files(r) or [r])], **kw)
-    sig = f.__signature__
-    run.__signature__ = sig.replace(parameters=[p for k, p in sig.parameters.items() if k != 'files'])
+    run.__signature__ = f.__signature__.replace(parameters=[p for k, p in f.__signature__.parameters.items() if k != 'files'])
     run.stage = dict(f.stage, inputs=())
     return run
 
-# %% ../nbs/01_corpus.ipynb #8ea99d37
+def _progress(rows, name:str):
+    from tqdm import tqdm
+    return tqdm(rows, desc=name, unit=' documents', disable=None)
+
+# %% ../nbs/01_corpus.ipynb #ddd110f1
 @_with_files
 @stage('corpus', inputs=('files',), check=_check)
 def corpus(
@@ -322,39 +313,34 @@ def corpus(
     stats = {}
     for lang, refs in parse_sources(sources).items():
         drops = Counter()
-        rows = clean_docs(_progress(itertools.chain.from_iterable(read_docs(r, on_error, drops) for r in refs), lang),
-                          lang, drops, min_chars, min_share, paragraph_chars)
-        n = _split(rows, lang, out, valid_share, limit_chars)
+        rows = _progress(itertools.chain.from_iterable(read_docs(r, on_error, drops) for r in refs), lang)
+        n = _split(clean_docs(rows, lang, drops, min_chars, min_share, paragraph_chars, valid_share), lang, out, limit_chars)
+        drops = Counter({k: v for k, v in sorted(drops.items()) if v})
         _require_text(lang, refs, n, drops, valid_share)
-        both = n['train'] + n['valid']
-        stats[lang] = dict(both, train=dict(n['train']), valid=dict(n['valid']), dropped=dict(sorted(drops.items())))
+        both = {k: n['train'][k] + n['valid'][k] for k in n['train']}
+        stats[lang] = dict(both, train=dict(n['train']), valid=dict(n['valid']), dropped=dict(drops))
         say('corpus', f'{lang}: {both["n_docs"]:,} documents, {both["n_chars"]:,} characters, {n["valid"]["n_docs"]:,} documents held out; dropped: '
-            + (', '.join(f'{v:,} {k}' for k, v in sorted(drops.items())) or 'none'))
+            + (', '.join(f'{v:,} {k}' for k, v in drops.items()) or 'none'))
     return stats
 
-def _progress(rows, name:str):
-    from tqdm import tqdm
-    return tqdm(rows, desc=name, unit=' documents', disable=None)
-
-# %% ../nbs/01_corpus.ipynb #3b7e1f06
+# %% ../nbs/01_corpus.ipynb #b25651fd
 def corpus_langs(
     corpus:Artifact|str|Path,  # a corpus folder
-)->list[str]:  # language codes
+)->list[str]:  # language codes; empty where the folder is no corpus
     "The languages of a corpus"
-    p = Path(getattr(corpus, 'path', corpus))
-    return sorted(f.name.split('.')[0] for f in p.glob('*.train.jsonl'))
+    return sorted(f.name.split('.')[0] for f in Path(getattr(corpus, 'path', corpus)).glob('*.train.jsonl'))
 
 def corpus_texts(
-    corpus:Artifact|str|Path,  # a corpus folder, or any file or folder that `read_docs` reads
+    corpus:Artifact|str|Path,  # a corpus folder, or anything that `read_docs` reads
     lang:str,                  # language code
     split:str='train',         # or 'valid'
     limit_chars:int=0,         # stop after so many characters; 0: all
 )->Iterator[str]:
     "The texts of one language of a corpus"
-    p = Path(getattr(corpus, 'path', corpus)); f = p/f'{lang}.{split}.jsonl'
-    if langs := corpus_langs(p): require(f.is_file(), f'{p} has no {split} text in {lang}, it has {", ".join(langs)}; run: cmixtral corpus --sources {lang}=REF')
-    n = 0
-    for r in read_docs(f if f.is_file() else str(corpus), on_error='stop'):
+    p, n = Path(getattr(corpus, 'path', corpus)), 0
+    ref = p/f'{lang}.{split}.jsonl' if (langs := corpus_langs(p)) else str(corpus)
+    require(not langs or ref.is_file(), f'{p} has no {split} text in {lang}, it has {", ".join(langs)}; run: cmixtral corpus --sources {lang}=REF')
+    for r in read_docs(ref, on_error='stop' if langs else 'skip'):
         yield r['text']
         n += len(r['text'])
         if limit_chars and n >= limit_chars: return

@@ -307,7 +307,7 @@ def unchanged(
     n = sum(x != y for x, y in zip(a, b))
     return dict(n_docs=len(texts), n_changed=n, share=n/max(1, len(texts)))
 
-# %% ../nbs/14_pipeline.ipynb #627d3c00
+# %% ../nbs/14_pipeline.ipynb #eac04e96
 def report_data(
     out:Path,  # folder of a run
 )->dict:  # what report.json holds
@@ -317,7 +317,8 @@ def report_data(
     data = dict(recipe=read_recipe(str(out/'recipe.toml'))['name'],
         vocabulary=_vocabulary(out), bits_per_byte={n: {l: bpb[n][f'bits_per_byte_{l}'] for l in ('zh', 'en')} for n in CHAIN if n in bpb},
         characters_per_token={n: {l: bpb[n][f'chars_per_token_{l}'] for l in ('zh', 'en')} for n in CHAIN if n in bpb},
-        merge_check=_stats(out/'merged').get('check'), experts=_stats(out/'adapter').get('experts'),
+        merge=dict(into=_stats(out/'merged').get('into'), logit_difference=_stats(out/'merged').get('logit_difference')),
+        parameters=_stats(out/'adapter').get('parameters', []),
         benchmarks={n: {t: m for t, m in r.items() if t != 'bpb'} for n, r in res.items()},
         losses={k: _rows(out/k/'log.jsonl') for k in ('base', 'adapter', 'sft')},
         router_load=read_json(out/'adapter'/'router.json') if (out/'adapter'/'router.json').is_file() else None,
@@ -369,7 +370,7 @@ def _figure(w, h, n=1):
     for ax in axes: ax.spines[['top', 'right']].set_visible(False)
     return fig, axes
 
-# %% ../nbs/14_pipeline.ipynb #a6fb015b
+# %% ../nbs/14_pipeline.ipynb #b3843c3a
 COLOURS = dict(zh='#d1495b', en='#3a7ca5')
 LANGUAGES = dict(zh='Chinese', en='English')
 
@@ -382,7 +383,8 @@ def bpb_figure(
         xs, ys = [j + (i - .5)*.38 for j in range(len(bpb))], [v[lang] for v in bpb.values()]
         ax.bar(xs, ys, .36, color=COLOURS[lang], label=LANGUAGES[lang])
         for x, y in zip(xs, ys): ax.text(x, y, f'{y:.2f}', ha='center', va='bottom', color='#888', fontsize=9)
-    ax.set(xticks=range(len(bpb)), xticklabels=[NAMES[n] for n in bpb], ylabel='bits per byte'); ax.legend(frameon=False, loc='upper right')
+    ax.set(xticks=range(len(bpb)), xticklabels=[NAMES[n] for n in bpb], ylabel='bits per byte')
+    ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(.5, 1), ncols=2)
     return _svg(fig)
 
 def loss_figure(
@@ -410,17 +412,17 @@ def router_figure(
     if panels: fig.colorbar(im, ax=axes, label='share of tokens').ax.yaxis.label.set_color('#888')
     return _svg(fig)
 
-# %% ../nbs/14_pipeline.ipynb #be121048
+# %% ../nbs/14_pipeline.ipynb #d2c8294f
 _page = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><link rel="icon" href="data:,"><style>
 :root {{ color-scheme: light dark; --line: #8884; --soft: #8881; --good: #2a9d5c; --bad: #d1495b; }}
 body {{ font: 16px/1.55 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ margin-bottom: 0; }} h2 {{ margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }} .lead {{ color: #888; margin-top: .2rem; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; }}
 .tile {{ background: var(--soft); border-radius: .6rem; padding: .8rem 1rem; }} .tile b {{ display: block; font-size: 1.9rem; line-height: 1.2; }}
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; width: 100%; font-size: .92rem; }}
 th, td {{ text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }} td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
-svg {{ max-width: 100%; height: auto; }} pre {{ background: var(--soft); padding: .8rem 1rem; border-radius: .6rem; overflow-x: auto; font-size: .85rem; }} .sample {{ white-space: pre-wrap; overflow-wrap: anywhere; min-width: 12rem; }}
+svg {{ width: 100%; max-width: 58rem; height: auto; }} pre {{ background: var(--soft); padding: .8rem 1rem; border-radius: .6rem; overflow-x: auto; font-size: .85rem; }} .sample {{ white-space: pre-wrap; overflow-wrap: anywhere; min-width: 12rem; }}
 </style><body>{body}</body></html>
 '''
 
@@ -437,12 +439,12 @@ def table(
 def _tile(number, text): return f'<div class="tile"><b>{html.escape(str(number))}</b>{html.escape(text)}</div>'
 def _times(x, f='{:.2f}×'): return '–' if x is None else f.format(x)
 
-# %% ../nbs/14_pipeline.ipynb #12f35d69
+# %% ../nbs/14_pipeline.ipynb #280d2eba
 def _tiles(d:dict)->str:
     v, g = d['vocabulary'], d['gain']; en = v.get('english_ids_changed') or {}
     change = None if g['bits_per_byte_en_of_base'] is None else g['bits_per_byte_en_of_base'] - 1
     return '<div class="tiles">' + ''.join([
-        _tile(f'{v.get("n_new", 0):,}', f'pieces added, {v.get("vocab_size", 0):,} in all'),
+        _tile(f'{v.get("n_pieces", 0):,}', f'pieces added, {v.get("n_vocab", 0):,} in all'),
         _tile(_times(g['characters_per_token_zh']), 'characters of held-out Chinese per token, against the base tokenizer'),
         _tile(_times(g['bits_per_byte_zh_of_init'], '{:.0%}'), 'of the bits per byte of Chinese after init are left after pre-training'),
         _tile(_times(change, '{:+.1%}'), 'bits per byte of English, against the base model'),
@@ -459,7 +461,12 @@ def _samples(d:dict)->str:
     rows = ''.join(f'<tr><th>{html.escape(p)}</th>' + ''.join(f'<td class="sample">{html.escape(text.get((m, p), ""))}</td>' for m in models) + '</tr>' for p in prompts)
     return f'<div class="wide"><table><thead><tr><th>prompt</th>{"".join(f"<th>{html.escape(NAMES.get(m, m))}</th>" for m in models)}</tr></thead><tbody>{rows}</tbody></table></div>'
 
-# %% ../nbs/14_pipeline.ipynb #2d027020
+# %% ../nbs/14_pipeline.ipynb #8b820009
+def _parameters(d:dict)->str:
+    "Parameters of the model in training: the experts must show about half a byte each"
+    return table(['part', '#parameters', '#trained', '#MB', '#bytes per parameter'], [[r['part'], f'{r["n_params"]:,}', f'{r["trainable"]:,}',
+        f'{r["bytes"]/1e6:,.2f}', f'{r["bytes"]/max(1, r["n_params"]):.3f}'] for r in d['parameters']])
+
 def _stages(d:dict)->str:
     num = lambda x, scale, p: '' if x is None else f'{x/scale:,.{p}f}'
     total = sum(r['seconds'] or 0 for r in d['stages'])
@@ -476,7 +483,9 @@ def render_report(
                   if isinstance(v, float) and 'stderr' not in k]
     parts = [f'<h1>{html.escape(d["recipe"])}</h1><p class="lead">What a new vocabulary gained and what it cost, measured on text that no stage has seen.</p>', _tiles(d)]
     if d['bits_per_byte']: parts += ['<h2>Bits per byte</h2><p>How many bits the model needs for one byte of UTF-8 text: the loss that can be compared across vocabularies. Lower is better.</p>', bpb_figure(d['bits_per_byte']), _models(d)]
-    if d['merge_check']: parts.append(f'<p>Merged against base + adapter: {html.escape(json.dumps(d["merge_check"]))}</p>')
+    if (diff := d['merge']['logit_difference']) is not None:
+        parts.append(f'<p>Merged into the {html.escape(str(d["merge"]["into"]))} weights; logits of the merged model differ from those of base and adapter by {diff:.1e} of their size.</p>')
+    if d['parameters']: parts += ['<h2>What was trained</h2>', _parameters(d)]
     if benchmarks: parts += ['<h2>Benchmarks</h2>', table(['model', 'task', 'metric', '#value'], benchmarks)]
     if any(d['losses'].values()): parts += ['<h2>Training</h2>', loss_figure(d['losses'])]
     if d['router_load']: parts += ['<h2>Router load</h2><p>Which share of the tokens each expert takes. Every row sums to one.</p>', router_figure(d['router_load'])]

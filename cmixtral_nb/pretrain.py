@@ -80,7 +80,7 @@ def read_log(
     "The log of a training run"
     return [json.loads(l) for l in (Path(getattr(folder, 'path', folder))/'log.jsonl').read_text().splitlines()]
 
-# %% ../nbs/09_pretrain.ipynb #b654513b
+# %% ../nbs/09_pretrain.ipynb #251c71a4
 def trainer(
     model,              # PeftModel from `add_lora`
     rows:Dataset,       # from `load_rows`
@@ -92,7 +92,7 @@ def trainer(
 )->Trainer:
     "transformers' Trainer with two learning rates, evaluation in bits per byte and an end at the first loss that is no number"
     import torch
-    from transformers import Trainer
+    from transformers import PrinterCallback, Trainer
     class Pretrainer(Trainer):
         def create_optimizer(self, model=None):
             if self.optimizer is None:
@@ -108,8 +108,10 @@ def trainer(
             found = measure(); self.log(found)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
             return found
-    return Pretrainer(model=model, args=args, train_dataset=rows.select_columns('input_ids').with_format('numpy'), eval_dataset=rows,
+    run = Pretrainer(model=model, args=args, train_dataset=rows.select_columns('input_ids').with_format('numpy'), eval_dataset=rows,
                       data_collator=partial(collate, bos=bos), callbacks=[_callback(log)])
+    run.remove_callback(PrinterCallback)
+    return run
 
 def param_groups(
     model,          # PeftModel
@@ -122,15 +124,15 @@ def param_groups(
     groups = [dict(params=[p for n, p in named if is_row(n) == r], lr=x) for r, x in ((False, lr), (True, rows_lr))]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/09_pretrain.ipynb #ec4aaa99
+# %% ../nbs/09_pretrain.ipynb #e58b1f1b
 def _arguments(out:Path, device:str, **kw):
     "TrainingArguments that touch neither the network nor the home folder"
     from transformers import TrainingArguments
     gpu = device != 'cpu'
     return TrainingArguments(output_dir=str(out), use_cpu=not gpu, bf16=gpu, report_to='none', disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False, logging_nan_inf_filter=False, logging_first_step=True, eval_strategy='steps', save_strategy='steps',
-        save_total_limit=2, dataloader_drop_last=True, gradient_checkpointing=gpu, gradient_checkpointing_kwargs={'use_reentrant': False} if gpu else None,
-        dataloader_pin_memory=gpu, weight_decay=0., lr_scheduler_type='cosine', **kw)
+        save_total_limit=2, dataloader_drop_last=True, dataloader_pin_memory=gpu, weight_decay=0., lr_scheduler_type='cosine',
+        **(dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={'use_reentrant': False}) if gpu else {}), **kw)
 
 # %% ../nbs/09_pretrain.ipynb #99e87dfc
 def _check(model, tokens, corpus=None, rank=1, alpha=1, dropout=0., lr=1., rows_lr=0., batch=1, accumulation=1, steps=0, epochs=1., rows='all', n_old=0, **_):
@@ -186,7 +188,7 @@ def _stats(model, run, tokens, folder:Path, log:list[dict])->dict:
         loss=dict(first=losses[0], last=losses[-1]), bpb=bpb, parameters=parameter_table(model), quantised=quantised(model),
         quantised_dtype=str(model.dtype).removeprefix('torch.'))
 
-# %% ../nbs/09_pretrain.ipynb #4924a1be
+# %% ../nbs/09_pretrain.ipynb #ba2b6465
 @stage('adapter', inputs=('model', 'tokens', 'corpus'), ignore=('device',), resumable=True, check=_check)
 def pretrain(
     model:Path,                # model folder (ours or any other) or hub id
@@ -232,7 +234,7 @@ def pretrain(
     run = trainer(net, load_rows(tokens), args, t.stats['bos'], rows_lr or lr, measure, out/'log.jsonl')
     if not done: write_json(out/'router.json', dict(before=_loads(net, tok, texts)))
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
-    if run.state.global_step % eval_every: run.evaluate()
+    if read_log(out)[-1]['step'] != run.state.global_step or not any(k.startswith('bpb_') for k in read_log(out)[-1]): run.evaluate()
     write_json(out/'router.json', dict(read_json(out/'router.json'), after=_loads(net, tok, texts)))
-    save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
+    save_adapter(net, out, Path(model).name if Path(model).exists() else str(model)); shutil.rmtree(out/'checkpoints', ignore_errors=True)
     return _stats(net, run, t, resolve_model(model), read_log(out))

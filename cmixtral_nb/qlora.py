@@ -99,7 +99,7 @@ def quantised(model)->list[str]:  # names of modules
     from bitsandbytes.nn import Linear4bit
     return sorted({re.sub(r'^base_model\.model\.|\.base_layer$', '', name) for name, m in model.named_modules() if isinstance(m, Linear4bit)})
 
-# %% ../nbs/08_qlora.ipynb #643b2fda
+# %% ../nbs/08_qlora.ipynb #1a8fd167
 def _nf4(dtype):
     "4-bit NormalFloat with double quantisation, as in QLoRA; the head stays as it is"
     from transformers import BitsAndBytesConfig
@@ -128,6 +128,13 @@ def _avoid_cpu_repacking(model):
     for m in model.modules():
         if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
 
+def _share_codebooks(model):
+    "One copy of the 16 values of NF4 and of the 256 values of its constants, where bitsandbytes keeps one for each matrix"
+    codes = {}
+    for p in model.parameters():
+        for q in filter(None, (state := getattr(p, 'quant_state', None), getattr(state, 'state2', None))):
+            q.code = codes.setdefault((len(q.code), q.code.device, q.code.dtype), q.code)
+
 def _config(folder:Path):
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(folder)
@@ -146,7 +153,7 @@ def _dtype(dtype, device:str):
     if dtype is None: dtype = 'float32' if device == 'cpu' else 'bfloat16'
     return getattr(torch, dtype) if isinstance(dtype, str) and dtype != 'auto' else dtype
 
-# %% ../nbs/08_qlora.ipynb #c7e07848
+# %% ../nbs/08_qlora.ipynb #3269daa9
 def load_model(
     path:str|Path,             # model folder (ours or any other), artifact, or hub id
     adapter:str|Path=None,     # PEFT adapter folder to put on it
@@ -167,7 +174,7 @@ def load_model(
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attn,
             device_map={'': device}, quantization_config=_nf4(dtype) if load_in_4bit else None)
-    _avoid_cpu_repacking(model)
+    _avoid_cpu_repacking(model); _share_codebooks(model)
     if load_in_4bit: _require_4bit(model, path)
     model.requires_grad_(False); model.eval()
     model.config.use_cache = True
@@ -185,7 +192,7 @@ def _for_training(model):
         if re.search(r'norm\.weight$|\.gate\.weight$', name): p.data = p.data.float()
     model.config.use_cache = False
 
-# %% ../nbs/08_qlora.ipynb #208e0fd5
+# %% ../nbs/08_qlora.ipynb #b702350d
 ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 
 def _targets(model)->list[str]:
@@ -216,6 +223,7 @@ def add_lora(
         trainable_token_indices={'embed_tokens': new, 'lm_head': new} if rows == 'new' else None)
     set_seed(seed)
     with quiet(): model = get_peft_model(model, config)
+    model.peft_config['default'].base_model_name_or_path = None  # else peft asks the hub for it at each checkpoint
     _trainables_float32(model)
     if missed := without_lora(model): raise StageError(f'LoRA is missing on {len(missed)} matrices, such as {missed[0]}')
     return model
@@ -231,13 +239,17 @@ def without_lora(model)->list[str]:
     return [n for n, m in names.items() if re.search(r'\.experts\.\d+\.w\d$|\.self_attn\.\w+_proj$|\.experts$', n)
             and (n.endswith('.experts') and not len(list(m.children())) or not n.endswith('.experts') and not isinstance(m, LoraLayer))]
 
-# %% ../nbs/08_qlora.ipynb #aad154d3
+# %% ../nbs/08_qlora.ipynb #1746699b
 def save_adapter(
     model:PeftModel,  # with one adapter
     out:str|Path,     # folder: adapter_model.safetensors, adapter_config.json
+    base:str='',      # name of the model it belongs to
 ):
-    "Write an adapter: LoRA, trained rows, nothing else"
+    "Write an adapter: LoRA, trained rows, nothing else; the same bytes for the same adapter"
     model.save_pretrained(str(out), safe_serialization=True, save_embedding_layers=False)
+    config = read_json(Path(out)/'adapter_config.json')
+    config.update({k: sorted(v) for k, v in config.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}, base_model_name_or_path=base)
+    write_json(Path(out)/'adapter_config.json', config)
     (Path(out)/'README.md').unlink(missing_ok=True)
 
 def _check_adapter(adapter, path, folder:Path)->Path:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['base_pieces', 'select_pieces', 'run_model', 'token_counts', 'alp', 'sentence_runs', 'search_table', 'knee', 'choose',
-           'plot_search', 'default_grid', 'heldout', 'search', 'read_choice']
+__all__ = ['alp', 'base_pieces', 'select_pieces', 'run_model', 'token_counts', 'sentence_runs', 'heldout', 'search_table', 'knee',
+           'choose', 'plot_search', 'default_grid', 'search', 'read_choice']
 
-# %% ../nbs/03_search.ipynb #cd0a2267
-import math, re
+# %% ../nbs/03_search.ipynb #95dc0175
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +21,16 @@ from .tokenizer import *
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
+
+# %% ../nbs/03_search.ipynb #817a1d39
+def alp(
+    counts:np.ndarray,  # (V,) occurrences of each token in D
+    n_sentences:int,    # |D|
+)->float:  # nats per sentence, not positive
+    "Average log probability of a vocabulary (Zheng et al. 2021, arXiv 2109.07306)"
+    import numpy as np
+    n = counts[counts > 0]
+    return float((n * np.log(n / n.sum())).sum() / n_sentences)
 
 # %% ../nbs/03_search.ipynb #8af174d5
 def base_pieces(
@@ -45,7 +55,7 @@ def select_pieces(
     words = [p for p in new if p.kind == 'word' and known.issuperset(p.piece)]
     return chars + words[:n_pieces - len(chars)]
 
-# %% ../nbs/03_search.ipynb #5e4642f7
+# %% ../nbs/03_search.ipynb #708dd3ea
 def run_model(
     base:dict[str, float],  # piece -> score: what the base has in the script
     pieces:list[Piece],     # what is appended, first merge first
@@ -63,7 +73,6 @@ def run_model(
     m.normalizer_spec.name, m.normalizer_spec.add_dummy_prefix, m.normalizer_spec.remove_extra_whitespaces = 'identity', False, False
     return spm.SentencePieceProcessor(model_proto=m.SerializeToString())
 
-# %% ../nbs/03_search.ipynb #1c2d8fe6
 def token_counts(
     sp,            # sentencepiece processor
     runs:Counter,  # run -> count
@@ -72,18 +81,9 @@ def token_counts(
     import numpy as np
     ids = sp.encode(list(runs))
     weights = np.repeat(np.fromiter(runs.values(), float, len(runs)), [len(i) for i in ids])
-    return np.bincount(np.concatenate([np.asarray(i, int) for i in ids]), weights, minlength=len(sp))
+    return np.bincount(np.fromiter((x for i in ids for x in i), int), weights, minlength=len(sp))
 
-def alp(
-    counts:np.ndarray,  # (V,) occurrences of each token in D
-    n_sentences:int,    # |D|
-)->float:  # natural logarithm, not positive
-    "Average log probability of a vocabulary (Zheng et al. 2021, arXiv 2109.07306)"
-    import numpy as np
-    n = counts[counts > 0]
-    return float((n * np.log(n / n.sum())).sum() / n_sentences)
-
-# %% ../nbs/03_search.ipynb #c78aa969
+# %% ../nbs/03_search.ipynb #4f946283
 _sentence_end = re.compile('[。！？；!?;\n]+')
 
 def sentence_runs(
@@ -96,6 +96,19 @@ def sentence_runs(
         for s in _sentence_end.split(t):
             if found := find(s): runs.update(found); n += 1
     return runs, n
+
+def heldout(
+    corpus:Artifact|str|Path,  # a corpus folder, or a file or folder of text
+    lang:str='zh',             # language
+    limit_chars:int=0,         # stop after so many characters; 0: all
+)->Iterable[str]:
+    "Held-out texts of a corpus; `StageError` where there are none"
+    p = Path(getattr(corpus, 'path', corpus))
+    require(p.exists(), f'{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}')
+    if langs := corpus_langs(p):
+        require(lang in langs, f'{p} has no {lang} text, it has {", ".join(langs)}; run: cmixtral corpus --sources {lang}=REF')
+        require((p/f'{lang}.valid.jsonl').stat().st_size, f'{p} has no held-out {lang} text; run: cmixtral corpus --valid-share 0.01')
+    return corpus_texts(p, lang, 'valid', limit_chars)
 
 # %% ../nbs/03_search.ipynb #723c73a1
 def search_table(
@@ -118,7 +131,7 @@ def search_table(
                              chars_per_token=float(n_script/n.sum()), alp=alp(n, n_sentences)))
     return rows
 
-# %% ../nbs/03_search.ipynb #44a62bbc
+# %% ../nbs/03_search.ipynb #438cafbf
 def knee(
     x:list[float],  # increasing
     y:list[float],  # rising ever more slowly
@@ -126,31 +139,31 @@ def knee(
     "Where a curve bends most (Kneedle, Satopää et al. 2011)"
     from kneed import KneeLocator
     if len(x) < 3: return None
-    return KneeLocator(x, y, curve='concave', direction='increasing').knee
+    at = KneeLocator(x, y, curve='concave', direction='increasing').knee
+    return None if at is None else float(at)
 
 def choose(
     rows:list[dict],  # of `search_table`
-)->dict:  # n_pieces, n_chars, why
+)->dict:  # n_pieces, n_chars, alp, chars_per_token, why
     "The knee of the best ALP at each total, and there the best number of single characters"
     best = {}
     for r in rows:
         if r['n_pieces'] not in best or r['alp'] > best[r['n_pieces']]['alp']: best[r['n_pieces']] = r
     x = sorted(best)
     at = knee(x, [best[k]['alp'] for k in x])
-    r = best[x[-1] if at is None else at]
-    why = 'the last total that was tried: the curve of ALP has no knee' if at is None else 'the knee of the curve of the best ALP at each total'
-    return dict(n_pieces=int(r['n_pieces']), n_chars=int(r['n_chars']), alp=r['alp'], chars_per_token=r['chars_per_token'],
-                why=f'{why}; of the numbers of single characters tried there, {r["n_chars"]:,} has the best ALP')
+    r = best[x[-1] if at is None else int(at)]
+    why = f'no knee between {x[0]:,} and {x[-1]:,} pieces, so the last' if at is None else f'the knee of the best ALP between {x[0]:,} and {x[-1]:,} pieces'
+    return dict({k: r[k] for k in ('n_pieces', 'n_chars', 'alp', 'chars_per_token')},
+                why=f'{why}; {r["n_chars"]:,} single characters have the best ALP there')
 
-# %% ../nbs/03_search.ipynb #b19478b9
+# %% ../nbs/03_search.ipynb #bfd374be
 def plot_search(
     rows:list[dict],  # of `search_table`
     choice:dict,      # of `choose`
 )->Figure:
     "ALP over pieces appended, one curve for each number of single characters"
-    import matplotlib; matplotlib.rcParams['svg.hashsalt'] = 'cmixtral'
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.4, 4), layout='constrained'); ax = fig.subplots()
+    fig = Figure(figsize=(6.4, 3.6), dpi=72, layout='constrained'); ax = fig.subplots()
     for c in sorted({r['n_chars'] for r in rows}):
         own = [r for r in rows if r['n_chars'] == c]
         ax.plot([r['n_pieces'] for r in own], [r['alp'] for r in own], 'o-', ms=3, lw=1, label=f'{c:,}')
@@ -158,7 +171,7 @@ def plot_search(
     ax.set(xlabel='pieces appended', ylabel='ALP, nats per sentence'); ax.legend(title='single characters')
     return fig
 
-# %% ../nbs/03_search.ipynb #482f8822
+# %% ../nbs/03_search.ipynb #0beae7c4
 def default_grid(
     pieces:list[Piece],  # candidates
     base:Iterable[str],  # pieces of the base in the same script
@@ -167,66 +180,60 @@ def default_grid(
     base = set(base); known = sum(len(b) == 1 for b in base)
     new = [p for p in pieces if p.piece not in base]
     n_chars = sum(p.kind == 'char' for p in new)
-    return ([len(new)*i//10 for i in range(1, 11)], [known + n_chars*i//4 for i in range(1, 5)])
+    return [len(new)*i//10 for i in range(1, 11)], [known + n_chars*i//4 for i in range(1, 5)]
 
 def _numbers(name:str, values, faults:list[str])->list[int]:
+    "Whole numbers from 1 on, sorted, each once"
     try: out = sorted({int(v) for v in values or []})
     except (TypeError, ValueError): out = [0]
-    if values and (not out or out[0] < 1): faults.append(f'{name} is {values}, expected whole numbers from 1 on')
+    if out and out[0] < 1: faults.append(f'{name} is {list(values)}, expected whole numbers from 1 on')
     return out
 
 def _check(pieces, corpus, base='mixtral', lang='zh', script='Han', chars=None, totals=None, **_):
     faults = []
     _numbers('chars', chars, faults); _numbers('totals', totals, faults)
-    for need in (lambda: read_pieces(pieces, script), lambda: base_tokenizer_model(base), lambda: heldout(corpus, lang)):
+    for need in (lambda: read_pieces(pieces, script), lambda: read_model(base_tokenizer_model(base)), lambda: heldout(corpus, lang)):
         try: need()
         except StageError as e: faults += e.args
-    if faults: raise StageError(*faults)
+    if faults: raise StageError(*dict.fromkeys(faults))
 
-def heldout(corpus, lang:str, limit_chars:int=0)->Iterable[str]:
-    "Held-out texts of a corpus; `StageError` where there are none"
-    p = Path(str(corpus))
-    require(p.exists(), f'{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}')
-    if corpus_langs(p): require((p/f'{lang}.valid.jsonl').is_file() and (p/f'{lang}.valid.jsonl').stat().st_size,
-                                f'{p} has no held-out {lang} text; run: cmixtral corpus --sources {lang}=REF --valid-share 0.01')
-    return corpus_texts(p, lang, 'valid', limit_chars)
-
-# %% ../nbs/03_search.ipynb #118e8262
+# %% ../nbs/03_search.ipynb #7ec6d9d3
 @stage('search', inputs=('pieces', 'corpus', 'base'), check=_check)
 def search(
     pieces:Path,               # folder of candidates, table of pieces, or sentencepiece model
     corpus:Path,               # corpus whose held-out part judges, or a jsonl or text file
     out:Path,                  # folder to write
     base:str='mixtral',        # base tokenizer: 'mixtral', a folder, or a sentencepiece file
-    lang:str='zh',             # language of the held-out text
-    script:str='Han',          # script of the pieces
     chars:list[str]=None,      # numbers of single characters to try, the base's included; none: four
     totals:list[str]=None,     # numbers of pieces to append to try; none: ten
+    lang:str='zh',             # language of the held-out text
+    script:str='Han',          # script of the pieces
     limit_chars:int=2000000,   # characters of held-out text to read
 ):
     "Try vocabularies on held-out text and choose the knee of their average log probability"
     candidates, have = read_pieces(pieces, script), base_pieces(base_tokenizer_model(base), script)
     runs, n_sentences = sentence_runs(heldout(corpus, lang, limit_chars), script)
-    require(runs, f'{corpus}: the held-out {lang} text has no {script} characters; run: cmixtral corpus --valid-share 0.01')
+    require(runs, f'{corpus}: the held-out {lang} text has no {script} characters; run: cmixtral corpus --sources {lang}=REF')
     grid = default_grid(candidates, have)
     rows = search_table(candidates, have, runs, n_sentences, _numbers('totals', totals, []) or grid[0], _numbers('chars', chars, []) or grid[1])
-    require(rows, f'{pieces}: {len(candidates):,} candidates are too few for every total and number of characters; lower them or run: cmixtral tokenizer --n-pieces')
-    choice = choose(rows)
+    require(rows, f'{pieces}: {len(candidates):,} candidates are too few for every total and number of characters; lower both, or run: cmixtral tokenizer --n-pieces N')
+    choice, n = choose(rows), token_counts(run_model(have, []), runs)
     _write_search(out, rows, choice)
-    n = token_counts(run_model(have, []), runs)
-    n_script = sum(len(r)*k for r, k in runs.items())
-    stats = dict(choice, chars_per_token_base=float(n_script/n.sum()), alp_base=alp(n, n_sentences), n_sentences=n_sentences, n_script_chars=n_script, n_tried=len(rows))
+    before, alp_before = sum(len(r)*k for r, k in runs.items()) / float(n.sum()), alp(n, n_sentences)
     say('search', f'{choice["n_pieces"]:,} pieces, {choice["n_chars"]:,} single characters: {script} characters per token '
-        f'{stats["chars_per_token_base"]:.2f} -> {choice["chars_per_token"]:.2f}, ALP {stats["alp_base"]:.1f} -> {choice["alp"]:.1f}; {len(rows)} vocabularies tried')
-    return stats
+        f'{before:.2f} -> {choice["chars_per_token"]:.2f}, ALP {alp_before:.1f} -> {choice["alp"]:.1f}; {len(rows)} vocabularies tried')
+    return dict(choice, chars_per_token_base=before, alp_base=alp_before, n_sentences=n_sentences, n_tried=len(rows))
 
+# %% ../nbs/03_search.ipynb #949bc4ca
 def _write_search(out:Path, rows:list[dict], choice:dict):
+    "The table, the choice and the figure"
+    import matplotlib
     keys = list(rows[0])
-    write_text(out/'table.tsv', '\t'.join(keys) + '\n' + ''.join('\t'.join(f'{r[k]:.4f}' if isinstance(r[k], float) else str(r[k]) for k in keys) + '\n' for r in rows))
+    lines = ['\t'.join(keys)] + ['\t'.join(f'{r[k]:.4f}' if isinstance(r[k], float) else str(r[k]) for k in keys) for r in rows]
+    write_text(out/'table.tsv', '\n'.join(lines) + '\n')
     write_json(out/'choice.json', choice)
-    plot_search(rows, choice).savefig(out/'curve.svg', metadata={'Date': None})
+    with matplotlib.rc_context({'svg.hashsalt': 'cmixtral'}): plot_search(rows, choice).savefig(out/'curve.svg', metadata={'Date': None})
 
-# %% ../nbs/03_search.ipynb #c430db1f
 def read_choice(
     search:Artifact|str|Path,  # search folder, or choice.json
 )->tuple[int, int]:  # n_pieces, n_chars

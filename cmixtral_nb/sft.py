@@ -7,9 +7,10 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'ROLES', 'TEMPLATE', 'chat_tokenizer', 'write_chat_tokenizer', 'encode_chat', 'dropout_encoder',
-           'to_messages', 'read_conversations', 'translations']
+           'to_messages', 'read_conversations', 'translations', 'grow_rows', 'collate_chat', 'Rounds', 'answer_bits',
+           'chat_trainer', 'sft']
 
-# %% ../nbs/11_sft.ipynb #dca7892b
+# %% ../nbs/11_sft.ipynb #dff48a5a
 import copy, hashlib, json, random, re, shutil, sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from .artifact import *
 from .corpus import is_heldout, open_text
 from .mixtral import resolve_model
-from .pretrain import checkpoints, param_groups, read_log, write_log, _callback, _drop_half_written
+from .pretrain import checkpoints, param_groups, read_log, _arguments, _callback, _drop_half_written
 from .qlora import add_lora, default_device, load_model, parameter_table, quantised, save_adapter
 from .vocab import encode_plain, load_tokenizer
 if TYPE_CHECKING:
@@ -165,20 +166,232 @@ def read_conversations(
             require(on_error == 'skip', f'{ref}:{n}: {e}; mend the line, or go on without it with --on-error skip')
             counts[str(e)] += 1
 
-# %% ../nbs/11_sft.ipynb #cdd59bdf
+# %% ../nbs/11_sft.ipynb #1f242c0d
 _ask = dict(  # instruction, then the sentence
     en=['Translate into English: {}', '把下面的句子翻译成英文：{}', '用英文怎么说：{}', '翻译成英文：\n{}'],
     zh=['翻译成中文：{}', 'Translate into Chinese: {}', '把下面的句子翻译成中文：{}', '用中文怎么说：{}'])
 _plain = re.compile(r'[^<>{}%$_\\|@#^~\n\t\[\]]{4,80}')  # no markup, no place holders
+_sentence = re.compile(r'.*[\u4e00-\u9fff].*[。！？]')
 
 def translations(
     n:int=2000,   # how many
 )->Iterator[list[dict]]:
     "Translation tasks from the parallel strings that ship with the package, half of them into each language"
     with open_text(package_data('data/parallel.jsonl.xz')) as f: pairs = [json.loads(l) for l in f]
-    pairs = [p for p in pairs if _plain.fullmatch(p['en']) and _plain.fullmatch(p['zh']) and re.search('[\u4e00-\u9fff]', p['zh'])]
+    pairs = [p for p in pairs if _plain.fullmatch(p['en']) and _plain.fullmatch(p['zh']) and _sentence.fullmatch(p['zh'])]
     key = lambda p: hashlib.sha256(p['en'].encode()).digest()
     for i, p in enumerate(sorted(pairs, key=key)[:n]):
         to, back = ('zh', 'en') if i % 2 else ('en', 'zh')
-        ask = _ask[to][key(p)[0] % len(_ask[to])].format(p[back])
+        ask = _ask[to][key(p)[-1] % len(_ask[to])].format(p[back])
         yield [dict(role='user', content=ask), dict(role='assistant', content=p[to])]
+
+# %% ../nbs/11_sft.ipynb #1d2506ba
+def grow_rows(
+    model,                # causal language model
+    n:int,                # rows it needs
+    like:dict[int,int],   # new id -> old id whose rows it starts from
+):
+    "Embedding and head rows for new tokens"
+    import torch
+    n = max(n, model.get_input_embeddings().weight.shape[0])
+    model.resize_token_embeddings(n, mean_resizing=False)
+    with torch.no_grad():
+        for W in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            for new, old in like.items(): W[new] = W[old]
+
+def collate_chat(
+    examples:list[tuple[list[int], list[int]]],  # ids and mask of each conversation
+    pad:int,                                     # id of the pad token
+    length:int,                                  # longer conversations are cut
+)->dict:  # input_ids, attention_mask, labels: int64 tensors
+    "A batch padded on the right, with a label only where the loss counts"
+    import torch
+    n = min(length, max(len(ids) for ids, _ in examples))
+    out = dict(input_ids=torch.full((len(examples), n), pad), attention_mask=torch.zeros(len(examples), n, dtype=torch.int64),
+               labels=torch.full((len(examples), n), -100))
+    for i, (ids, mask) in enumerate(examples):
+        ids, mask = torch.tensor(ids[:n]), torch.tensor(mask[:n])
+        out['input_ids'][i, :len(ids)] = ids; out['attention_mask'][i, :len(ids)] = 1
+        out['labels'][i, :len(ids)] = ids.where(mask == 1, -100)
+    return out
+
+# %% ../nbs/11_sft.ipynb #b1c99e46
+class Rounds:
+    "Conversation `k` of an endless reading: every round in another order, every text cut anew; `k` alone decides"
+    def __init__(self,
+        talks:list,          # conversations
+        tok,                 # from `chat_tokenizer`
+        sp,                  # SentencePieceProcessor, None without BPE-dropout
+        n:int,               # how many are read in all
+        bpe_dropout:float=0, # of `dropout_encoder`
+        seed:int=0,          # of the orders and of BPE-dropout
+    ): self.talks, self.tok, self.sp, self.n, self.p, self.seed, self.orders = talks, tok, sp, n, bpe_dropout, seed, {}
+    def __len__(self): return self.n
+    def __getitem__(self, k:int):
+        if not 0 <= k < self.n: raise IndexError(k)
+        lap, i = divmod(k, len(self.talks))
+        talk = self.talks[self.order(lap)[i]]
+        encode = dropout_encoder(self.sp, self.p, 1 + self.seed * 1_000_003 + k) if self.p else None
+        return encode_chat(self.tok, talk, encode=encode)
+    def order(self, lap:int)->list[int]:
+        if lap not in self.orders: self.orders = {lap: random.Random(f'{self.seed} {lap}').sample(range(len(self.talks)), len(self.talks))}
+        return self.orders[lap]
+
+# %% ../nbs/11_sft.ipynb #4fc2a3c5
+def answer_bits(
+    model, tok,       # a chat model and its tokenizer
+    talks:list,       # conversations
+    length:int=1024,  # tokens of a conversation
+    batch:int=8,      # conversations at once
+)->float:  # bits for each UTF-8 byte of the answers, end tokens included in the bits
+    "How well a model predicts the answers of conversations it has not seen"
+    import math, torch
+    from torch.nn.functional import cross_entropy
+    pad, was, nats = tok.convert_tokens_to_ids(PAD), model.training, 0.
+    model.eval()
+    for i in range(0, len(talks), batch):
+        b = {k: v.to(model.device) for k, v in collate_chat([encode_chat(tok, t) for t in talks[i:i+batch]], pad, length).items()}
+        with torch.no_grad(): logits = model(input_ids=b['input_ids'], attention_mask=b['attention_mask'], use_cache=False).logits
+        nats += cross_entropy(logits[:, :-1].flatten(0, 1).float(), b['labels'][:, 1:].flatten(), reduction='sum').item()
+    model.train(was)
+    return nats / math.log(2) / sum(len(m['content'].encode()) for t in talks for m in t if m['role'] == 'assistant')
+
+# %% ../nbs/11_sft.ipynb #3440c244
+def chat_trainer(
+    model,          # PeftModel from `add_lora`
+    rows,           # `Rounds`
+    args,           # transformers TrainingArguments
+    collate,        # callable: examples -> batch
+    rows_lr:float,  # learning rate of embedding and head rows
+    measure,        # callable: dict of what to log at each evaluation
+    log:Path,       # log.jsonl
+):
+    "transformers' Trainer, reading in the order of `rows`"
+    import torch
+    from transformers import Trainer
+    class ChatTrainer(Trainer):
+        def _get_train_sampler(self, *a): return torch.utils.data.SequentialSampler(self.train_dataset)
+        def create_optimizer(self, model=None):
+            if self.optimizer is None:
+                cls, kw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = cls(param_groups(self.model, self.args.learning_rate, rows_lr), **kw)
+            return self.optimizer
+        def training_step(self, *a, **kw):
+            loss = super().training_step(*a, **kw)
+            require(torch.isfinite(loss), f'loss is {loss.item()} at step {self.state.global_step + 1}; lower --lr (now {self.args.learning_rate:g}) or --rows-lr (now {rows_lr:g})')
+            return loss
+        def evaluate(self, *a, **kw):
+            found = measure(); self.log(found)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            return found
+    return ChatTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collate, callbacks=[_callback(log)])
+
+# %% ../nbs/11_sft.ipynb #1e596f59
+def _refs(conversations)->list[str]:
+    return [conversations] if isinstance(conversations, str) else [str(c) for c in conversations or ['builtin']]
+
+def _check(model, conversations=None, rank=1, dropout=0., rows='all', lr=1., batch=1, accumulation=1, steps=0, epochs=1., length=2,
+           neftune=0., bpe_dropout=0., on_error='skip', valid_share=0., **_):
+    faults, got = [], locals()
+    for name, ok, want in (('rank', rank >= 1, 'at least 1'), ('dropout', 0 <= dropout < 1, '0 to below 1'), ('lr', lr > 0, 'above 0'),
+            ('batch', batch >= 1, 'at least 1'), ('accumulation', accumulation >= 1, 'at least 1'), ('epochs', steps > 0 or epochs > 0, 'above 0'),
+            ('length', length >= 16, 'at least 16'), ('neftune', neftune >= 0, '0 or more'), ('bpe_dropout', 0 <= bpe_dropout < 1, '0 to below 1'),
+            ('rows', rows in ('all', 'none'), 'all or none'), ('on_error', on_error in ('skip', 'stop'), 'skip or stop'), ('valid_share', 0 <= valid_share < 1, '0 to below 1')):
+        if not ok: faults.append(f'{name} is {got[name]!r}, expected {want}')
+    for r in _refs(conversations):
+        if r not in ('builtin', 'builtin:translation', 'builtin:handwritten') and not Path(r).is_file():
+            faults.append(f'{r}: no such file; expected conversations in jsonl, or builtin, builtin:translation, builtin:handwritten')
+    try:
+        folder = resolve_model(model)
+        if not (folder/'tokenizer.json').is_file(): faults.append(f'{model} holds no tokenizer.json; run: cmixtral init --model {model} --tokenizer DIR --out DIR')
+        if bpe_dropout and not (folder/'tokenizer.model').is_file(): faults.append(f'{model} holds no tokenizer.model, which BPE-dropout needs; use --bpe-dropout 0')
+    except StageError as e: faults += e.args
+    if faults: raise StageError(*faults)
+
+# %% ../nbs/11_sft.ipynb #a16f44c2
+def _talks(refs:list[str], tok, on_error, n_translations, length, valid_share)->tuple[list, list, Counter]:
+    "Conversations to train on, held-out ones, and why others were dropped"
+    counts, train, valid, seen = Counter(), [], [], set()
+    for ref in refs:
+        for talk in read_conversations(ref, on_error, counts, n_translations):
+            text = json.dumps(talk, ensure_ascii=False)
+            if text in seen: counts['repeated'] += 1; continue
+            seen.add(text)
+            if not any(encode_chat(tok, talk)[1][:length]): counts['no answer within length'] += 1; continue
+            (valid if is_heldout(text, valid_share) else train).append(talk)
+    require(train, f'no conversation left to train on of {", ".join(refs)}; dropped: {dict(counts) or "none"}')
+    return train, valid, counts
+
+def _chat_stats(net, run, log, train, valid, counts, folder, out)->dict:
+    "What the manifest says of a run"
+    losses = [h['loss'] for h in log if 'loss' in h]; bits = [h['bpb_answers'] for h in log if 'bpb_answers' in h]
+    say('sft', f'{run.state.global_step:,} steps on {len(train):,} conversations, loss {losses[0]:.3f} → {losses[-1]:.3f}' +
+        (f'; bits per byte of {len(valid)} held-out answers {bits[0]:.3f} → {bits[-1]:.3f}' if bits else ''))
+    return dict(tokenizer=tokenizer_fingerprint(out), base=input_fingerprint(folder), steps=run.state.global_step, n_conversations=len(train), n_valid=len(valid),
+        dropped=dict(counts), loss=dict(first=losses[0], last=losses[-1]), bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
+        parameters=parameter_table(net), quantised=quantised(net), quantised_dtype=str(net.dtype).removeprefix('torch.'))
+
+# %% ../nbs/11_sft.ipynb #4d1c825e
+@stage('adapter', inputs=('model', 'conversations'), ignore=('device',), resumable=True, check=_check)
+def sft(
+    model:Path,                # model folder (ours or any other) or hub id
+    out:Path,                  # folder to write
+    conversations:list[str]=None,  # jsonl files in the form of ShareGPT, OpenAI or Alpaca; builtin; None: builtin
+    load_in_4bit:bool=True,    # hold the frozen weights, experts too, in NF4
+    rank:int=64,               # r of LoRA
+    alpha:float=128,           # the update is scaled by alpha / rank
+    dropout:float=0.05,        # on the input of LoRA
+    rows:str='all',            # embedding and head rows that are trained: all, none
+    lr:float=1e-5,             # highest learning rate of LoRA
+    rows_lr:float=0,           # highest learning rate of the rows; 0: as `lr`
+    aux:float=0.001,           # weight of the router's balance in the loss
+    batch:int=1,               # conversations a step and device
+    accumulation:int=20,       # batches added up to one step
+    steps:int=0,               # optimiser steps; 0: by epochs
+    epochs:float=2,            # times each conversation is read
+    length:int=4096,           # tokens; longer conversations are cut
+    warmup:float=0.05,         # of the steps, until the highest learning rate
+    neftune:float=5.,          # NEFTune's alpha, noise on the embeddings; 0: none
+    bpe_dropout:float=0.1,     # each merge of the tokenizer is skipped with this probability; 0: none
+    n_translations:int=2000,   # translation tasks of builtin
+    on_error:str='skip',       # a bad conversation: skip (and count it) or stop
+    valid_share:float=0.02,    # of the conversations held out to measure on
+    optim:str='adamw_torch',   # of transformers; paged_adamw_8bit saves memory on a GPU
+    eval_every:int=200,        # steps between evaluations
+    save_every:int=200,        # steps between checkpoints
+    log_every:int=10,          # steps between lines of the log
+    attn:str='sdpa',           # sdpa, eager, flash_attention_2
+    seed:int=0,                # of LoRA, of the order and of every noise
+    device:str=None,           # None: the GPU if there is one
+):
+    "Teach a model to answer; killed, it goes on from its last checkpoint"
+    from functools import partial
+    device, folder = device or default_device(), resolve_model(model)
+    old = load_tokenizer(folder); tok = write_chat_tokenizer(folder, out)
+    train, valid, counts = _talks(_refs(conversations), tok, on_error, n_translations, length, valid_share)
+    net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
+    begin, end, pad = tok.convert_tokens_to_ids([BEGIN, END, PAD])
+    grow_rows(net, len(tok), {begin: old.bos_token_id, end: old.eos_token_id, pad: old.eos_token_id})
+    net.config.output_router_logits = True
+    net.router_aux_loss_coef = aux / accumulation
+    net = add_lora(net, rank, alpha, dropout, rows, seed=seed)
+    n_steps = steps or max(1, round(epochs * len(train) / (batch * accumulation)))
+    reading = Rounds(train, tok, _processor(folder) if bpe_dropout else None, n_steps * batch * accumulation * _world(), bpe_dropout, seed)
+    done = checkpoints(out/'checkpoints'); _drop_half_written(out/'checkpoints')
+    args = _arguments(out/'checkpoints', device, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=n_steps,
+        learning_rate=lr, warmup_steps=warmup, optim=optim, seed=seed, logging_steps=log_every, eval_steps=eval_every, save_steps=save_every,
+        eval_on_start=not done, neftune_noise_alpha=neftune or None)
+    measure = lambda: dict(bpb_answers=round(answer_bits(net, tok, valid, length), 4)) if valid else {}
+    run = chat_trainer(net, reading, args, partial(collate_chat, pad=pad, length=length), rows_lr or lr, measure, out/'log.jsonl')
+    run.train(resume_from_checkpoint=str(done[-1]) if done else None)
+    if run.state.global_step % eval_every: run.evaluate()
+    save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
+    return _chat_stats(net, run, read_log(out), train, valid, counts, folder, out)
+
+def _processor(folder:Path):
+    import sentencepiece as spm
+    return spm.SentencePieceProcessor(model_file=str(folder/'tokenizer.model'))
+
+def _world()->int:
+    import os
+    return int(os.environ.get('WORLD_SIZE', 1))

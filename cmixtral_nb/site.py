@@ -102,7 +102,7 @@ def mathml(
         return convert(tex, display='block' if 'display' in m[1] else 'inline')
     return re.sub(r'<(?:span|div) class="(math[^"]*)"[^>]*>(.*?)</(?:span|div)>', one, page, flags=re.S)
 
-# %% ../nbs/15_site.ipynb #eca5c9f7
+# %% ../nbs/15_site.ipynb #542292a2
 def docs(
     root:Path='.',       # checkout of the project
     quarto:bool=None,    # use Quarto; default: where it is installed
@@ -112,32 +112,41 @@ def docs(
     quarto = bool(shutil.which('quarto')) if quarto is None else quarto
     require(not quarto or shutil.which('quarto'), 'quarto is not on the PATH; install it, or run: cmixtral docs --no-quarto')
     readme(root)
-    if quarto: subprocess.run(['nbdev_docs'], cwd=root, check=True)
-    else: _smalldocs(root)
+    _render(root, quarto)
     say('docs', f'{os.path.relpath(root/"_docs"/"index.html")} written from {len(list((root/"nbs").glob("*.ipynb")))} notebooks')
 
-# %% ../nbs/15_site.ipynb #39a64c77
+# %% ../nbs/15_site.ipynb #88fbaa94
 _worker = '''
+import fastcore.docments as docments
 from nbdev.quarto import refresh_quarto_yml, nbdev_sidebar
 from nbdev.serve import proc_nbs
-from nbdev.doclinks import _build_modidx
+signature = docments.signature
+def tolerant(f, **kw):
+    # Annotations name types of libraries that are imported only where they are used.
+    try: return signature(f, **kw)
+    except NameError: return signature(f)
+docments.signature = tolerant
 if __name__ == "__main__":
-    refresh_quarto_yml(); _build_modidx(); nbdev_sidebar.__wrapped__(); print(proc_nbs(n_workers=0))
+    refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(n_workers=0, force=True)
 '''
 
-def _smalldocs(root:Path):
-    "Pages through nbdev, rendered by smalldocs, in a folder that replaces _docs when it is complete"
-    try: import smalldocs, latex2mathml, nbdev
+def _render(root:Path, quarto:bool):
+    "Pages through nbdev, rendered in a folder that replaces _docs when it is complete"
+    try: import latex2mathml, nbdev, smalldocs
     except ImportError as e: raise StageError(f"{e.name} is not installed; run: pip install -e '.[dev]'") from None
     shutil.rmtree(root/'_proc', ignore_errors=True)
-    out = subprocess.run([sys.executable, '-c', _worker], cwd=root, capture_output=True, text=True)
-    require(out.returncode == 0, f'nbdev could not process the notebooks: {(out.stderr.strip().splitlines() or ["?"])[-1]}')
-    out = subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', '--quiet', '_proc'], cwd=root, capture_output=True, text=True)
-    require(out.returncode == 0, f'smalldocs could not render the pages: {(out.stderr.strip().splitlines() or ["?"])[-1]}')
+    renderer = ['quarto', 'render', '--no-cache'] if quarto else [sys.executable, '-m', 'smalldocs.cli', 'render', '--quiet', '.']
+    for command, cwd in ([sys.executable, '-c', _worker], root), (renderer, root/'_proc'):
+        out = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        require(out.returncode == 0, f'the notebooks could not be made into pages: {_reason(out.stderr)}')
     for page in (root/'_proc'/'_docs').rglob('*.html'): page.write_text(_offline(page.read_text(encoding='utf-8')), encoding='utf-8')
     shutil.rmtree(root/'_docs', ignore_errors=True)
     shutil.move(root/'_proc'/'_docs', root/'_docs')
     shutil.rmtree(root/'_proc')
+
+def _reason(stderr:str)->str:
+    lines = [l for l in stderr.strip().splitlines() if re.match(r'\w*(Error|Exception)', l)]
+    return lines[0] if lines else stderr.strip()[-200:]
 
 def _offline(page:str)->str:
     "No script, style or font from elsewhere"

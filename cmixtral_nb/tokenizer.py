@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['script_runs', 'char_counts', 'frequent_chars', 'split_runs', 'read_lexicon', 'mix_lexicon', 'train_pieces', 'Piece',
-           'read_model', 'word_counts', 'write_pieces', 'kind_of', 'read_pieces', 'base_tokenizer_model', 'tokenizer',
-           'describe_pieces']
+__all__ = ['script_runs', 'char_counts', 'frequent_chars', 'split_runs', 'train_pieces', 'read_model', 'Piece', 'kind_of',
+           'word_counts', 'describe_pieces', 'write_pieces', 'read_pieces', 'base_tokenizer_model', 'read_lexicon',
+           'mix_lexicon', 'tokenizer']
 
-# %% ../nbs/02_tokenizer.ipynb #80250d1f
-import importlib.util, re, unicodedata
+# %% ../nbs/02_tokenizer.ipynb #9e2b300b
+import importlib.util, re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 from .artifact import *
 from .corpus import *
 
-# %% ../nbs/02_tokenizer.ipynb #d513de0d
+# %% ../nbs/02_tokenizer.ipynb #b32631a5
 def script_runs(
     texts:Iterable[str],  # documents
     script:str='Han',     # names of scripts, with blanks between them
@@ -38,6 +38,7 @@ def char_counts(
         for c in r: n[c] += k
     return n
 
+# %% ../nbs/02_tokenizer.ipynb #90329d91
 def frequent_chars(
     runs:Counter,  # run -> count
     n_chars:int,   # how many to keep; 0: all
@@ -46,40 +47,17 @@ def frequent_chars(
     return sorted((n := char_counts(runs)), key=lambda c: (-n[c], c))[:n_chars or None]
 
 def split_runs(
-    runs:Counter,        # run -> count
-    chars:Iterable[str], # characters to keep
-    longest:int=256,     # characters; longer runs are cut
+    runs:Counter,         # run -> count
+    chars:Iterable[str],  # characters to keep
+    longest:int=256,      # characters; longer runs are cut
 )->Counter:  # run -> count
-    "Cut the runs at every other character, as sentencepiece does at characters that it does not know"
+    "Cut the runs at every other character"
     keep, out = re.compile(f'[{"".join(map(re.escape, chars))}]{{1,{longest}}}'), Counter()
     for r, k in runs.items():
         for part in keep.findall(r): out[part] += k
     return out
 
-# %% ../nbs/02_tokenizer.ipynb #ed422376
-def read_lexicon(
-    path:str|Path,      # lines "word count ...", separated by blanks or tabs (jieba's dict.txt has this form)
-    script:str='Han',   # words with other characters are left out
-)->Counter:  # word -> count
-    "A list of words with their frequencies"
-    pattern, out = script_pattern(script), Counter()
-    for row in open_text(path):
-        parts = row.decode('utf-8', 'replace').split()
-        if len(parts) > 1 and parts[1].isdigit() and pattern.fullmatch(parts[0]): out[parts[0]] += int(parts[1])
-    require(out, f'{path}: no line of the form "word count" with {script} characters')
-    return out
-
-def mix_lexicon(
-    runs:Counter,     # run -> count
-    words:Counter,    # word -> count
-    share:float=.5,   # of all characters that shall come from the lexicon
-)->Counter:  # run -> count, counts rounded, at least 1
-    "Runs and words together, the words scaled to a share of the characters"
-    n_run, n_word = (sum(len(r)*k for r, k in c.items()) for c in (runs, words))
-    f = n_run * share / (1 - share) / n_word
-    return runs + Counter({w: max(1, round(k*f)) for w, k in words.items()})
-
-# %% ../nbs/02_tokenizer.ipynb #eaf7ab8a
+# %% ../nbs/02_tokenizer.ipynb #1e340886
 def train_pieces(
     runs:Counter,      # run -> count
     model_file:Path,   # sentencepiece model to write
@@ -89,29 +67,17 @@ def train_pieces(
 )->Path:  # `model_file`
     "Train BPE pieces on runs with sentencepiece; deterministic, there is nothing to seed"
     import sentencepiece as spm
-    tsv = Path(model_file).with_suffix('.tsv')
-    tsv.write_text(''.join(f'{r}\t{k}\n' for r, k in sorted(runs.items(), key=lambda x: (-x[1], x[0]))), encoding='utf-8')
-    try:
-        spm.SentencePieceTrainer.train(input=str(tsv), input_format='tsv', model_prefix=str(Path(model_file).with_suffix('')),
-            model_type='bpe', vocab_size=n_pieces + 1, hard_vocab_limit=False, character_coverage=1., max_sentencepiece_length=max_chars,
-            normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False,
-            unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, num_threads=threads, train_extremely_large_corpus=len(runs) > 5_000_000, minloglevel=2)
-    finally: tsv.unlink()
-    Path(model_file).with_suffix('.vocab').unlink(missing_ok=True)
-    return Path(model_file)
+    model_file = Path(model_file); tsv = model_file.with_suffix('.runs')
+    with open(tsv, 'w', encoding='utf-8') as f:
+        for r, k in sorted(runs.items(), key=lambda x: (-x[1], x[0])): f.write(f'{r}\t{k}\n')
+    spm.SentencePieceTrainer.train(input=str(tsv), input_format='tsv', model_prefix=str(model_file.with_suffix('')),
+        model_type='bpe', vocab_size=n_pieces + 1, hard_vocab_limit=False, character_coverage=1., max_sentencepiece_length=max_chars,
+        normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False,
+        unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, num_threads=threads, train_extremely_large_corpus=len(runs) > 5_000_000, minloglevel=2)
+    tsv.unlink(); model_file.with_suffix('.vocab').unlink(missing_ok=True)
+    return model_file
 
-# %% ../nbs/02_tokenizer.ipynb #19dc8d5e
-class Piece(NamedTuple):
-    "A candidate for the vocabulary"
-    piece:str    # characters
-    score:float  # minus its rank: the merge that was found first has the highest
-    kind:str     # 'char' or 'word'
-    count:int    # char: occurrences in the text; word: tokens when the text is cut into these pieces
-
-def _model_pieces(model_file)->list[tuple[str, float, int]]:
-    "Piece, score and type of every entry of a sentencepiece model"
-    return [(p.piece, p.score, p.type) for p in read_model(model_file).pieces]
-
+# %% ../nbs/02_tokenizer.ipynb #e43594ed
 def read_model(
     model_file:str|Path,  # sentencepiece .model
 ):  # ModelProto of sentencepiece
@@ -121,9 +87,28 @@ def read_model(
     require(p.is_file(), f'{p}: no such file, expected a sentencepiece model')
     try: m.ParseFromString(p.read_bytes())
     except Exception: m.Clear()
-    require(len(m.pieces) and m.trainer_spec.vocab_size, f'{p} is not a sentencepiece model')
+    require(len(m.pieces) and m.HasField('trainer_spec'), f'{p} is not a sentencepiece model')
     return m
 
+# %% ../nbs/02_tokenizer.ipynb #471c5e2b
+class Piece(NamedTuple):
+    "A candidate for the vocabulary"
+    piece:str    # characters
+    score:float  # minus its rank: the merge that was found first has the highest
+    kind:str     # 'char' or 'word'
+    count:int    # char: occurrences in the text; word: tokens when the text is cut into these pieces
+
+def kind_of(piece:str)->str:
+    "'char' or 'word'"
+    return 'char' if len(piece) == 1 else 'word'
+
+def _order(p:Piece): return p.kind, -p.count if p.kind == 'char' else 0, -p.score
+
+def _normal(model_file)->list[tuple[str, float]]:
+    "Pieces and scores of a model, without control tokens and bytes"
+    return [(p.piece, p.score + 0.) for p in read_model(model_file).pieces if p.type == 1]
+
+# %% ../nbs/02_tokenizer.ipynb #3dfef800
 def word_counts(
     runs:Counter,      # run -> count
     model_file:Path,   # sentencepiece model
@@ -131,28 +116,35 @@ def word_counts(
     "How often each piece is a token when the runs are cut by the model"
     import sentencepiece as spm
     sp, n = spm.SentencePieceProcessor(model_file=str(model_file)), Counter()
-    for (_, k), ids in zip(runs.items(), sp.encode(list(runs), num_threads=1)):
+    for k, ids in zip(runs.values(), sp.encode(list(runs))):
         for i in ids: n[i] += k
     return Counter({sp.id_to_piece(i): k for i, k in n.items()})
 
-# %% ../nbs/02_tokenizer.ipynb #4d0f5b58
+def describe_pieces(
+    model_file:Path,  # sentencepiece model
+    runs:Counter,     # run -> count, what it was trained on
+)->list[Piece]:  # characters by count, then words in the order of their merges
+    "The pieces of a trained model with their kinds and counts"
+    n = {'char': char_counts(runs), 'word': word_counts(runs, model_file)}
+    return sorted((Piece(t, s, kind_of(t), n[kind_of(t)][t]) for t, s in _normal(model_file) if t != '▁'), key=_order)
+
+# %% ../nbs/02_tokenizer.ipynb #f11e092e
 def write_pieces(path:str|Path, pieces:Iterable[Piece]):
     "A table for people: piece, score, kind, count, separated by tabs"
     write_text(path, 'piece\tscore\tkind\tcount\n' + ''.join(f'{p.piece}\t{p.score:g}\t{p.kind}\t{p.count}\n' for p in pieces))
 
-def _tsv_pieces(p:Path, script:str)->list[Piece]:
+def _table(p:Path)->list[Piece]:
     "Pieces of a table, or of a plain list with one piece in each line"
-    rows = [l.split('\t') for l in p.read_text(encoding='utf-8').splitlines() if l.strip()]
-    if rows and rows[0][0] == 'piece': rows = rows[1:]
-    bad = [f'{p}:{i}: expected piece, score, kind, count' for i, r in enumerate(rows, 2) if len(r) not in (1, 4)]
-    if bad: raise StageError(*bad[:5])
-    try: return [Piece(r[0], float(r[1]), r[2], int(r[3])) if len(r) == 4 else Piece(r[0], -i, kind_of(r[0]), 0) for i, r in enumerate(rows)]
-    except ValueError as e: raise StageError(f'{p}: not a table of pieces ({e})') from None
+    try: rows = [(i, l.split('\t')) for i, l in enumerate(p.read_text(encoding='utf-8').splitlines(), 1) if l.strip()]
+    except UnicodeDecodeError: raise StageError(f'{p} is not UTF-8, expected a table of pieces') from None
+    rows, faults, out = [r for r in rows if r[1][0] != 'piece'], [], []
+    for i, r in rows:
+        try: out.append(Piece(r[0], float(r[1]), kind_of(r[0]), int(r[3])) if len(r) > 1 else Piece(r[0], float(-i), kind_of(r[0]), 0))
+        except (ValueError, IndexError): faults.append(f'{p}:{i}: expected piece, score, kind and count with tabs between them, or a piece alone')
+    if faults: raise StageError(*faults[:5])
+    return out
 
-def kind_of(piece:str)->str:
-    "'char' or 'word'"
-    return 'char' if len(piece) == 1 else 'word'
-
+# %% ../nbs/02_tokenizer.ipynb #226184a6
 def read_pieces(
     ref:Artifact|str|Path,  # folder with pieces.tsv, a table, a list, or a sentencepiece model of whatever origin
     script:str='Han',       # pieces with any other character are left out
@@ -164,14 +156,13 @@ def read_pieces(
         found = next((p/n for n in ('pieces.tsv', 'spm.model', 'tokenizer.model') if (p/n).is_file()), None)
         require(found, f'{p} holds no pieces.tsv and no sentencepiece model; run: cmixtral tokenizer --out DIR')
         p = found
-    if p.suffix in ('.tsv', '.txt'): pieces = _tsv_pieces(p, script)
-    else: pieces = [Piece(t, s, kind_of(t), 0) for t, s, kind in _model_pieces(p) if kind == 1]
     own = script_pattern(script)
+    pieces = _table(p) if p.suffix in ('.tsv', '.txt') else [Piece(t, s, kind_of(t), 0) for t, s in _normal(p)]
     pieces = [q for q in pieces if own.fullmatch(q.piece)]
     require(pieces, f'{p} has no piece of {script} characters alone; run: cmixtral tokenizer --script {script}')
-    return sorted(pieces, key=lambda q: (q.kind, -q.count if q.kind == 'char' else 0, -q.score))
+    return sorted(pieces, key=_order)
 
-# %% ../nbs/02_tokenizer.ipynb #5a8cbdee
+# %% ../nbs/02_tokenizer.ipynb #a07c99dc
 _shipped = dict(mixtral='tokenizer.model.v1')
 
 def base_tokenizer_model(
@@ -180,7 +171,7 @@ def base_tokenizer_model(
     "The sentencepiece file of a base tokenizer; Mixtral's comes with the package mistral-common"
     if str(ref) in _shipped:
         spec = importlib.util.find_spec('mistral_common')
-        require(spec, f"the tokenizer of {ref} comes with mistral-common, which is not installed; run: pip install mistral-common")
+        require(spec, f'the tokenizer of {ref} comes with mistral-common, which is not installed; run: pip install mistral-common')
         return Path(spec.submodule_search_locations[0])/'data'/_shipped[str(ref)]
     p = Path(getattr(ref, 'path', ref))
     if p.is_dir():
@@ -189,7 +180,31 @@ def base_tokenizer_model(
     require(p.is_file(), f'{p}: no such tokenizer; expected mixtral, a folder with tokenizer.model, or a .model file')
     return p
 
-# %% ../nbs/02_tokenizer.ipynb #9c7c7d8c
+# %% ../nbs/02_tokenizer.ipynb #c6994137
+def read_lexicon(
+    path:str|Path,      # lines "word count ...", separated by blanks or tabs
+    script:str='Han',   # words with other characters are left out
+)->Counter:  # word -> count
+    "A list of words with their frequencies"
+    pattern, out = script_pattern(script), Counter()
+    with open_text(path) as f:
+        for row in f:
+            parts = row.decode('utf-8', 'replace').split()
+            if len(parts) > 1 and parts[1].isdecimal() and pattern.fullmatch(parts[0]): out[parts[0]] += int(parts[1])
+    require(+out, f'{path}: no line of the form "word count" with {script} characters, expected a lexicon')
+    return +out
+
+def mix_lexicon(
+    runs:Counter,     # run -> count
+    words:Counter,    # word -> count
+    share:float=.5,   # of all characters that shall come from the lexicon
+)->Counter:  # run -> count; counts are rounded, and at least 1
+    "Runs and words together, the words scaled to a share of the characters"
+    n_run, n_word = (sum(len(r)*k for r, k in c.items()) for c in (runs, words))
+    f = share / (1 - share) * n_run / n_word
+    return runs + Counter({w: max(1, round(k*f)) for w, k in words.items()})
+
+# %% ../nbs/02_tokenizer.ipynb #374f8ac4
 def _check(corpus, lang='zh', n_pieces=0, n_chars=0, script='Han', lexicon=None, lexicon_share=.5, **_):
     faults, p = [], Path(str(corpus))
     if not p.exists(): faults.append(f'{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}')
@@ -198,12 +213,12 @@ def _check(corpus, lang='zh', n_pieces=0, n_chars=0, script='Han', lexicon=None,
     except StageError as e: faults += e.args
     if n_pieces < 1: faults.append(f'n_pieces is {n_pieces}, expected at least 1')
     if n_chars < 0: faults.append(f'n_chars is {n_chars}, expected at least 0')
-    if n_chars > n_pieces: faults.append(f'n_chars is {n_chars}, more than all {n_pieces} pieces; raise n_pieces or lower n_chars')
+    if n_chars > n_pieces > 0: faults.append(f'n_chars is {n_chars}, more than all {n_pieces} pieces; raise n_pieces or lower n_chars')
     if lexicon and not Path(lexicon).is_file(): faults.append(f'{lexicon}: no such file, expected a lexicon with lines "word count"')
     if not 0 < lexicon_share < 1: faults.append(f'lexicon_share is {lexicon_share}, expected more than 0 and less than 1')
     if faults: raise StageError(*faults)
 
-# %% ../nbs/02_tokenizer.ipynb #07cfc977
+# %% ../nbs/02_tokenizer.ipynb #20ea855a
 @stage('pieces', inputs=('corpus', 'lexicon'), ignore=('threads',), check=_check)
 def tokenizer(
     corpus:Path,              # corpus folder, or a jsonl or text file
@@ -222,24 +237,11 @@ def tokenizer(
     runs = script_runs(corpus_texts(corpus, lang, limit_chars=limit_chars), script)
     require(runs, f'{corpus} holds no {script} characters; give another corpus, or run: cmixtral tokenizer --script SCRIPT')
     if lexicon: runs = mix_lexicon(runs, read_lexicon(lexicon, script), lexicon_share)
-    n_all = len(char_counts(runs))
-    chars = frequent_chars(runs, n_chars or n_all)
+    n_all, chars = len(char_counts(runs)), frequent_chars(runs, n_chars)
     require(len(chars) <= n_pieces, f'the text has {len(chars):,} different characters, more than {n_pieces:,} pieces; raise n_pieces or set n_chars')
     runs = split_runs(runs, chars)
-    model = train_pieces(runs, out/'spm.model', n_pieces, max_chars, threads)
-    pieces = describe_pieces(model, runs)
+    pieces = describe_pieces(train_pieces(runs, out/'spm.model', n_pieces, max_chars, threads), runs)
     write_pieces(out/'pieces.tsv', pieces)
-    n = Counter(p.kind for p in pieces)
-    total = sum(len(r)*k for r, k in runs.items())
+    n, total = Counter(p.kind for p in pieces), sum(len(r)*k for r, k in runs.items())
     say('tokenizer', f'{len(pieces):,} candidates from {total:,} {script} characters: {n["char"]:,} of {n_all:,} characters, {n["word"]:,} words')
     return dict(n_pieces=len(pieces), n_chars=n['char'], n_words=n['word'], n_distinct_chars=n_all, n_script_chars=total)
-
-def describe_pieces(
-    model_file:Path,  # sentencepiece model
-    runs:Counter,     # run -> count, what it was trained on
-)->list[Piece]:  # characters by count, then words in the order of their merges
-    "The pieces of a trained model with their kinds and counts"
-    chars, words = char_counts(runs), word_counts(runs, model_file)
-    found = [(t, s) for t, s, kind in _model_pieces(model_file) if kind == 1 and t != '▁']
-    pieces = [Piece(t, s + 0., kind_of(t), (chars if len(t) == 1 else words)[t]) for t, s in found]
-    return sorted(pieces, key=lambda q: (q.kind, -q.count if q.kind == 'char' else 0, -q.score))

@@ -39,7 +39,7 @@ def main(reference, seed=0):
                 for name in whole:
                     Artifact.load(out / name, verify=True)
                 print(f"killed in {half.folder}; {len(whole)} folders exist, all of them whole", flush=True)
-            break
+                break
         p.wait()
         if p.returncode == 0:
             break

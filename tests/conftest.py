@@ -14,11 +14,12 @@ name = "micro"
 
 [corpus]
 sources = ["zh=builtin:zh", "en=builtin:en"]
-valid_share = 0.02
+valid_share = 0.3
 limit_chars = 150000
 
 [tokenizer]
-n_pieces = 2000
+n_pieces = 4000
+n_chars = 2500
 
 [search]
 limit_chars = 20000

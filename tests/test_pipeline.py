@@ -18,7 +18,7 @@ def test_all_stages_and_the_report(micro):
     page = (out / "report.html").read_text()
     assert page.count("<svg") >= 4 and "文件" in page and "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     data = json.loads((out / "report.json").read_text())
-    assert data["vocabulary"]["english_ids_changed"]["n_changed"] == 0 and data["vocabulary"]["english_ids_changed"]["n_docs"] > 10
+    assert data["vocabulary"]["english_ids_changed"]["n_changed"] == 0 and data["vocabulary"]["english_ids_changed"]["n_docs"] >= 3
     assert set(data["bits_per_byte"]) == {"base", "model", "adapter", "merged", "chat"}
     assert data["gain"]["characters_per_token_zh"] > 1
     assert all(abs(sum(layer) - 1) < 1e-3 for when in data["router_load"].values() for lang in when.values() for layer in lang)
