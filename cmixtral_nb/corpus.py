@@ -256,17 +256,19 @@ def _check(sources, valid_share=0., on_error='skip', min_share=0., **_):
     if on_error not in ('skip', 'stop'): faults.append(f'on_error is {on_error!r}, expected skip or stop')
     if faults: raise StageError(*faults)
 
-# %% ../nbs/01_corpus.ipynb #024d6f41
+# %% ../nbs/01_corpus.ipynb #2a3c499c
 def _require_text(lang:str, refs:list[str], n:dict, drops:Counter, valid_share:float):
     "Refuse a corpus that later stages cannot use"
     where, why = ', '.join(refs), ', '.join(f'{v:,} {k}' for k, v in sorted(drops.items())) or 'the sources hold no document'
     n_docs = n['train']['n_docs'] + n['valid']['n_docs']
     if not n_docs and drops['another script']:
-        raise StageError(f'{where}: no {lang} text, expected documents with {lang_script(lang)} characters ({why}); give the right language: cmixtral corpus --sources LANG=REF')
+        raise StageError(f'{where}: no {lang} text, expected documents with {lang_script(lang)} characters ({why}); '
+            'give the right language: cmixtral corpus --sources LANG=REF')
     require(n_docs, f'{where}: no {lang} document is left ({why}); give other sources: cmixtral corpus --sources LANG=REF')
     require(n['train']['n_docs'], f'all {n_docs:,} {lang} documents are held out at valid_share={valid_share}; lower it: cmixtral corpus --valid-share')
     require(n['valid']['n_docs'] or not valid_share,
-        f'none of {n_docs:,} {lang} documents is held out at valid_share={valid_share}; raise it, to {min(.5, 5/n_docs):.2g} say: cmixtral corpus --valid-share')
+        f'none of {n_docs:,} {lang} documents is held out at valid_share={valid_share}; '
+        f'raise it, to {min(.5, 5/n_docs):.2g} say: cmixtral corpus --valid-share')
 
 def _split(rows, lang:str, out:Path, limit_chars:int)->dict:
     "Write {lang}.train.jsonl and {lang}.valid.jsonl; what they hold"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['task_files', 'leaves', 'split_tasks', 'read_member', 'csv_rows', 'hellaswag_row', 'read_rows', 'write_task',
-           'write_tasks', 'run_lm_eval', 'heldout_texts', 'bpb_results', 'evaluate']
+           'write_tasks', 'run_lm_eval', 'heldout_texts', 'bpb_results', 'evaluate', 'compare', 'chars_per_token']
 
 # %% ../nbs/13_evaluate.ipynb #70cefc28
 import contextlib, csv, difflib, importlib.util, io, json, logging, os, re, sys, tempfile, zipfile
@@ -18,7 +18,7 @@ from .mixtral import bits_per_byte, resolve_model
 from .qlora import load_model
 from .vocab import encode_plain, load_tokenizer
 
-# %% ../nbs/13_evaluate.ipynb #b67b1a23
+# %% ../nbs/13_evaluate.ipynb #bf593f80
 _families = {'ceval-valid': 'ceval', 'cmmlu': 'cmmlu', 'mmlu': 'mmlu/default', 'hellaswag': 'hellaswag'}  # name -> folder in lm_eval/tasks
 
 def task_files()->dict:  # task or group name -> its YAML file
@@ -39,6 +39,7 @@ def leaves(
     else: members = [k for k, f in files.items() if f'"tag": "{name}"' in f.read_text()]
     return [leaf for m in members for leaf in leaves(m, files)]
 
+# %% ../nbs/13_evaluate.ipynb #8b61aeb1
 def split_tasks(
     tasks,  # "bpb,cmmlu", a list of such, or None for bpb
 )->list[str]:
@@ -78,7 +79,7 @@ def csv_rows(
     return [dict(question=q, choices=choices, answer='ABCD'.index(a))
             for q, *choices, a in csv.reader(io.StringIO(text, newline=''))]
 
-# %% ../nbs/13_evaluate.ipynb #b9d376fd
+# %% ../nbs/13_evaluate.ipynb #1d22a1d6
 _open_sentence = re.compile(r'(.*[.!?]["\')\]]*) ([a-z][^.!?]*)', re.S)  # a man sits. he
 
 def hellaswag_row(
@@ -91,6 +92,7 @@ def hellaswag_row(
     m = None if ctx.startswith('How to ') else _open_sentence.fullmatch(ctx)
     return dict(activity_label=label, ctx_a=m[1] if m else ctx, ctx_b=m[2] if m else '') | ends
 
+# %% ../nbs/13_evaluate.ipynb #a965e98e
 def read_rows(
     data:Path,  # folder of benchmarks
     task:str,   # a leaf, such as cmmlu_agronomy
@@ -107,7 +109,7 @@ def _text(f:Path)->str:
     import bz2, gzip, lzma
     return {'.xz': lzma, '.gz': gzip, '.bz2': bz2}.get(f.suffix, io).open(f, 'rt', encoding='utf-8').read()
 
-# %% ../nbs/13_evaluate.ipynb #17bac64b
+# %% ../nbs/13_evaluate.ipynb #552f56d6
 def write_task(
     task:str,     # a leaf
     files:dict,   # from `task_files`
@@ -123,6 +125,7 @@ def write_task(
     if task == 'hellaswag' and 'train' not in splits: conf['training_split'] = None  # examples then come from the other questions
     write_text(folder/f'{task}.yaml', yaml.safe_dump(conf))
 
+# %% ../nbs/13_evaluate.ipynb #f148b3a0
 def write_tasks(
     names:list[str],  # tasks and groups
     data:Path,        # folder of benchmarks
@@ -135,7 +138,7 @@ def write_tasks(
     for g in (f for f in files.values() if f.name.startswith('_') and f.suffix == '.yaml'):
         write_text(folder/g.name, yaml.safe_dump(dict(include=str(g))))
 
-# %% ../nbs/13_evaluate.ipynb #0fad9aa8
+# %% ../nbs/13_evaluate.ipynb #7c9d46f5
 @contextlib.contextmanager
 def _quiet():
     "lm-eval logs and draws a lot; at a terminal its bars are welcome, in a file they are not"
@@ -148,6 +151,7 @@ def _quiet():
         log.setLevel(level)
         if not bars: datasets.enable_progress_bars()
 
+# %% ../nbs/13_evaluate.ipynb #5c0ea035
 _keep = 'results groups group_subtasks versions n-shot n-samples higher_is_better'.split()
 
 def run_lm_eval(
@@ -163,11 +167,12 @@ def run_lm_eval(
 )->dict:  # as lm-eval gives it, without what differs from run to run
     "lm-eval on local files"
     with tempfile.TemporaryDirectory() as tmp, _quiet():
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
         write_tasks(tasks, data, Path(tmp))
-        got = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch), tasks=_top(tasks), num_fewshot=shots,
+        evaluator.get_git_commit_hash = evaluator.add_env_info = lambda *a: None  # they ask git and pip, for seconds
+        got = evaluator.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch), tasks=_top(tasks), num_fewshot=shots,
             limit=limit or None, task_manager=TaskManager(include_path=tmp, include_defaults=False), log_samples=samples,
             apply_chat_template=chat, bootstrap_iters=1000)
     return {k: got[k] for k in [*_keep, *['samples'] * samples] if k in got}
@@ -177,7 +182,7 @@ def _top(tasks:list[str])->list[str]:
     files = task_files(); under = {t: set(leaves(t, files)) for t in tasks}
     return [t for i, t in enumerate(tasks) if not any(under[t] < under[u] or (under[t] == under[u] and j < i) for j, u in enumerate(tasks) if j != i)]
 
-# %% ../nbs/13_evaluate.ipynb #78285c7d
+# %% ../nbs/13_evaluate.ipynb #4248e0e6
 _builtin_share = 0.01  # of the shipped text, by hash of the document
 
 def heldout_texts(
@@ -194,6 +199,7 @@ def heldout_texts(
         if n_chars and n >= n_chars: break
     return out
 
+# %% ../nbs/13_evaluate.ipynb #581dca37
 def bpb_results(
     model, tok,           # a model and its tokenizer
     texts:dict,           # language -> documents
@@ -207,7 +213,7 @@ def bpb_results(
         out |= {f'bits_per_byte_{lang}': r['bits_per_byte'], f'chars_per_token_{lang}': r['n_chars'] / r['n_tokens'], f'n_bytes_{lang}': r['n_bytes']}
     return out
 
-# %% ../nbs/13_evaluate.ipynb #c9e96369
+# %% ../nbs/13_evaluate.ipynb #ec92b041
 def _check(model, tasks=None, data=None, corpus=None, adapter=None, shots=0, limit=0, batch=8, **_):
     "Everything that can be wrong with a request, before a model is loaded"
     names = split_tasks(tasks); harness = [t for t in names if t != 'bpb']; faults = []
@@ -217,17 +223,18 @@ def _check(model, tasks=None, data=None, corpus=None, adapter=None, shots=0, lim
     if harness: faults += _task_faults(harness, data)
     if adapter is not None and not (Path(adapter)/'adapter_config.json').is_file():
         faults.append(f'{adapter} is not an adapter: it has no adapter_config.json')
-    try: resolve_model(model)
-    except StageError as e: faults += e.args
-    if 'bpb' in names and corpus is not None: Artifact.load(corpus, 'corpus')
+    for f in (lambda: resolve_model(model), lambda: corpus is None or Artifact.load(corpus, 'corpus')):
+        try: f()
+        except StageError as e: faults += e.args
     if faults: raise StageError(*faults)
 
+# %% ../nbs/13_evaluate.ipynb #43438c2e
 def _task_faults(names:list[str], data)->list[str]:
     files = task_files()
     if not files: return [f'{", ".join(names)}: lm-eval is not installed; run: pip install \'cmixtral_nb[eval]\'']
-    known = {*files, *(t for n in files for t in [n] if not leaves(n, files))} - {'default_template_yaml'}
-    faults = [f'unknown task {n!r}' + ''.join(f', did you mean {c!r}?' for c in difflib.get_close_matches(n, known, 1, 0)) for n in names if n not in known]
-    names = [n for n in names if n in known]
+    near = lambda n: difflib.get_close_matches(n, [*files, 'bpb'], 1, 0)[0]
+    faults = [f'unknown task {n!r}, did you mean {near(n)!r}?' for n in names if n not in files]
+    names = [n for n in names if n in files]
     if data is None: return faults + ([f'{", ".join(names)}: where are the questions? give their folder with --data'] if names else [])
     if not Path(data).is_dir(): return faults + [f'{data}: no such folder; expected the benchmarks (ceval.zip, cmmlu.zip, mmlu.zip, hellaswag_val.jsonl.xz)']
     return faults + [f for n in names for f in _data_faults(Path(data), n, leaves(n, files))]
@@ -240,8 +247,9 @@ def _data_faults(data:Path, name:str, tasks:list[str])->list[str]:
         except (ValueError, KeyError, zipfile.BadZipFile, EOFError, OSError) as e: bad[t] = f'cannot be read ({type(e).__name__}: {e})'
     if not bad: return []
     t, why = next(iter(bad.items())); archive = _families[_family(t)[0]].split('/')[0]
-    where = f'hellaswag_val.jsonl' if archive == 'hellaswag' else f'{archive}.zip'
-    return [f'{name}: {t} {why} in {data}/{where}' + (f', nor have {len(bad) - 1} other tasks' if len(bad) > 1 else '')]
+    where = data/('hellaswag_val.jsonl' if archive == 'hellaswag' else f'{archive}.zip')
+    if not any(data.glob(f'{where.stem}*')): return [f'{name}: {where}: no such file']
+    return [f'{name}: {t} {why} in {where}' + (f'; {len(bad) - 1} other tasks as well' if len(bad) > 1 else '')]
 
 # %% ../nbs/13_evaluate.ipynb #27dc9539
 @stage('evaluation', inputs=('model', 'data', 'corpus', 'adapter'), ignore=('batch', 'device'), check=_check)
@@ -277,3 +285,36 @@ def evaluate(
     top = {t: res['results'][t] for t in names if t in res['results']}
     for t in top: say('evaluate', f'{t} ' + ', '.join(f'{k.removesuffix(",none")} {v:.4f}' for k, v in top[t].items() if isinstance(v, float)))
     return dict(results=top, tokenizer=tokenizer_fingerprint(home))
+
+# %% ../nbs/13_evaluate.ipynb #6f5ca0cc
+def compare(
+    results:dict,  # name -> evaluation folder, results.json, or what it holds; the first is the base
+)->list[dict]:  # task, metric, a column for each model, and change_NAME against the first
+    "What changed between models: one row for each task and metric that all of them have"
+    got = {n: _results(r) for n, r in results.items()}
+    first, *rest = got
+    rows = []
+    for task in got[first]:
+        for metric, v in got[first][task].items():
+            if not isinstance(v, float) or 'stderr' in metric or not all(metric in got[n].get(task, {}) for n in rest): continue
+            values = {n: got[n][task][metric] for n in got}
+            rows.append(dict(task=task, metric=metric.removesuffix(',none'), **values, **{f'change_{n}': values[n] - v for n in rest}))
+    return rows
+
+def _results(r)->dict:
+    if isinstance(r, dict): return r.get('results', r)
+    p = Path(getattr(r, 'path', r))
+    return read_json(p/'results.json' if p.is_dir() else p)['results']
+
+def chars_per_token(
+    tokenizers:dict,   # name -> folder with a tokenizer, or sentencepiece file
+    texts:list[str],   # documents
+)->dict[str,float]:
+    "How much text a token holds, for each tokenizer"
+    import sentencepiece as spm
+    n = sum(map(len, texts))
+    def count(ref):
+        p = Path(getattr(ref, 'path', ref))
+        ids = encode_plain(load_tokenizer(p), texts) if p.is_dir() else spm.SentencePieceProcessor(model_file=str(p)).encode(texts)
+        return sum(map(len, ids))
+    return {name: n / count(ref) for name, ref in tokenizers.items()}

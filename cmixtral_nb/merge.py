@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plain_name', 'is_linear', 'nf4_roundtrip', 'Adapter', 'merge_weight', 'adapter_faults', 'Merger', 'plan_shards',
+__all__ = ['merge_weight', 'nf4_roundtrip', 'plain_name', 'is_linear', 'Adapter', 'adapter_faults', 'Merger', 'plan_shards',
            'logit_difference', 'merge']
 
 # %% ../nbs/10_merge.ipynb #9a3a636c
@@ -20,6 +20,31 @@ from .init import *
 # %% ../nbs/10_merge.ipynb #61d3ad7c
 if TYPE_CHECKING:
     from torch import Tensor
+
+# %% ../nbs/10_merge.ipynb #537f2311
+def merge_weight(
+    W:Tensor,         # (out, in), any dtype
+    A:Tensor,         # (r, in)
+    B:Tensor,         # (out, r)
+    scale:float,      # alpha / r
+    dtype:str='',     # of the result; '': as W
+)->Tensor:
+    "W + scale B A in float32, rounded once"
+    import torch
+    return (W.float() + (B.float() @ A.float()) * scale).to(getattr(torch, dtype) if dtype else W.dtype)
+
+# %% ../nbs/10_merge.ipynb #5c409bad
+def nf4_roundtrip(
+    t:Tensor,           # a weight as the checkpoint holds it
+    dtype:str='',       # in which training computed; '': as it is
+    device:str='cpu',   # where to quantise
+)->Tensor:
+    "What 4-bit training saw: NF4 in blocks of 64, its constants quantised again"
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    t = t.to(device, getattr(torch, dtype) if dtype else t.dtype).contiguous()
+    q, state = quantize_4bit(t, blocksize=64, compress_statistics=True, quant_type='nf4')
+    return dequantize_4bit(q, state).cpu()
 
 # %% ../nbs/10_merge.ipynb #be7bc1dc
 def plain_name(
@@ -35,19 +60,6 @@ def is_linear(
 )->bool:
     "Whether 4-bit training held this weight in 4 bits: every nn.Linear but the head and the router"
     return len(shape) == 2 and name.endswith('.weight') and not re.search(r'(embed_tokens|wte|lm_head|\.gate)\.weight$', name)
-
-# %% ../nbs/10_merge.ipynb #5c409bad
-def nf4_roundtrip(
-    t:Tensor,           # a weight as the checkpoint holds it
-    dtype:str='',       # in which training computed; '': as it is
-    device:str='cpu',   # where to quantise
-)->Tensor:
-    "What 4-bit training saw: NF4 in blocks of 64, its constants quantised again"
-    import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    t = t.to(device, getattr(torch, dtype) if dtype else t.dtype).contiguous()
-    q, state = quantize_4bit(t, blocksize=64, compress_statistics=True, quant_type='nf4')
-    return dequantize_4bit(q, state).cpu()
 
 # %% ../nbs/10_merge.ipynb #ae95c0b6
 class Adapter:
@@ -82,19 +94,7 @@ class Adapter:
         r, alpha = pick(c.get('rank_pattern'), c['r']), pick(c.get('alpha_pattern'), c['lora_alpha'])
         return alpha / math.sqrt(r) if c.get('use_rslora') else alpha / r
 
-# %% ../nbs/10_merge.ipynb #537f2311
-def merge_weight(
-    W:Tensor,         # (out, in), any dtype
-    A:Tensor,         # (r, in)
-    B:Tensor,         # (out, r)
-    scale:float,      # alpha / r
-    dtype:str='',     # of the result; '': as W
-)->Tensor:
-    "W + scale B A in float32, rounded once"
-    import torch
-    return (W.float() + (B.float() @ A.float()) * scale).to(getattr(torch, dtype) if dtype else W.dtype)
-
-# %% ../nbs/10_merge.ipynb #dd15c011
+# %% ../nbs/10_merge.ipynb #4e4f37ac
 def adapter_faults(
     adapter:Adapter,       # the adapter
     shapes:dict,           # plain name -> shape, of the model
@@ -118,14 +118,15 @@ def adapter_faults(
     heads = [n for n in shapes if n.endswith(('embed_tokens.weight', 'lm_head.weight'))]
     grown = any(n in a.whole and a.shape(a.whole[n])[0] != shapes[n][0] for n in heads)
     if len(sizes) > 1 or grown and any(n not in a.whole for n in heads): out.append(f'{p}: embedding and head have different numbers of rows')
-    return out if len(out) <= 8 else out[:8] + [f'{p}: {len(out) - 8} more of this kind']
+    return out if len(out) <= 4 else out[:4] + [f'{p}: {len(out) - 4} more faults']
 
 def _pair_faults(a:Adapter, name:str, ab:dict, shape)->list[str]:
     "What is wrong with one pair of LoRA matrices"
     if shape is None: return [f'{a.path}: the model has no {name}; give the model the adapter was trained on']
     if set(ab) != {'A', 'B'}: return [f'{a.path}: {name} has only lora_{"".join(ab)}']
     A, B = a.shape(ab['A']), a.shape(ab['B'])
-    return [] if [B[0], A[1]] == list(shape) and A[0] == B[1] else [f'{a.path}: LoRA of {name} makes {[B[0], A[1]]}, the model has {list(shape)}; give the model it was trained on']
+    if [B[0], A[1]] == list(shape) and A[0] == B[1]: return []
+    return [f'{a.path}: LoRA of {name} makes {[B[0], A[1]]}, the model has {list(shape)}; give the model it was trained on']
 
 # %% ../nbs/10_merge.ipynb #8c831535
 class Merger:
@@ -236,6 +237,46 @@ def _require_space(out:Path, plan:dict):
     free = shutil.disk_usage(out).free
     require(need <= free, f'{out}: the merged model needs {need/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; free some, or choose another --out')
 
+# %% ../nbs/10_merge.ipynb #ef2bdf46
+def _finish(src:Path, a:Adapter, model, out:Path, make:Merger, check:bool, device:str)->dict:
+    "Configuration, tokenizer and index beside the weights; the check; what was done"
+    files = tensor_files(out, check_index=False)
+    n_rows = next(s[0] for n, _, s in make.specs() if n.endswith(('embed_tokens.weight', 'wte.weight')))
+    untied = any(n not in make.names for n in a.whole)
+    copy_config(src, out, n_rows, **(dict(tie_word_embeddings=False) if untied else {}))
+    own = (a.path/'tokenizer.json').is_file()
+    copy_tokenizer(a.path if own else src, out)
+    if len(set(files.values())) > 1: write_index(out, files)
+    n_4bit = sum(make.in_4bit(n) for n in make.head) if make.into == 'dequantised' else 0
+    stats = dict(into=make.into, n_lora=len(a.lora), n_whole=len(a.whole), n_rows=n_rows, n_dequantised=n_4bit, shards=len(set(files.values())))
+    if check: stats['logit_difference'] = _compare(model, a, out, make, n_4bit > 0, device)
+    say('merge', f'{len(a.lora)} LoRA pairs and {len(a.whole)} whole matrices into the {make.into} weights' +
+        (f'; logits differ by {stats["logit_difference"]:.0e}' if stats.get('logit_difference') is not None else ''))
+    return stats
+
+def _compare(model, a:Adapter, out:Path, make:Merger, in_4bit:bool, device:str)->float|None:
+    "Largest difference of the logits of model + adapter and of the merged model; None where they do not fit into memory"
+    size = sum(f.stat().st_size for f in out.glob('*.safetensors'))
+    if size * 2 > _free_memory(device): say('merge', f'not checked: two models of {size/1e9:.0f} GB do not fit into memory'); return None
+    import gc
+    from cmixtral_nb.qlora import load_model
+    from cmixtral_nb.vocab import load_tokenizer
+    tok, dtype = load_tokenizer(out), make.dtype or None
+    both = load_model(model, adapter=a.path, load_in_4bit=in_4bit, dtype=dtype, device=device)
+    found = logit_difference(both, load_model(out, dtype=dtype, device=device), tok, _TEXTS)
+    del both; gc.collect()
+    most = 0.05 if 'BF16' in {t['dtype'] for t in make.head.values()} or dtype in ('bfloat16', 'float16') else 1e-3
+    require(found <= most, f'{out}: logits of the merged model differ by {found:.2%} from model and adapter, expected at most {most:.1%}; '
+        f'was {a.path} trained on this model in 4 bits? if not: --into original')
+    return float(f'{found:.0e}')
+
+def _free_memory(device:str)->int:
+    "Bytes free for models on a device"
+    import torch
+    if device.startswith('cuda'): return torch.cuda.mem_get_info()[0]
+    try: return int(next(l for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable')).split()[1]) * 1024
+    except OSError: return 2**63
+
 # %% ../nbs/10_merge.ipynb #e262ba6c
 @stage('model', inputs=('model', 'adapter'), ignore=('device',), resumable=True, check=_check)
 def merge(
@@ -260,43 +301,3 @@ def merge(
         bar.update(len(specs))
     bar.close()
     return _finish(src, a, model, out, make, check, device)
-
-# %% ../nbs/10_merge.ipynb #c2642131
-def _finish(src:Path, a:Adapter, model, out:Path, make:Merger, check:bool, device:str)->dict:
-    "Configuration, tokenizer and index beside the weights; the check; what was done"
-    files = tensor_files(out, check_index=False)
-    n_rows = next(s[0] for n, _, s in make.specs() if n.endswith(('embed_tokens.weight', 'wte.weight')))
-    untied = any(n not in make.names for n in a.whole)
-    copy_config(src, out, n_rows, **(dict(tie_word_embeddings=False) if untied else {}))
-    own = (a.path/'tokenizer.json').is_file()
-    copy_tokenizer(a.path if own else src, out)
-    if len(set(files.values())) > 1: write_index(out, files)
-    n_4bit = sum(make.in_4bit(n) for n in make.head) if make.into == 'dequantised' else 0
-    stats = dict(into=make.into, n_lora=len(a.lora), n_whole=len(a.whole), n_rows=n_rows, n_dequantised=n_4bit, shards=len(set(files.values())))
-    if check: stats['logit_difference'] = _compare(model, a, out, make, n_4bit > 0, device)
-    say('merge', f'{len(a.lora)} LoRA pairs and {len(a.whole)} whole matrices into the {make.into} weights' +
-        (f'; logits differ by {stats["logit_difference"]:.1e}' if stats.get('logit_difference') is not None else ''))
-    return stats
-
-def _compare(model, a:Adapter, out:Path, make:Merger, in_4bit:bool, device:str)->float|None:
-    "Largest difference of the logits of model + adapter and of the merged model; None where they do not fit into memory"
-    size = sum(f.stat().st_size for f in out.glob('*.safetensors'))
-    if size * 2 > _free_memory(device): say('merge', f'not checked: two models of {size/1e9:.0f} GB do not fit into memory'); return None
-    import gc
-    from cmixtral_nb.qlora import load_model
-    from cmixtral_nb.vocab import load_tokenizer
-    tok, dtype = load_tokenizer(out), make.dtype or None
-    both = load_model(model, adapter=a.path, load_in_4bit=in_4bit, dtype=dtype, device=device)
-    found = logit_difference(both, load_model(out, dtype=dtype, device=device), tok, _TEXTS)
-    del both; gc.collect()
-    most = 0.05 if 'BF16' in {t['dtype'] for t in make.head.values()} or dtype in ('bfloat16', 'float16') else 1e-3
-    require(found <= most, f'{out}: logits of the merged model differ by {found:.2%} from model and adapter, expected at most {most:.1%}; '
-        f'was {a.path} trained on this model in 4 bits? if not: --into original')
-    return found
-
-def _free_memory(device:str)->int:
-    "Bytes free for models on a device"
-    import torch
-    if device.startswith('cuda'): return torch.cuda.mem_get_info()[0]
-    try: return int(next(l for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable')).split()[1]) * 1024
-    except OSError: return 2**63

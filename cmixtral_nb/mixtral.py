@@ -42,7 +42,7 @@ def small_config(
         max_position_embeddings=positions, router_aux_loss_coef=aux_loss, tie_word_embeddings=False,
         bos_token_id=1, eos_token_id=2)
 
-# %% ../nbs/05_mixtral.ipynb #e2f96492
+# %% ../nbs/05_mixtral.ipynb #612d4bd3
 def by_expert(self, x:Tensor, index:Tensor, weights:Tensor)->Tensor:
     "Forward of fused experts: sort tokens by expert, one matrix product for each, back in order"
     import torch, torch.nn.functional as F
@@ -51,7 +51,7 @@ def by_expert(self, x:Tensor, index:Tensor, weights:Tensor)->Tensor:
     counts = torch.bincount(expert, minlength=self.num_experts).tolist()
     rows = x[order // k].split(counts)
     y = torch.cat([F.linear(self._apply_gate(F.linear(r, gate_up)), down)
-                   for r, gate_up, down in zip(rows, self.gate_up_proj.unbind(0), self.down_proj.unbind(0))])
+                   for r, gate_up, down in zip(rows, self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)])
     back = torch.empty_like(order); back[order] = torch.arange(len(order), device=order.device)
     return (y * weights.reshape(-1)[order, None])[back].view(len(x), k, -1).sum(1).to(x.dtype)
 
@@ -179,24 +179,24 @@ def resolve_model(
     require('model_type' in read_json(p/'config.json'), f'{p}/config.json names no model_type; expected an HF model folder')
     return p
 
-# %% ../nbs/05_mixtral.ipynb #232cb060
+# %% ../nbs/05_mixtral.ipynb #e01c9b25
 def windows(
     ids:list[int],  # tokens of one document, without BOS
     length:int,     # tokens in a window
     bos:int,        # id that starts the document
 )->list[tuple]:  # (inputs, targets) of equal lengths
     "Cut a document so that each of its tokens is a target exactly once"
-    seq = [bos, *ids]
-    return [(seq[i:i+length], seq[i+1:i+length+1]) for i in range(0, len(ids), length)]
+    seq = [bos, *ids[:-1]]
+    return [(seq[i:i+length], ids[i:i+length]) for i in range(0, len(ids), length)]
 
-# %% ../nbs/05_mixtral.ipynb #b96acd7b
+# %% ../nbs/05_mixtral.ipynb #d26496ef
 def _nats(model, rows:list, device)->float:
     "Sum of -log p over the targets of a batch of windows, in float32 row by row"
     import torch
     n = max(len(x) for x, _ in rows)
     x = torch.tensor([a + [0] * (n - len(a)) for a, _ in rows], device=device)
     logits, total = model(input_ids=x, use_cache=False).logits, 0.
-    for z, (_, y) in zip(logits, rows):
+    for z, (_, y) in zip(logits, rows, strict=True):
         total += torch.nn.functional.cross_entropy(z[:len(y)].float(), torch.tensor(y, device=device), reduction='sum').item()
     return total
 
@@ -268,7 +268,7 @@ def text_blocks(
     rows = flat[:n * length].reshape(n, length)
     return torch.from_numpy(rows[np.random.default_rng(seed).permutation(n)].astype(np.int64))
 
-# %% ../nbs/05_mixtral.ipynb #40d43050
+# %% ../nbs/05_mixtral.ipynb #5ec4357c
 def _trainer(model, data, out:Path, steps:int, batch:int, lr:float, warmup:float, weight_decay:float, seed:int, device:str|None):
     "transformers' Trainer with the loss in blocks and the router's balancing loss"
     from transformers import Trainer, TrainingArguments, PrinterCallback
@@ -278,7 +278,9 @@ def _trainer(model, data, out:Path, steps:int, batch:int, lr:float, warmup:float
             x, c = inputs['input_ids'], model.config
             o = model.model(input_ids=x, use_cache=False, output_router_logits=True)
             loss = head_loss(o.last_hidden_state[:, :-1].flatten(0, 1), model.lm_head.weight, x[:, 1:].flatten())
-            return loss + c.router_aux_loss_coef * load_balancing_loss_func(o.router_logits, c.num_local_experts, c.num_experts_per_tok)
+            loss = loss + c.router_aux_loss_coef * load_balancing_loss_func(o.router_logits, c.num_local_experts, c.num_experts_per_tok)
+            require(loss.isfinite(), f'the loss is {loss.item()} at step {self.state.global_step + 1}; lower --lr (now {lr:g})')
+            return loss
     args = TrainingArguments(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr,
         lr_scheduler_type='cosine', warmup_steps=round(warmup * steps), weight_decay=weight_decay, adam_beta2=0.95,
         max_grad_norm=1.0, seed=seed, data_seed=seed, save_strategy='no', report_to=[], logging_steps=max(1, steps // 50),
@@ -311,7 +313,7 @@ def _texts(corpus, lang:str, split:str):
     if (p/'manifest.json').is_file(): Artifact.load(p, 'corpus')
     if split == 'train' or corpus_langs(p): yield from corpus_texts(corpus, lang, split)
 
-# %% ../nbs/05_mixtral.ipynb #c2c5f974
+# %% ../nbs/05_mixtral.ipynb #5f524c16
 def _take(texts, limit_chars:int)->list[str]:
     "Documents until `limit_chars` characters are full; 0: all"
     out, n = [], 0
@@ -326,18 +328,18 @@ def _save_base(model, tok, out:Path, log:list, n_tokens:int, valid:list, lang:st
     from transformers.utils.logging import disable_progress_bar
     shutil.rmtree(out/'trainer', ignore_errors=True)
     losses = [r['loss'] for r in log]
-    require(all(map(math.isfinite, losses)), f'the loss is not a number at step {next((r["step"] for r in log if not math.isfinite(r["loss"])), 0)}; lower --lr')
     bpb = bits_per_byte(model, tok, valid, length) if valid else {}
     model.config.use_cache = True
     if not sys.stderr.isatty(): disable_progress_bar()
     model.save_pretrained(out)
     n = model.num_parameters(); rows = 2 * model.config.vocab_size * model.config.hidden_size
-    say('base', f'{n/1e6:.1f}M parameters, {(n - rows)/1e6:.1f}M besides the embeddings; {n_tokens:,} tokens; loss {losses[0]:.2f} to {losses[-1]:.2f}'
-        + (f'; {bpb["bits_per_byte"]:.3f} bits per byte ({lang})' if bpb else ''))
+    found = f'; {bpb["bits_per_byte"]:.3f} bits per byte ({lang})' if bpb else ''
+    say('base', f'{n/1e6:.1f}M parameters, {(n - rows)/1e6:.1f}M besides the embeddings; {n_tokens:,} tokens; '
+        f'loss {losses[0]:.2f} to {losses[-1]:.2f}{found}')
     return dict(n_params=n, n_params_body=n - rows, n_tokens=n_tokens, loss_first=losses[0], loss_last=losses[-1],
         **({f'bits_per_byte_{lang}': round(bpb['bits_per_byte'], 4)} if bpb else {}))
 
-# %% ../nbs/05_mixtral.ipynb #fac4501d
+# %% ../nbs/05_mixtral.ipynb #ba01b3e1
 @stage('model', inputs=('corpus',), ignore=('device',), check=_check_base)
 def base(
     corpus:Path,             # corpus artifact, or a jsonl or txt file
@@ -351,7 +353,7 @@ def base(
     intermediate:int=512,    # width inside an expert
     heads:int=6,             # query heads
     kv_heads:int=2,          # key and value heads
-    steps:int=200,           # optimiser steps
+    steps:int=120,           # optimiser steps
     batch:int=8,             # blocks in a step
     length:int=256,          # tokens in a block
     lr:float=3e-3,           # peak learning rate, cosine to zero
@@ -406,7 +408,7 @@ def count_parameters(
     total = sum(out.values())
     return dict(out, total=total, active=total - out['experts'] * (E - c['num_experts_per_tok']) // E)
 
-# %% ../nbs/05_mixtral.ipynb #aae2cd6c
+# %% ../nbs/05_mixtral.ipynb #eb55e09f
 NF4_BYTES = 4/8 + 1/64 + 4/(64*256)  # a weight, its block's constant, the constant's constant
 
 def lora_parameters(config, rank:int)->int:
@@ -438,7 +440,8 @@ def memory_plan(
     logits, activations = batch_tokens * V * 4, batch_tokens * d * 2 * c['num_hidden_layers']
     b = dict(bf16=n['total'] * 2, frozen=frozen, trained=trained, static=frozen + trained, activations=activations,
              logits=logits, logits_training=3 * logits)
-    return dict(parameters=n, trainable=dict(lora=lora, rows=n_rows), bytes={k: round(v) for k, v in b.items()} | dict(total=round(frozen + trained + activations + 3*logits)))
+    b['total'] = frozen + trained + activations + 3*logits
+    return dict(parameters=n, trainable=dict(lora=lora, rows=n_rows), bytes={k: round(v) for k, v in b.items()})
 
 # %% ../nbs/05_mixtral.ipynb #7bc18a99
 def plan_table(

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['parse_mix', 'share', 'rows', 'positions', 'collate', 'RowWriter', 'load_rows', 'valid_texts', 'encoded', 'pack']
+__all__ = ['rows', 'positions', 'collate', 'parse_mix', 'share', 'RowWriter', 'finish_rows', 'encoded', 'pack', 'load_rows',
+           'valid_texts']
 
-# %% ../nbs/07_pack.ipynb #175a50dc
+# %% ../nbs/07_pack.ipynb #d55a2c32
 import json, math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable, Iterator
+from typing import TYPE_CHECKING
 from .artifact import *
 from .corpus import corpus_langs, corpus_texts, doc_files, is_heldout
 from .vocab import encode_plain, load_tokenizer
@@ -19,44 +23,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy import ndarray
 
-# %% ../nbs/07_pack.ipynb #658eae99
-def parse_mix(
-    mix:list[str],  # "RATIO:LANG" or "LANG", such as ["1:zh", "0.5:en"]
-)->dict[str, float]:  # language -> ratio
-    "Which share of each source is used; `StageError` lists every entry that cannot be read"
-    out, faults = {}, []
-    for m in mix:
-        ratio, _, lang = m.rpartition(':')
-        try: r = float(ratio or 1)
-        except ValueError: r = math.nan
-        if not lang or not 0 < r < math.inf: faults.append(f'mix has {m!r}, expected RATIO:LANG with a positive number, such as 0.5:en')
-        elif lang in out: faults.append(f'mix names {lang} twice; give one ratio, such as {out[lang] + r:g}:{lang}')
-        else: out[lang] = r
-    if not mix: faults.append('mix is empty, expected RATIO:LANG, such as 1:zh')
-    if faults: raise StageError(*faults)
-    return out
-
-def share(
-    texts,        # callable that gives the documents of a source anew
-    ratio:float,  # 0.5: every second document; 1: all; 2.5: all of them twice, then every second one
-    seed:int=0,   # shifts which documents a part of a source takes
-)->Iterator[str]:
-    "Documents of a source in a given ratio: evenly spread over it, n·ratio of n, exact to one"
-    whole, part = divmod(ratio, 1)
-    for r in [1.] * int(whole) + [part] * (part > 0):
-        for i, t in enumerate(texts(), seed):
-            if math.floor((i + 1) * r) > math.floor(i * r): yield t
-
-# %% ../nbs/07_pack.ipynb #dca3b3a5
+# %% ../nbs/07_pack.ipynb #dcfc7b75
 def rows(
     docs:Iterable[list[int]],  # ids of each document, without BOS and EOS
-    length:int,                # tokens a row
+    length:int,                # tokens in a row
     bos:int,                   # id put before each document
     eos:int,                   # id put after it
     dtype:str='uint16',        # of the rows
-    block:int=1024,            # rows joined at a time
-)->Iterator[ndarray]:  # (n, length); the last, shorter row is dropped
-    "Join documents end to end and cut the stream into rows: each token is copied once"
+    block:int=1024,            # rows that are joined at a time
+)->Iterator[ndarray]:  # (n, length); the last row, if shorter, is dropped
+    "Join documents end to end and cut the stream into rows, in time linear in the tokens"
     import numpy as np
     parts, held = [], 0
     for ids in docs:
@@ -67,100 +43,119 @@ def rows(
             parts = [flat[n*length:]]; held = len(parts[0])
     if n := held // length: yield np.concatenate(parts)[:n*length].reshape(n, length)
 
-# %% ../nbs/07_pack.ipynb #f1aeb10d
+# %% ../nbs/07_pack.ipynb #f2cd5386
 def positions(
     ids:ndarray,  # (n, length) rows
     bos:int,      # id with which each document starts
-)->ndarray:  # (n, length) int64: 0 at the start of each document and of each row
+)->ndarray:  # (n, length) int64; 0 at the start of each document and of each row
     "Position of each token in its document: what keeps documents apart in attention"
     import numpy as np
     at = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     return at - np.maximum.accumulate(np.where(ids == bos, at, 0), axis=1)
 
-# %% ../nbs/07_pack.ipynb #55885414
+# %% ../nbs/07_pack.ipynb #89b13eac
 def collate(
     examples:list[dict],  # rows with `input_ids`
     bos:int,              # id with which each document starts
 )->dict:  # input_ids, position_ids, labels: int64 tensors of shape (batch, length)
-    "A batch whose documents do not see each other, and where no document is asked to guess the next one's start"
+    "A batch in which no document sees another or is asked to guess where one starts"
     import numpy as np, torch
     ids = np.stack([np.asarray(e['input_ids']) for e in examples]).astype(np.int64)
-    return {k: torch.from_numpy(v) for k, v in
-            dict(input_ids=ids, position_ids=positions(ids, bos), labels=np.where(ids == bos, -100, ids)).items()}
+    batch = dict(input_ids=ids, position_ids=positions(ids, bos), labels=np.where(ids == bos, -100, ids))
+    return {k: torch.from_numpy(v) for k, v in batch.items()}
 
-# %% ../nbs/07_pack.ipynb #eeb9156a
+# %% ../nbs/07_pack.ipynb #d8fce449
+def parse_mix(
+    mix:list[str],  # "RATIO:LANG" or "LANG", such as ["1:zh", "0.5:en"]
+)->dict[str, float]:  # language -> ratio
+    "How often each source is used; `StageError` lists every entry that cannot be read"
+    out, faults = {}, []
+    for m in [mix] if isinstance(mix, str) else mix:
+        ratio, _, lang = str(m).rpartition(':')
+        try: r = float(ratio or 1)
+        except ValueError: r = math.nan
+        if not lang or not 0 < r < math.inf: faults.append(f'mix has {m!r}, expected RATIO:LANG with a ratio above 0, such as 0.5:en')
+        elif lang in out: faults.append(f'mix names {lang} twice; give one ratio, such as {out[lang] + r:g}:{lang}')
+        else: out[lang] = r
+    if not mix: faults.append('mix is empty, expected RATIO:LANG, such as 1:zh')
+    if faults: raise StageError(*faults)
+    return out
+
+# %% ../nbs/07_pack.ipynb #b4ed76b8
+def share(
+    texts:Callable[[], Iterable],  # gives the documents of a source anew
+    ratio:float,                   # 0.5: every second one; 1: all; 2.5: all, all again, then every second one
+    seed:int=0,                    # shifts which documents a part of a source takes
+)->Iterator:
+    "The documents of a source in a given ratio: n·ratio of n, exact to one"
+    num, den = Fraction(ratio).limit_denominator(10**6).as_integer_ratio()
+    whole, part = divmod(num, den)
+    for p in [den] * whole + [part] * (part > 0):
+        for i, t in enumerate(texts(), seed):
+            if (i + 1) * p // den > i * p // den: yield t
+
+# %% ../nbs/07_pack.ipynb #a78566c4
 class RowWriter:
-    "Rows into a folder that `datasets.load_from_disk` reads: Arrow files and two small JSON files"
+    "Rows into a folder for `datasets.load_from_disk`: Arrow files and two small JSON files"
     def __init__(self,
-        out:Path,               # folder to make
-        length:int,             # tokens a row
-        dtype:str,              # uint16 or uint32
-        shard_rows:int=500_000, # rows a file
+        out:Path,                # folder to make
+        length:int,              # tokens in a row
+        dtype:str='uint16',      # or uint32
+        shard_rows:int=500_000,  # rows in a file, about
     ):
         import pyarrow as pa
-        self.out, self.shard_rows, self.length, self.dtype = Path(out), shard_rows, length, dtype
+        self.out, self.length, self.dtype, self.shard_rows = Path(out), length, dtype, shard_rows
         self.schema = pa.schema([('input_ids', pa.list_(getattr(pa, dtype)(), length)), ('source', pa.uint8())])
         self.files, self.n, self.sink = [], 0, None
         self.out.mkdir(parents=True)
 
     def write(self, block:ndarray, source:int):
         import numpy as np, pyarrow as pa
-        if self.n % self.shard_rows + len(block) > self.shard_rows or not self.sink: self._next()
+        if self.n >= self.shard_rows * len(self.files):
+            if self.sink: self.sink.close()
+            self.files.append(f'data-{len(self.files):05}.arrow')
+            self.sink = pa.ipc.new_stream(str(self.out/self.files[-1]), self.schema)
         ids = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), self.length)
         self.sink.write_batch(pa.record_batch([ids, pa.array(np.full(len(block), source, np.uint8))], schema=self.schema))
         self.n += len(block)
 
-    def _next(self):
-        import pyarrow as pa
-        if self.sink: self.sink.close()
-        self.files.append(f'data-{len(self.files):05}.arrow')
-        self.sink = pa.ipc.new_stream(str(self.out/self.files[-1]), self.schema)
+# %% ../nbs/07_pack.ipynb #8c2be01f
+def finish_rows(
+    writer:RowWriter,  # all rows are written
+    key:str,           # what `datasets` takes for the identity of the rows
+):
+    "The JSON files without which `datasets` does not know the folder"
+    from datasets import Features, List, Value
+    if writer.sink: writer.sink.close()
+    features = Features(input_ids=List(Value(writer.dtype), length=writer.length), source=Value('uint8'))
+    write_json(writer.out/'dataset_info.json', dict(features=features.to_dict()))
+    write_json(writer.out/'state.json', dict(_data_files=[dict(filename=f) for f in writer.files], _fingerprint=key,
+        _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split='train'))
 
-    def close(self, key:str):
-        from datasets import Features, List, Value
-        if self.sink: self.sink.close()
-        features = Features(input_ids=List(Value(self.dtype), length=self.length), source=Value('uint8'))
-        write_json(self.out/'dataset_info.json', dict(features=features.to_dict()))
-        write_json(self.out/'state.json', dict(_data_files=[dict(filename=f) for f in self.files], _fingerprint=key,
-            _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split='train'))
-
-# %% ../nbs/07_pack.ipynb #2767f2b5
-def load_rows(
-    tokens:str|Path,  # artifact made by `pack`
-)->Dataset:  # memory-mapped; columns input_ids, source
-    "The rows to train on"
-    from datasets import load_from_disk
-    return load_from_disk(str(Artifact.load(tokens, 'tokens')/'train'), keep_in_memory=False)
-
-def valid_texts(
-    tokens:str|Path,    # artifact made by `pack`
-    lang:str,           # such as zh
-    limit_chars:int=0,  # stop after so many characters; 0: all
-)->list[str]:
-    "Held-out texts of a language, whole documents"
-    path, out, n = Artifact.load(tokens, 'tokens')/f'valid.{lang}.jsonl', [], 0
-    require(path.is_file(), f'{path}: no such file')
-    for line in path.open(encoding='utf-8'):
-        out.append(json.loads(line)['text']); n += len(out[-1])
-        if limit_chars and n >= limit_chars: break
-    return out
-
-# %% ../nbs/07_pack.ipynb #bab0590f
-def _batches(texts:Iterable[str], chars:int=1_000_000)->Iterator[list[str]]:
+# %% ../nbs/07_pack.ipynb #58fa2f92
+def _batches(texts:Iterable[str], n_chars:int=1_000_000)->Iterator[list[str]]:
     batch, n = [], 0
     for t in texts:
         batch.append(t); n += len(t)
-        if n >= chars: yield batch; batch, n = [], 0
+        if n >= n_chars: yield batch; batch, n = [], 0
     if batch: yield batch
 
-_tok = None
+_tok = None  # of a worker process
 def _start(folder): global _tok; _tok = load_tokenizer(folder)
 def _encode(texts): return texts, encode_plain(_tok, texts)
 
+def _in_order(pool, batches, ahead:int):
+    flight = deque()
+    for b in batches:
+        flight.append(pool.submit(_encode, b))
+        if len(flight) > ahead: yield flight.popleft().result()
+    while flight: yield flight.popleft().result()
+
+# %% ../nbs/07_pack.ipynb #7377cdf6
 def encoded(
     texts:Iterable[str],  # documents
     tokenizer:str|Path,   # folder
-    workers:int=1,        # processes; the order and the result are the same for any number
+    workers:int=1,        # processes; order and result are the same for any number
 )->Iterator[tuple[str, list[int]]]:
     "Each document with its ids"
     if workers <= 1:
@@ -170,43 +165,35 @@ def encoded(
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     with ProcessPoolExecutor(workers, get_context('spawn'), _start, (str(tokenizer),)) as pool:
-        for b, ids in _ordered(pool, _batches(texts), 2 * workers): yield from zip(b, ids)
+        for b, ids in _in_order(pool, _batches(texts), 2 * workers): yield from zip(b, ids)
 
-def _ordered(pool, batches, ahead):
-    "Results in order, with few batches in flight: a corpus does not fit into memory"
-    from collections import deque
-    flight = deque()
-    for b in batches:
-        flight.append(pool.submit(_encode, b))
-        if len(flight) > ahead: yield flight.popleft().result()
-    while flight: yield flight.popleft().result()
-
-# %% ../nbs/07_pack.ipynb #054580f7
+# %% ../nbs/07_pack.ipynb #366598cd
 def _texts(corpus, lang:str, split:str, valid_share:float)->Iterator[str]:
-    "Texts of a corpus; other files are split by the hash of each document"
+    "Texts of a corpus; a file of another origin is split by the hash of each document"
     if corpus_langs(corpus): yield from corpus_texts(corpus, lang, split); return
     for t in corpus_texts(corpus, lang):
         if is_heldout(t, valid_share) == (split == 'valid'): yield t
 
 def _check(corpus, tokenizer, mix, length, **_):
     langs, have, faults = parse_mix(mix), corpus_langs(corpus), []
-    if have: faults += [f'{corpus} has no language {l!r}, expected one of {", ".join(have)}; run: cmixtral corpus --sources {l}=REF --out DIR'
+    if have: faults += [f'{corpus} has no language {l!r}, it has {", ".join(have)}; run: cmixtral corpus --sources {l}=REF --out DIR'
                         for l in langs if l not in have]
     elif not doc_files(corpus): faults.append(f'{corpus} is neither a corpus nor a text file; run: cmixtral corpus --sources zh=REF --out DIR')
     elif len(langs) > 1: faults.append(f'{corpus} is one text, mix names {len(langs)} languages; run: cmixtral corpus --sources zh=REF en=REF --out DIR')
     if not 8 <= length <= 2**20: faults.append(f'length is {length}, expected 8 to {2**20:,} tokens')
-    if not tokenizer_fingerprint(tokenizer): faults.append(f'{tokenizer} holds no tokenizer.json and no tokenizer.model; run: cmixtral vocab --out DIR')
+    if not (Path(tokenizer)/'tokenizer.json').is_file(): faults.append(f'{tokenizer} holds no tokenizer.json; run: cmixtral vocab --out DIR')
     if faults: raise StageError(*faults)
 
-# %% ../nbs/07_pack.ipynb #1fb48ddd
+# %% ../nbs/07_pack.ipynb #06b43e02
 def _pack_source(writer, k:int, texts, ratio:float, tokenizer, workers:int, seed:int, bos:int, eos:int)->dict:
     "Encode and write one source; what it gave"
     n = dict(ratio=ratio, n_docs=0, n_chars=0, n_bytes=0, n_tokens=0, n_rows=0)
-    def docs():
+    def ids_of_docs():
         for text, ids in encoded(share(texts, ratio, seed), tokenizer, workers):
             n['n_docs'] += 1; n['n_chars'] += len(text); n['n_bytes'] += len(text.encode()); n['n_tokens'] += len(ids) + 2
             yield ids
-    for block in rows(docs(), writer.length, bos, eos, writer.dtype): writer.write(block, k); n['n_rows'] += len(block)
+    for block in rows(ids_of_docs(), writer.length, bos, eos, writer.dtype):
+        writer.write(block, k); n['n_rows'] += len(block)
     return dict(n, chars_per_token=round(n['n_chars'] / max(1, n['n_tokens']), 4))
 
 def _write_valid(path:Path, texts:Iterable[str], limit_chars:int)->int:
@@ -217,30 +204,51 @@ def _write_valid(path:Path, texts:Iterable[str], limit_chars:int)->int:
     write_text(path, ''.join(lines))
     return len(lines)
 
-# %% ../nbs/07_pack.ipynb #89b49836
+# %% ../nbs/07_pack.ipynb #a54641b1
 @stage('tokens', inputs=('corpus', 'tokenizer'), ignore=('workers',), check=_check)
 def pack(
-    corpus:Path,               # artifact made by `corpus`, or a text file
-    tokenizer:Path,            # folder with a tokenizer
-    out:Path,                  # folder to write
+    corpus:Path,              # artifact made by `corpus`, or a text file
+    tokenizer:Path,           # folder with a tokenizer
+    out:Path,                 # folder to write
     mix:list[str]=['1:zh', '0.5:en'],  # RATIO:LANG; 0.5 takes every second document, 2 takes all of them twice
-    length:int=2048,           # tokens a row
-    valid_chars:int=200_000,   # held-out characters kept for each language
-    valid_share:float=0.001,   # of documents held out, where the corpus is a text file
-    seed:int=0,                # shifts which documents a ratio below 1 takes
-    workers:int=1,             # processes that encode
+    length:int=2048,          # tokens in a row
+    valid_chars:int=200_000,  # held-out characters kept of each language
+    valid_share:float=0.001,  # of documents held out, where the corpus is a text file
+    seed:int=0,               # shifts which documents a ratio below 1 takes
+    workers:int=1,            # processes that encode
 ):
     "Encode documents with BOS and EOS around each, mix them by ratio, cut the stream into rows"
     from tqdm import tqdm
     tok, fp = load_tokenizer(tokenizer), tokenizer_fingerprint(tokenizer)
     writer, sources = RowWriter(out/'train', length, 'uint16' if len(tok) <= 2**16 else 'uint32'), {}
     for k, (lang, ratio) in enumerate(parse_mix(mix).items()):
-        texts = lambda: tqdm(_texts(corpus, lang, 'train', valid_share), desc=f'pack {lang}', unit=' docs', disable=None)
-        sources[lang] = _pack_source(writer, k, texts, ratio, tokenizer, workers, seed, tok.bos_token_id, tok.eos_token_id)
-        sources[lang]['n_valid'] = _write_valid(out/f'valid.{lang}.jsonl', _texts(corpus, lang, 'valid', valid_share), valid_chars)
+        texts = lambda: tqdm(_texts(corpus, lang, 'train', valid_share), desc=f'pack {lang}', unit=' documents', disable=None)
+        n = _pack_source(writer, k, texts, ratio, tokenizer, workers, seed, tok.bos_token_id, tok.eos_token_id)
+        sources[lang] = dict(n, n_valid=_write_valid(out/f'valid.{lang}.jsonl', _texts(corpus, lang, 'valid', valid_share), valid_chars))
     n = sum(s['n_tokens'] for s in sources.values())
     require(writer.n, f'{corpus} gives {n:,} tokens, less than one row of {length:,}; give more text or a smaller --length')
-    writer.close(fingerprint([fp, sources, length]))
+    finish_rows(writer, fingerprint([fp, sources, length]))
     say('pack', f'{n:,} tokens in {writer.n:,} rows of {length:,}: ' + ', '.join(f'{s["n_tokens"]:,} {l}' for l, s in sources.items()))
     return dict(tokenizer=fp, n_rows=writer.n, n_tokens=n, length=length, dtype=writer.dtype, vocab_size=len(tok),
                 bos=tok.bos_token_id, eos=tok.eos_token_id, sources=sources)
+
+# %% ../nbs/07_pack.ipynb #b1d05b71
+def load_rows(
+    tokens:str|Path,  # artifact made by `pack`
+)->Dataset:  # memory-mapped; columns input_ids and source
+    "The rows to train on"
+    from datasets import load_from_disk
+    return load_from_disk(str(Artifact.load(tokens, 'tokens')/'train'), keep_in_memory=False)
+
+def valid_texts(
+    tokens:str|Path,    # artifact made by `pack`
+    lang:str,           # such as zh
+    limit_chars:int=0,  # stop after so many characters; 0: all
+)->list[str]:
+    "Held-out documents of a language"
+    path, out, n = Artifact.load(tokens, 'tokens')/f'valid.{lang}.jsonl', [], 0
+    require(path.is_file(), f'{path}: no such file; run: cmixtral pack --mix 1:{lang} --out DIR')
+    for line in path.read_text(encoding='utf-8').splitlines():
+        out.append(json.loads(line)['text']); n += len(out[-1])
+        if limit_chars and n >= limit_chars: break
+    return out

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['CHAIN', 'STEPS', 'STAGES', 'MODULES', 'NAMES', 'COLOURS', 'LANGUAGES', 'GROUPS', 'Step', 'command', 'nearest',
-           'anno_type', 'fits', 'type_name', 'read_recipe', 'arguments', 'check_recipe', 'preflight', 'plan', 'run',
-           'run_states', 'status', 'unchanged', 'report_data', 'bpb_figure', 'loss_figure', 'router_figure', 'table',
-           'render_report', 'report', 'parser', 'overview', 'main']
+           'anno_type', 'fits', 'type_name', 'read_recipe', 'arguments', 'check_recipe', 'preflight', 'settings',
+           'plan_of', 'plan', 'run', 'run_states', 'status', 'unchanged', 'report_data', 'bpb_figure', 'loss_figure',
+           'router_figure', 'table', 'render_report', 'report', 'parser', 'overview', 'main']
 
-# %% ../nbs/14_pipeline.ipynb #593fc4af
-import argparse, difflib, html, inspect, json, math, os, sys, tomllib
+# %% ../nbs/14_pipeline.ipynb #62fb69c5
+import argparse, difflib, html, inspect, json, os, re, sys, tomllib
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -104,7 +104,7 @@ def read_recipe(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise StageError(f'{path}: not valid TOML ({e})') from None
     return {'name': path.stem, **out}
 
-# %% ../nbs/14_pipeline.ipynb #996deade
+# %% ../nbs/14_pipeline.ipynb #584c460a
 def _steps(recipe:dict)->list[Step]:
     "The steps of a recipe: those whose table stands in it"
     return [s for s in STEPS if s.command in recipe]
@@ -115,11 +115,12 @@ def arguments(
     out:Path,      # folder of the run
 )->dict:  # keyword arguments of the stage, without `out`
     "What a step is called with: its table, what its place demands, and the folders of the steps before it"
-    made = {s.folder for s in _steps(recipe)}
+    made = {s.folder: out/s.folder for s in _steps(recipe)}
+    if model := recipe.get('init', {}).get('model'): made['base'] = model  # a model from elsewhere is the base
     wired = {}
     for k, v in step.inputs.items():
-        if isinstance(v, list): wired[k] = [f'{n}={out/n}' for n in v if n in made]
-        elif v in made: wired[k] = out/v
+        if isinstance(v, list): wired[k] = [f'{n}={made[n]}' for n in v if n in made]
+        elif v in made: wired[k] = made[v]
     params = inspect.signature(command(step.command)).parameters
     table = {k: v for k, v in recipe.get(step.command, {}).items() if k not in step.inputs or k not in wired}
     return {k: v for k, v in {**wired, **table, **step.fixed}.items() if k in params}
@@ -147,7 +148,7 @@ def check_recipe(
 
 def _maker(folder): return next((s.command for s in STEPS if s.folder == folder), folder)
 
-# %% ../nbs/14_pipeline.ipynb #54aa39cd
+# %% ../nbs/14_pipeline.ipynb #b86d7eb9
 def _hub_ids(recipe:dict)->list[tuple]:
     "(table, key, hub id) of everything a recipe wants from the hub"
     out = []
@@ -156,20 +157,19 @@ def _hub_ids(recipe:dict)->list[tuple]:
             for x in v if isinstance(v, list) else [v]:
                 if not isinstance(x, str): continue
                 ref = x.split('=', 1)[-1]
-                if ref.startswith('hub:'): out.append((name, k, ref[4:].split('#')[0]))
+                if ref.startswith('hub:'): out.append((name, k, re.split('[:@#]', ref[4:])[0]))
                 elif k in ('model', 'tokenizer', 'adapter') and ref.count('/') == 1 and ref[0] not in './~' and not Path(ref).exists():
                     out.append((name, k, ref))
-    return out
+    return list(dict.fromkeys(out))
 
 def _hub_fault(kind:str, ref:str)->str:
     "Why a repository of the hub cannot be had now, or nothing"
     from huggingface_hub import HfApi
-    repo = ':'.join(ref.split(':')[:1])
-    try: HfApi().repo_info(repo, repo_type=kind, timeout=10)
-    except Exception as e: return f'{repo}: not to be had from the hub ({type(e).__name__})'
+    try: HfApi().repo_info(ref, repo_type=kind, timeout=10)
+    except Exception as e: return f'{ref}: not to be had from the hub ({type(e).__name__})'
     return ''
 
-# %% ../nbs/14_pipeline.ipynb #5f816548
+# %% ../nbs/14_pipeline.ipynb #6900087d
 def preflight(
     recipe:dict,           # as read and checked
     steps:list[Step],      # what is going to run
@@ -186,14 +186,40 @@ def preflight(
 def _gpu_faults(recipe:dict)->list[str]:
     "A recipe without a stand-in base trains a real model: does the largest GPU hold it?"
     import torch
-    from cmixtral_nb.mixtral import plan_for
-    need = plan_for(recipe)['static_bytes']
+    need = plan_of(recipe)['bytes']['static']
     have = max((torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())), default=0)
     if have >= need: return []
     found = f'the largest GPU has {have/1e9:.0f} GB' if have else 'no GPU was found'
     return [f'[pretrain] needs a GPU of at least {need/1e9:.1f} GB, {found}; run: cmixtral plan {recipe["name"]}']
 
-# %% ../nbs/14_pipeline.ipynb #c83009f8
+# %% ../nbs/14_pipeline.ipynb #a5dea3c4
+def settings(
+    name:str,      # of a command
+    recipe:dict,   # as read
+)->dict:  # parameter -> value
+    "Parameters of a stage: its defaults, and what the recipe says"
+    params = inspect.signature(command(name)).parameters
+    return {**{k: p.default for k, p in params.items() if p.default is not p.empty}, **recipe.get(name, {})}
+
+def plan_of(
+    recipe:dict,  # as read
+)->dict:  # from `memory_plan`
+    "Memory plan of a recipe's pre-training: from the stand-in's numbers, a local model's configuration, or Mixtral-8x7B's"
+    from cmixtral_nb.mixtral import memory_plan
+    model, pre, pk = recipe.get('init', {}).get('model'), settings('pretrain', recipe), settings('pack', recipe)
+    if not model:
+        b = settings('base', recipe)
+        config = dict(vocab_size=32000, hidden_size=b['hidden'], intermediate_size=b['intermediate'], num_hidden_layers=b['layers'], num_attention_heads=b['heads'],
+            num_key_value_heads=b['kv_heads'], num_local_experts=b['experts'], num_experts_per_tok=b['top_k'], tie_word_embeddings=False)
+    else:
+        require(Path(model).is_dir() or 'Mixtral-8x7B' in model, f'[init] model = {model!r}: its size is not known before it is here; download it and give its folder')
+        config = model if Path(model).is_dir() else 'mixtral'
+    totals = [int(n) for n in recipe.get('search', {}).get('totals', [])]
+    n_new = recipe.get('vocab', {}).get('n_pieces', 0) or max(totals, default=0)  # left to the search: at most the largest it tries
+    return memory_plan(config, vocab_size=32000 + n_new, rank=pre['rank'], rows=pre['rows'],
+        load_in_4bit=pre['load_in_4bit'], optimiser_bytes=2 if '8bit' in pre['optim'] else 8, batch_tokens=pre['batch'] * pk['length'])
+
+# %% ../nbs/14_pipeline.ipynb #e2989962
 def plan(
     recipe:str='paper',  # shipped recipe (tiny, paper) or TOML file
     out:Path=None,       # folder of the run; default runs/NAME
@@ -205,7 +231,7 @@ def plan(
     out = Path(out or f'runs/{rec["name"]}')
     print(plan_table(plan_of(rec)))
     print('\nstages: ' + ', '.join(dict.fromkeys(s.stage for s in _steps(rec))) + f', report; folder: {out}')
-    for fault in preflight(rec, _steps(rec)): print('missing: ' + fault)
+    for fault in preflight(rec, _steps(rec)): print('missing here: ' + fault)
 
 # %% ../nbs/14_pipeline.ipynb #28fad5fe
 def _select(steps:list[Step], first:str, last:str)->list[Step]:
@@ -346,13 +372,12 @@ def _gain(d:dict)->dict:
     return dict(characters_per_token_zh=ratio(c, 'model', 'base', 'zh'), bits_per_byte_zh_of_init=ratio(b, 'adapter', 'model', 'zh'),
         bits_per_byte_en_of_base=ratio(b, 'adapter', 'base', 'en'), bits_per_byte_zh_merged_of_adapter=ratio(b, 'merged', 'adapter', 'zh'))
 
-# %% ../nbs/14_pipeline.ipynb #d10231d4
+# %% ../nbs/14_pipeline.ipynb #0c19a7d8
 NAMES = dict(base='base', model='after init', adapter='after pre-training', merged='after merge', chat='chat')
 
 def _svg(fig)->str:
     "A figure as SVG text, readable on light and dark, the same bytes for the same data"
-    import io, re, matplotlib
-    import matplotlib.pyplot as plt
+    import io, matplotlib
     for ax in fig.axes:
         for x in [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]: x.set_color('#888')
         ax.tick_params(colors='#888'); [s.set_color('#888') for s in ax.spines.values()]
@@ -360,11 +385,9 @@ def _svg(fig)->str:
     buf = io.StringIO()
     with matplotlib.rc_context({'svg.hashsalt': 'cmixtral'}):
         fig.savefig(buf, format='svg', transparent=True, bbox_inches='tight', metadata={'Date': None})
-    plt.close(fig)
     return re.sub(r'^.*?(?=<svg)', '', buf.getvalue(), flags=re.S)
 
 def _figure(w, h, n=1):
-    import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
     fig = Figure(figsize=(w, h), layout='constrained'); axes = fig.subplots(1, n, squeeze=False)[0]
     for ax in axes: ax.spines[['top', 'right']].set_visible(False)

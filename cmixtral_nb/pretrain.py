@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['router_load', 'checkpoints', 'write_log', 'read_log', 'trainer', 'param_groups', 'pretrain']
+__all__ = ['router_load', 'param_groups', 'write_log', 'read_log', 'checkpoints', 'drop_half_written', 'trainer', 'pretrain']
 
-# %% ../nbs/09_pretrain.ipynb #9fd1598f
+# %% ../nbs/09_pretrain.ipynb #44df9a1a
 import json, shutil, sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from .artifact import *
 from .corpus import corpus_texts
 from .mixtral import bits_per_byte, resolve_model
 from .pack import collate, load_rows, valid_texts
-from .qlora import add_lora, default_device, load_model, parameter_table, quantised, save_adapter
+from .qlora import add_lora, default_device, load_model, parameter_table, quantised, quiet, save_adapter
 from .vocab import encode_plain, load_tokenizer
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,19 +43,50 @@ def router_load(
     model.train(was)
     return [[round(s, 4) for s in layer] for layer in (total / total.sum(-1, keepdim=True)).tolist()]
 
-# %% ../nbs/09_pretrain.ipynb #0ca595fb
+# %% ../nbs/09_pretrain.ipynb #c089e2ce
+def param_groups(
+    model,          # PeftModel
+    lr:float,       # of LoRA
+    rows_lr:float,  # of embedding and head
+)->list[dict]:
+    "Trainable parameters in two groups, each with its learning rate"
+    is_row = lambda name: 'modules_to_save' in name or 'trainable_tokens' in name
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [dict(params=[p for n, p in named if is_row(n) == r], lr=x) for r, x in ((False, lr), (True, rows_lr))]
+    return [g for g in groups if g['params']]
+
+# %% ../nbs/09_pretrain.ipynb #b93b9ced
+def write_log(
+    path:Path,          # log.jsonl
+    history:list[dict], # of the Trainer
+):
+    "One line for each logged step: what was measured, without what a clock says"
+    names = dict(step='step', loss='loss', learning_rate='lr', grad_norm='grad_norm')
+    keep = [{names.get(k, k): h[k] for k in [*names, *sorted(h)] if k in h and (k in names or k.startswith('bpb_'))} for h in history]
+    write_text(path, ''.join(json.dumps(h) + '\n' for h in keep if h.keys() - {'step'}))
+
+def read_log(
+    folder:str|Path,  # adapter made by `pretrain`
+)->list[dict]:
+    "The log of a training run"
+    return [json.loads(l) for l in (Path(getattr(folder, 'path', folder))/'log.jsonl').read_text().splitlines()]
+
+# %% ../nbs/09_pretrain.ipynb #ef70746c
 def checkpoints(
     folder:Path,  # holds checkpoint-N folders
 )->list[Path]:  # whole ones, oldest first
     "Checkpoints that were written to their end: the mark is the last file written"
     return sorted((p.parent for p in Path(folder).glob('checkpoint-*/complete')), key=lambda p: int(p.name.split('-')[1]))
 
-def _drop_half_written(folder:Path):
+def drop_half_written(
+    folder:Path,  # holds checkpoint-N folders
+):
+    "Remove checkpoints without the mark"
     for p in Path(folder).glob('checkpoint-*'):
         if not (p/'complete').exists(): shutil.rmtree(p)
 
-# %% ../nbs/09_pretrain.ipynb #86ac2104
-def _callback(log:Path):
+# %% ../nbs/09_pretrain.ipynb #e6e20da1
+def _keeper(log:Path):
     "Marks whole checkpoints and keeps the log on disk up to date"
     from transformers import TrainerCallback
     class Keeper(TrainerCallback):
@@ -65,22 +96,7 @@ def _callback(log:Path):
             if state.is_world_process_zero: write_log(log, state.log_history)
     return Keeper()
 
-def write_log(
-    path:Path,          # log.jsonl
-    history:list[dict], # of the Trainer
-):
-    "One line for each logged step: what was measured, without what a clock says"
-    names = dict(step='step', loss='loss', learning_rate='lr', grad_norm='grad_norm')
-    keep = [{names.get(k, k): v for k, v in h.items() if k in names or k.startswith('bpb_')} for h in history]
-    write_text(path, ''.join(json.dumps(h) + '\n' for h in keep if h.keys() - {'step'}))
-
-def read_log(
-    folder:str|Path,  # adapter made by `pretrain`
-)->list[dict]:
-    "The log of a training run"
-    return [json.loads(l) for l in (Path(getattr(folder, 'path', folder))/'log.jsonl').read_text().splitlines()]
-
-# %% ../nbs/09_pretrain.ipynb #251c71a4
+# %% ../nbs/09_pretrain.ipynb #e7632c07
 def trainer(
     model,              # PeftModel from `add_lora`
     rows:Dataset,       # from `load_rows`
@@ -109,20 +125,9 @@ def trainer(
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
             return found
     run = Pretrainer(model=model, args=args, train_dataset=rows.select_columns('input_ids').with_format('numpy'), eval_dataset=rows,
-                      data_collator=partial(collate, bos=bos), callbacks=[_callback(log)])
+                      data_collator=partial(collate, bos=bos), callbacks=[_keeper(log)])
     run.remove_callback(PrinterCallback)
     return run
-
-def param_groups(
-    model,          # PeftModel
-    lr:float,       # of LoRA
-    rows_lr:float,  # of embedding and head
-)->list[dict]:
-    "Trainable parameters in two groups, each with its learning rate"
-    is_row = lambda name: 'modules_to_save' in name or 'trainable_tokens' in name
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [dict(params=[p for n, p in named if is_row(n) == r], lr=x) for r, x in ((False, lr), (True, rows_lr))]
-    return [g for g in groups if g['params']]
 
 # %% ../nbs/09_pretrain.ipynb #e58b1f1b
 def _arguments(out:Path, device:str, **kw):
@@ -148,7 +153,7 @@ def _check(model, tokens, corpus=None, rank=1, alpha=1, dropout=0., lr=1., rows_
         if not ok: faults.append(f'{name} is {locals()[name]!r}, expected {want}')
     if faults: raise StageError(*faults)
 
-# %% ../nbs/09_pretrain.ipynb #89dc3eb6
+# %% ../nbs/09_pretrain.ipynb #c0a457e3
 def _n_old(model, n_old:int)->int:
     "Rows of the model before its vocabulary grew: as given, or as `init` wrote it down"
     p = Path(model)/'manifest.json'
@@ -164,6 +169,7 @@ def _measure(model, tok, texts:dict, length:int, batch:int)->dict:
     model.train(was)
     return found
 
+# %% ../nbs/09_pretrain.ipynb #60b58da0
 def _loads(model, tok, texts:dict)->dict:
     "Router load of each language; empty where there is no router"
     if not getattr(model.config, 'num_local_experts', 0): return {}
@@ -176,6 +182,7 @@ def _first(texts:list[str], n_chars:int)->list[str]:
         out.append(t[:n_chars]); n_chars -= len(t)
     return out
 
+# %% ../nbs/09_pretrain.ipynb #6158fdfe
 def _stats(model, run, tokens, folder:Path, log:list[dict])->dict:
     "What the manifest says of a run"
     import torch
@@ -188,7 +195,7 @@ def _stats(model, run, tokens, folder:Path, log:list[dict])->dict:
         loss=dict(first=losses[0], last=losses[-1]), bpb=bpb, parameters=parameter_table(model), quantised=quantised(model),
         quantised_dtype=str(model.dtype).removeprefix('torch.'))
 
-# %% ../nbs/09_pretrain.ipynb #ba2b6465
+# %% ../nbs/09_pretrain.ipynb #c77484df
 @stage('adapter', inputs=('model', 'tokens', 'corpus'), ignore=('device',), resumable=True, check=_check)
 def pretrain(
     model:Path,                # model folder (ours or any other) or hub id
@@ -203,7 +210,7 @@ def pretrain(
     n_old:int=0,               # rows before the vocabulary grew, for rows="new"; 0: as `init` wrote it down
     lr:float=1e-4,             # highest learning rate of LoRA
     rows_lr:float=0,           # highest learning rate of the rows; 0: as `lr`
-    aux:float=0.001,           # weight of the router's balance in the loss
+    aux:float=0.02,            # weight of the router's balance in the loss; 0.02 in Mixtral-8x7B's config.json
     batch:int=16,              # rows a step and device
     accumulation:int=1,        # batches added up to one step
     steps:int=0,               # optimiser steps; 0: by epochs
@@ -226,7 +233,7 @@ def pretrain(
     net = add_lora(net, rank, alpha, dropout, rows, _n_old(model, n_old), seed)
     tok = load_tokenizer(resolve_model(model))
     texts = {l: _valid(corpus, tokens, l, eval_chars) for l in t.stats['sources']}
-    done = checkpoints(out/'checkpoints'); _drop_half_written(out/'checkpoints')
+    done = checkpoints(out/'checkpoints'); drop_half_written(out/'checkpoints')
     args = _arguments(out/'checkpoints', device, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         max_steps=steps or -1, num_train_epochs=epochs, learning_rate=lr, warmup_steps=warmup, optim=optim, seed=seed, logging_steps=log_every,
         eval_steps=eval_every, save_steps=save_every, eval_on_start=not done)
@@ -234,7 +241,8 @@ def pretrain(
     run = trainer(net, load_rows(tokens), args, t.stats['bos'], rows_lr or lr, measure, out/'log.jsonl')
     if not done: write_json(out/'router.json', dict(before=_loads(net, tok, texts)))
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
-    if read_log(out)[-1]['step'] != run.state.global_step or not any(k.startswith('bpb_') for k in read_log(out)[-1]): run.evaluate()
+    last = read_log(out)[-1]
+    if last['step'] < run.state.global_step or 'loss' in last: run.evaluate()
     write_json(out/'router.json', dict(read_json(out/'router.json'), after=_loads(net, tok, texts)))
     save_adapter(net, out, Path(model).name if Path(model).exists() else str(model)); shutil.rmtree(out/'checkpoints', ignore_errors=True)
     return _stats(net, run, t, resolve_model(model), read_log(out))

@@ -6,58 +6,45 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ATTENTION', 'mixtral_linear', 'route', 'expert_bytes', 'quantised', 'quiet', 'default_device', 'load_model',
-           'add_lora', 'without_lora', 'save_adapter', 'parameter_table']
+__all__ = ['ATTENTION', 'expert_bytes', 'quantised', 'route', 'mixtral_linear', 'quiet', 'default_device', 'load_model',
+           'save_stock', 'without_lora', 'add_lora', 'parameter_table', 'save_adapter']
 
-# %% ../nbs/08_qlora.ipynb #affd580f
+# %% ../nbs/08_qlora.ipynb #913eb517
 import contextlib, functools, os, re, sys, warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
 from .mixtral import resolve_model
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# %% ../nbs/08_qlora.ipynb #0066602b
-@functools.cache
-def mixtral_linear()->tuple:  # (config class, model class)
-    "Mixtral with one `nn.Linear` for each matrix of each expert, under a model type of its own; known to the Auto classes"
-    import torch
-    from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
-    from transformers.activations import ACT2FN
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+# %% ../nbs/08_qlora.ipynb #f912aef1
+def expert_bytes(
+    model  # any model; experts are the matrices whose name holds ".experts."
+)->dict:  # n_params, bytes, bytes_per_param
+    "Memory of the experts' frozen weights and of their constants (not of the two codebooks that all of them share, 1,088 bytes)"
+    n = size = 0
+    for name, p in model.named_parameters():
+        if '.experts.' in name and 'lora_' not in name: n += _count(p); size += _held(p)
+    return dict(n_params=n, bytes=size, bytes_per_param=size / n if n else 0.)
 
-    class Expert(nn.Module):
-        def __init__(self, c):
-            super().__init__()
-            self.w1 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)  # gate
-            self.w2 = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)  # down
-            self.w3 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)  # up
-            self.act = ACT2FN[c.hidden_act]
-        def forward(self, x): return self.w2(self.act(self.w1(x)) * self.w3(x))
+def _count(p)->int:
+    "Weights that a parameter stands for; in 4 bits it has half as many bytes"
+    state = getattr(p, 'quant_state', None)
+    return p.numel() if state is None else state.shape.numel()
 
-    class Experts(nn.ModuleList):
-        def __init__(self, c): super().__init__(Expert(c) for _ in range(c.num_local_experts))
-        def forward(self, x, chosen, weight):
-            return route(self, x, chosen, weight)
+def _held(p)->int:
+    "Bytes of a parameter and of the constants of its blocks"
+    state = getattr(p, 'quant_state', None); tensors = [p, *(q.absmax for q in (state, getattr(state, 'state2', None)) if q)]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
-    class MixtralLinearConfig(MixtralConfig): model_type = 'mixtral_linear'
-
-    class MixtralLinearForCausalLM(MixtralForCausalLM):
-        config_class = MixtralLinearConfig
-        def __init__(self, config):
-            super().__init__(config)
-            for layer in self.model.layers: layer.mlp.experts = Experts(config)
-            self.post_init()
-
-    AutoConfig.register('mixtral_linear', MixtralLinearConfig)
-    AutoModelForCausalLM.register(MixtralLinearConfig, MixtralLinearForCausalLM)
-    register_checkpoint_conversion_mapping('mixtral_linear', [WeightRenaming('.block_sparse_moe.', '.mlp.')], overwrite=True)
-    return MixtralLinearConfig, MixtralLinearForCausalLM
+def quantised(model)->list[str]:  # names of modules
+    "The matrices that are held in 4 bits"
+    from bitsandbytes.nn import Linear4bit
+    return sorted({re.sub(r'^base_model\.model\.|\.base_layer$', '', name) for name, m in model.named_modules() if isinstance(m, Linear4bit)})
 
 # %% ../nbs/08_qlora.ipynb #8eabf1e6
 def route(
@@ -77,35 +64,45 @@ def route(
     back = torch.empty_like(order).scatter_(0, order, torch.arange(n*k, device=order.device))
     return (y[back].view(n, k, -1) * weight[..., None]).sum(1).to(x.dtype)
 
-# %% ../nbs/08_qlora.ipynb #5c614e4a
-def expert_bytes(
-    model  # any model; experts are the matrices whose name holds ".experts."
-)->dict:  # n_params, bytes, bytes_per_param
-    "Memory of the experts' frozen weights, with the constants that 4-bit weights need"
-    n = size = 0; seen = set()
-    def add(t):
-        nonlocal size
-        if t is not None and t.data_ptr() not in seen: seen.add(t.data_ptr()); size += t.numel() * t.element_size()
-    for name, p in model.named_parameters():
-        if '.experts.' not in name or 'lora_' in name: continue
-        state = getattr(p, 'quant_state', None); add(p)
-        n += p.numel() if state is None else state.shape.numel()
-        if state is not None:
-            for q in filter(None, (state, state.state2)): add(q.absmax); add(q.code)
-    return dict(n_params=n, bytes=size, bytes_per_param=size / n if n else 0.)
+# %% ../nbs/08_qlora.ipynb #34758196
+def _experts_class():
+    "The experts of one layer, each of three `nn.Linear` named as in the checkpoints"
+    from torch import nn
+    from transformers.activations import ACT2FN
+    class Expert(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            self.w1 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)  # gate
+            self.w2 = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)  # down
+            self.w3 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)  # up
+            self.act = ACT2FN[c.hidden_act]
+        def forward(self, x): return self.w2(self.act(self.w1(x)) * self.w3(x))
+    class Experts(nn.ModuleList):
+        def __init__(self, c): super().__init__(Expert(c) for _ in range(c.num_local_experts))
+        def forward(self, x, chosen, weight): return route(self, x, chosen, weight)
+    return Experts
 
-def quantised(model)->list[str]:  # names of modules
-    "The matrices that are held in 4 bits"
-    from bitsandbytes.nn import Linear4bit
-    return sorted({re.sub(r'^base_model\.model\.|\.base_layer$', '', name) for name, m in model.named_modules() if isinstance(m, Linear4bit)})
+# %% ../nbs/08_qlora.ipynb #ca075543
+@functools.cache
+def mixtral_linear()->tuple:  # (config class, model class)
+    "Mixtral with one `nn.Linear` for each matrix of each expert; made known to the Auto classes"
+    from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+    Experts = _experts_class()
+    class MixtralLinearConfig(MixtralConfig): model_type = 'mixtral_linear'
+    class MixtralLinearForCausalLM(MixtralForCausalLM):
+        config_class = MixtralLinearConfig
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers: layer.mlp.experts = Experts(config)
+            self.post_init()
+    AutoConfig.register('mixtral_linear', MixtralLinearConfig)
+    AutoModelForCausalLM.register(MixtralLinearConfig, MixtralLinearForCausalLM)
+    register_checkpoint_conversion_mapping('mixtral_linear', [WeightRenaming('.block_sparse_moe.', '.mlp.')], overwrite=True)
+    return MixtralLinearConfig, MixtralLinearForCausalLM
 
-# %% ../nbs/08_qlora.ipynb #1a8fd167
-def _nf4(dtype):
-    "4-bit NormalFloat with double quantisation, as in QLoRA; the head stays as it is"
-    from transformers import BitsAndBytesConfig
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=['lm_head'])
-
+# %% ../nbs/08_qlora.ipynb #39991078
 @contextlib.contextmanager
 def quiet():
     "No progress bars of transformers where nobody watches, and no advice about kernels that do not exist for this CPU"
@@ -122,6 +119,13 @@ def quiet():
         bnb.setLevel(level)
         if bars: hf.enable_progress_bar()
 
+def _nf4(dtype):
+    "4-bit NormalFloat with double quantisation, as in QLoRA; the head stays as it is"
+    from transformers import BitsAndBytesConfig
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=['lm_head'])
+
+# %% ../nbs/08_qlora.ipynb #298bcc68
 def _avoid_cpu_repacking(model):
     # bitsandbytes on CPUs with AVX512-BF16: one forward pass in eval mode repacks the weights in place,
     # after which training loses the gradient through them, with no more than a warning.
@@ -143,6 +147,7 @@ def _config(folder:Path):
     d = config.to_dict(); d.update(model_type='mixtral_linear', architectures=['MixtralLinearForCausalLM'])
     return mixtral_linear()[0].from_dict(d)
 
+# %% ../nbs/08_qlora.ipynb #417ab70c
 def default_device()->str:
     "The GPU of this process where there is one, else the CPU"
     import torch
@@ -153,7 +158,18 @@ def _dtype(dtype, device:str):
     if dtype is None: dtype = 'float32' if device == 'cpu' else 'bfloat16'
     return getattr(torch, dtype) if isinstance(dtype, str) and dtype != 'auto' else dtype
 
-# %% ../nbs/08_qlora.ipynb #3269daa9
+def _require_4bit(model, path, most:float=0.55):
+    found = expert_bytes(model)['bytes_per_param']
+    require(found <= most, f'{path}: experts take {found:.2f} bytes per parameter, expected at most {most}; '
+            f'{type(model).__name__} keeps them outside nn.Linear, where 4 bits do not reach; use load_in_4bit=False')
+
+def _for_training(model):
+    "Norms and router in float32, as QLoRA has it; embedding and head wait until `add_lora` copies what is trained of them"
+    for name, p in model.named_parameters():
+        if re.search(r'norm\.weight$|\.gate\.weight$', name): p.data = p.data.float()
+    model.config.use_cache = False
+
+# %% ../nbs/08_qlora.ipynb #a3146925
 def load_model(
     path:str|Path,             # model folder (ours or any other), artifact, or hub id
     adapter:str|Path=None,     # PEFT adapter folder to put on it
@@ -181,18 +197,17 @@ def load_model(
     if trainable: _for_training(model)
     return model if adapter is None else _put_adapter(model, adapter, trainable)
 
-def _require_4bit(model, path, most:float=0.55):
-    found = expert_bytes(model)['bytes_per_param']
-    require(found <= most, f'{path}: experts take {found:.2f} bytes per parameter, expected at most {most}; '
-            f'{type(model).__name__} keeps them outside nn.Linear, where 4 bits do not reach; use load_in_4bit=False')
+# %% ../nbs/08_qlora.ipynb #cc4cba98
+def save_stock(
+    model:PreTrainedModel,  # from `load_model`, not in 4 bits
+    out:str|Path,           # folder
+):
+    "Save under Mixtral's own names and model type, as transformers, vLLM and llama.cpp expect them"
+    with quiet(): model.save_pretrained(str(out))
+    config = read_json(Path(out)/'config.json')
+    if config['model_type'] == 'mixtral_linear': write_json(Path(out)/'config.json', dict(config, model_type='mixtral', architectures=['MixtralForCausalLM']))
 
-def _for_training(model):
-    "Norms and router in float32, as QLoRA has it; embedding and head wait until `add_lora` copies what is trained of them"
-    for name, p in model.named_parameters():
-        if re.search(r'norm\.weight$|\.gate\.weight$', name): p.data = p.data.float()
-    model.config.use_cache = False
-
-# %% ../nbs/08_qlora.ipynb #b702350d
+# %% ../nbs/08_qlora.ipynb #7e094c0f
 ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 
 def _targets(model)->list[str]:
@@ -202,6 +217,17 @@ def _targets(model)->list[str]:
     head = model.get_output_embeddings()
     return sorted({name.rsplit('.', 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head})
 
+def without_lora(model)->list[str]:  # names of modules
+    "Matrices of attention and experts on which no LoRA sits"
+    from torch import nn
+    bare = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(r'\.(experts|self_attn)\.', n) and not re.search('lora_|base_layer', n)]
+    return bare + [n for n, p in model.named_parameters() if '.experts.' in n and p.ndim == 3 and 'lora_' not in n]
+
+def _trainables_float32(model):
+    for p in model.parameters():
+        if p.requires_grad and p.is_floating_point(): p.data = p.data.float()
+
+# %% ../nbs/08_qlora.ipynb #10283f34
 def add_lora(
     model:PreTrainedModel,  # from `load_model(..., trainable=True)`
     rank:int=64,            # r of the two thin matrices
@@ -223,23 +249,27 @@ def add_lora(
         trainable_token_indices={'embed_tokens': new, 'lm_head': new} if rows == 'new' else None)
     set_seed(seed)
     with quiet(): model = get_peft_model(model, config)
-    model.peft_config['default'].base_model_name_or_path = None  # else peft asks the hub for it at each checkpoint
+    model.peft_config['default'].base_model_name_or_path = ''  # else peft looks for it, on the hub too, at each checkpoint
     _trainables_float32(model)
     if missed := without_lora(model): raise StageError(f'LoRA is missing on {len(missed)} matrices, such as {missed[0]}')
     return model
 
-def _trainables_float32(model):
-    for p in model.parameters():
-        if p.requires_grad and p.is_floating_point(): p.data = p.data.float()
+# %% ../nbs/08_qlora.ipynb #599389cb
+def parameter_table(model)->list[dict]:  # part, n_params, trainable, bytes
+    "Parameters of a model by part: how many, how many are trained, how much memory they hold"
+    parts = {}
+    for name, p in model.named_parameters():
+        row, n = parts.setdefault(_part(name), dict(part=_part(name), n_params=0, trainable=0, bytes=0)), _count(p)
+        row['n_params'] += n; row['trainable'] += n * p.requires_grad; row['bytes'] += _held(p)
+    return sorted(parts.values(), key=lambda r: -r['n_params'])
 
-def without_lora(model)->list[str]:
-    "Matrices of experts and attention on which no LoRA sits"
-    from peft.tuners.lora import LoraLayer
-    names = {n: m for n, m in model.named_modules()}
-    return [n for n, m in names.items() if re.search(r'\.experts\.\d+\.w\d$|\.self_attn\.\w+_proj$|\.experts$', n)
-            and (n.endswith('.experts') and not len(list(m.children())) or not n.endswith('.experts') and not isinstance(m, LoraLayer))]
+def _part(name:str)->str:
+    if 'lora_' in name: return 'LoRA experts' if '.experts.' in name else 'LoRA attention'
+    for key, part in (('.experts.', 'experts'), ('_proj', 'attention'), ('embed_tokens', 'embedding'), ('lm_head', 'head'), ('.gate.', 'router')):
+        if key in name: return part + (' (trained copy)' if 'modules_to_save' in name or 'trainable_tokens' in name else '')
+    return 'norms'
 
-# %% ../nbs/08_qlora.ipynb #1746699b
+# %% ../nbs/08_qlora.ipynb #ca7e3e68
 def save_adapter(
     model:PeftModel,  # with one adapter
     out:str|Path,     # folder: adapter_model.safetensors, adapter_config.json
@@ -252,6 +282,7 @@ def save_adapter(
     write_json(Path(out)/'adapter_config.json', config)
     (Path(out)/'README.md').unlink(missing_ok=True)
 
+# %% ../nbs/08_qlora.ipynb #b0f6c8cb
 def _check_adapter(adapter, path, folder:Path)->Path:
     "A PEFT adapter in safetensors that belongs to this model, or `StageError`"
     from safetensors import SafetensorError, safe_open
@@ -270,45 +301,25 @@ def _check_adapter(adapter, path, folder:Path)->Path:
         require(not was or was == now, f'{p} was trained on model {was}, {path} is {now}; give the model it was trained on')
     return p
 
-def _adapter_tensors(p:Path)->dict:
-    from safetensors.torch import load_file
-    return {k.replace('.block_sparse_moe.', '.mlp.'): v for k, v in load_file(p/'adapter_model.safetensors').items()}
-
+# %% ../nbs/08_qlora.ipynb #89192ee1
 def _put_adapter(model, p:Path, trainable:bool):
     "Put a saved adapter on a loaded model; more rows than the model has make it grow"
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-    tensors = _adapter_tensors(p)
+    from safetensors.torch import load_file
+    tensors = {k.replace('.block_sparse_moe.', '.mlp.'): t for k, t in load_file(p/'adapter_model.safetensors').items()}  # names of older transformers
     n = max([t.shape[0] for k, t in tensors.items() if re.search(r'(embed_tokens|lm_head)\.weight$', k)], default=0)
     if n > model.get_input_embeddings().weight.shape[0]: model.resize_token_embeddings(n, mean_resizing=False)
     config = PeftConfig.from_pretrained(p); config.inference_mode = not trainable
+    config.base_model_name_or_path = model.name_or_path
     if isinstance(config.target_modules, str): config.target_modules = config.target_modules.replace('block_sparse_moe', 'mlp')
     with quiet(): model = get_peft_model(model, config)
+    name = model.config.name_or_path
     try: found = set_peft_model_state_dict(model, tensors)
-    except (KeyError, RuntimeError) as e: raise StageError(f'{p} does not fit {model.config.name_or_path}: {str(e).splitlines()[-1].strip()}') from None
+    except (KeyError, RuntimeError) as e:
+        part = re.search(r'size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]', ' '.join(str(e).split()))
+        raise StageError(f'{p} does not fit {name}: ' + (f'{part[1]} is {part[2]}, expected {part[3]}' if part else f'it lacks {e}') + '; give the model it was trained on') from None
     if faults := [*[k for k in found.missing_keys if 'lora_' in k], *found.unexpected_keys]:
-        raise StageError(f'{p} does not fit {model.config.name_or_path}: {len(faults)} matrices without a partner, such as {faults[0]}')
+        raise StageError(f'{p} does not fit {name}: {len(faults)} matrices without a partner, such as {faults[0]}; give the model it was trained on')
     if not trainable: model.requires_grad_(False)
     else: _trainables_float32(model)
     return model.eval()
-
-# %% ../nbs/08_qlora.ipynb #308936f8
-def parameter_table(model)->list[dict]:  # part, n_params, trainable, bytes
-    "Parameters of a model by part: how many, how many are trained, how much memory they hold"
-    parts = {}
-    for name, p in model.named_parameters():
-        state = getattr(p, 'quant_state', None)
-        row = parts.setdefault(_part(name), dict(part=_part(name), n_params=0, trainable=0, bytes=0))
-        n = p.numel() if state is None else state.shape.numel()
-        row['n_params'] += n; row['trainable'] += n * p.requires_grad; row['bytes'] += _held(p)
-    return sorted(parts.values(), key=lambda r: -r['n_params'])
-
-def _held(p)->int:
-    state = getattr(p, 'quant_state', None); size = p.numel() * p.element_size()
-    for q in filter(None, (state, getattr(state, 'state2', None))): size += q.absmax.numel() * q.absmax.element_size()
-    return size
-
-def _part(name:str)->str:
-    if 'lora_' in name: return 'LoRA experts' if '.experts.' in name else 'LoRA attention'
-    for key, part in (('.experts.', 'experts'), ('_proj', 'attention'), ('embed_tokens', 'embedding'), ('lm_head', 'head'), ('.gate.', 'router')):
-        if key in name: return part + (' (trained copy)' if 'modules_to_save' in name or 'trainable_tokens' in name else '')
-    return 'norms'

@@ -110,7 +110,7 @@ def heldout(
         require((p/f'{lang}.valid.jsonl').stat().st_size, f'{p} has no held-out {lang} text; run: cmixtral corpus --valid-share 0.01')
     return corpus_texts(p, lang, 'valid', limit_chars)
 
-# %% ../nbs/03_search.ipynb #723c73a1
+# %% ../nbs/03_search.ipynb #2c62714b
 def search_table(
     pieces:list[Piece],     # candidates
     base:dict[str, float],  # piece -> score of the base, in the same script
@@ -121,7 +121,8 @@ def search_table(
 )->list[dict]:  # one row for each combination that can be made
     "Tokens and ALP of every combination"
     rows, n_script = [], sum(len(r)*k for r, k in runs.items())
-    for c in sorted(chars):
+    most = len({p for p in base if len(p) == 1} | {p.piece for p in pieces if p.kind == 'char'})
+    for c in sorted({min(c, most) for c in chars}):
         for t in sorted(totals):
             chosen = select_pieces(pieces, base, t, c)
             n_new = sum(p.kind == 'char' for p in chosen)
@@ -131,16 +132,16 @@ def search_table(
                              chars_per_token=float(n_script/n.sum()), alp=alp(n, n_sentences)))
     return rows
 
-# %% ../nbs/03_search.ipynb #438cafbf
+# %% ../nbs/03_search.ipynb #5c4d8143
 def knee(
     x:list[float],  # increasing
     y:list[float],  # rising ever more slowly
 )->float|None:  # the x of the knee; None where the curve has none
     "Where a curve bends most (Kneedle, Satopää et al. 2011)"
     from kneed import KneeLocator
-    if len(x) < 3: return None
+    if len(x) < 3 or min(y) == max(y): return None
     at = KneeLocator(x, y, curve='concave', direction='increasing').knee
-    return None if at is None else float(at)
+    return None if at is None or at == x[0] else float(at)
 
 def choose(
     rows:list[dict],  # of `search_table`
@@ -197,7 +198,7 @@ def _check(pieces, corpus, base='mixtral', lang='zh', script='Han', chars=None, 
         except StageError as e: faults += e.args
     if faults: raise StageError(*dict.fromkeys(faults))
 
-# %% ../nbs/03_search.ipynb #7ec6d9d3
+# %% ../nbs/03_search.ipynb #27fd7fa6
 @stage('search', inputs=('pieces', 'corpus', 'base'), check=_check)
 def search(
     pieces:Path,               # folder of candidates, table of pieces, or sentencepiece model
@@ -216,7 +217,8 @@ def search(
     require(runs, f'{corpus}: the held-out {lang} text has no {script} characters; run: cmixtral corpus --sources {lang}=REF')
     grid = default_grid(candidates, have)
     rows = search_table(candidates, have, runs, n_sentences, _numbers('totals', totals, []) or grid[0], _numbers('chars', chars, []) or grid[1])
-    require(rows, f'{pieces}: {len(candidates):,} candidates are too few for every total and number of characters; lower both, or run: cmixtral tokenizer --n-pieces N')
+    require(rows, f'{pieces}: {len(candidates):,} candidates are too few for every total and number of characters; '
+        'lower both, or run: cmixtral tokenizer --n-pieces N')
     choice, n = choose(rows), token_counts(run_model(have, []), runs)
     _write_search(out, rows, choice)
     before, alp_before = sum(len(r)*k for r, k in runs.items()) / float(n.sum()), alp(n, n_sentences)

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['BEGIN', 'END', 'PAD', 'ROLES', 'TEMPLATE', 'chat_tokenizer', 'write_chat_tokenizer', 'encode_chat', 'dropout_encoder',
-           'to_messages', 'read_conversations', 'translations', 'grow_rows', 'collate_chat', 'Rounds', 'answer_bits',
-           'chat_trainer', 'sft']
+__all__ = ['BEGIN', 'END', 'PAD', 'ROLES', 'TEMPLATE', 'chat_tokenizer', 'write_chat_tokenizer', 'encode_chat', 'to_messages',
+           'read_conversations', 'translations', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat',
+           'answer_bits', 'chat_trainer', 'sft']
 
-# %% ../nbs/11_sft.ipynb #dff48a5a
-import copy, hashlib, json, random, re, shutil, sys
+# %% ../nbs/11_sft.ipynb #68fce10e
+import hashlib, json, random, re, shutil, sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .artifact import *
 from .corpus import is_heldout, open_text
 from .mixtral import resolve_model
-from .pretrain import checkpoints, param_groups, read_log, _arguments, _callback, _drop_half_written
+from .pretrain import checkpoints, drop_half_written, param_groups, read_log, write_log
 from .qlora import add_lora, default_device, load_model, parameter_table, quantised, save_adapter
 from .vocab import encode_plain, load_tokenizer
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ TEMPLATE = (
     "{% else %}{{ m['content'] + '<|endofutterance|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|beginofutterance|>助手\n' }}{% endif %}")
 
-# %% ../nbs/11_sft.ipynb #df6cb435
+# %% ../nbs/11_sft.ipynb #9f28fa58
 def chat_tokenizer(
     tok:PreTrainedTokenizerBase,  # of the model; changed in place
 )->PreTrainedTokenizerBase:  # the same, with three tokens at its end
@@ -47,6 +47,7 @@ def chat_tokenizer(
     tok.chat_template = TEMPLATE
     return tok
 
+# %% ../nbs/11_sft.ipynb #61a0670c
 def write_chat_tokenizer(
     model:Path,  # folder with the tokenizer to extend
     out:Path,    # folder of the adapter
@@ -57,6 +58,8 @@ def write_chat_tokenizer(
     conf = read_json(out/'tokenizer_config.json') | dict(tokenizer_class='PreTrainedTokenizerFast')  # a name that older releases know
     write_json(out/'tokenizer_config.json', {k: v for k, v in conf.items() if k not in ('backend', 'is_local', 'local_files_only')})
     if (model/'tokenizer.model').is_file(): shutil.copy(model/'tokenizer.model', out)
+    write_json(out/'special_tokens_map.json', tok.special_tokens_map)  # one that lies here already would win
+    write_json(out/'generation_config.json', dict(bos_token_id=tok.bos_token_id, eos_token_id=[tok.eos_token_id], pad_token_id=tok.pad_token_id))
     write_json(out/'added_tokens.json', {t: tok.convert_tokens_to_ids(t) for t in (END, PAD, BEGIN)})
     return tok
 
@@ -82,22 +85,6 @@ def encode_chat(
         head = encode_plain(tok, [ROLES['assistant'] + '\n'])[0]
         ids += [begin, *head]; mask += [0] * (1 + len(head))
     return ids, mask
-
-# %% ../nbs/11_sft.ipynb #0312a6d5
-def dropout_encoder(
-    sp,           # SentencePieceProcessor
-    p:float,      # each merge is skipped with this probability
-    seed:int,     # the same seed cuts the same text the same way
-):  # callable: text -> ids
-    "BPE-dropout (Provilkov et al. 2020) by sentencepiece"
-    import sentencepiece as spm
-    def encode(text):
-        head, line, rest = text.partition('\n')  # the role is always cut the same way
-        spm.set_random_generator_seed(seed)
-        ids = sp.encode('\n' + rest, enable_sampling=True, alpha=p, nbest_size=-1)
-        cut = ids.index(sp.encode('\n')[-1])
-        return sp.encode(head + '\n') + ids[cut+1:]
-    return encode
 
 # %% ../nbs/11_sft.ipynb #44c76d1f
 _from = dict(human='user', user='user', gpt='assistant', assistant='assistant', chatgpt='assistant', bing='assistant', system='system',
@@ -131,7 +118,7 @@ def _checked(messages:list[dict])->list[dict]:
     if turns != ['user', 'assistant'] * (len(turns) // 2) or not turns: raise ValueError('turns do not alternate')
     return messages
 
-# %% ../nbs/11_sft.ipynb #3379fed5
+# %% ../nbs/11_sft.ipynb #12253ef4
 def _records(path:Path, on_error:str, counts:Counter)->Iterator:
     "Objects of a jsonl file, or of a JSON file that holds one list"
     def bad(n, reason):
@@ -149,6 +136,7 @@ def _json_list(path, f):
     try: return json.loads(f.read().decode('utf-8-sig'))
     except ValueError as e: raise StageError(f'{path}: not valid JSON ({e})') from None
 
+# %% ../nbs/11_sft.ipynb #237c6329
 def read_conversations(
     ref:str,                    # jsonl or json file (also .xz, .gz), builtin, builtin:translation, builtin:handwritten
     on_error:str='skip',        # a bad conversation: skip (and count it) or stop
@@ -185,7 +173,23 @@ def translations(
         ask = _ask[to][key(p)[-1] % len(_ask[to])].format(p[back])
         yield [dict(role='user', content=ask), dict(role='assistant', content=p[to])]
 
-# %% ../nbs/11_sft.ipynb #1d2506ba
+# %% ../nbs/11_sft.ipynb #0312a6d5
+def dropout_encoder(
+    sp,           # SentencePieceProcessor
+    p:float,      # each merge is skipped with this probability
+    seed:int,     # the same seed cuts the same text the same way
+):  # callable: text -> ids
+    "BPE-dropout (Provilkov et al. 2020) by sentencepiece"
+    import sentencepiece as spm
+    def encode(text):
+        head, line, rest = text.partition('\n')  # the role is always cut the same way
+        spm.set_random_generator_seed(seed)
+        ids = sp.encode('\n' + rest, enable_sampling=True, alpha=p, nbest_size=-1)
+        cut = ids.index(sp.encode('\n')[-1])
+        return sp.encode(head + '\n') + ids[cut+1:]
+    return encode
+
+# %% ../nbs/11_sft.ipynb #ad85b8ca
 def grow_rows(
     model,                # causal language model
     n:int,                # rows it needs
@@ -198,22 +202,6 @@ def grow_rows(
     with torch.no_grad():
         for W in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
             for new, old in like.items(): W[new] = W[old]
-
-def collate_chat(
-    examples:list[tuple[list[int], list[int]]],  # ids and mask of each conversation
-    pad:int,                                     # id of the pad token
-    length:int,                                  # longer conversations are cut
-)->dict:  # input_ids, attention_mask, labels: int64 tensors
-    "A batch padded on the right, with a label only where the loss counts"
-    import torch
-    n = min(length, max(len(ids) for ids, _ in examples))
-    out = dict(input_ids=torch.full((len(examples), n), pad), attention_mask=torch.zeros(len(examples), n, dtype=torch.int64),
-               labels=torch.full((len(examples), n), -100))
-    for i, (ids, mask) in enumerate(examples):
-        ids, mask = torch.tensor(ids[:n]), torch.tensor(mask[:n])
-        out['input_ids'][i, :len(ids)] = ids; out['attention_mask'][i, :len(ids)] = 1
-        out['labels'][i, :len(ids)] = ids.where(mask == 1, -100)
-    return out
 
 # %% ../nbs/11_sft.ipynb #b1c99e46
 class Rounds:
@@ -237,7 +225,21 @@ class Rounds:
         if lap not in self.orders: self.orders = {lap: random.Random(f'{self.seed} {lap}').sample(range(len(self.talks)), len(self.talks))}
         return self.orders[lap]
 
-# %% ../nbs/11_sft.ipynb #4fc2a3c5
+# %% ../nbs/11_sft.ipynb #ab9be678
+def collate_chat(
+    examples:list[tuple[list[int], list[int]]],  # ids and mask of each conversation
+    length:int,                                  # longer conversations are cut
+)->dict:  # int64 tensors: input_ids, position_ids, labels (1, n); logits_to_keep (k,); shift_labels (1, k)
+    "Conversations end to end, with a label only where the loss counts"
+    import torch
+    ids = torch.tensor([i for x, _ in examples for i in x[:length]])
+    mask = torch.tensor([m for _, x in examples for m in x[:length]])
+    labels = ids.where(mask == 1, -100)
+    keep = (labels[1:] != -100).nonzero()[:, 0]
+    return dict(input_ids=ids[None], position_ids=torch.cat([torch.arange(len(x[:length])) for x, _ in examples])[None],
+                labels=labels[None], logits_to_keep=keep, shift_labels=labels[1:][keep][None])
+
+# %% ../nbs/11_sft.ipynb #175ac971
 def answer_bits(
     model, tok,       # a chat model and its tokenizer
     talks:list,       # conversations
@@ -247,16 +249,35 @@ def answer_bits(
     "How well a model predicts the answers of conversations it has not seen"
     import math, torch
     from torch.nn.functional import cross_entropy
-    pad, was, nats = tok.convert_tokens_to_ids(PAD), model.training, 0.
+    was, nats = model.training, 0.
     model.eval()
     for i in range(0, len(talks), batch):
-        b = {k: v.to(model.device) for k, v in collate_chat([encode_chat(tok, t) for t in talks[i:i+batch]], pad, length).items()}
-        with torch.no_grad(): logits = model(input_ids=b['input_ids'], attention_mask=b['attention_mask'], use_cache=False).logits
-        nats += cross_entropy(logits[:, :-1].flatten(0, 1).float(), b['labels'][:, 1:].flatten(), reduction='sum').item()
+        b = {k: v.to(model.device) for k, v in collate_chat([encode_chat(tok, t) for t in talks[i:i+batch]], length).items()}
+        with torch.no_grad(): logits = model(**{k: b[k] for k in ('input_ids', 'position_ids', 'logits_to_keep')}, use_cache=False).logits
+        nats += cross_entropy(logits[0].float(), b['shift_labels'][0], reduction='sum').item()
     model.train(was)
     return nats / math.log(2) / sum(len(m['content'].encode()) for t in talks for m in t if m['role'] == 'assistant')
 
-# %% ../nbs/11_sft.ipynb #3440c244
+# %% ../nbs/11_sft.ipynb #dab6a61d
+def _arguments(out:Path, gpu:bool, **kw):
+    "TrainingArguments that touch neither the network nor the home folder"
+    from transformers import TrainingArguments
+    checkpointing = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={'use_reentrant': False}) if gpu else {}
+    return TrainingArguments(output_dir=str(out), use_cpu=not gpu, bf16=gpu, report_to='none', disable_tqdm=not sys.stderr.isatty(),
+        remove_unused_columns=False, logging_nan_inf_filter=False, logging_first_step=True, eval_strategy='steps', save_strategy='steps',
+        save_total_limit=2, dataloader_pin_memory=gpu, weight_decay=0., lr_scheduler_type='cosine', **checkpointing, **kw)
+
+def _keeper(log:Path):
+    "Marks whole checkpoints and keeps the log on disk up to date"
+    from transformers import TrainerCallback
+    class Keeper(TrainerCallback):
+        def on_save(self, args, state, control, **kw):
+            if state.is_world_process_zero: write_text(Path(args.output_dir)/f'checkpoint-{state.global_step}'/'complete', '')
+        def on_log(self, args, state, control, **kw):
+            if state.is_world_process_zero: write_log(log, state.log_history)
+    return Keeper()
+
+# %% ../nbs/11_sft.ipynb #5d18a43e
 def chat_trainer(
     model,          # PeftModel from `add_lora`
     rows,           # `Rounds`
@@ -268,7 +289,7 @@ def chat_trainer(
 ):
     "transformers' Trainer, reading in the order of `rows`"
     import torch
-    from transformers import Trainer
+    from transformers import PrinterCallback, Trainer
     class ChatTrainer(Trainer):
         def _get_train_sampler(self, *a): return torch.utils.data.SequentialSampler(self.train_dataset)
         def create_optimizer(self, model=None):
@@ -284,7 +305,9 @@ def chat_trainer(
             found = measure(); self.log(found)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
             return found
-    return ChatTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collate, callbacks=[_callback(log)])
+    run = ChatTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collate, callbacks=[_keeper(log)])
+    run.remove_callback(PrinterCallback)
+    return run
 
 # %% ../nbs/11_sft.ipynb #1e596f59
 def _refs(conversations)->list[str]:
@@ -308,7 +331,7 @@ def _check(model, conversations=None, rank=1, dropout=0., rows='all', lr=1., bat
     except StageError as e: faults += e.args
     if faults: raise StageError(*faults)
 
-# %% ../nbs/11_sft.ipynb #a16f44c2
+# %% ../nbs/11_sft.ipynb #e1ed850f
 def _talks(refs:list[str], tok, on_error, n_translations, length, valid_share)->tuple[list, list, Counter]:
     "Conversations to train on, held-out ones, and why others were dropped"
     counts, train, valid, seen = Counter(), [], [], set()
@@ -322,6 +345,7 @@ def _talks(refs:list[str], tok, on_error, n_translations, length, valid_share)->
     require(train, f'no conversation left to train on of {", ".join(refs)}; dropped: {dict(counts) or "none"}')
     return train, valid, counts
 
+# %% ../nbs/11_sft.ipynb #9bb03511
 def _chat_stats(net, run, log, train, valid, counts, folder, out)->dict:
     "What the manifest says of a run"
     losses = [h['loss'] for h in log if 'loss' in h]; bits = [h['bpb_answers'] for h in log if 'bpb_answers' in h]
@@ -331,7 +355,7 @@ def _chat_stats(net, run, log, train, valid, counts, folder, out)->dict:
         dropped=dict(counts), loss=dict(first=losses[0], last=losses[-1]), bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
         parameters=parameter_table(net), quantised=quantised(net), quantised_dtype=str(net.dtype).removeprefix('torch.'))
 
-# %% ../nbs/11_sft.ipynb #4d1c825e
+# %% ../nbs/11_sft.ipynb #1f097c04
 @stage('adapter', inputs=('model', 'conversations'), ignore=('device',), resumable=True, check=_check)
 def sft(
     model:Path,                # model folder (ours or any other) or hub id
@@ -377,12 +401,12 @@ def sft(
     net = add_lora(net, rank, alpha, dropout, rows, seed=seed)
     n_steps = steps or max(1, round(epochs * len(train) / (batch * accumulation)))
     reading = Rounds(train, tok, _processor(folder) if bpe_dropout else None, n_steps * batch * accumulation * _world(), bpe_dropout, seed)
-    done = checkpoints(out/'checkpoints'); _drop_half_written(out/'checkpoints')
-    args = _arguments(out/'checkpoints', device, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=n_steps,
+    done = checkpoints(out/'checkpoints'); drop_half_written(out/'checkpoints')
+    args = _arguments(out/'checkpoints', device != 'cpu', per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=n_steps,
         learning_rate=lr, warmup_steps=warmup, optim=optim, seed=seed, logging_steps=log_every, eval_steps=eval_every, save_steps=save_every,
-        eval_on_start=not done, neftune_noise_alpha=neftune or None)
+        eval_on_start=not done, neftune_noise_alpha=neftune * batch**.5 or None)  # the row is `batch` conversations long
     measure = lambda: dict(bpb_answers=round(answer_bits(net, tok, valid, length), 4)) if valid else {}
-    run = chat_trainer(net, reading, args, partial(collate_chat, pad=pad, length=length), rows_lr or lr, measure, out/'log.jsonl')
+    run = chat_trainer(net, reading, args, partial(collate_chat, length=length), rows_lr or lr, measure, out/'log.jsonl')
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
     if run.state.global_step % eval_every: run.evaluate()
     save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['script_runs', 'char_counts', 'frequent_chars', 'split_runs', 'train_pieces', 'read_model', 'Piece', 'kind_of',
+__all__ = ['script_runs', 'char_counts', 'frequent_chars', 'split_runs', 'read_model', 'train_pieces', 'Piece', 'kind_of',
            'word_counts', 'describe_pieces', 'write_pieces', 'read_pieces', 'base_tokenizer_model', 'read_lexicon',
            'mix_lexicon', 'tokenizer']
 
@@ -57,7 +57,20 @@ def split_runs(
         for part in keep.findall(r): out[part] += k
     return out
 
-# %% ../nbs/02_tokenizer.ipynb #1e340886
+# %% ../nbs/02_tokenizer.ipynb #e43594ed
+def read_model(
+    model_file:str|Path,  # sentencepiece .model
+):  # ModelProto of sentencepiece
+    "A sentencepiece model as a protobuf message; `StageError` where it is none"
+    from sentencepiece import sentencepiece_model_pb2 as pb
+    m, p = pb.ModelProto(), Path(model_file)
+    require(p.is_file(), f'{p}: no such file, expected a sentencepiece model')
+    try: m.ParseFromString(p.read_bytes())
+    except Exception: m.Clear()
+    require(len(m.pieces) and m.HasField('trainer_spec'), f'{p} is not a sentencepiece model')
+    return m
+
+# %% ../nbs/02_tokenizer.ipynb #f120a91d
 def train_pieces(
     runs:Counter,      # run -> count
     model_file:Path,   # sentencepiece model to write
@@ -75,20 +88,10 @@ def train_pieces(
         normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False,
         unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, num_threads=threads, train_extremely_large_corpus=len(runs) > 5_000_000, minloglevel=2)
     tsv.unlink(); model_file.with_suffix('.vocab').unlink(missing_ok=True)
+    m = read_model(model_file)
+    m.trainer_spec.ClearField('input'); m.trainer_spec.ClearField('model_prefix')  # paths of this machine; without them equal runs give equal files
+    model_file.write_bytes(m.SerializeToString(deterministic=True))
     return model_file
-
-# %% ../nbs/02_tokenizer.ipynb #e43594ed
-def read_model(
-    model_file:str|Path,  # sentencepiece .model
-):  # ModelProto of sentencepiece
-    "A sentencepiece model as a protobuf message; `StageError` where it is none"
-    from sentencepiece import sentencepiece_model_pb2 as pb
-    m, p = pb.ModelProto(), Path(model_file)
-    require(p.is_file(), f'{p}: no such file, expected a sentencepiece model')
-    try: m.ParseFromString(p.read_bytes())
-    except Exception: m.Clear()
-    require(len(m.pieces) and m.HasField('trainer_spec'), f'{p} is not a sentencepiece model')
-    return m
 
 # %% ../nbs/02_tokenizer.ipynb #471c5e2b
 class Piece(NamedTuple):
@@ -108,7 +111,7 @@ def _normal(model_file)->list[tuple[str, float]]:
     "Pieces and scores of a model, without control tokens and bytes"
     return [(p.piece, p.score + 0.) for p in read_model(model_file).pieces if p.type == 1]
 
-# %% ../nbs/02_tokenizer.ipynb #3dfef800
+# %% ../nbs/02_tokenizer.ipynb #1224259e
 def word_counts(
     runs:Counter,      # run -> count
     model_file:Path,   # sentencepiece model
@@ -116,7 +119,7 @@ def word_counts(
     "How often each piece is a token when the runs are cut by the model"
     import sentencepiece as spm
     sp, n = spm.SentencePieceProcessor(model_file=str(model_file)), Counter()
-    for k, ids in zip(runs.values(), sp.encode(list(runs))):
+    for k, ids in zip(runs.values(), sp.encode(list(runs)), strict=True):
         for i in ids: n[i] += k
     return Counter({sp.id_to_piece(i): k for i, k in n.items()})
 
@@ -128,19 +131,20 @@ def describe_pieces(
     n = {'char': char_counts(runs), 'word': word_counts(runs, model_file)}
     return sorted((Piece(t, s, kind_of(t), n[kind_of(t)][t]) for t, s in _normal(model_file) if t != '▁'), key=_order)
 
-# %% ../nbs/02_tokenizer.ipynb #f11e092e
+# %% ../nbs/02_tokenizer.ipynb #f5269d1d
 def write_pieces(path:str|Path, pieces:Iterable[Piece]):
     "A table for people: piece, score, kind, count, separated by tabs"
     write_text(path, 'piece\tscore\tkind\tcount\n' + ''.join(f'{p.piece}\t{p.score:g}\t{p.kind}\t{p.count}\n' for p in pieces))
 
 def _table(p:Path)->list[Piece]:
-    "Pieces of a table, or of a plain list with one piece in each line"
+    "Pieces of a table whose head names its columns, or of a plain list with one piece in each line"
     try: rows = [(i, l.split('\t')) for i, l in enumerate(p.read_text(encoding='utf-8').splitlines(), 1) if l.strip()]
     except UnicodeDecodeError: raise StageError(f'{p} is not UTF-8, expected a table of pieces') from None
-    rows, faults, out = [r for r in rows if r[1][0] != 'piece'], [], []
-    for i, r in rows:
-        try: out.append(Piece(r[0], float(r[1]), kind_of(r[0]), int(r[3])) if len(r) > 1 else Piece(r[0], float(-i), kind_of(r[0]), 0))
-        except (ValueError, IndexError): faults.append(f'{p}:{i}: expected piece, score, kind and count with tabs between them, or a piece alone')
+    if not any('piece' in r for _, r in rows[:1]): return [Piece(r[0], float(-i), kind_of(r[0]), 0) for i, r in rows]
+    head, faults, out = rows[0][1], [], []
+    for i, r in rows[1:]:
+        try: d = dict(zip(head, r, strict=True)); out.append(Piece(d['piece'], float(d['score']), kind_of(d['piece']), int(d.get('count', 0))))
+        except (ValueError, KeyError): faults.append(f'{p}:{i}: expected {", ".join(head)} with tabs between them, score and count being numbers')
     if faults: raise StageError(*faults[:5])
     return out
 
@@ -204,11 +208,12 @@ def mix_lexicon(
     f = share / (1 - share) * n_run / n_word
     return runs + Counter({w: max(1, round(k*f)) for w, k in words.items()})
 
-# %% ../nbs/02_tokenizer.ipynb #374f8ac4
+# %% ../nbs/02_tokenizer.ipynb #2b50f832
 def _check(corpus, lang='zh', n_pieces=0, n_chars=0, script='Han', lexicon=None, lexicon_share=.5, **_):
     faults, p = [], Path(str(corpus))
     if not p.exists(): faults.append(f'{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}')
-    elif (langs := corpus_langs(p)) and lang not in langs: faults.append(f'{p} has no {lang} text, it has {", ".join(langs)}; run: cmixtral corpus --sources {lang}=REF')
+    elif (langs := corpus_langs(p)) and lang not in langs:
+        faults.append(f'{p} has no {lang} text, it has {", ".join(langs)}; run: cmixtral corpus --sources {lang}=REF')
     try: script_pattern(script)
     except StageError as e: faults += e.args
     if n_pieces < 1: faults.append(f'n_pieces is {n_pieces}, expected at least 1')

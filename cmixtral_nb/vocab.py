@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['lowest_score', 'extend_model', 'processor', 'chars_per_token', 'unreachable', 'reachable_pieces', 'sp_merges',
-           'build_fast', 'write_tokenizer', 'load_tokenizer', 'encode_plain', 'hostile_texts', 'with_bos', 'certify',
+__all__ = ['processor', 'lowest_score', 'read_bpe', 'extend_model', 'chars_per_token', 'unreachable', 'reachable_pieces',
+           'sp_merges', 'build_fast', 'write_tokenizer', 'load_tokenizer', 'encode_plain', 'hostile_texts', 'certify',
            'certificate_texts', 'vocab']
 
-# %% ../nbs/04_vocab.ipynb #64cc95b7
-import json, random, shutil
+# %% ../nbs/04_vocab.ipynb #a7d4f91e
+import random, shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,31 +20,11 @@ from .corpus import *
 from .tokenizer import *
 from .search import *
 if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-    from sentencepiece import SentencePieceProcessor
 
-# %% ../nbs/04_vocab.ipynb #63e7dfca
-def lowest_score(
-    model,  # ModelProto of a BPE model
-)->float:
-    "The score of the last merge of a model; pieces that no merge makes carry about -1e9 and do not count"
-    return min(p.score for p in model.pieces if p.type == 1 and p.score > -1e8)
-
-def extend_model(
-    base_file:str|Path,  # sentencepiece model, BPE
-    pieces:list[Piece],  # to append, first merge first
-):  # ModelProto
-    "Append pieces with scores that fall from just below the last merge of the base"
-    m = read_model(base_file)
-    require(m.trainer_spec.model_type == 2, f'{base_file} is a {_model_type(m)} model, expected BPE; extend another base')
-    low, old = int(lowest_score(m)), {p.piece for p in m.pieces}
-    for i, p in enumerate((p for p in pieces if p.piece not in old), 1): m.pieces.add(piece=p.piece, score=low - i)
-    m.trainer_spec.vocab_size = len(m.pieces)
-    return m
-
-def _model_type(m)->str: return {1: 'unigram', 2: 'BPE', 3: 'word', 4: 'character'}.get(m.trainer_spec.model_type, 'strange')
-
+# %% ../nbs/04_vocab.ipynb #5766a1ba
 def processor(
     model,  # ModelProto, or a sentencepiece file
 )->SentencePieceProcessor:
@@ -52,6 +32,33 @@ def processor(
     import sentencepiece as spm
     if isinstance(model, (str, Path)): return spm.SentencePieceProcessor(model_file=str(model))
     return spm.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+# %% ../nbs/04_vocab.ipynb #05ca0273
+def lowest_score(
+    model,  # ModelProto of a BPE model
+)->float:
+    "The score of the last merge of a model; pieces that no merge makes carry about -1e9 and do not count"
+    return min(p.score for p in model.pieces if p.type == 1 and p.score > -1e8)
+
+def read_bpe(
+    model_file:str|Path,  # sentencepiece model
+):  # ModelProto
+    "A sentencepiece model; `StageError` unless its pieces are merges"
+    m = read_model(model_file)
+    kind = {1: 'unigram', 2: 'BPE', 3: 'word', 4: 'character'}.get(m.trainer_spec.model_type)
+    require(kind == 'BPE', f'{model_file} is a {kind} model, expected BPE; extend another base')
+    return m
+
+def extend_model(
+    base_file:str|Path,  # sentencepiece model, BPE
+    pieces:list[Piece],  # to append, first merge first
+):  # ModelProto
+    "Append pieces with scores that fall from just below the last merge of the base"
+    m = read_bpe(base_file)
+    low, old = int(lowest_score(m)), {p.piece for p in m.pieces}
+    for i, p in enumerate((p for p in pieces if p.piece not in old), 1): m.pieces.add(piece=p.piece, score=low - i)
+    m.trainer_spec.vocab_size = len(m.pieces)
+    return m
 
 # %% ../nbs/04_vocab.ipynb #bf157787
 def chars_per_token(
@@ -61,16 +68,15 @@ def chars_per_token(
     "Characters of text that one token stands for"
     return sum(map(len, texts)) / max(1, sum(map(len, sp.encode(texts))))
 
-# %% ../nbs/04_vocab.ipynb #713f61d2
+# %% ../nbs/04_vocab.ipynb #7b1d28d4
 def unreachable(
     sp:SentencePieceProcessor,  # extended model
     first:int=0,                # id of the first piece to try
 )->list[str]:  # pieces that their own text does not give
     "Pieces that are never used: encoding their text gives other tokens"
-    ids = range(first, len(sp))
-    prefix = sp.encode('字')[0]
-    texts = [sp.id_to_piece(i) for i in ids]
-    return [t for i, t, got in zip(ids, texts, sp.encode(texts)) if [x for x in got if x != prefix or i == prefix] != [i]]
+    texts = [sp.id_to_piece(i) for i in range(first, len(sp))]
+    blank = sp.piece_to_id('▁')
+    return [t for i, t, ids in zip(range(first, len(sp)), texts, sp.encode(texts), strict=True) if (ids[1:] if ids[:1] == [blank] else ids) != [i]]
 
 def reachable_pieces(
     base_file:str|Path,     # sentencepiece model of the base
@@ -83,12 +89,12 @@ def reachable_pieces(
     base, dead = base_pieces(base_file, script), set()
     while True:
         chosen = select_pieces([p for p in pieces if p.piece not in dead], base, n_pieces, n_chars)
-        sp = run_model(base, chosen)
-        new = {t for t, ids in zip((p.piece for p in chosen), sp.encode([p.piece for p in chosen])) if len(ids) != 1}
+        texts = [p.piece for p in chosen]
+        new = {t for t, ids in zip(texts, run_model(base, chosen).encode(texts), strict=True) if len(ids) != 1}
         if not new: return chosen
         dead |= new
 
-# %% ../nbs/04_vocab.ipynb #263ba0c1
+# %% ../nbs/04_vocab.ipynb #829a6a0e
 def sp_merges(
     model,  # ModelProto
 )->list[tuple[str, str]]:  # the highest score first; equal scores in the order of ids
@@ -102,19 +108,18 @@ def build_fast(
 )->Tokenizer:
     "The same tokenizer for the library `tokenizers`, built from the sentencepiece model itself"
     from tokenizers import Tokenizer, models, normalizers, decoders, processors, AddedToken
-    m = read_model(model_file); names = [p.piece for p in m.pieces]; t = m.trainer_spec
+    m = read_bpe(model_file); names, t = [p.piece for p in m.pieces], m.trainer_spec
     tok = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(names)}, merges=sp_merges(m), unk_token=names[t.unk_id],
                                fuse_unk=True, byte_fallback=t.byte_fallback))
-    prefix = [normalizers.Prepend('▁')] if m.normalizer_spec.add_dummy_prefix else []
-    tok.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(' ', '▁')])
-    tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(' ', 1, 0)]*len(prefix))
-    control = [p.piece for p in m.pieces if p.type in (2, 3)]
-    tok.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
+    prefix = m.normalizer_spec.add_dummy_prefix
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend('▁')]*prefix + [normalizers.Replace(' ', '▁')])
+    tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(' ', 1, 0)]*prefix)
+    tok.add_special_tokens([AddedToken(p.piece, special=True, normalized=False) for p in m.pieces if p.type in (2, 3)])
     bos = names[t.bos_id]
     tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A', pair=f'{bos} $A {bos}:1 $B:1', special_tokens=[(bos, t.bos_id)])
     return tok
 
-# %% ../nbs/04_vocab.ipynb #05827d39
+# %% ../nbs/04_vocab.ipynb #b998de23
 def write_tokenizer(
     model_file:str|Path,  # sentencepiece model, BPE
     out:str|Path,         # folder, made where it is missing
@@ -138,9 +143,11 @@ def load_tokenizer(
     require((p/'tokenizer.json').is_file(), f'{p} holds no tokenizer.json, expected a tokenizer; run: cmixtral vocab --out {p}')
     from transformers import AutoTokenizer
     try: return AutoTokenizer.from_pretrained(str(p), trust_remote_code=False)
-    except Exception as e: raise StageError(f'{p}: the tokenizer cannot be loaded ({type(e).__name__}: {" ".join(str(e).split())[:150]}); run: cmixtral vocab --force --out {p}') from None
+    except Exception as e:
+        raise StageError(f'{p}: the tokenizer cannot be loaded ({type(e).__name__}: {" ".join(str(e).split())[:150]}); '
+            f'run: cmixtral vocab --force --out {p}') from None
 
-# %% ../nbs/04_vocab.ipynb #21ff6834
+# %% ../nbs/04_vocab.ipynb #3f2ff243
 def encode_plain(
     tok:PreTrainedTokenizerBase|Tokenizer,  # a loaded tokenizer
     texts:list[str],                        # documents
@@ -148,33 +155,28 @@ def encode_plain(
     "Encode text as text: `<s>` or a chat marker in a document is spelled out and never becomes the control token"
     fast = getattr(tok, 'backend_tokenizer', tok)
     if not hasattr(fast, 'encode_special_tokens'):
-        return tok(list(texts), add_special_tokens=False, split_special_tokens=True)['input_ids']
+        return [tok(t, add_special_tokens=False, split_special_tokens=True)['input_ids'] for t in texts]
     was, fast.encode_special_tokens = fast.encode_special_tokens, True
     try: return [e.ids for e in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally: fast.encode_special_tokens = was
 
-# %% ../nbs/04_vocab.ipynb #bd6c40d6
+# %% ../nbs/04_vocab.ipynb #72c989a4
 def hostile_texts(
     n:int,                # how many
     pieces:list[str],     # pieces to weave in
     seed:int=0,           # of the random choice
 )->list[str]:
     "Short strings of all that tokenizers trip over: runs of blanks, tabs, NUL, emoji, rare characters, control tokens"
-    rng = random.Random(seed)
-    parts = [lambda: ' ' * rng.randint(1, 45), lambda: rng.choice(['\t', '\n', '\r\n', '\x00', '\u3000', '\u00a0', '\u200b', '\ufeff']) * rng.randint(1, 4),
-             lambda: rng.choice(['<s>', '</s>', '<unk>', '<0x41>', '<|beginofutterance|>', '[INST]']), lambda: rng.choice(['😀', '👩‍👩‍👧', '🇨🇳', 'é', 'e\u0301', 'ﬁ', 'ß']),
-             lambda: chr(rng.choice([rng.randint(0x4e00, 0x9fff), rng.randint(0x20000, 0x2a6df), rng.randint(0xac00, 0xd7a3), rng.randint(33, 0x2fff)])),
+    rng = random.Random(seed); pick = rng.choice
+    parts = [lambda: ' ' * rng.randint(1, 45), lambda: pick(['\t', '\n', '\r\n', '\x00', '\u3000', '\u00a0', '\u200b', '\ufeff']) * rng.randint(1, 4),
+             lambda: pick(['<s>', '</s>', '<unk>', '<0x41>', '<|beginofutterance|>', '[INST]']), lambda: pick(['😀', '👩‍👩‍👧', '🇨🇳', 'é', 'e\u0301', 'ﬁ', 'ß']),
+             lambda: chr(pick([rng.randint(0x4e00, 0x9fff), rng.randint(0x20000, 0x2a6df), rng.randint(0xac00, 0xd7a3), rng.randint(33, 0x2fff)])),
              lambda: ''.join(rng.choices('abcdefghij ABC0123456789.,;:(){}<>/\\_-', k=rng.randint(1, 12))),
              lambda: ''.join(rng.choices(pieces, k=rng.randint(1, 4)))]
-    texts = [''.join(rng.choice(parts)() for _ in range(rng.randint(0, 9))) for _ in range(n)]
-    return [t.replace('▁', '_') for t in texts]
+    return [''.join(pick(parts)() for _ in range(rng.randint(0, 9))).replace('▁', '_') for _ in range(n)]
 
-# %% ../nbs/04_vocab.ipynb #1f69ffe3
-def _line(check:str, n:int, bad:list)->dict: return dict(check=check, cases=n, failed=len(bad), examples=[str(b)[:80] for b in bad[:3]])
-
-def with_bos(tok, text:str)->list[int]:
-    "What a stock call of the tokenizer gives; control tokens in the text are text"
-    return tok(text, split_special_tokens=True)['input_ids']
+# %% ../nbs/04_vocab.ipynb #824ccd55
+def _line(check:str, n:int, bad:list[str])->dict: return dict(check=check, cases=n, failed=len(bad), examples=[b[:80] for b in bad[:3]])
 
 def certify(
     base:SentencePieceProcessor,  # before
@@ -186,19 +188,18 @@ def certify(
 )->list[dict]:  # check, cases, failed, examples
     "What an extended tokenizer must keep and what it must do; a certificate has no line with a failure"
     n, texts = len(base), old_texts + new_texts + hostile
-    ids, was = new.encode(texts), base.encode(old_texts)
-    own = [base.id_to_piece(i) for i in range(n)]
-    plain = encode_plain(tok, texts)
-    some = texts[:50] + texts[-50:]
+    ids, own, some = new.encode(texts), [base.id_to_piece(i) for i in range(n)], texts[:50] + texts[-50:]
+    def with_bos(t): return tok(t, split_special_tokens=True)['input_ids']
     return [_line('old pieces keep their ids', n, [p for i, p in enumerate(own) if new.id_to_piece(i) != p]),
-        _line('ids of old texts unchanged', len(was), [t for t, a, b in zip(old_texts, was, ids) if a != b]),
-        _line('old pieces are cut as before', n, [p for p, a, b in zip(own, base.encode(own), new.encode(own)) if a != b]),
+        _line('old pieces are cut as before', n, [p for p, a, b in zip(own, base.encode(own), new.encode(own), strict=True) if a != b]),
+        _line('ids of old texts unchanged', len(old_texts),
+            [t for t, a, b in zip(old_texts, base.encode(old_texts), ids[:len(old_texts)], strict=True) if a != b]),
         _line('new pieces reachable', len(new) - n, unreachable(new, n)),
-        _line('decoding gives the text back', len(texts), [repr(t) for t, a in zip(texts, new.decode(ids)) if a != t]),
-        _line('fast tokenizer equals sentencepiece', len(texts), [repr(t) for t, a, b in zip(texts, ids, plain) if a != b]),
-        _line('with special tokens: BOS, then the same ids', len(some), [repr(t) for t in some if with_bos(tok, t) != [new.bos_id(), *new.encode(t)]])]
+        _line('decoding gives the text back', len(texts), [repr(t) for t, a in zip(texts, new.decode(ids), strict=True) if a != t]),
+        _line('fast tokenizer equals sentencepiece', len(texts), [repr(t) for t, a, b in zip(texts, ids, encode_plain(tok, texts), strict=True) if a != b]),
+        _line('with special tokens: BOS, then the same ids', len(some), [repr(t) for t in some if with_bos(t) != [new.bos_id(), *new.encode(t)]])]
 
-# %% ../nbs/04_vocab.ipynb #d11b748d
+# %% ../nbs/04_vocab.ipynb #34e99422
 def _take(docs:Iterable[str], limit_chars:int)->list[str]:
     "Documents until there are `limit_chars` characters"
     out, n = [], 0
@@ -212,7 +213,7 @@ def certificate_texts(
     script:str='Han',               # script of the new pieces
     limit_chars:int=1_000_000,      # of each source
 )->tuple[list[str], list[str], list[str]]:  # lines without the script, lines with it, documents in it
-    "Text to certify with: what ships, and the held-out part of a corpus; held-out documents to measure with where there are any"
+    "Text to certify with: what ships, and the held-out part of a corpus; the documents to measure with are held out where there are any"
     shipped = {l: _take((r['text'] for r in read_docs(f'builtin:{l}')), limit_chars) for l in ('en', 'zh')}
     held = {l: _take(corpus_texts(corpus, l, 'valid'), limit_chars) for l in (corpus_langs(corpus) if corpus else [])}
     own, lines = script_pattern(script), {True: [], False: []}
@@ -222,18 +223,31 @@ def certificate_texts(
     measure = [t for l, docs in held.items() if set(script.split()) & set(lang_script(l).split()) for t in docs]
     return lines[False], lines[True], measure or shipped['zh']
 
+# %% ../nbs/04_vocab.ipynb #d9de5c2f
 def _check(pieces, base='mixtral', search=None, n_pieces=0, n_chars=0, script='Han', corpus=None, **_):
     faults = [f'{k} is {v}, expected at least 0' for k, v in dict(n_pieces=n_pieces, n_chars=n_chars).items() if v < 0]
     if not n_pieces and not search: faults.append('how many pieces? give a number or a search: cmixtral vocab --n-pieces N, or cmixtral vocab --search DIR')
-    needs = [lambda: read_pieces(pieces, script), lambda: read_model(base_tokenizer_model(base))]
+    needs = [lambda: read_pieces(pieces, script), lambda: read_bpe(base_tokenizer_model(base))]
     if search and not n_pieces: needs.append(lambda: read_choice(search))
     if corpus: needs.append(lambda: Artifact.load(corpus, 'corpus'))
     for need in needs:
         try: need()
         except StageError as e: faults += e.args
-    if faults: raise StageError(*faults)
+    if faults: raise StageError(*dict.fromkeys(faults))
 
-# %% ../nbs/04_vocab.ipynb #a679ac6f
+def _certified(out:Path, base, new, texts:tuple, hostile:list[str])->dict:
+    "Write the certificate, or stop with the lines that failed"
+    lines = certify(base, new, load_tokenizer(out), *texts[:2], hostile)
+    write_json(out/'certificate.json', lines)
+    if bad := [l for l in lines if l['failed']]:
+        raise StageError(*[
+            f'certificate: {l["check"]}: {l["failed"]:,} of {l["cases"]:,} failed, such as {l["examples"][0]}; append other pieces' for l in bad])
+    before, after = (chars_per_token(sp, texts[2]) for sp in (base, new))
+    say('vocab', f'{len(base):,} + {len(new) - len(base):,} = {len(new):,} pieces, {before:.3f} -> {after:.3f} characters per token; '
+        + f'certificate: {len(lines)} checks, {sum(l["cases"] for l in lines):,} cases, none failed')
+    return dict(chars_per_token_base=before, chars_per_token=after, certificate={l['check']: dict(cases=l['cases'], failed=l['failed']) for l in lines})
+
+# %% ../nbs/04_vocab.ipynb #f9f8270b
 @stage('tokenizer', inputs=('pieces', 'base', 'search', 'corpus'), check=_check)
 def vocab(
     pieces:Path,             # folder of candidates, table of pieces, or sentencepiece model
@@ -244,6 +258,7 @@ def vocab(
     n_chars:int=0,           # single characters of the extended vocabulary, the base's included; 0: as the search chose, else all
     corpus:Path=None,        # corpus whose held-out texts the certificate reads and measures as well
     script:str='Han',        # script of the pieces
+    limit_chars:int=1000000, # characters of each source for the certificate
     n_hostile:int=5000,      # hostile strings in the certificate
     seed:int=0,              # of the hostile strings
 ):
@@ -251,24 +266,13 @@ def vocab(
     if search and not n_pieces: chosen = read_choice(search); n_pieces, n_chars = chosen[0], n_chars or chosen[1]
     base_file = base_tokenizer_model(base)
     new = reachable_pieces(base_file, read_pieces(pieces, script), n_pieces, n_chars, script)
-    require(len(new) == n_pieces, f'{pieces} gives {len(new):,} pieces with these characters, {n_pieces:,} were asked for; lower --n-pieces or run: cmixtral tokenizer --n-pieces N')
-    model = extend_model(base_file, new)
+    require(len(new) == n_pieces, f'{pieces} gives {len(new):,} pieces with these characters, {n_pieces:,} were asked for; '
+        'lower n_pieces, or run: cmixtral tokenizer --n-pieces N')
+    model = extend_model(base_file, new); first = len(model.pieces) - len(new)
     (out/'tokenizer.model').write_bytes(model.SerializeToString())
     write_tokenizer(out/'tokenizer.model', out)
-    first = len(model.pieces) - len(new)
     write_text(out/'pieces.tsv', 'id\tpiece\tscore\tkind\tcount\n' + ''.join(
-        f'{first+i}\t{p.piece}\t{model.pieces[first+i].score:.0f}\t{p.kind}\t{p.count}\n' for i, p in enumerate(new)))
-    stats = _certified(out, processor(base_file), processor(model), certificate_texts(corpus, script),
-                       hostile_texts(n_hostile, [p.piece for p in new], seed))
+        f'{i}\t{p.piece}\t{model.pieces[i].score:.0f}\t{p.kind}\t{p.count}\n' for i, p in enumerate(new, first)))
+    hostile = hostile_texts(n_hostile, [p.piece for p in new], seed)
+    stats = _certified(out, processor(base_file), processor(model), certificate_texts(corpus, script, limit_chars), hostile)
     return dict(n_base=first, n_pieces=len(new), n_chars=sum(p.kind == 'char' for p in new), n_vocab=len(model.pieces), **stats)
-
-def _certified(out:Path, base, new, texts:tuple, hostile:list[str])->dict:
-    "Write the certificate, or stop with the lines that failed"
-    lines = certify(base, new, load_tokenizer(out), *texts[:2], hostile)
-    write_json(out/'certificate.json', lines)
-    if bad := [l for l in lines if l['failed']]:
-        raise StageError(*[f'certificate: {l["check"]}: {l["failed"]:,} of {l["cases"]:,} failed, such as {l["examples"][0]!r}' for l in bad])
-    before, after = (chars_per_token(sp, texts[2]) for sp in (base, new))
-    say('vocab', f'{len(base):,} + {len(new) - len(base):,} = {len(new):,} pieces, {before:.2f} -> {after:.2f} characters per token; '
-        + f'certificate: {len(lines)} checks, {sum(l["cases"] for l in lines):,} cases, none failed')
-    return dict(chars_per_token_base=before, chars_per_token=after, certificate={l['check']: l['cases'] for l in lines})

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from cmixtral_nb.artifact import Artifact, read_json, write_json
+from cmixtral_nb.artifact import Artifact
 from conftest import MICRO, cmixtral
 
 
@@ -15,9 +15,10 @@ def tree(path):
 
 
 def refused(cli, *args, says, lines=1):
+    "Exit status 2 and `lines` lines (None: one or more, each a fault), with these words among them"
     status, err = cli(*args)
     assert status == 2, err
-    assert len(err) == lines and all(e.startswith("StageError: ") for e in err), err
+    assert len(err) == (lines or max(1, len(err))) and all(e.startswith("StageError: ") for e in err), err
     for part in [says] if isinstance(says, str) else says:
         assert any(part in e for e in err), (part, err)
 
@@ -45,8 +46,7 @@ def test_broken_lines_are_counted_or_stop(cli, tmp_path, bad):
     args = ("corpus", "--sources", f"zh={tmp_path / 'a.jsonl'}", "--valid-share", 0.1, "--out", tmp_path / "c")
     refused(cli, *args, "--on-error", "stop", says=["a.jsonl", "201"])
     assert cli(*args)[0] == 0
-    assert sum(n for reason, n in Artifact.load(tmp_path / "c").stats["zh"]["dropped"].items() if reason in ("broken json", "invalid utf-8", "broken line")) == 1 or \
-        1 in Artifact.load(tmp_path / "c").stats["zh"]["dropped"].values()
+    assert list(Artifact.load(tmp_path / "c").stats["zh"]["dropped"].values()) == [1]
 
 
 def test_a_directory_that_is_not_an_artifact(cli, tmp_path, micro):
@@ -63,7 +63,7 @@ def test_tokens_packed_with_another_tokenizer(cli, tmp_path, micro):
 
 
 def test_an_adapter_for_another_base(cli, tmp_path, micro):
-    refused(cli, "merge", "--model", micro[0] / "base", "--adapter", micro[0] / "adapter", "--out", tmp_path / "o", says="adapter", lines=len(cli("merge", "--model", micro[0] / "base", "--adapter", micro[0] / "adapter", "--out", tmp_path / "o")[1]))
+    refused(cli, "merge", "--model", micro[0] / "base", "--adapter", micro[0] / "adapter", "--out", tmp_path / "o", says="adapter", lines=None)
     assert tree(tmp_path) == {}
 
 
@@ -89,7 +89,7 @@ def test_truncated_safetensors(cli, tmp_path, micro):
         before = tree(tmp_path)
         refused(cli, "init", "--model", tmp_path / name, "--tokenizer", micro[0] / "tokenizer", "--out", tmp_path / "o", says=f.name)
         refused(cli, "evaluate", "--model", tmp_path / name, "--out", tmp_path / "o", says=f.name)
-        refused(cli, "merge", "--model", tmp_path / name, "--adapter", micro[0] / "adapter", "--out", tmp_path / "o", says=f.name, lines=len(cli("merge", "--model", tmp_path / name, "--adapter", micro[0] / "adapter", "--out", tmp_path / "o")[1]))
+        refused(cli, "merge", "--model", tmp_path / name, "--adapter", micro[0] / "adapter", "--out", tmp_path / "o", says=f.name, lines=None)
         assert tree(tmp_path) == before
 
 
@@ -109,7 +109,6 @@ def test_pickle_checkpoint(cli, tmp_path, micro):
 
 
 def test_options(cli):
-    refused(cli, "merge", "--modell", "x", says="did you mean '--model'") if False else None
     status, err = cli("merge", "--model", "x", "--adapter", "y", "--out", "z", "--fource")
     assert (status, len(err)) == (2, 1) and "did you mean '--force'" in err[0]
     status, err = cli("mrege")
@@ -152,8 +151,3 @@ def test_the_paper_recipe_is_refused_early_with_all_that_is_missing():
     assert out.returncode == 2 and all(e.startswith("StageError: ") for e in err), out.stderr
     assert any("SkyPile" in e for e in err) and any("mistralai/Mixtral-8x7B-v0.1" in e for e in err)
     assert not os.path.exists("nowhere")
-
-
-def test_a_manifest_is_the_last_thing_written(micro):
-    for p in micro[0].glob("*/manifest.json"):
-        assert read_json(p)["files"] and write_json is not None

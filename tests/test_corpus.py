@@ -1,0 +1,288 @@
+"Reading, cleaning and splitting text: bad inputs, edge cases, properties."
+import bz2
+import gzip
+import json
+import lzma
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmixtral_nb.artifact import StageError
+from cmixtral_nb.corpus import (Deduplicator, clean, clean_docs, corpus, corpus_langs, corpus_texts, doc_files,
+                                is_heldout, lang_script, parse_sources, read_docs, script_pattern, script_share)
+
+ROWS = [{"text": f"第{i}篇文章，讲词表扩充。", "source": "a"} for i in range(40)]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def texts(ref, **kw):
+    return [r["text"] for r in read_docs(ref, **kw)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- forms
+
+def test_every_form_gives_the_same_texts(here):
+    data = jsonl(here / "a.jsonl", ROWS).read_bytes()
+    for name, opener in {"b.jsonl.gz": gzip.open, "b.jsonl.xz": lzma.open, "b.jsonl.bz2": bz2.open}.items():
+        with opener(name, "wb") as f:
+            f.write(data)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    with pa.output_stream("b.jsonl.zst", compression="zstd") as f:
+        f.write(data)
+    pq.write_table(pa.Table.from_pylist(ROWS), "b.parquet")
+    (here / "b.txt").write_text("\n\n\n".join(r["text"] for r in ROWS) + "\n", encoding="utf-8")
+    want = [r["text"] for r in ROWS]
+    for name in ("a.jsonl", "b.jsonl.gz", "b.jsonl.xz", "b.jsonl.bz2", "b.jsonl.zst", "b.parquet", "b.txt"):
+        assert texts(name) == want, name
+
+
+def test_bom_crlf_and_blank_lines(here):
+    (here / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}')
+    (here / "a.txt").write_bytes("\ufeff甲\r\n乙\r\n \r\n\r\n丙".encode())
+    assert texts("a.jsonl") == ["one", "two"]
+    assert texts("a.txt") == ["甲\n乙", "丙"]
+
+
+def test_folder_glob_and_column(here):
+    (here / "d/e").mkdir(parents=True)
+    jsonl(here / "d/b.jsonl", [{"text": "b"}])
+    jsonl(here / "d/e/a.jsonl", [{"text": "a"}])
+    (here / "d/manifest.json").write_text("{}")
+    (here / "d/notes.doc").write_text("no")
+    assert sorted(texts("d")) == ["a", "b"]
+    assert texts("d/*.jsonl") == ["b"]
+    jsonl(here / "c.jsonl", [{"body": "x", "text": "y"}])
+    assert texts("c.jsonl#body") == ["x"] and texts("c.jsonl") == ["y"]
+    jsonl(here / "c#1.jsonl", [{"text": "z"}])
+    assert texts("c#1.jsonl") == ["z"]
+
+
+def test_builtin_parallel_keeps_both_sides():
+    row = next(read_docs("builtin:parallel"))
+    assert row["text"] == row["zh"] and row["en"]
+    assert next(read_docs("builtin:parallel#en"))["text"] == row["en"]
+
+
+# ---- bad lines
+
+BAD = [b'{"text": "good"}', b'{"text": "cut', b'{"text": "\xd6\xd0"}', b'["text"]', b'{"text": 7}', b'{"title": "x"}', b'{"text": "last"}']
+
+
+def test_bad_lines_are_counted(here):
+    (here / "r.jsonl").write_bytes(b"\n".join(BAD))
+    n = Counter()
+    assert texts("r.jsonl", counts=n) == ["good", "last"]
+    assert n == {"invalid JSON": 1, "invalid UTF-8": 1, "no text": 3}
+
+
+@pytest.mark.parametrize("i, words", [(1, "r.jsonl:1: invalid JSON"), (2, "r.jsonl:1: invalid UTF-8 (byte 0xd6 at column 10)"),
+                                      (3, 'r.jsonl:1: expected an object with a string under "text"'), (4, "under \"text\"")])
+def test_stop_names_the_line(here, i, words):
+    (here / "r.jsonl").write_bytes(BAD[i])
+    with pytest.raises(StageError) as e:
+        texts("r.jsonl", on_error="stop")
+    assert words in str(e.value) and "--on-error skip" in str(e.value)
+
+
+def test_deeply_nested_json_is_a_bad_line(here):
+    (here / "r.jsonl").write_text("[" * 100_000 + "\n" + '{"text": "after"}')
+    assert texts("r.jsonl") == ["after"]
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.xz"])
+def test_truncated_archive(here, name):
+    data = {"cut.jsonl.gz": gzip.compress, "cut.jsonl.xz": lzma.compress}[name](jsonl(here / "a", ROWS).read_bytes())
+    (here / name).write_bytes(data[:-40])
+    with pytest.raises(StageError, match="cannot be read to its end .*; copy or download it again"):
+        texts(name)
+
+
+@pytest.mark.parametrize("name", ["not.jsonl.gz", "not.jsonl.xz", "not.parquet", "not.jsonl.zst"])
+def test_not_what_its_name_says(here, name):
+    (here / name).write_text("plain text")
+    with pytest.raises(StageError, match="cannot be read to its end"):
+        texts(name)
+
+
+@pytest.mark.parametrize("ref, words", [
+    ("none.jsonl", "none.jsonl: no such file"), ("*.parquet", "no such file"), ("builtin:fr", "no such corpus, expected builtin:zh"),
+    ("hub:", "names no data set"), ("a.pdf", "a.pdf: unknown form, expected .jsonl"), ("empty", "empty: holds no file of the forms")])
+def test_references_that_cannot_be_read(here, ref, words):
+    (here / "a.pdf").write_text("x")
+    (here / "empty").mkdir()
+    with pytest.raises(StageError) as e:
+        texts(ref)
+    assert words in str(e.value)
+
+
+def test_on_error_must_be_known(here):
+    with pytest.raises(StageError, match="on_error is 'ignore', expected skip or stop"):
+        texts(jsonl(here / "a.jsonl", ROWS), on_error="ignore")
+
+
+# ---- the hub, without a network
+
+def test_hub_reference_is_taken_apart(monkeypatch):
+    import datasets
+    seen = {}
+
+    def load(ident, config, **kw):
+        seen.update(kw, ident=ident, config=config)
+        return iter([{"content": "甲"}, {"content": None}])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    n = Counter()
+    assert texts("hub:org/name:sub@data/2022*#content", counts=n) == ["甲"]
+    assert seen == dict(ident="org/name", config="sub", data_files="data/2022*", split="train", streaming=True) and n["no text"] == 1
+
+
+def test_hub_failure_is_one_line(monkeypatch):
+    import datasets
+
+    def load(*a, **kw):
+        raise ConnectionError("no\nroute")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(StageError) as e:
+        texts("hub:org/name")
+    assert str(e.value) == "hub:org/name: ConnectionError: no route; check the id, the network and HF_HUB_OFFLINE"
+
+
+# ---- cleaning, scripts, repetition, split
+
+@given(st.text(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_clean_is_idempotent_and_encodable(t):
+    c = clean(t)
+    assert clean(c) == c and "\r" not in c and "\x00" not in c
+    c.encode("utf-8")
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=0x4e00, max_codepoint=0x9fff), min_size=1, max_size=50))
+def test_clean_leaves_chinese_alone(t):
+    assert clean(t) == t and script_share(t, "Han") == 1
+
+
+def test_scripts():
+    assert lang_script("zh-Hant") == "Han" and lang_script("en") == "Latin" and lang_script("xx") == ""
+    assert script_pattern("Han Kana").fullmatch("日本のカナ")
+    assert script_share("日本 ab", "Han") == .5 and script_share("12 !", "Han") == 0
+    with pytest.raises(StageError, match="script 'Elvish' is unknown, expected Han, Kana"):
+        script_pattern("Elvish")
+
+
+@given(st.lists(st.text(alphabet="ab \n", max_size=6)))
+def test_deduplicator_equals_a_set_of_normal_forms(docs):
+    d, seen = Deduplicator(), set()
+    for t in docs:
+        n = "".join(t.casefold().split())
+        assert d.is_new(t) == (n not in seen)
+        seen.add(n)
+
+
+def test_paragraphs_stand_once():
+    long, n = "这是一段足够长的文字，" * 5, Counter()
+    rows = [{"text": f"{h}\n{long}", "source": "s"} for h in ("第一页的标题在这里", "第二页的标题也在这里")] + [{"text": long, "source": "s"}]
+    out = list(clean_docs(rows, "zh", n, min_chars=5))
+    assert [r["text"] for r in out] == [f"第一页的标题在这里\n{long}", "第二页的标题也在这里"]
+    assert n == {"repeated paragraph": 2, "only repeated paragraphs": 1}
+    assert len(list(clean_docs(rows, "zh", paragraph_chars=0))) == 3
+
+
+@given(st.text(max_size=30), st.floats(0, 1), st.floats(0, 1))
+def test_larger_share_only_adds(t, a, b):
+    assert is_heldout(t, min(a, b)) <= is_heldout(t, max(a, b))
+    assert not is_heldout(t, 0) and is_heldout(t, 1)
+
+
+def test_split_does_not_depend_on_the_order():
+    one = {r["text"]: r["split"] for r in clean_docs(ROWS, "zh", valid_share=.3)}
+    two = {r["text"]: r["split"] for r in clean_docs(ROWS[::-1], "zh", valid_share=.3)}
+    assert one == two and set(one.values()) == {"train", "valid"}
+
+
+# ---- the stage
+
+def test_corpus_counts_and_reads_back(here, capsys):
+    jsonl(here / "a.jsonl", ROWS + ROWS[:3] + [{"text": "短"}, {"text": "an English page of some length"}])
+    c = corpus(["zh=a.jsonl"], out="c", valid_share=.2)
+    s = c.stats["zh"]
+    assert s["dropped"] == {"repeated document": 3, "too short": 1, "another script": 1}
+    assert s["n_docs"] == 40 and s["train"]["n_docs"] + s["valid"]["n_docs"] == 40
+    assert s["n_bytes"] == sum(len(r["text"].encode()) for r in ROWS)
+    both = [*corpus_texts(c, "zh"), *corpus_texts(c, "zh", "valid")]
+    assert sorted(both) == sorted(r["text"] for r in ROWS) and corpus_langs(c) == ["zh"]
+    assert "3 repeated document" in capsys.readouterr().out
+    assert set(json.loads((here / "c/zh.train.jsonl").read_text().splitlines()[0])) == {"text", "source"}
+
+
+def test_corpus_key_sees_the_contents_of_its_sources(here, capsys):
+    f = jsonl(here / "a.jsonl", ROWS)
+    a = corpus(["zh=a.jsonl"], out="c", valid_share=.2)
+    assert corpus(["zh=a.jsonl"], out="c", valid_share=.2).key == a.key and "up to date" in capsys.readouterr().out
+    jsonl(f, ROWS[:-1])
+    with pytest.raises(StageError, match="input files .*--force"):
+        corpus(["zh=a.jsonl"], out="c", valid_share=.2)
+
+
+def test_all_faults_at_once(here):
+    with pytest.raises(StageError) as e:
+        corpus(["zh=none.jsonl", "oops", "EN=builtin:en", "en=builtin:xx"], out="c", valid_share=1.5, on_error="no", min_share=2)
+    assert len(e.value.args) == 7 and not (here / "c").exists() and not (here / "c.tmp").exists()
+    for words in ("none.jsonl: no such file", "source 'oops': expected LANG=REF", "source 'EN=builtin:en'", "builtin:xx: no such corpus",
+                  "valid_share is 1.5, expected at least 0", "on_error is 'no', expected skip or stop", "min_share is 2, expected 0 to 1"):
+        assert words in str(e.value)
+    with pytest.raises(StageError, match="no sources, expected LANG=REF"):
+        parse_sources([])
+
+
+@pytest.mark.parametrize("rows, share, words", [
+    ([], .1, "no zh document is left (the sources hold no document)"),
+    ([{"text": "only English here, page after page"}], .1, "no zh text, expected documents with Han characters (1 another script)"),
+    ([{"text": "短"}], .1, "no zh document is left (1 too short)"),
+    (ROWS[:2], .000001, "none of 2 zh documents is held out at valid_share=1e-06; raise it, to 0.5 say"),
+    (ROWS[:2], .999999, "all 2 zh documents are held out")])
+def test_corpora_that_nothing_can_use(here, rows, share, words):
+    jsonl(here / "a.jsonl", rows)
+    with pytest.raises(StageError) as e:
+        corpus(["zh=a.jsonl"], out="c", valid_share=share)
+    assert words in str(e.value) and "cmixtral corpus" in str(e.value) and not (here / "c").exists()
+
+
+def test_stop_at_a_broken_line_leaves_nothing(here):
+    (here / "r.jsonl").write_bytes(b"\n".join([json.dumps(ROWS[0]).encode(), BAD[2]]))
+    with pytest.raises(StageError, match="r.jsonl:2: invalid UTF-8"):
+        corpus(["zh=r.jsonl"], out="c", on_error="stop", valid_share=0)
+    assert not (here / "c").exists() and not (here / "c.tmp").exists()
+
+
+def test_limits_and_languages(here):
+    jsonl(here / "a.jsonl", ROWS)
+    c = corpus(["zh=a.jsonl"], out="c", valid_share=0, limit_chars=100)
+    assert 100 <= c.stats["zh"]["train"]["n_chars"] < 120
+    assert len(list(corpus_texts(c, "zh", limit_chars=20))) == 2
+    with pytest.raises(StageError, match="c has no train text in en, it has zh; run: cmixtral corpus --sources en=REF"):
+        list(corpus_texts(c, "en"))
+    assert [*corpus_texts("a.jsonl", "zh")] == [r["text"] for r in ROWS]
+    assert [p.name for p in doc_files("builtin:zh")] == ["zh.jsonl.xz"]
+
+
+def test_attribution_names_every_source_that_ships():
+    from cmixtral_nb.artifact import package_data
+    text = package_data("data/ATTRIBUTION.md").read_text(encoding="utf-8")
+    n = Counter((name, r["source"], r["licence"].split("/")[0]) for name in ("zh", "en") for r in read_docs(f"builtin:{name}"))
+    n["parallel", "cataclysm-dda-data", "CC-BY-SA-3.0"] = sum(1 for _ in read_docs("builtin:parallel"))
+    for (name, source, licence), k in n.items():
+        row = next(l for l in text.splitlines() if l.startswith(f"| {name}.jsonl.xz") and source in l)
+        assert f"| {k:,} |" in row and row.endswith(f"| {licence} |"), row

@@ -1,0 +1,98 @@
+"What the chapter 08_qlora does not show: adapters that do not belong, other architectures, growing rows"
+import json, logging
+import pytest, torch
+from safetensors.torch import load_file, save_file
+from cmixtral_nb.artifact import StageError, write_json
+from cmixtral_nb.mixtral import small_config
+from cmixtral_nb.qlora import add_lora, expert_bytes, load_model, parameter_table, quantised, save_adapter, without_lora
+
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+IDS = torch.arange(30)[None] % 99
+
+
+@pytest.fixture(scope='module')
+def here(tmp_path_factory):
+    from transformers import MixtralForCausalLM
+    d = tmp_path_factory.mktemp('qlora'); torch.manual_seed(0)
+    MixtralForCausalLM(small_config(hidden=64, layers=1, intermediate=64, heads=2, vocab_size=100)).save_pretrained(d/'model')
+    m = add_lora(load_model(d/'model', load_in_4bit=True, trainable=True), 4, 8, 0.)
+    for n, p in m.named_parameters():
+        if p.requires_grad: p.data += .02
+    save_adapter(m, d/'adapter', 'model')
+    with torch.no_grad(): torch.save(m.eval()(IDS).logits, d/'want.pt')
+    return d
+
+
+def copy(src, dst, **change):
+    import shutil
+    shutil.copytree(src, dst)
+    t = load_file(dst/'adapter_model.safetensors'); t.update({k: v for k, v in change.items() if v is not None})
+    save_file({k: v for k, v in t.items() if change.get(k, 0) is not None}, dst/'adapter_model.safetensors')
+    return dst
+
+
+def test_every_expert_has_lora_and_gradient(here):
+    m = load_model(here/'model', load_in_4bit=True, trainable=True)
+    assert expert_bytes(m)['bytes_per_param'] <= .55 and len(quantised(m)) == 4 + 4 * 3 and 'lm_head' not in quantised(m)
+    m = add_lora(m, 4, 8, 0.).train(); m(IDS, labels=IDS).loss.backward()
+    grads = {n: p.grad.abs().sum().item() for n, p in m.named_parameters() if 'lora_B' in n}
+    assert sum('.experts.' in n for n in grads) == 12 and min(grads.values()) > 0 and not without_lora(m)
+    assert not any(p.requires_grad for n, p in m.named_parameters() if 'lora_' not in n and 'modules_to_save' not in n)
+    assert sum(r['trainable'] for r in parameter_table(m)) == sum(p.numel() for p in m.parameters() if p.requires_grad)
+
+
+def test_adapter_goes_round(here):
+    with torch.no_grad(): got = load_model(here/'model', adapter=here/'adapter', load_in_4bit=True)(IDS).logits
+    assert torch.equal(got, torch.load(here/'want.pt', weights_only=True))
+    again = load_model(here/'model', adapter=here/'adapter', load_in_4bit=True, trainable=True)
+    assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_adapter_config_has_one_form(here):
+    config = json.loads((here/'adapter/adapter_config.json').read_text())
+    assert config['target_modules'] == sorted(config['target_modules']) and config['base_model_name_or_path'] == 'model'
+
+
+def test_old_names(here, tmp_path):
+    a = copy(here/'adapter', tmp_path/'a'); t = load_file(a/'adapter_model.safetensors')
+    save_file({k.replace('.mlp.', '.block_sparse_moe.'): v for k, v in t.items()}, a/'adapter_model.safetensors')
+    with torch.no_grad(): got = load_model(here/'model', adapter=a, load_in_4bit=True)(IDS).logits
+    assert torch.equal(got, torch.load(here/'want.pt', weights_only=True))
+
+
+def test_more_rows_than_the_base(here, tmp_path):
+    keys = [f'base_model.model.{k}.weight' for k in ('model.embed_tokens', 'lm_head')]
+    old = load_file(here/'adapter/adapter_model.safetensors')
+    a = copy(here/'adapter', tmp_path/'a', **{k: torch.cat([old[k], torch.ones(3, 64)]) for k in keys})
+    with torch.no_grad(): got = load_model(here/'model', adapter=a, load_in_4bit=True)(IDS).logits
+    assert got.shape[-1] == 103
+    torch.testing.assert_close(got[..., :100], torch.load(here/'want.pt', weights_only=True))
+
+
+def test_refused(here, tmp_path):
+    m, key = here/'model', 'base_model.model.model.layers.0.mlp.experts.2.w1.lora_A.weight'
+    def fails(a, words):
+        with pytest.raises(StageError, match=words): load_model(m, adapter=a)
+    fails(tmp_path, 'no adapter_config.json')
+    fails(copy(here/'adapter', tmp_path/'shape', **{key: torch.zeros(4, 32)}), r'does not fit .*is 4, 32, expected 4, 64')
+    fails(copy(here/'adapter', tmp_path/'lack', **{key: None}), r'1 matrices without a partner, such as .*experts\.2\.w1')
+    fails(copy(here/'adapter', tmp_path/'more', **{key.replace('layers.0', 'layers.7'): torch.zeros(4, 64)}), 'without a partner')
+    cut = copy(here/'adapter', tmp_path/'cut'); f = cut/'adapter_model.safetensors'; f.write_bytes(f.read_bytes()[:-9])
+    fails(cut, 'truncated')
+    f.rename(cut/'adapter_model.bin'); fails(cut, 'is a pickle')
+    (cut/'adapter_model.bin').unlink(); fails(cut, 'adapter_model.safetensors is missing')
+    other = copy(here/'adapter', tmp_path/'other')
+    write_json(other/'manifest.json', dict(kind='adapter', files={}, fingerprint='a', inputs=dict(model=dict(fingerprint='0123456789abcdef'))))
+    fails(other, 'was trained on model 0123456789abcdef')
+    with pytest.raises(StageError, match='does not exist'): load_model(tmp_path/'nothing')
+    with pytest.raises(StageError, match='n_old'): add_lora(load_model(m), rows='new', n_old=100)
+
+
+def test_other_architecture(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    m = load_model(tmp_path, load_in_4bit=True, trainable=True)
+    assert expert_bytes(m)['n_params'] == 0 and len(quantised(m)) == 7
+    m = add_lora(m, 4, 8, 0.)
+    assert {n.split('.')[-1] for n in m.peft_config['default'].target_modules} == {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}

@@ -1,0 +1,170 @@
+"What the chapter on fine-tuning does not show: bad files, hostile words, killed runs"
+import json, lzma
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from cmixtral_nb import sft as s
+from cmixtral_nb.artifact import StageError
+from cmixtral_nb.vocab import base_tokenizer_model, encode_plain, load_tokenizer, write_tokenizer
+
+TALK = [dict(role='user', content='你好'), dict(role='assistant', content='你好！')]
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    import torch
+    from transformers import MixtralForCausalLM
+    from cmixtral_nb.mixtral import small_config
+    torch.manual_seed(0)
+    d = write_tokenizer(base_tokenizer_model('mixtral'), tmp_path_factory.mktemp('model'))
+    MixtralForCausalLM(small_config(128, 1, 2, 2, 256, 2, 1, 32000, 256, 0.02)).save_pretrained(d)
+    return d
+
+
+@pytest.fixture(scope='module')
+def tok(model, tmp_path_factory): return s.write_chat_tokenizer(model, tmp_path_factory.mktemp('tok'))
+
+
+def read(path, **kw):
+    counts = Counter()
+    return list(s.read_conversations(str(path), counts=counts, **kw)), dict(counts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(codec='utf-8', exclude_characters='▁'), max_size=20), min_size=1, max_size=5))
+def test_ids_and_mask_are_those_of_the_template(tok, texts):
+    talk = [dict(role=('user', 'assistant')[i % 2], content=t) for i, t in enumerate(texts)]
+    want = tok.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = s.encode_chat(tok, talk)
+    assert ids == want['input_ids'] and mask == want['assistant_masks']
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([s.BEGIN, s.END, s.PAD, '<s>', '</s>', '<unk>', '\n', '助手', 'x', ' ']), max_size=8).map(''.join))
+def test_no_word_becomes_control(tok, text):
+    talk = [dict(role=r, content=text) for r in ('system', 'user', 'assistant')]
+    ids, mask = s.encode_chat(tok, talk)
+    assert [tok.convert_ids_to_tokens(i) for i in ids if i in {0, 1, 2, *tok.all_special_ids}] == ['<s>'] + [s.BEGIN, s.END] * 3
+    answer = [i for i, m in zip(ids, mask) if m]
+    assert answer[:-1] == encode_plain(tok, [f'助手\n{text}'])[0][4:] and answer[-1] == tok.eos_token_id
+
+
+def test_bpe_dropout_cuts_only_words(tok, model):
+    cut = s.dropout_encoder(s._processor(model), .5, 3)
+    talk = [dict(role='user', content='Please translate: the quick brown fox\nand more'), dict(role='assistant', content='Every word of it is here\nand there.')]
+    ids, mask = s.encode_chat(tok, talk, encode=cut); plain, _ = s.encode_chat(tok, talk)
+    assert len(ids) > len(plain) and len(ids) == len(mask)
+    assert tok.decode(ids) == tok.decode(plain)
+    assert tok.decode([i for i, m in zip(ids, mask) if m]).removesuffix(s.END).strip() == talk[1]['content']
+
+
+def test_every_form(tmp_path):
+    rows = [dict(conversations=[{'from': 'system', 'value': 's'}, {'from': 'human', 'value': 'a'}, {'from': 'gpt', 'value': 'b'}, {'from': 'human', 'value': 'c'}]),
+            dict(messages=TALK), dict(instruction='q', input='i', output='o', history=[['a', 'b']], system='s'), dict(conversation=[{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])]
+    for name, data in (('a.json', json.dumps(rows, indent=1).encode()), ('a.jsonl.xz', lzma.compress('\n\n'.join(map(json.dumps, rows)).encode()))):
+        (tmp_path/name).write_bytes(data)
+        talks, counts = read(tmp_path/name)
+        assert not counts and [[m['role'][0] for m in t] for t in talks] == [list('sua'), list('ua'), list('suaua'), list('ua')]
+        assert talks[2][3]['content'] == 'q\ni' and talks[0][-1]['content'] == 'b'
+
+
+@pytest.mark.parametrize('row,reason', [
+    (b'{"messages": [', 'invalid JSON'), (b'\xff{}', 'invalid UTF-8'), (b'[1]x', None), (b'3', 'not an object'), (b'{"text": "a"}', 'unknown form'),
+    (b'{"messages": [{"role": "user", "content": "a"}]}', 'no answer'), (b'{"messages": [{"role": "tool", "content": "a"}]}', "unknown role 'tool'"),
+    (b'{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}', 'empty turn'),
+    (b'{"messages": [{"role": "assistant", "content": "a"}]}', 'turns do not alternate'), (b'{"instruction": "a", "output": ""}', 'empty turn')])
+def test_bad_rows_are_counted_or_stop(row, reason, tmp_path):
+    f = tmp_path/'a.jsonl'
+    if reason is None:
+        f.write_bytes(row)
+        with pytest.raises(StageError, match='not valid JSON'): read(f)
+        return
+    f.write_bytes(json.dumps(dict(messages=TALK)).encode() + b'\n' + row + b'\n')
+    assert read(f) == ([TALK], {reason: 1})
+    with pytest.raises(StageError, match=f'a.jsonl:2: {reason}; mend the line'): read(f, on_error='stop')
+
+
+def test_what_ships_is_whole():
+    talks, counts = read('builtin')
+    assert not counts and len(talks) == 2067 and len({json.dumps(t) for t in talks}) == len(talks)
+    rows = [json.loads(l) for l in s.package_data('data/conversations.jsonl').read_text().splitlines()]
+    assert all(r['licence'] == 'CC0-1.0' for r in rows)
+
+
+def test_the_end_is_learned_and_the_label_is_the_next_token(tok):
+    ids, mask = s.encode_chat(tok, TALK)
+    b = s.collate_chat([(ids, mask), (ids + ids[1:], mask + mask[1:])], 1000)
+    assert (b['labels'] == tok.eos_token_id).sum() == 3 and b['input_ids'].shape == (1, 3 * len(ids) - 1)
+    assert b['position_ids'][0].tolist() == [*range(len(ids)), *range(2 * len(ids) - 1)]
+    assert (b['labels'][b['labels'] != -100] == b['input_ids'][b['labels'] != -100]).all()
+    assert (b['input_ids'][0][b['logits_to_keep'] + 1] == b['shift_labels'][0]).all() and b['shift_labels'].shape[1] == 3 * sum(mask)
+    assert s.collate_chat([(ids, mask)] * 2, 4)['input_ids'].shape == (1, 8)
+
+
+def test_every_conversation_is_read_once_a_round(tok):
+    talks = [[dict(role='user', content=str(i)), TALK[1]] for i in range(7)]
+    r = s.Rounds(talks, tok, None, 21, seed=4)
+    assert [sorted(str(r[k]) for k in range(l, l + 7)) for l in (0, 7, 14)] == 3 * [sorted(str(s.encode_chat(tok, t)) for t in talks)]
+    assert r.order(0) != r.order(1) and r.order(0) == s.Rounds(talks, tok, None, 1, seed=4).order(0) != s.Rounds(talks, tok, None, 1, seed=5).order(0)
+
+
+def test_every_fault_at_once(model, tmp_path):
+    with pytest.raises(StageError) as e:
+        s.sft(tmp_path/'none', out=tmp_path/'o', conversations=['no.jsonl', 'builtin:x'], rank=0, dropout=1., lr=0., batch=0, accumulation=0, epochs=0,
+              length=3, neftune=-1, bpe_dropout=1., rows='new', on_error='x', valid_share=1.)
+    text = str(e.value)
+    for part in ('rank is 0', 'dropout is 1', 'lr is 0', 'batch is 0', 'accumulation is 0', 'epochs is 0', 'length is 3', 'neftune is -1', 'bpe_dropout is 1',
+                 "rows is 'new'", "on_error is 'x'", 'valid_share is 1', 'no.jsonl: no such file', 'builtin:x: no such file', 'none'): assert part in text, part
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_its_tokenizer(model, tmp_path):
+    d = tmp_path/'m'; d.mkdir()
+    for f in model.iterdir():
+        if f.name != 'tokenizer.model': (d/f.name).symlink_to(f)
+    with pytest.raises(StageError, match='holds no tokenizer.model, which BPE-dropout needs; use --bpe-dropout 0'): s.sft(d, out=tmp_path/'o')
+    (d/'tokenizer.json').unlink()
+    with pytest.raises(StageError, match='holds no tokenizer.json'): s.sft(d, out=tmp_path/'o', bpe_dropout=0)
+
+
+def test_nothing_left_to_train_on(model, tmp_path):
+    (tmp_path/'a.jsonl').write_text('{"messages": []}\n')
+    with pytest.raises(StageError, match="no conversation left to train on of .*a.jsonl; dropped: .*unknown form"):
+        s.sft(model, out=tmp_path/'o', conversations=[str(tmp_path/'a.jsonl')], bpe_dropout=0)
+    assert not (tmp_path/'o').exists() and not (tmp_path/'o.tmp').exists()
+
+
+def test_killed_it_ends_as_if_it_had_not_been(model, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import Trainer
+    kw = dict(conversations=['builtin:handwritten'], rank=2, alpha=4, lr=1e-2, batch=2, accumulation=1, steps=4, length=64, valid_share=.05,
+              save_every=2, eval_every=4, log_every=1, device='cpu')
+    whole, step, n = s.sft(model, out=tmp_path/'whole', **kw), Trainer.training_step, 0
+
+    def dying(self, *a, **k):
+        nonlocal n; n += 1
+        if n == 4: raise KeyboardInterrupt
+        return step(self, *a, **k)
+    with patch.object(Trainer, 'training_step', dying), pytest.raises(KeyboardInterrupt): s.sft(model, out=tmp_path/'two', **kw)
+    assert not (tmp_path/'two').exists() and [p.name for p in s.checkpoints(tmp_path/'two.tmp/checkpoints')] == ['checkpoint-2']
+    with patch.object(Trainer, 'training_step', lambda self, *a, **k: steps.append(1) or step(self, *a, **k)):
+        steps = []; two = s.sft(model, out=tmp_path/'two', **kw)
+    assert len(steps) == 2 and (two/'log.jsonl').read_text() == (whole/'log.jsonl').read_text()
+    a, b = (load_file(x/'adapter_model.safetensors') for x in (whole, two))
+    assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+    assert {f.suffix for f in Path(two.path).rglob('*')} <= {'.json', '.jsonl', '.jinja', '.safetensors', '.model'}
+    rows = [v for k, v in a.items() if 'embed_tokens' in k or 'lm_head' in k]
+    assert len(rows) == 2 and all(r.shape[0] == 32003 for r in rows)
+    assert all((v != 0).any() for k, v in a.items() if 'lora_B' in k)  # every expert learned
+
+
+def test_a_loss_that_is_no_number(model, tmp_path):
+    with pytest.raises(StageError, match='loss is nan at step 1; lower --lr'):
+        from transformers import Trainer
+        with patch.object(Trainer, 'training_step', lambda self, *a, **k: __import__('torch').tensor(float('nan'))):
+            s.sft(model, out=tmp_path/'o', conversations=['builtin:handwritten'], steps=1, batch=1, accumulation=1, length=64, rank=2, valid_share=0, device='cpu')
+    assert not (tmp_path/'o').exists() and not (tmp_path/'o.tmp').exists()
