@@ -339,7 +339,7 @@ def _save_base(model, tok, out:Path, log:list, n_tokens:int, valid:list, lang:st
     return dict(n_params=n, n_params_body=n - rows, n_tokens=n_tokens, loss_first=losses[0], loss_last=losses[-1],
         **({f'bits_per_byte_{lang}': round(bpb['bits_per_byte'], 4)} if bpb else {}))
 
-# %% ../nbs/05_mixtral.ipynb #ba01b3e1
+# %% ../nbs/05_mixtral.ipynb #a1cb35b5
 @stage('model', inputs=('corpus',), ignore=('device',), check=_check_base)
 def base(
     corpus:Path,             # corpus artifact, or a jsonl or txt file
@@ -371,8 +371,8 @@ def base(
     tok = load_tokenizer(out)
     docs = _take(_texts(corpus, lang, 'train'), limit_chars)
     data = text_blocks(encode_plain(tok, docs), length, tok.bos_token_id, tok.eos_token_id, seed) if docs else []
-    require(len(data) >= batch, f'{corpus} gives {len(data)} blocks of {length} tokens in "{lang}", expected at least batch={batch}; '
-        'add text, or lower length and batch')
+    require(len(data) >= batch, f'{corpus} gives {len(data)} blocks of {length} tokens in "{lang}", expected at least '
+        f'batch={batch}; add text, or lower length and batch')
     set_seed(seed)
     config = small_config(hidden, layers, experts, top_k, intermediate, heads, kv_heads, len(tok), 4096, aux_loss)
     config._experts_implementation = use_by_expert()
@@ -383,14 +383,15 @@ def base(
     write_text(out/'log.jsonl', ''.join(json.dumps(r) + '\n' for r in log))
     return _save_base(model.cpu(), tok, out, log, steps * batch * length, list(_texts(corpus, lang, 'valid')), lang, length)
 
-# %% ../nbs/05_mixtral.ipynb #7bb7c1dd
+# %% ../nbs/05_mixtral.ipynb #bf703c64
 MIXTRAL_8X7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=False)
 
 def _numbers(config)->dict:
     "The numbers of a Mixtral: from its name, a config object, a dict, or a folder"
     if str(config) == 'mixtral': return MIXTRAL_8X7B
-    c = config if isinstance(config, dict) else config.to_dict() if hasattr(config, 'to_dict') else read_json(Path(getattr(config, 'path', config))/'config.json')
+    c = config.to_dict() if hasattr(config, 'to_dict') else config
+    if not isinstance(c, dict): c = read_json(Path(getattr(c, 'path', c))/'config.json')
     missing = [k for k in MIXTRAL_8X7B if k not in c and k != 'tie_word_embeddings']
     require(not missing, f'the configuration has no {", ".join(missing)}; expected a Mixtral')
     return c

@@ -355,7 +355,16 @@ def _chat_stats(net, run, log, train, valid, counts, folder, out)->dict:
         dropped=dict(counts), loss=dict(first=losses[0], last=losses[-1]), bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
         parameters=parameter_table(net), quantised=quantised(net), quantised_dtype=str(net.dtype).removeprefix('torch.'))
 
-# %% ../nbs/11_sft.ipynb #1f097c04
+# %% ../nbs/11_sft.ipynb #6c5b3268
+def _processor(folder:Path):
+    import sentencepiece as spm
+    return spm.SentencePieceProcessor(model_file=str(folder/'tokenizer.model'))
+
+def _world()->int:
+    import os
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+# %% ../nbs/11_sft.ipynb #47e2141e
 @stage('adapter', inputs=('model', 'conversations'), ignore=('device',), resumable=True, check=_check)
 def sft(
     model:Path,                # model folder (ours or any other) or hub id
@@ -411,11 +420,3 @@ def sft(
     if run.state.global_step % eval_every: run.evaluate()
     save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
     return _chat_stats(net, run, read_log(out), train, valid, counts, folder, out)
-
-def _processor(folder:Path):
-    import sentencepiece as spm
-    return spm.SentencePieceProcessor(model_file=str(folder/'tokenizer.model'))
-
-def _world()->int:
-    import os
-    return int(os.environ.get('WORLD_SIZE', 1))

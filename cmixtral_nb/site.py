@@ -153,7 +153,7 @@ def _offline(page:str)->str:
     page = mathml(page)
     return re.sub(r'<(script|link)[^>]*(?:src|href)="https?://[^"]*"[^>]*>(?:\s*</script>)?', '', page)
 
-# %% ../nbs/15_site.ipynb #522216c4
+# %% ../nbs/15_site.ipynb #03e2d1dd
 def prepare(
     root:Path='.',          # checkout of the project
     run:list[str]=None,     # notebooks to execute again, such as 03_search; "all" for each
@@ -164,7 +164,7 @@ def prepare(
     books = sorted((root/'nbs').glob('*.ipynb'))
     todo = [b for b in books if run and ('all' in run or b.stem in run)]
     python = lambda code: subprocess.run([sys.executable, '-c', code], cwd=root, check=True)
-    python('from nbdev.export import nbdev_export; nbdev_export.__wrapped__()')
+    python('from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()')
     for b in todo: python(f'from cmixtral_nb.site import execute; execute("nbs/{b.name}")')
     python('from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__()')
     readme(root)

@@ -226,12 +226,14 @@ def test_base_lists_all_faults(tmp_path):
     with pytest.raises(StageError) as e:
         base(tmp_path/'none.jsonl', out=tmp_path/'b', **{**TINY, 'hidden': 15, 'kv_heads': 3, 'steps': 0, 'length': 1}, top_k=9,
              tokenizer=tmp_path/'t.model')
-    for part in ('even number of dimensions', 'expected a multiple', 'top_k=9', 'steps=0', 'length=1', 't.model', 'none.jsonl'): assert part in str(e.value), part
+    for part in ('even number of dimensions', 'expected a multiple', 'top_k=9', 'steps=0', 'length=1', 't.model', 'none.jsonl'):
+        assert part in str(e.value), part
     assert not list(tmp_path.iterdir())
 
 def test_base_refuses_too_little_text(tmp_path):
     (tmp_path/'t.txt').write_text('one line')
-    with pytest.raises(StageError, match='gives 0 blocks of 32 tokens in "en", expected at least batch=2'): base(tmp_path/'t.txt', out=tmp_path/'b', **TINY)
+    with pytest.raises(StageError, match='gives 0 blocks of 32 tokens in "en", expected at least batch=2; add text'):
+        base(tmp_path/'t.txt', out=tmp_path/'b', **TINY)
     assert not (tmp_path/'b').exists()
 
 def test_base_stops_when_the_loss_is_no_number(text, tmp_path):

@@ -25,7 +25,7 @@ def exported(tmp_path_factory):
     for name in "nbs", "cmixtral_nb":
         shutil.copytree(ROOT / name, tmp / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "settings.ini", tmp)
-    code = "from nbdev.export import nbdev_export; nbdev_export.__wrapped__(); from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__()"
+    code = "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__(); from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__()"
     subprocess.run([sys.executable, "-c", code], cwd=tmp, check=True, capture_output=True)
     return tmp
 
@@ -88,4 +88,4 @@ def test_no_module_imports_a_later_one():
     for m, i in order.items():
         for name in re.findall(r"from \.(\w+) import|from cmixtral_nb\.(\w+) import|import cmixtral_nb\.(\w+)", (ROOT / "cmixtral_nb" / f"{m}.py").read_text()):
             dep = next(filter(None, name))
-            assert order[dep] < i, f"{m} imports {dep}"
+            assert order[dep] <= i, f"{m} imports {dep}"
