@@ -9,8 +9,8 @@ from __future__ import annotations
 __all__ = ['task_files', 'leaves', 'split_tasks', 'read_member', 'csv_rows', 'hellaswag_row', 'read_rows', 'write_task',
            'write_tasks', 'run_lm_eval', 'heldout_texts', 'bpb_results', 'evaluate', 'compare', 'chars_per_token']
 
-# %% ../nbs/13_evaluate.ipynb #70cefc28
-import contextlib, csv, difflib, importlib.util, io, json, logging, os, re, sys, tempfile, zipfile
+# %% ../nbs/13_evaluate.ipynb #6cdd06de
+import contextlib, csv, difflib, importlib.util, io, json, logging, re, sys, tempfile, zipfile
 from pathlib import Path
 from .artifact import *
 from .corpus import corpus_texts, is_heldout, read_docs

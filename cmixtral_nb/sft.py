@@ -7,11 +7,11 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'ROLES', 'TEMPLATE', 'chat_tokenizer', 'write_chat_tokenizer', 'encode_chat', 'to_messages',
-           'read_conversations', 'translations', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat',
+           'read_conversations', 'translations', 'BPE', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat',
            'answer_bits', 'chat_trainer', 'sft']
 
-# %% ../nbs/11_sft.ipynb #68fce10e
-import hashlib, json, random, re, shutil, sys
+# %% ../nbs/11_sft.ipynb #4e5235eb
+import hashlib, heapq, json, random, re, shutil, sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,21 +173,42 @@ def translations(
         ask = _ask[to][key(p)[-1] % len(_ask[to])].format(p[back])
         yield [dict(role='user', content=ask), dict(role='assistant', content=p[to])]
 
-# %% ../nbs/11_sft.ipynb #0312a6d5
+# %% ../nbs/11_sft.ipynb #36f9cdd8
+class BPE:
+    "The merges of a sentencepiece model, one by one, so that some can be skipped"
+    def __init__(self, sp):  # SentencePieceProcessor of a BPE model
+        self.sp, n = sp, range(len(sp))
+        self.pieces = {sp.id_to_piece(i): (-sp.get_score(i), i) for i in n if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))}
+        self.spell = {sp.id_to_piece(i): i for i in n if sp.is_byte(i)}
+    def __call__(self,
+        text:str,       # to encode
+        p:float=0.,     # each merge is skipped with this probability
+        seed:int=0,     # the same seed cuts the same text in the same way, on every machine
+        keep:int=0,     # characters at the start that are cut as ever
+    )->list[int]:
+        s, rng, heap = list(self.sp.normalize(text)), random.Random(seed), []
+        keep, after, before = len(self.sp.normalize(text[:keep])), list(range(1, len(s) + 1)), list(range(-1, len(s) - 1))
+        def offer(i):
+            if 0 <= i and after[i] < len(s) and (t := s[i] + s[after[i]]) in self.pieces: heapq.heappush(heap, (self.pieces[t][0], i, t))
+        for i in range(len(s)): offer(i)
+        while heap:
+            _, i, t = heapq.heappop(heap)
+            if not s[i] or after[i] == len(s) or s[i] + s[after[i]] != t: continue  # one of the two has gone into another piece
+            if p and i >= keep and rng.random() < p: continue
+            j = after[i]; s[i], s[j], after[i] = t, '', after[j]
+            if after[i] < len(s): before[after[i]] = i
+            offer(i); offer(before[i])
+        return [k for t in s if t for k in ([self.pieces[t][1]] if t in self.pieces else self._bytes(t))]
+    def _bytes(self, t:str)->list[int]:
+        return [self.spell[f'<0x{b:02X}>'] for b in t.encode()] if self.spell else [self.sp.unk_id()]
+
 def dropout_encoder(
-    sp,           # SentencePieceProcessor
+    bpe:BPE,      # of the model
     p:float,      # each merge is skipped with this probability
     seed:int,     # the same seed cuts the same text the same way
 ):  # callable: text -> ids
-    "BPE-dropout (Provilkov et al. 2020) by sentencepiece"
-    import sentencepiece as spm
-    def encode(text):
-        head, line, rest = text.partition('\n')  # the role is always cut the same way
-        spm.set_random_generator_seed(seed)
-        ids = sp.encode('\n' + rest, enable_sampling=True, alpha=p, nbest_size=-1)
-        cut = ids.index(sp.encode('\n')[-1])
-        return sp.encode(head + '\n') + ids[cut+1:]
-    return encode
+    "BPE-dropout (Provilkov et al. 2020) for the words of an utterance; its first line, the role, stays whole"
+    return lambda text: bpe(text, p, seed, keep=text.index('\n') + 1)
 
 # %% ../nbs/11_sft.ipynb #ad85b8ca
 def grow_rows(
@@ -203,23 +224,23 @@ def grow_rows(
         for W in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
             for new, old in like.items(): W[new] = W[old]
 
-# %% ../nbs/11_sft.ipynb #b1c99e46
+# %% ../nbs/11_sft.ipynb #0fc234eb
 class Rounds:
     "Conversation `k` of an endless reading: every round in another order, every text cut anew; `k` alone decides"
     def __init__(self,
         talks:list,          # conversations
         tok,                 # from `chat_tokenizer`
-        sp,                  # SentencePieceProcessor, None without BPE-dropout
+        bpe,                 # `BPE`, None without BPE-dropout
         n:int,               # how many are read in all
         bpe_dropout:float=0, # of `dropout_encoder`
         seed:int=0,          # of the orders and of BPE-dropout
-    ): self.talks, self.tok, self.sp, self.n, self.p, self.seed, self.orders = talks, tok, sp, n, bpe_dropout, seed, {}
+    ): self.talks, self.tok, self.bpe, self.n, self.p, self.seed, self.orders = talks, tok, bpe, n, bpe_dropout, seed, {}
     def __len__(self): return self.n
     def __getitem__(self, k:int):
         if not 0 <= k < self.n: raise IndexError(k)
         lap, i = divmod(k, len(self.talks))
         talk = self.talks[self.order(lap)[i]]
-        encode = dropout_encoder(self.sp, self.p, 1 + self.seed * 1_000_003 + k) if self.p else None
+        encode = dropout_encoder(self.bpe, self.p, self.seed * 1_000_003 + k) if self.p else None
         return encode_chat(self.tok, talk, encode=encode)
     def order(self, lap:int)->list[int]:
         if lap not in self.orders: self.orders = {lap: random.Random(f'{self.seed} {lap}').sample(range(len(self.talks)), len(self.talks))}
@@ -355,16 +376,16 @@ def _chat_stats(net, run, log, train, valid, counts, folder, out)->dict:
         dropped=dict(counts), loss=dict(first=losses[0], last=losses[-1]), bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
         parameters=parameter_table(net), quantised=quantised(net), quantised_dtype=str(net.dtype).removeprefix('torch.'))
 
-# %% ../nbs/11_sft.ipynb #6c5b3268
-def _processor(folder:Path):
+# %% ../nbs/11_sft.ipynb #2b3de4ac
+def _bpe(folder:Path)->BPE:
     import sentencepiece as spm
-    return spm.SentencePieceProcessor(model_file=str(folder/'tokenizer.model'))
+    return BPE(spm.SentencePieceProcessor(model_file=str(folder/'tokenizer.model')))
 
 def _world()->int:
     import os
     return int(os.environ.get('WORLD_SIZE', 1))
 
-# %% ../nbs/11_sft.ipynb #47e2141e
+# %% ../nbs/11_sft.ipynb #b3c4add9
 @stage('adapter', inputs=('model', 'conversations'), ignore=('device',), resumable=True, check=_check)
 def sft(
     model:Path,                # model folder (ours or any other) or hub id
@@ -409,7 +430,7 @@ def sft(
     net.router_aux_loss_coef = aux / accumulation
     net = add_lora(net, rank, alpha, dropout, rows, seed=seed)
     n_steps = steps or max(1, round(epochs * len(train) / (batch * accumulation)))
-    reading = Rounds(train, tok, _processor(folder) if bpe_dropout else None, n_steps * batch * accumulation * _world(), bpe_dropout, seed)
+    reading = Rounds(train, tok, _bpe(folder) if bpe_dropout else None, n_steps * batch * accumulation * _world(), bpe_dropout, seed)
     done = checkpoints(out/'checkpoints'); drop_half_written(out/'checkpoints')
     args = _arguments(out/'checkpoints', device != 'cpu', per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=n_steps,
         learning_rate=lr, warmup_steps=warmup, optim=optim, seed=seed, logging_steps=log_every, eval_steps=eval_every, save_steps=save_every,

@@ -1,5 +1,5 @@
 "What the chapter on fine-tuning does not show: bad files, hostile words, killed runs"
-import json, lzma
+import hashlib, json, lzma
 from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
@@ -29,6 +29,10 @@ def model(tmp_path_factory):
 def tok(model, tmp_path_factory): return s.write_chat_tokenizer(model, tmp_path_factory.mktemp('tok'))
 
 
+@pytest.fixture(scope='module')
+def bpe(model): return s._bpe(model)
+
+
 def read(path, **kw):
     counts = Counter()
     return list(s.read_conversations(str(path), counts=counts, **kw)), dict(counts)
@@ -54,12 +58,26 @@ def test_no_word_becomes_control(tok, text):
 
 
 def test_bpe_dropout_cuts_only_words(tok, model):
-    cut = s.dropout_encoder(s._processor(model), .5, 3)
+    cut = s.dropout_encoder(s._bpe(model), .5, 3)
     talk = [dict(role='user', content='Please translate: the quick brown fox\nand more'), dict(role='assistant', content='Every word of it is here\nand there.')]
     ids, mask = s.encode_chat(tok, talk, encode=cut); plain, _ = s.encode_chat(tok, talk)
     assert len(ids) > len(plain) and len(ids) == len(mask)
     assert tok.decode(ids) == tok.decode(plain)
     assert tok.decode([i for i, m in zip(ids, mask) if m]).removesuffix(s.END).strip() == talk[1]['content']
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.one_of(st.characters(codec='utf-8', exclude_characters='▁'), st.sampled_from('the  ab你好\n。')), max_size=40))
+def test_without_dropout_merges_are_those_of_sentencepiece(bpe, text):
+    assert bpe(text) == bpe.sp.encode(text)
+
+
+def test_dropout_is_the_same_everywhere(bpe):
+    "A number that another process has to find, too"
+    text = 'the quick brown fox jumps over the lazy dog'
+    assert hashlib.sha256(str([bpe(text, .3, k) for k in range(20)]).encode()).hexdigest()[:8] == '6032e1c2'
+    kept = [bpe(text, .5, k, keep=9) for k in range(9)]
+    assert all(ids[:2] == bpe(text)[:2] for ids in kept) and len({str(k) for k in kept}) > 5
 
 
 def test_every_form(tmp_path):
