@@ -281,14 +281,17 @@ def _split(rows, lang:str, out:Path, limit_chars:int)->dict:
             if limit_chars and n['train']['n_chars'] >= limit_chars: break
     return n
 
-# %% ../nbs/01_corpus.ipynb #22a632ae
+# %% ../nbs/01_corpus.ipynb #885401ad
 def _with_files(f):
     "Give stage `f` the files behind its sources as an input, so that the key sees their contents"
-    @functools.wraps(f)
-    def run(sources, *a, **kw):
-        sources = [sources] if isinstance(sources, str) else list(map(str, sources))
-        refs = [s.partition('=')[2] for s in sources]
-        return f(sources, *a, files=[str(p) for r in refs for p in (doc_files(r) or [r])], **kw)
+    def with_files(g):
+        def call(sources, *a, **kw):
+            sources = [sources] if isinstance(sources, str) else list(map(str, sources))
+            refs = [s.partition('=')[2] for s in sources]
+            return g(sources, *a, files=[str(p) for r in refs for p in (doc_files(r) or [r])], **kw)
+        return call
+    run = functools.wraps(f)(with_files(f))
+    run.state = with_files(f.state)
     run.__signature__ = f.__signature__.replace(parameters=[p for k, p in f.__signature__.parameters.items() if k != 'files'])
     run.stage = dict(f.stage, inputs=())
     return run

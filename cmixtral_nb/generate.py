@@ -148,7 +148,7 @@ def samples_table(
 def _flat(s:str)->str:
     return re.sub(r'([\\`*_<>|])', r'\\\1', ' '.join(s.split()))
 
-# %% ../nbs/12_generate.ipynb #00bba9b6
+# %% ../nbs/12_generate.ipynb #a2d32121
 @stage('samples', inputs=('models', 'prompts'), ignore=('device',), check=_check)
 def generate(
     models:list[str],         # "NAME=FOLDER" of each model to compare
@@ -160,16 +160,16 @@ def generate(
     chat:bool=True,           # put the prompt into the chat template of a model that has one
     load_in_4bit:bool=False,  # NF4
     attn:str='sdpa',          # sdpa, eager, flash_attention_2
-    seed:int=0,               # of the draw, the same for each prompt
+    seed:int=0,               # of the draw for the first prompt; the next ones count on, the same for each model
     device:str=None,          # None: the GPU if there is one
 ):
     "Let models continue the same prompts"
     rows, asked = [], read_prompts(prompts)
     for name, ref in parse_models(models).items():
         model, tok = load_model(ref, load_in_4bit=load_in_4bit, attn=attn, device=device), load_tokenizer(resolve_model(ref))
-        for p in asked:
+        for i, p in enumerate(asked):
             given = [dict(role='user', content=p)] if chat and tok.chat_template else p
-            rows.append(dict(model=name, prompt=p, **generate_text(model, tok, given, max_new_tokens, temperature, top_p, seed)))
+            rows.append(dict(model=name, prompt=p, **generate_text(model, tok, given, max_new_tokens, temperature, top_p, seed + i)))
         del model
     write_text(out/'samples.jsonl', ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
     write_text(out/'samples.md', samples_table(rows))

@@ -86,13 +86,14 @@ def _tokens(model:Path, tokenizer)->tuple:
     require(n_rows >= len(old), f'{model} has {n_rows:,} rows for {len(old):,} tokens; expected at least as many')
     return old, len(old), pieces
 
-# %% ../nbs/06_init.ipynb #ee55e76b
+# %% ../nbs/06_init.ipynb #7ce9c496
 def _link(src:Path, dst:Path):
     "The same bytes under another name: a hard link where the disk can, else a copy"
     try: os.link(src.resolve(), dst)
     except OSError: shutil.copyfile(src, dst)
 
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja')
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja',
+                   'generation_config.json')  # the last names the tokens that end a text
 
 def copy_config(
     model:Path, out:Path,  # folders

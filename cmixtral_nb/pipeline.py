@@ -11,8 +11,8 @@ __all__ = ['CHAIN', 'STEPS', 'STAGES', 'MODULES', 'NAMES', 'COLOURS', 'LANGUAGES
            'plan_of', 'plan', 'run', 'run_states', 'status', 'unchanged', 'report_data', 'bpb_figure', 'loss_figure',
            'router_figure', 'table', 'render_report', 'report', 'parser', 'overview', 'main']
 
-# %% ../nbs/14_pipeline.ipynb #62fb69c5
-import argparse, difflib, html, inspect, json, os, re, sys, tomllib
+# %% ../nbs/14_pipeline.ipynb #401b8bf2
+import argparse, difflib, html, inspect, json, logging, os, re, sys, tomllib, warnings
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -580,18 +580,19 @@ def overview()->str:
     return '\n\n'.join([f'cmixtral {__version__}: teach a base language model a new language cheaply\n\nusage: cmixtral COMMAND [OPTIONS]', *parts,
         'cmixtral COMMAND --help shows the options of a command. Start with: cmixtral run'])
 
-# %% ../nbs/14_pipeline.ipynb #3f4660bb
+# %% ../nbs/14_pipeline.ipynb #fad5a6e8
 def _quiet(argv:list[str]):
     "No warnings of libraries between the lines, and no network unless something on the command line is a hub id"
-    for k, v in dict(TRANSFORMERS_VERBOSITY='error', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='true', BITSANDBYTES_NOWELCOME='1').items():
+    for k, v in dict(TRANSFORMERS_VERBOSITY='error', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='true',
+            GOMP_SPINCOUNT='1000').items():  # threads that wait soon leave their core to those that work
         os.environ.setdefault(k, v)
     if argv[:1] in (['run'], ['plan']):
         try: hub = bool(_hub_ids(read_recipe(next((a for a in argv[1:] if not a.startswith('-')), 'tiny'))))
         except StageError: hub = False
     else: hub = any('hub:' in a or (a.count('/') == 1 and a[0] not in './-~' and not Path(a).exists()) for a in argv[1:])
     if not hub: os.environ.setdefault('HF_HUB_OFFLINE', '1')
-    if not sys.warnoptions:
-        import warnings; warnings.simplefilter('ignore')
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    if not sys.warnoptions: warnings.simplefilter('ignore')
 
 def main(
     argv:list[str]=None,  # arguments; default: those of the process
