@@ -228,7 +228,7 @@ def _check(model, tasks=None, data=None, corpus=None, adapter=None, shots=0, lim
         except StageError as e: faults += e.args
     if faults: raise StageError(*faults)
 
-# %% ../nbs/13_evaluate.ipynb #43438c2e
+# %% ../nbs/13_evaluate.ipynb #88c4984f
 def _task_faults(names:list[str], data)->list[str]:
     files = task_files()
     if not files: return [f'{", ".join(names)}: lm-eval is not installed; run: pip install \'cmixtral_nb[eval]\'']
@@ -243,7 +243,9 @@ def _data_faults(data:Path, name:str, tasks:list[str])->list[str]:
     "What is missing or broken in the files of a task or group, in one line"
     bad = {}
     for t in tasks:
-        try: bad |= {t: f'has no {s} questions' for s, r in read_rows(data, t).items() if not r and s != 'train'}
+        try:
+            for s, r in read_rows(data, t).items():
+                if not r and s != 'train': bad[t] = f'has no {s} questions'
         except (ValueError, KeyError, zipfile.BadZipFile, EOFError, OSError) as e: bad[t] = f'cannot be read ({type(e).__name__}: {e})'
     if not bad: return []
     t, why = next(iter(bad.items())); archive = _families[_family(t)[0]].split('/')[0]

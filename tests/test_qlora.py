@@ -16,7 +16,7 @@ def here(tmp_path_factory):
     d = tmp_path_factory.mktemp('qlora'); torch.manual_seed(0)
     MixtralForCausalLM(small_config(hidden=64, layers=1, intermediate=64, heads=2, vocab_size=100)).save_pretrained(d/'model')
     m = add_lora(load_model(d/'model', load_in_4bit=True, trainable=True), 4, 8, 0.)
-    for n, p in m.named_parameters():
+    for p in m.parameters():
         if p.requires_grad: p.data += .02
     save_adapter(m, d/'adapter', 'model')
     with torch.no_grad(): torch.save(m.eval()(IDS).logits, d/'want.pt')
