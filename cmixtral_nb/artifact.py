@@ -174,8 +174,8 @@ def peak_bytes()->int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == 'darwin' else peak * 1024
 
-# %% ../nbs/00_artifact.ipynb #6c39e5cc
-_packages = 'cmixtral_nb torch transformers peft bitsandbytes trl datasets tokenizers sentencepiece lm_eval'.split()
+# %% ../nbs/00_artifact.ipynb #9d88986e
+_packages = 'cmixtral_nb torch transformers peft bitsandbytes datasets tokenizers sentencepiece lm_eval'.split()
 
 def versions()->dict:
     "Versions of Python and of the packages that shape a result, where they are installed"
