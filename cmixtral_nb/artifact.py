@@ -10,8 +10,8 @@ __all__ = ['StageError', 'require', 'fingerprint', 'sha256_file', 'input_fingerp
            'Artifact', 'tokenizer_fingerprint', 'same_tokenizer', 'reset_peak', 'peak_bytes', 'versions',
            'package_data', 'say', 'stage']
 
-# %% ../nbs/00_artifact.ipynb #0d231d6b
-import errno, functools, hashlib, inspect, json, os, shutil, sys, time
+# %% ../nbs/00_artifact.ipynb #f382f4a8
+import errno, functools, hashlib, inspect, json, os, platform, shutil, sys, time
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -255,15 +255,26 @@ def _seal(tmp:Path, req:dict, stats:dict, start:float, where:Path)->dict:
     (tmp/'request.json').unlink(missing_ok=True)
     return man
 
-# %% ../nbs/00_artifact.ipynb #5f70f093
+# %% ../nbs/00_artifact.ipynb #c10be610
+def _writer(tmp:Path)->int:
+    "Process on this machine that is writing a temporary folder now; 0 if there is none"
+    r = read_json(tmp/'request.json') if (tmp/'request.json').is_file() else {}
+    if r.get('host') != platform.node() or r.get('pid') == os.getpid(): return 0
+    try: os.kill(r['pid'], 0)
+    except ProcessLookupError: return 0
+    except PermissionError: pass
+    return r['pid']
+
+# %% ../nbs/00_artifact.ipynb #37d22d45
 def _write(f, req:dict, args:dict, out:Path, resumable:bool)->Artifact:
     "Run `f` into `out.tmp`, seal it, rename it; a half-written folder never has the final name"
     tmp, start = out.with_name(out.name + '.tmp'), time.time()
+    if pid := _writer(tmp): raise StageError(f'{out} is being written by process {pid}; wait until it is done, or choose another --out')
     try:
         again = resumable and (tmp/'request.json').is_file() and read_json(tmp/'request.json').get('key') == req['key']
         if tmp.exists() and not again: shutil.rmtree(tmp)
         tmp.mkdir(parents=True, exist_ok=True)
-        write_json(tmp/'request.json', {'key': req['key']})
+        write_json(tmp/'request.json', dict(key=req['key'], pid=os.getpid(), host=platform.node()))
         reset_peak()
         stats = f(**{**args, 'out': tmp})
         man = _seal(tmp, req, stats, start, out.parent)
