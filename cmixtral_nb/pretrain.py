@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['router_load', 'param_groups', 'write_log', 'read_log', 'checkpoints', 'drop_half_written', 'trainer', 'pretrain']
+__all__ = ['router_load', 'param_groups', 'write_log', 'read_log', 'checkpoints', 'drop_half_written', 'trainer',
+           'training_arguments', 'pretrain']
 
 # %% ../nbs/09_pretrain.ipynb #44df9a1a
 import json, shutil, sys
@@ -96,20 +97,23 @@ def _keeper(log:Path):
             if state.is_world_process_zero: write_log(log, state.log_history)
     return Keeper()
 
-# %% ../nbs/09_pretrain.ipynb #e7632c07
+# %% ../nbs/09_pretrain.ipynb #c11981c1
 def trainer(
     model,              # PeftModel from `add_lora`
-    rows:Dataset,       # from `load_rows`
-    args,               # transformers TrainingArguments
-    bos:int,            # id that starts each document
+    rows,               # dataset of examples
+    args,               # from `training_arguments`
+    collate,            # callable: examples -> batch
     rows_lr:float,      # learning rate of embedding and head rows
     measure,            # callable: dict of what to log at each evaluation
     log:Path,           # log.jsonl
+    ordered:bool=False, # read the rows as they lie; else in an order drawn from the seed
 )->Trainer:
     "transformers' Trainer with two learning rates, evaluation in bits per byte and an end at the first loss that is no number"
     import torch
     from transformers import PrinterCallback, Trainer
-    class Pretrainer(Trainer):
+    class OurTrainer(Trainer):
+        def _get_train_sampler(self, *a):
+            return torch.utils.data.SequentialSampler(self.train_dataset) if ordered else super()._get_train_sampler(*a)
         def create_optimizer(self, model=None):
             if self.optimizer is None:
                 cls, kw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -124,19 +128,22 @@ def trainer(
             found = measure(); self.log(found)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
             return found
-    run = Pretrainer(model=model, args=args, train_dataset=rows.select_columns('input_ids').with_format('numpy'), eval_dataset=rows,
-                      data_collator=partial(collate, bos=bos), callbacks=[_keeper(log)])
+    run = OurTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collate, callbacks=[_keeper(log)])
     run.remove_callback(PrinterCallback)
     return run
 
-# %% ../nbs/09_pretrain.ipynb #e58b1f1b
-def _arguments(out:Path, device:str, **kw):
+# %% ../nbs/09_pretrain.ipynb #53bfa936
+def training_arguments(
+    out:Path,    # folder of the checkpoints
+    device:str,  # "cpu", or a GPU
+    **kw,        # more of transformers' TrainingArguments
+):
     "TrainingArguments that touch neither the network nor the home folder"
     from transformers import TrainingArguments
     gpu = device != 'cpu'
     return TrainingArguments(output_dir=str(out), use_cpu=not gpu, bf16=gpu, report_to='none', disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False, logging_nan_inf_filter=False, logging_first_step=True, eval_strategy='steps', save_strategy='steps',
-        save_total_limit=2, dataloader_drop_last=True, dataloader_pin_memory=gpu, weight_decay=0., lr_scheduler_type='cosine',
+        save_total_limit=2, dataloader_pin_memory=gpu, weight_decay=0., lr_scheduler_type='cosine',
         **(dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={'use_reentrant': False}) if gpu else {}), **kw)
 
 # %% ../nbs/09_pretrain.ipynb #99e87dfc
@@ -195,7 +202,7 @@ def _stats(model, run, tokens, folder:Path, log:list[dict])->dict:
         loss=dict(first=losses[0], last=losses[-1]), bpb=bpb, parameters=parameter_table(model), quantised=quantised(model),
         quantised_dtype=str(model.dtype).removeprefix('torch.'))
 
-# %% ../nbs/09_pretrain.ipynb #c77484df
+# %% ../nbs/09_pretrain.ipynb #af7addcd
 @stage('adapter', inputs=('model', 'tokens', 'corpus'), ignore=('device',), resumable=True, check=_check)
 def pretrain(
     model:Path,                # model folder (ours or any other) or hub id
@@ -234,11 +241,12 @@ def pretrain(
     tok = load_tokenizer(resolve_model(model))
     texts = {l: _valid(corpus, tokens, l, eval_chars) for l in t.stats['sources']}
     done = checkpoints(out/'checkpoints'); drop_half_written(out/'checkpoints')
-    args = _arguments(out/'checkpoints', device, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+    args = training_arguments(out/'checkpoints', device, dataloader_drop_last=True, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         max_steps=steps or -1, num_train_epochs=epochs, learning_rate=lr, warmup_steps=warmup, optim=optim, seed=seed, logging_steps=log_every,
         eval_steps=eval_every, save_steps=save_every, eval_on_start=not done)
     measure = partial(_measure, net, tok, texts, t.stats['length'], batch)
-    run = trainer(net, load_rows(tokens), args, t.stats['bos'], rows_lr or lr, measure, out/'log.jsonl')
+    data = load_rows(tokens).select_columns('input_ids').with_format('numpy')
+    run = trainer(net, data, args, partial(collate, bos=t.stats['bos']), rows_lr or lr, measure, out/'log.jsonl')
     if not done: write_json(out/'router.json', dict(before=_loads(net, tok, texts)))
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
     last = read_log(out)[-1]

@@ -8,9 +8,9 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'ROLES', 'TEMPLATE', 'chat_tokenizer', 'write_chat_tokenizer', 'encode_chat', 'to_messages',
            'read_conversations', 'translations', 'BPE', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat',
-           'answer_bits', 'chat_trainer', 'sft']
+           'answer_bits', 'sft']
 
-# %% ../nbs/11_sft.ipynb #4e5235eb
+# %% ../nbs/11_sft.ipynb #25ec448f
 import hashlib, heapq, json, random, re, shutil, sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .artifact import *
 from .corpus import is_heldout, open_text
 from .mixtral import resolve_model
-from .pretrain import checkpoints, drop_half_written, param_groups, read_log, write_log
+from .pretrain import checkpoints, drop_half_written, read_log, trainer, training_arguments
 from .qlora import add_lora, default_device, load_model, parameter_table, quantised, save_adapter
 from .vocab import encode_plain, load_tokenizer
 if TYPE_CHECKING:
@@ -279,57 +279,6 @@ def answer_bits(
     model.train(was)
     return nats / math.log(2) / sum(len(m['content'].encode()) for t in talks for m in t if m['role'] == 'assistant')
 
-# %% ../nbs/11_sft.ipynb #dab6a61d
-def _arguments(out:Path, gpu:bool, **kw):
-    "TrainingArguments that touch neither the network nor the home folder"
-    from transformers import TrainingArguments
-    checkpointing = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={'use_reentrant': False}) if gpu else {}
-    return TrainingArguments(output_dir=str(out), use_cpu=not gpu, bf16=gpu, report_to='none', disable_tqdm=not sys.stderr.isatty(),
-        remove_unused_columns=False, logging_nan_inf_filter=False, logging_first_step=True, eval_strategy='steps', save_strategy='steps',
-        save_total_limit=2, dataloader_pin_memory=gpu, weight_decay=0., lr_scheduler_type='cosine', **checkpointing, **kw)
-
-def _keeper(log:Path):
-    "Marks whole checkpoints and keeps the log on disk up to date"
-    from transformers import TrainerCallback
-    class Keeper(TrainerCallback):
-        def on_save(self, args, state, control, **kw):
-            if state.is_world_process_zero: write_text(Path(args.output_dir)/f'checkpoint-{state.global_step}'/'complete', '')
-        def on_log(self, args, state, control, **kw):
-            if state.is_world_process_zero: write_log(log, state.log_history)
-    return Keeper()
-
-# %% ../nbs/11_sft.ipynb #5d18a43e
-def chat_trainer(
-    model,          # PeftModel from `add_lora`
-    rows,           # `Rounds`
-    args,           # transformers TrainingArguments
-    collate,        # callable: examples -> batch
-    rows_lr:float,  # learning rate of embedding and head rows
-    measure,        # callable: dict of what to log at each evaluation
-    log:Path,       # log.jsonl
-):
-    "transformers' Trainer, reading in the order of `rows`"
-    import torch
-    from transformers import PrinterCallback, Trainer
-    class ChatTrainer(Trainer):
-        def _get_train_sampler(self, *a): return torch.utils.data.SequentialSampler(self.train_dataset)
-        def create_optimizer(self, model=None):
-            if self.optimizer is None:
-                cls, kw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-                self.optimizer = cls(param_groups(self.model, self.args.learning_rate, rows_lr), **kw)
-            return self.optimizer
-        def training_step(self, *a, **kw):
-            loss = super().training_step(*a, **kw)
-            require(torch.isfinite(loss), f'loss is {loss.item()} at step {self.state.global_step + 1}; lower --lr (now {self.args.learning_rate:g}) or --rows-lr (now {rows_lr:g})')
-            return loss
-        def evaluate(self, *a, **kw):
-            found = measure(); self.log(found)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-            return found
-    run = ChatTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collate, callbacks=[_keeper(log)])
-    run.remove_callback(PrinterCallback)
-    return run
-
 # %% ../nbs/11_sft.ipynb #1e596f59
 def _refs(conversations)->list[str]:
     return [conversations] if isinstance(conversations, str) else [str(c) for c in conversations or ['builtin']]
@@ -385,7 +334,7 @@ def _world()->int:
     import os
     return int(os.environ.get('WORLD_SIZE', 1))
 
-# %% ../nbs/11_sft.ipynb #b3c4add9
+# %% ../nbs/11_sft.ipynb #f9c655cb
 @stage('adapter', inputs=('model', 'conversations'), ignore=('device',), resumable=True, check=_check)
 def sft(
     model:Path,                # model folder (ours or any other) or hub id
@@ -432,11 +381,11 @@ def sft(
     n_steps = steps or max(1, round(epochs * len(train) / (batch * accumulation)))
     reading = Rounds(train, tok, _bpe(folder) if bpe_dropout else None, n_steps * batch * accumulation * _world(), bpe_dropout, seed)
     done = checkpoints(out/'checkpoints'); drop_half_written(out/'checkpoints')
-    args = _arguments(out/'checkpoints', device != 'cpu', per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=n_steps,
+    args = training_arguments(out/'checkpoints', device, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=n_steps,
         learning_rate=lr, warmup_steps=warmup, optim=optim, seed=seed, logging_steps=log_every, eval_steps=eval_every, save_steps=save_every,
         eval_on_start=not done, neftune_noise_alpha=neftune * batch**.5 or None)  # the row is `batch` conversations long
     measure = lambda: dict(bpb_answers=round(answer_bits(net, tok, valid, length), 4)) if valid else {}
-    run = chat_trainer(net, reading, args, partial(collate_chat, length=length), rows_lr or lr, measure, out/'log.jsonl')
+    run = trainer(net, reading, args, partial(collate_chat, length=length), rows_lr or lr, measure, out/'log.jsonl', ordered=True)
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
     if run.state.global_step % eval_every: run.evaluate()
     save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
