@@ -7,9 +7,9 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['CHAIN', 'STEPS', 'STAGES', 'MODULES', 'NAMES', 'COLOURS', 'LANGUAGES', 'GROUPS', 'Step', 'command', 'nearest',
-           'anno_type', 'fits', 'type_name', 'read_recipe', 'arguments', 'check_recipe', 'preflight', 'settings',
-           'plan_of', 'plan', 'run', 'run_states', 'status', 'unchanged', 'report_data', 'bpb_figure', 'loss_figure',
-           'router_figure', 'table', 'render_report', 'report', 'parser', 'overview', 'main']
+           'anno_type', 'fits', 'type_name', 'recipe_file', 'read_recipe', 'arguments', 'check_recipe', 'preflight',
+           'settings', 'plan_of', 'plan', 'run', 'run_states', 'status', 'unchanged', 'report_data', 'bpb_figure',
+           'loss_figure', 'router_figure', 'table', 'render_report', 'report', 'parser', 'overview', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #401b8bf2
 import argparse, difflib, html, inspect, json, logging, os, re, sys, tomllib, warnings
@@ -91,13 +91,16 @@ def fits(value, typ)->bool:
 
 def type_name(typ)->str: return f'list of {typ[0].__name__}' if isinstance(typ, list) else typ.__name__
 
-# %% ../nbs/14_pipeline.ipynb #71002169
+# %% ../nbs/14_pipeline.ipynb #fc9cb628
+def recipe_file(recipe:str)->Path:
+    "The TOML file of that name, else the shipped recipe of that name; it need not exist"
+    return Path(recipe) if Path(recipe).is_file() else package_data(f'recipes/{recipe}.toml')
+
 def read_recipe(
     recipe:str,  # name of a shipped recipe, or a TOML file
 )->dict:  # tables as they stand in the file, with "name"
     "Read a recipe; `StageError` where there is none or it is not TOML"
-    shipped = package_data(f'recipes/{recipe}.toml')
-    path = Path(recipe) if Path(recipe).is_file() else shipped
+    path = recipe_file(recipe)
     names = sorted(p.stem for p in package_data('recipes').glob('*.toml'))
     require(path.is_file(), f'{recipe}: no such recipe; expected a TOML file or one of {", ".join(names)}')
     try: out = tomllib.loads(path.read_text(encoding='utf-8'))
@@ -233,7 +236,7 @@ def plan(
     print('\nstages: ' + ', '.join(dict.fromkeys(s.stage for s in _steps(rec))) + f', report; folder: {out}')
     for fault in preflight(rec, _steps(rec)): print('missing here: ' + fault)
 
-# %% ../nbs/14_pipeline.ipynb #28fad5fe
+# %% ../nbs/14_pipeline.ipynb #d254bbeb
 def _select(steps:list[Step], first:str, last:str)->list[Step]:
     "The steps from stage `first` to stage `last`, both included"
     for name in (first, last): require(not name or name in STAGES, f'unknown stage {name!r}{nearest(name, STAGES)}; expected one of {", ".join(STAGES)}')
@@ -249,7 +252,7 @@ def run(
     force:bool=False,   # make the stages anew even where they are up to date
 )->Path:  # folder of the run
     "Run a recipe from the corpus to the report"
-    rec, text = read_recipe(recipe), _recipe_text(recipe)
+    rec, text = read_recipe(recipe), recipe_file(recipe).read_text(encoding='utf-8')
     if faults := check_recipe(rec): raise StageError(*faults)
     out = Path(out or f'runs/{rec["name"]}')
     steps, todo = _steps(rec), _select(_steps(rec), from_, to)
@@ -263,10 +266,6 @@ def run(
         _run_step(s, rec, out, force)
     if not to or to == 'report': report(out)
     return out
-
-def _recipe_text(recipe:str)->str:
-    path = Path(recipe) if Path(recipe).is_file() else package_data(f'recipes/{recipe}.toml')
-    return path.read_text(encoding='utf-8')
 
 # %% ../nbs/14_pipeline.ipynb #206b8ea2
 def _run_step(s:Step, recipe:dict, out:Path, force:bool)->Artifact:
