@@ -10,8 +10,8 @@ __all__ = ['StageError', 'require', 'fingerprint', 'sha256_file', 'input_fingerp
            'Artifact', 'tokenizer_fingerprint', 'same_tokenizer', 'reset_peak', 'peak_bytes', 'versions',
            'package_data', 'say', 'stage']
 
-# %% ../nbs/00_artifact.ipynb #f382f4a8
-import errno, functools, hashlib, inspect, json, os, platform, shutil, sys, time
+# %% ../nbs/00_artifact.ipynb #cadd9201
+import errno, functools, hashlib, inspect, json, os, platform, re, shutil, sys, time
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def sha256_file(
     "SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/00_artifact.ipynb #ad601055
+# %% ../nbs/00_artifact.ipynb #1cd3b4a5
 def _file_id(p:Path, whole:int=64*2**20)->list:
     "Size and hash of one file; of files over `whole` bytes only the first and last MiB are read"
     size = p.stat().st_size
@@ -56,9 +56,8 @@ def input_fingerprint(
     if isinstance(ref, (list, tuple)): return fingerprint([input_fingerprint(r) for r in ref])
     if isinstance(ref, dict): return fingerprint({k: input_fingerprint(v) for k, v in ref.items()})
     p = Path(getattr(ref, 'path', ref))
-    if not p.exists() and '=' in str(ref):  # NAME=FILE, as in zh=novels.jsonl
-        name, _, rest = str(ref).partition('=')
-        return f'{name}={input_fingerprint(rest)}'
+    if not p.exists() and (m := re.match(r'([^=:]+=|[\d.]+:)(.+)', str(ref))):  # NAME=FILE or SHARE:FILE, as in zh=novels.jsonl, 0.2:words.tsv
+        return m[1] + input_fingerprint(m[2])
     if p.is_file(): return fingerprint(_file_id(p))
     if not p.is_dir(): return str(ref)
     if (p/'manifest.json').exists(): return Artifact.load(p).fingerprint

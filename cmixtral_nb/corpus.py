@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['open_text', 'doc_files', 'read_docs', 'clean', 'lang_script', 'script_pattern', 'script_share', 'Deduplicator',
-           'is_heldout', 'clean_docs', 'parse_sources', 'corpus', 'corpus_langs', 'corpus_texts']
+__all__ = ['open_text', 'doc_files', 'read_docs', 'clean', 'lang_script', 'script_ranges', 'script_pattern', 'script_share',
+           'Deduplicator', 'is_heldout', 'clean_docs', 'parse_sources', 'corpus', 'corpus_langs', 'corpus_texts']
 
 # %% ../nbs/01_corpus.ipynb #51ced0eb
 import bz2, functools, glob, gzip, hashlib, io, itertools, json, lzma, re, unicodedata
@@ -148,14 +148,15 @@ def clean(
     text = _trailing.sub('\n', unicodedata.normalize('NFC', text) + '\n')
     return _blank.sub('\n\n', text).strip('\n').rstrip()
 
-# %% ../nbs/01_corpus.ipynb #56e1b6a9
-_scripts = dict(
+# %% ../nbs/01_corpus.ipynb #553a64e9
+_scripts = dict(  # ranges for the scripts of most languages; any other Unicode script is looked up by its name
     Han='\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff',
     Kana='\u3040-\u30ff', Hangul='\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3', Latin='A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff',
     Cyrillic='\u0400-\u052f', Greek='\u0370-\u03ff\u1f00-\u1fff', Arabic='\u0600-\u06ff\u0750-\u077f', Hebrew='\u0590-\u05ff',
-    Devanagari='\u0900-\u097f', Bengali='\u0980-\u09ff', Tamil='\u0b80-\u0bff', Thai='\u0e00-\u0e7f', Georgian='\u10a0-\u10ff', Armenian='\u0530-\u058f')
+    Devanagari='\u0900-\u0963\u0966-\u097f', Bengali='\u0980-\u09ff', Tamil='\u0b80-\u0bff', Thai='\u0e00-\u0e7f', Georgian='\u10a0-\u10ff', Armenian='\u0530-\u058f')
 _lang_scripts = dict(zh='Han', ja='Han Kana', ko='Hangul', ru='Cyrillic', uk='Cyrillic', bg='Cyrillic', el='Greek', ar='Arabic',
-    fa='Arabic', ur='Arabic', he='Hebrew', hi='Devanagari', mr='Devanagari', bn='Bengali', ta='Tamil', th='Thai', ka='Georgian', hy='Armenian')
+    fa='Arabic', ur='Arabic', he='Hebrew', hi='Devanagari', mr='Devanagari', bn='Bengali', ta='Tamil', th='Thai', ka='Georgian', hy='Armenian',
+    te='Telugu', kn='Kannada', ml='Malayalam', gu='Gujarati', pa='Gurmukhi', si='Sinhala', km='Khmer', lo='Lao', my='Myanmar', bo='Tibetan', am='Ethiopic')
 _latin = set('en de fr es pt it nl pl cs sk sv da no fi et lv lt hu ro hr sl sq tr az vi id ms sw tl ca eu gl la af'.split())
 
 def lang_script(
@@ -164,15 +165,26 @@ def lang_script(
     "The script(s) in which a language is written"
     return _lang_scripts.get(lang.split('-')[0], 'Latin' if lang.split('-')[0] in _latin else '')
 
-# %% ../nbs/01_corpus.ipynb #ce3ff83c
+# %% ../nbs/01_corpus.ipynb #8e43bb0a
+@functools.cache
+def script_ranges(
+    script:str,  # one name, as Unicode has it, or Kana
+)->str:  # the inside of a character class; empty where there is no such script
+    "The characters of a script"
+    if script in _scripts or not script.isidentifier(): return _scripts.get(script, '')
+    import regex  # knows the property Script of each character
+    try: found = regex.finditer(rf'\p{{Script={script}}}+', ''.join(map(chr, [*range(0xd800), *range(0xe000, 0x40000)])))
+    except regex.error: return ''
+    return ''.join(f'{m[0][0]}-{m[0][-1]}' for m in found)
+
 @functools.cache
 def script_pattern(
     script:str,  # one name, or several with blanks between them, such as "Han Kana"
 )->re.Pattern:  # matches a maximal run of characters of the script
     "A run of characters of a script"
-    unknown = [s for s in script.split() if s not in _scripts]
-    require(script.split() and not unknown, f'script {script!r} is unknown, expected {", ".join(_scripts)}')
-    return re.compile('[' + ''.join(_scripts[s] for s in script.split()) + ']+')
+    unknown = [s for s in script.split() if not script_ranges(s)]
+    require(script.split() and not unknown, f'script {" ".join(unknown or [script])!r} is unknown, expected {", ".join(_scripts)} or another name that Unicode has for a script')
+    return re.compile('[' + ''.join(map(script_ranges, script.split())) + ']+')
 
 def script_share(text:str, script:str)->float:
     "Share of the letters of `text` that belong to `script`; 0 where there are no letters"

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from cmixtral_nb.artifact import StageError
 from cmixtral_nb.corpus import corpus
-from cmixtral_nb.search import (alp, base_pieces, choose, default_grid, heldout, knee, plot_search, read_choice, run_model, search,
-                                search_table, select_pieces, sentence_runs, token_counts)
+from cmixtral_nb.search import (Heldout, alp, base_pieces, choose, default_grid, growth, heldout, knee, plot_search, prefix_counts, read_choice,
+                                read_heldout, run_model, scores_below, search, search_table, select_pieces, token_counts)
 from cmixtral_nb.tokenizer import Piece, base_tokenizer_model, read_pieces, tokenizer
+from cmixtral_nb.vocab import extend_model, processor
 
-BASE = {"中": 0.0, "国": -1.0, "中国": -2.0}
+BASE = {"中": 0.0, "国": -1.0, "中国": -2.0, "，": -3.0}
 PIECES = [Piece("人", -9, "char", 9), Piece("民", -8, "char", 5), Piece("国", -7, "char", 4), Piece("囧", -6, "char", 1),
           Piece("国人", 0, "word", 3), Piece("囧人", -1, "word", 2), Piece("人民", -2, "word", 2), Piece("中国", -3, "word", 9),
           Piece("中国人民", -4, "word", 1)]
@@ -38,26 +39,54 @@ def test_alp_of_one_word_is_zero():
     assert alp(np.array([0., 7.]), 3) == 0
 
 
-def test_sentences_and_runs():
-    runs, n = sentence_runs(["中国。人民！no Han here. 中国人，民\n中国"])
-    assert n == 4 and runs == Counter({"中国": 2, "人民": 1, "中国人": 1, "民": 1})
+def test_heldout_takes_the_runs_out():
+    h = read_heldout(["中国。人民！no Han here. 中国人，民\n中国", "  缩进"], base_tokenizer_model())
+    assert h.n_sentences == 5 and h.n_chars == 31 and h.runs == Counter({"▁中国": 1, "。人民": 1, "▁中国人": 1, "，民": 1, "中国": 1, "缩进": 1})
+    assert h.rest["<0x0A>"] == 1 and h.rest["▁▁▁"] == 1  # the base joins the blanks, so no run begins with one
 
 
 def test_token_counts_weigh_runs():
     sp = run_model(BASE, PIECES[:2])
-    n = token_counts(sp, Counter({"中国人": 3, "民": 2, "囧": 1}))
-    assert {sp.id_to_piece(i): int(k) for i, k in enumerate(n) if k} == {"中国": 3, "人": 3, "民": 2, "<0xE5>": 1, "<0x9B>": 1, "<0xA7>": 1}
-    assert len(n) == len(sp) and token_counts(sp, Counter({"人": 1})).sum() == 1
+    h = Heldout(Counter({"中国人": 3, "民": 2, "囧": 1}), Counter({"▁the": 5}), 20, 2)
+    assert token_counts(sp, h) == Counter({"▁the": 5, "中国": 3, "人": 3, "民": 2, "<0xE5>": 1, "<0x9B>": 1, "<0xA7>": 1})
+
+
+def test_scores_stay_apart_in_float32():
+    for low in (0., -31740., -1e9):
+        x = np.array(scores_below(low, 40_000), np.float32)
+        assert (np.diff(x) < 0).all() and x[0] < np.float32(low)
 
 
 # ---- selection
 
 def test_selection_is_closed_and_in_order():
-    assert names(select_pieces(PIECES, BASE, 9)) == ["人", "民", "囧", "国人", "囧人", "人民", "中国人民"]
+    assert names(select_pieces(PIECES, BASE, 9, 9)) == ["人", "民", "囧", "国人", "囧人", "人民", "中国人民"]
     assert names(select_pieces(PIECES, BASE, 9, 4)) == ["人", "民", "国人", "人民", "中国人民"]
     assert names(select_pieces(PIECES, BASE, 3, 3)) == ["人", "国人"]
     assert names(select_pieces(PIECES, BASE, 1)) == ["人"]
     assert select_pieces(PIECES, BASE, 5, 1) == []
+
+
+def test_order_by_tokens_saved():
+    # 人 saves 18, 民 10, 国人 3; 囧 saves 2 as 囧人 and 人民 do, and stands before them
+    assert names(select_pieces(PIECES, BASE, 9)) == ["人", "民", "国人", "囧", "囧人", "人民", "中国人民"]
+    unknown = [p._replace(count=0) for p in PIECES]
+    assert names(select_pieces(unknown, BASE, 9)) == ["人", "民", "囧", "国人", "囧人", "人民", "中国人民"]
+
+
+def test_what_cannot_be_built_is_left_out():
+    odd = [Piece("人", 0, "char", 9), Piece("民", 0, "char", 9), Piece("大", 0, "char", 9), Piece("人民大", 0, "word", 5), Piece("国民", -1, "word", 5),
+           Piece("中国民", -2, "word", 4), Piece("。人", -3, "word", 4), Piece("，人", -4, "word", 4)]
+    assert names(select_pieces(odd, BASE, 9)) == ["人", "民", "大", "国民", "中国民", "，人"]  # 中国民 is 中国 + 民, 人民大 and 。人 lack a part
+    assert [s.parts for s in growth(odd, BASE)][3:] == [("国", "民"), ("中国", "民"), ("，", "人")]
+
+
+@given(st.lists(st.text(alphabet="中国人民囧，", min_size=1, max_size=9), min_size=1, max_size=30), st.integers(0, 6))
+@settings(deadline=None)
+def test_every_prefix_equals_the_vocabulary_built_for_it(runs, n_chars):
+    steps, h = growth(PIECES, BASE, n_chars), Heldout(Counter(runs), Counter(x=1), 1, 1)
+    for n, counts in prefix_counts(steps, BASE, h, list(range(len(steps) + 1))).items():
+        assert counts == token_counts(run_model(BASE, [s.piece for s in steps[:n]]), h)
 
 
 @given(st.integers(0, 9), st.integers(0, 6))
@@ -80,16 +109,26 @@ def test_knee_of_short_flat_and_convex_curves():
     assert knee(list(x), list(1 - np.exp(-x / 8))) in range(10, 25)
 
 
-def row(n_chars, n_pieces, a):
-    return dict(n_chars=n_chars, n_pieces=n_pieces, alp=a, chars_per_token=1.)
+def row(n_chars, n_pieces, a, domain="mean", last=50.):
+    return dict(n_chars=n_chars, n_all_chars=n_chars, n_pieces=n_pieces, domain=domain, alp=a, chars_per_token=1., n_tokens=1000 - n_pieces,
+                per_row=2 * last, per_last_row=last, n_params=n_pieces, bf16_bytes=n_pieces)
 
 
 def test_choice_takes_the_best_characters_at_the_knee():
-    rows = [row(c, t, -100 + min(4 * t, 30 + t) - abs(c - 20)) for c in (10, 20, 30) for t in range(1, 31)]
-    c = choose(rows)
-    assert (c["n_pieces"], c["n_chars"]) == (10, 20) and "knee" in c["why"]
-    c = choose([row(10, 100, -5.), row(10, 200, -4.)])
-    assert c["n_pieces"] == 200 and c["why"].startswith("no knee between 100 and 200 pieces")
+    rows = [row(c, t, -100 + min(4 * t, 30 + t) - abs(c - 20)) for c in (10, 20, 30) for t in range(1, 31)] + [row(10, 5, 9., "news")]
+    c = choose(rows, 1200)
+    assert (c["n_pieces"], c["n_chars"]) == (10, 20) and "the knee of the best ALP of 30 totals" in c["why"] and "17.5% fewer tokens" in c["why"]
+    c = choose([row(10, 100, -5.), row(10, 200, -4.)], 2000)
+    assert c["n_pieces"] == 200 and "no knee, so the last of 2 totals" in c["why"]
+
+
+def test_verdict_asks_what_is_saved_and_what_will_be_trained():
+    rows = [row(10, 100, -5., last=50.), row(10, 200, -4., last=10.)]
+    assert choose(rows, 850)["why"].startswith("do not extend: 200 pieces save 5.9% of the tokens, less than 10%")
+    c = choose(rows, 2000, budget=1e6)
+    assert c["n_pieces"] == 100 and "the largest total up to no knee, so the last" in c["why"] and "one of the last tenth 50 times" in c["why"]
+    c = choose(rows, 2000, budget=1e5)
+    assert c["n_pieces"] == 0 and "in 100,000 characters of training the last rows of 100 pieces are seen 5.0 times, fewer than 20" in c["why"]
 
 
 # ---- the stage
@@ -101,44 +140,59 @@ def made(tmp_path_factory):
     return d, c, tokenizer(c, out=d / "pieces", n_pieces=3500, n_chars=2200)
 
 
-def test_table_against_whole_models(made):
+def test_table_against_whole_tokenizers(made):
     _, c, pieces = made
-    base = base_pieces(base_tokenizer_model())
-    runs, n = sentence_runs(list(heldout(c))[:200])
-    rows = search_table(read_pieces(pieces), base, runs, n, [300, 600], [1600, 1650, 9999])
-    assert [(r["n_chars"], r["n_pieces"], r["n_new_chars"]) for r in rows] == [
-        (1600, 300, 144), (1600, 600, 144), (1650, 300, 194), (1650, 600, 194), (1683, 300, 227), (1683, 600, 227)]
-    assert rows[0]["n_tokens"] > rows[1]["n_tokens"] and rows[0]["alp"] < rows[1]["alp"] < 0
-    sp = run_model(base, select_pieces(read_pieces(pieces), base, 600, 1650))
-    assert rows[3]["n_tokens"] == sum(len(sp.encode(r)) * k for r, k in runs.items())
+    base, pieces, texts = base_pieces(base_tokenizer_model()), read_pieces(pieces), {d: t[:60] for d, t in heldout(c).items()}
+    held = {d: read_heldout(t, base_tokenizer_model()) for d, t in texts.items()}
+    rows = search_table(pieces, base, held, [300, 600], [0, 1600, 1650, 9999])
+    assert len({(r["n_chars"], r["n_pieces"]) for r in rows}) == 8 and {r["domain"] for r in rows} == {*texts, "mean"}
+    for r in rows:
+        if r["domain"] == "mean":
+            continue
+        sp = processor(extend_model(base_tokenizer_model(), select_pieces(pieces, base, r["n_pieces"], r["n_chars"])))
+        n = Counter(x for t in texts[r["domain"]] for x in sp.encode(t))
+        assert r["n_tokens"] == n.total() and math.isclose(r["chars_per_token"], sum(map(len, texts[r["domain"]])) / n.total())
+        assert math.isclose(r["alp"], alp(np.array(list(n.values()), float), held[r["domain"]].n_sentences))
+        assert math.isclose(r["byte_share"], sum(k for i, k in n.items() if sp.is_byte(i)) / n.total())
+        assert r["n_params"] == 2 * 4096 * r["n_pieces"] == r["bf16_bytes"] / 2
 
 
 def test_search_writes_table_choice_and_curve(made, capsys):
     d, c, pieces = made
-    s = search(pieces, c, out=d / "s", chars=["1500", "1600"], totals=[200, 400, "600"], limit_chars=20_000)
+    (d / "news.txt").write_text("新闻说，词表很大。\n\n再说一次，词表很大。", encoding="utf-8")
+    s = search(pieces, corpus=c, out=d / "s", chars=["0", "1500", "1600"], totals=[200, 400, "600"], limit_chars=20_000, domains=[f"news={d}/news.txt"], min_seen=1)
     table = (s / "table.tsv").read_text().splitlines()
-    assert table[0].split("\t") == ["n_chars", "n_new_chars", "n_pieces", "n_tokens", "chars_per_token", "alp"] and len(table) == 1 + s.stats["n_tried"]
+    assert table[0].split("\t")[:6] == ["n_chars", "n_all_chars", "n_pieces", "n_params", "bf16_bytes", "domain"]
+    assert "news" in s.stats["domains"] and len(table) == 1 + s.stats["n_tried"] * (len(s.stats["domains"]) + 1)
     assert read_choice(s) == (s.stats["n_pieces"], s.stats["n_chars"]) == read_choice(s / "choice.json")
-    assert (s / "curve.svg").read_text().startswith("<?xml") and "vocabularies tried" in capsys.readouterr().out
+    assert (s / "curve.svg").read_text().startswith("<?xml") and "vocabularies tried on" in capsys.readouterr().out
     assert s.stats["chars_per_token"] > s.stats["chars_per_token_base"] and s.stats["alp"] > s.stats["alp_base"]
+
+
+def test_a_search_that_says_no_is_heard(made, tmp_path):
+    d, c, pieces = made
+    s = search(pieces, corpus=c, out=tmp_path / "s", totals=[200, 400], budget=1000)
+    assert s.stats["n_pieces"] == 0 and s.stats["why"].startswith("do not extend: in 1,000 characters of training")
+    with pytest.raises(StageError, match="says: do not extend: .*; to extend all the same, give a number: cmixtral vocab --n-pieces N"):
+        read_choice(s)
 
 
 def test_default_grid_reaches_all_candidates():
     totals, chars = default_grid(PIECES, BASE)
-    assert totals[-1] == 7 and chars[-1] == 2 + 3 and len(totals) == 10 and len(chars) == 4
+    assert totals == list(range(1, 8)) and chars[0] == 0 and chars[-1] == 2 + 3 and len(chars) == 5
 
 
 def test_figure_has_a_curve_for_each_number_of_characters():
-    rows = [row(c, t, -9. + t) for c in (1, 2) for t in (1, 2, 3)]
-    ax = plot_search(rows, choose(rows)).axes[0]
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["1", "2", "choice"] and "nats" in ax.get_ylabel()
+    rows = [row(c, t, -9. + t) for c in (0, 1, 2) for t in (1, 2, 3)]
+    left, right = plot_search(rows, choose(rows, 2000)).axes
+    assert [t.get_text() for t in right.get_legend().get_texts()] == ["by tokens saved", "1", "2", "choice"] and "nats" in left.get_ylabel()
 
 
 def test_all_faults_at_once(tmp_path):
     with pytest.raises(StageError) as e:
         search(tmp_path / "p", tmp_path / "c", out=tmp_path / "s", base="gemma", chars=["many"], totals=[0, 5])
     assert len(e.value.args) == 5
-    for words in ("chars is ['many'], expected whole numbers from 1 on", "totals is [0, 5], expected", "expected pieces; run: cmixtral tokenizer",
+    for words in ("chars is ['many'], expected whole numbers from 0 on", "totals is [0, 5], expected", "expected pieces; run: cmixtral tokenizer",
                   "gemma: no such tokenizer", "does not exist, expected a corpus"):
         assert words in str(e.value)
 
@@ -155,6 +209,11 @@ def test_nothing_held_out_and_nothing_to_cut(made, tmp_path):
     (tmp_path / "en.txt").write_text("no Han at all")
     with pytest.raises(StageError, match="has no Han characters; run: cmixtral corpus"):
         search(pieces, tmp_path / "en.txt", out=tmp_path / "s")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(StageError, match="empty.jsonl holds no text to judge by; give held-out text"):
+        search(pieces, tmp_path / "empty.jsonl", out=tmp_path / "s")
+    with pytest.raises(StageError, match="domains: .*empty.jsonl is empty, expected held-out text"):
+        search(pieces, tmp_path / "a.jsonl", out=tmp_path / "s", domains=[f"none={tmp_path}/empty.jsonl"])
     with pytest.raises(StageError, match="candidates are too few for every total"):
         search(pieces, tmp_path / "a.jsonl", out=tmp_path / "s", totals=[99999])
     assert not (tmp_path / "s").exists()

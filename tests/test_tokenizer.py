@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from cmixtral_nb.artifact import StageError
 from cmixtral_nb.corpus import corpus
-from cmixtral_nb.tokenizer import (Piece, base_tokenizer_model, char_counts, describe_pieces, frequent_chars, mix_lexicon, read_lexicon,
-                                   read_model, read_pieces, script_runs, split_runs, tokenizer, train_pieces, word_counts, write_pieces)
+from cmixtral_nb.tokenizer import (Piece, Source, base_symbols, base_tokenizer_model, bpe_parts, char_counts, count_runs, describe_pieces, find_runs,
+                                   frequent_chars, made_counts, mass, mix_runs, parse_shares, read_lexicon, read_model, read_pieces, read_runs,
+                                   run_pattern, run_sources, split_runs, token_totals, tokenizer, train_pieces, write_pieces)
 
 TEXTS = [f"扩充词表之后，继续预训练 model {i}。中文词表，中文模型！" for i in range(30)] + ["囧 only once"]
 HAN = st.text(alphabet="中国人民大学生活", min_size=1, max_size=12)
@@ -24,10 +25,40 @@ def here(tmp_path, monkeypatch):
 
 # ---- runs
 
-@given(st.lists(st.text(alphabet="中国a，1 ", max_size=20)))
-def test_runs_hold_every_character_of_the_script_and_no_other(texts):
-    runs = script_runs(texts)
+@given(st.lists(st.text(alphabet="中国a，1 ", max_size=20)), st.booleans())
+def test_runs_hold_every_character_of_the_script_and_no_other(texts, marks):
+    runs = Counter(r for t in texts for r in find_runs(t, run_pattern("Han", marks)))
     assert char_counts(runs) == Counter(c for t in texts for c in t if c in "中国")
+    assert all(set(r) <= set("中国") if not marks else set(r[1:]) <= set("中国") and r[0] in "中国，▁" for r in runs)
+
+
+@pytest.mark.parametrize("text, runs", [
+    ("中国", ["▁中国"]), (" 中", ["▁中"]), ("，中", ["，中"]), ("a中", ["中"]), ("a 中", ["▁中"]), ("。“中”国", ["“中", "”国"]), ("\n中\t国", ["中", "国"]),
+    ("1中", ["中"]), ("_中", ["_中"]), ("▁中", ["▁中"]), ("中\u3000国", ["▁中", "国"]), ("", [])])
+def test_one_mark_goes_with_a_run(text, runs):
+    assert find_runs(text, run_pattern()) == runs
+
+
+@given(st.lists(st.text(alphabet="中国人a， ", max_size=12), max_size=30), st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_spilled_counts_equal_a_counter(tmp_path_factory, texts, most):
+    f = count_runs(texts, tmp_path_factory.mktemp("r") / "runs.tsv", most=most)
+    assert dict(read_runs(f)) == Counter(r for t in texts for r in find_runs(t, run_pattern())) and not list(f.parent.glob("*.parts"))
+
+
+def test_any_number_of_processes_counts_the_same(tmp_path):
+    texts = [f"第{chr(0x4e00 + i % 900)}篇，扩充词表{chr(0x5000 + i % 777)}" * 40 for i in range(12_000)]
+    one, two, three = (count_runs(iter(texts), tmp_path / f"{w}.tsv", workers=w, most=500) for w in (1, 2, 3))
+    assert one.read_bytes() == two.read_bytes() == three.read_bytes() and sum(k for _, k in read_runs(one)) == 41 * 12_000
+
+
+def test_a_process_that_dies_is_noticed(tmp_path, monkeypatch):
+    import os
+
+    import cmixtral_nb.tokenizer as module
+    monkeypatch.setattr(module, "_work", lambda *a: os._exit(9))
+    with pytest.raises(StageError, match="a process that counts runs (died|failed).*--workers 1"):
+        count_runs(("中国人" * 1000 for _ in range(30_000)), tmp_path / "runs.tsv", workers=2)
 
 
 @given(st.dictionaries(HAN, st.integers(1, 9), max_size=20), st.integers(1, 8), st.integers(1, 5))
@@ -68,17 +99,44 @@ def naive_bpe(runs, n_merges):
 def test_merges_equal_the_naive_ones_where_no_counts_are_equal(tmp_path):
     runs = Counter({"甲乙": 100, "丙丁": 61, "甲乙戊": 37, "丙丁己": 19, "庚辛壬": 11, "庚辛": 5})
     n = len(char_counts(runs))
-    pieces = describe_pieces(train_pieces(runs, tmp_path / "m.model", n + 5), runs)
+    pieces = describe_pieces(train_pieces(runs.copy(), tmp_path / "m.model", n + 5), runs)
     assert [p.piece for p in pieces if p.kind == "word"] == naive_bpe(runs, 5)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["m.model"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["m.model", "m.runs"] and dict(read_runs(tmp_path / "m.runs")) == runs
 
 
-def test_parts_come_before_wholes_and_only_han(here):
+@given(st.dictionaries(HAN, st.integers(1, 9), min_size=1, max_size=12))
+@settings(max_examples=25, deadline=None)
+def test_made_counts_are_those_of_the_merges(tmp_path_factory, runs):
+    f = train_pieces(Counter(runs), tmp_path_factory.mktemp("m") / "m.model", 40)
+    made = {p.piece: p.count for p in describe_pieces(f, Counter(runs))}
+    words, n = [p.piece for p in describe_pieces(f, Counter(runs)) if p.kind == "word"], Counter()
+    rank = {w: i for i, w in enumerate(words)}
+    for r, k in runs.items():  # every join of every run, counted as it happens
+        x = list(r)
+        while len(x) > 1:
+            best, i = min((rank.get(a + b, 99), i) for i, (a, b) in enumerate(zip(x, x[1:], strict=False)))
+            if best == 99:
+                break
+            x[i:i + 2] = [x[i] + x[i + 1]]
+            n[x[i]] += k
+    assert {w: made[w] for w in words} == {w: n[w] for w in words}
+    assert {c: made[c] for c in made if len(c) == 1} == char_counts(Counter(runs))
+
+
+def test_bpe_by_hand_joins_by_rank_and_from_the_left():
+    rank = {"ab": 1, "bc": 0, "aa": 2}
+    assert bpe_parts("abc", lambda t: rank.get(t, float("inf"))) == ["a", "bc"] and bpe_parts("aaa", lambda t: rank.get(t, float("inf"))) == ["aa", "a"]
+    assert made_counts(Counter({"aab": 3, "a": 1}), ["aa", "aab"]) == Counter({"aab": 3, "aa": 3, "a": 7, "b": 3})
+
+
+def test_parts_come_before_wholes_and_only_han_behind_one_mark(here):
     words = [p.piece for p in read_pieces(tokenizer("a.txt", out="p", n_pieces=60, n_chars=0)) if p.kind == "word"]
-    chars = {p.piece for p in read_pieces("p") if p.kind == "char"}
+    chars = {p.piece for p in read_pieces("p") if p.kind == "char"} | set("，。！▁")
     for i, w in enumerate(words):
         assert any({w[:k], w[k:]} <= chars | set(words[:i]) for k in range(1, len(w))), w
-    assert all("\u4e00" <= c <= "\u9fff" for w in words for c in w)
+    assert all("\u4e00" <= c <= "\u9fff" for w in words for c in w[1:]) and "，中文模型" in words
+    plain = tokenizer("a.txt", out="plain", n_pieces=60, n_chars=0, marks=False)
+    assert all("\u4e00" <= c <= "\u9fff" for p in read_pieces(plain) for c in p.piece)
 
 
 def test_two_trainings_are_equal(here):
@@ -89,21 +147,31 @@ def test_two_trainings_are_equal(here):
 def test_fewer_merges_than_asked_for_is_no_error(here):
     (here / "few.txt").write_text("中国，中国，中国", encoding="utf-8")
     p = tokenizer("few.txt", out="p", n_pieces=500, n_chars=0)
-    assert p.stats["n_chars"] == 2 and [q.piece for q in read_pieces(p)] == ["中", "国", "中国"]
+    assert p.stats["n_chars"] == 2 and [q.piece for q in read_pieces(p)] == ["中", "国", "中国", "，中国", "▁中国"]
 
 
 def test_very_long_runs_are_not_lost(here):
     (here / "long.txt").write_text("中国人民" * 5000, encoding="utf-8")
     p = tokenizer("long.txt", out="p", n_pieces=20, n_chars=0)
-    assert p.stats["n_script_chars"] == 20000 and "中国" in {q.piece for q in read_pieces(p)}
+    assert p.stats["n_run_chars"] == 20001 and "中国" in {q.piece for q in read_pieces(p)}
 
 
 def test_other_scripts(here):
     (here / "ru.txt").write_text("слово слова слову\n\nслово", encoding="utf-8")
     p = tokenizer("ru.txt", out="p", lang="ru", script="Cyrillic", n_pieces=20, n_chars=0)
-    assert "слов" in {q.piece for q in read_pieces(p, "Cyrillic")}
-    with pytest.raises(StageError, match="has no piece of Han characters alone"):
+    assert "▁слов" in {q.piece for q in read_pieces(p, "Cyrillic")}
+    with pytest.raises(StageError, match="has no piece of Han characters; run: cmixtral tokenizer --script Han"):
         read_pieces(p)
+
+
+@pytest.mark.parametrize("lang, script, text, piece", [
+    ("ja", "Han Kana", "東京タワーへ行きました。東京タワーは高いです。", "東京タワー"), ("ko", "Hangul", "한국어 사전 한국어 문법 한국어", "▁한국어"),
+    ("th", "Thai", "ภาษาไทยง่าย ภาษาไทยสนุก ภาษาไทย", "ภาษาไทย"), ("hi", "Devanagari", "हिन्दी भाषा हिन्दी शब्द हिन्दी", "▁हिन्दी"),
+    ("km", "Khmer", "ភាសាខ្មែរ ភាសាខ្មែរ ភាសាខ្មែរ", "▁ភាសាខ្មែរ"), ("am", "Ethiopic", "አማርኛ ቋንቋ አማርኛ", "▁አማርኛ")])
+def test_scripts_by_their_unicode_names(here, lang, script, text, piece):
+    (here / "t.txt").write_text(text, encoding="utf-8")
+    p = tokenizer("t.txt", out="p", lang=lang, script=script, n_pieces=60, n_chars=0)
+    assert any(piece.lstrip("▁") in q.piece for q in read_pieces(p, script)), [q.piece for q in read_pieces(p, script)]
 
 
 # ---- tables and foreign models
@@ -131,7 +199,10 @@ def test_plain_list_and_foreign_model(here):
     ("bad.tsv", "piece\tscore\tkind\tcount\n中\tx\tchar\t1\n",
      "bad.tsv:2: expected piece, score, kind, count with tabs between them, score and count being numbers"),
     ("bad.tsv", "piece\tscore\n中\n", "bad.tsv:2: expected piece, score with tabs"), ("gbk.tsv", b"\xd6\xd0", "gbk.tsv is not UTF-8"),
-    ("latin.tsv", "abc\n", "has no piece of Han characters alone"), ("bad.model", b"\x00\x01rubbish", "bad.model is not a sentencepiece model"),
+    ("latin.tsv", "abc\n", "has no piece of Han characters"), ("bad.model", b"\x00\x01rubbish", "bad.model is not a sentencepiece model"),
+    ("twice.tsv", "piece\tscore\n中国\t0\n人\t-1\n中国\t-2\n", "twice.tsv:4: 中国 stands in line 2 already; remove one of the two lines"),
+    ("twice.txt", "中国\n中国\n", "twice.txt:2: 中国 stands in line 1 already"),
+    ("control.txt", "中国\n<s>\n", "control.txt:2: <s> looks like a control token, expected a piece of text; remove the line"),
     ("empty.model", b"", "is not a sentencepiece model")])
 def test_files_that_are_no_pieces(here, name, content, words):
     (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -155,6 +226,9 @@ def test_base_tokenizer(here, monkeypatch):
     (here / "m").mkdir()
     with pytest.raises(StageError, match="m holds no tokenizer.model"):
         base_tokenizer_model("m")
+    (here / "m/tokenizer.json").write_text('{"pre_tokenizer": {"type": "ByteLevel"}}')
+    with pytest.raises(StageError, match="m is a byte-level BPE tokenizer, expected sentencepiece BPE .*; extend another base"):
+        base_tokenizer_model("m")
     (here / "m/tokenizer.model").write_bytes(b"x")
     assert base_tokenizer_model("m") == base_tokenizer_model("m/tokenizer.model")
     with pytest.raises(StageError, match="llama: no such tokenizer; expected mixtral, a folder"):
@@ -164,29 +238,87 @@ def test_base_tokenizer(here, monkeypatch):
         base_tokenizer_model()
 
 
-# ---- lexicon
+# ---- lexicons and mixing
 
 def test_lexicon(here):
-    (here / "w.txt").write_text("葡萄 30 n\n石榴 20\nC++ 9\n坏行\n零 0\n", encoding="utf-8")
-    words = read_lexicon("w.txt")
-    assert words == {"葡萄": 30, "石榴": 20}
-    mixed = mix_lexicon(runs := Counter({"中国": 3000, "石榴": 10}), words, .25)
-    added = mixed - runs
-    assert abs(sum(len(w) * k for w, k in added.items()) / sum(len(w) * k for w, k in mixed.items()) - .25) < .001
-    p = tokenizer("a.txt", out="p", n_pieces=80, n_chars=0, lexicon="w.txt", lexicon_share=.3)
+    (here / "w.txt").write_text("葡萄 30 n\n石榴\t20\nC++ 9\n\n零 0\n", encoding="utf-8")
+    assert read_lexicon("w.txt") == {"葡萄": 30, "石榴": 20}
+    p = tokenizer("a.txt", out="p", n_pieces=80, n_chars=0, lexicons=["0.3:w.txt"])
     assert {"葡萄", "石榴"} <= {q.piece for q in read_pieces(p)}
-    (here / "no.txt").write_text("葡萄\n")
-    with pytest.raises(StageError, match='no.txt: no line of the form "word count" with Han characters'):
-        tokenizer("a.txt", out="q", n_pieces=80, n_chars=0, lexicon="no.txt")
+    (here / "w.txt").write_text("葡萄 31\n", encoding="utf-8")
+    assert tokenizer.state("a.txt", out="p", n_pieces=80, n_chars=0, lexicons=["0.3:w.txt"]).startswith("stale")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("葡萄\n石榴 20\n甲 x\n", ["w.txt:1: expected a word and its count", "found '葡萄'", "w.txt:3:", "2 broken lines in all; mend or remove them"]),
+    (b"\xd6\xd0 3\n", ["w.txt:1: expected a word and its count"]), ("abc 3\n", ["w.txt has no word of Han characters alone; give another lexicon"])])
+def test_broken_lexicons(here, text, words):
+    (here / "w.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(StageError) as e:
+        tokenizer("a.txt", out="q", n_pieces=80, n_chars=0, lexicons=["0.3:w.txt"])
+    assert all(w in str(e.value) for w in words) and not (here / "q").exists()
+
+
+def test_jieba_and_wordfreq_have_everyday_words():
+    jieba, freq = read_lexicon("jieba"), read_lexicon("wordfreq")
+    assert len(jieba) > 300_000 and len(freq) > 250_000 and min(jieba["我们"], freq["我们"]) > 10_000
+    assert read_lexicon("wordfreq", "Hangul", "ko")["한국"] > 0
+    with pytest.raises(StageError, match="wordfreq has no list for xx; give a file"):
+        read_lexicon("wordfreq", "Han", "xx")
+
+
+@given(st.dictionaries(HAN, st.integers(1, 50), min_size=1, max_size=30), st.dictionaries(HAN, st.integers(1, 50), min_size=1, max_size=30),
+       st.floats(.1, .9))
+@settings(deadline=None)
+def test_mixing_keeps_whole_counts_and_shares(a, b, share):
+    sources = [Source(1 - share, a.items, mass(a.items())), Source(share, lambda: ((k + "。", v) for k, v in b.items()), mass(b.items()))]
+    out = mix_runs(sources)
+    assert all(out[r] == k for r, k in a.items())  # the first source keeps its counts
+    want = mass(a.items()) * share / (1 - share)
+    got = sum(k * (len(r) - 1) for r, k in out.items() if r.endswith("。"))
+    assert abs(got - want) <= sum(len(r) for r in b)  # each rounded by less than one
+
+
+def test_thinning_fits_and_is_deterministic():
+    runs = Counter({chr(0x4e00 + i) + chr(0x4e00 + (i * 7) % 999): 1 + 100 * (i % 50 == 0) for i in range(9000)})
+    s = [Source(1., runs.items, mass(runs.items()))]
+    out = mix_runs(s, 6000)
+    assert out == mix_runs(s, 6000) and abs(sum(map(len, out)) - 6000) < 300
+    ones = sum(k for r, k in out.items() if runs[r] == 1) / sum(out.values())
+    assert abs(ones - sum(k for k in runs.values() if k == 1) / sum(runs.values())) < .02
+
+
+def test_opencc_converts_a_share(here):
+    s = run_sources(count_runs(["词汇表"] * 50, here / "r.tsv"), opencc=["0.4:s2t"])
+    out = mix_runs(s)
+    assert out["▁词汇表"] == 50 and 30 <= out["▁詞彙表"] <= 35
+
+
+@pytest.mark.parametrize("items, what, words", [
+    (["jieba"], "lexicons", "lexicons: 'jieba', expected SHARE:NAME, such as 0.25:jieba"), (["x:jieba"], "lexicons", "'x:jieba', expected SHARE:NAME"),
+    (["0:s2t"], "opencc", "opencc: '0:s2t', expected SHARE:NAME, such as 0.1:s2t"), (["0.5:jieba", "0.5:wordfreq"], "lexicons", "add up to 1, expected less than 1")])
+def test_shares_that_are_none(items, what, words):
+    with pytest.raises(StageError) as e:
+        parse_shares(items, what)
+    assert words in str(e.value)
+
+
+# ---- continued BPE
+
+def test_continued_pieces_are_merges_of_base_tokens(here):
+    p = tokenizer("a.txt", out="p", n_pieces=80, n_chars=0, method="continued")
+    words = [q.piece for q in read_pieces(p) if q.kind == "word"]
+    assert "词表" in " ".join(words) and sorted(p.manifest["files"]) == ["pieces.tsv"] and all(q.count for q in read_pieces(p))
+    runs, back = base_symbols(Counter({"▁一个数据": 3}), base_tokenizer_model())
+    assert [back.get(c, c) for c in next(iter(runs))] == ["▁", "一个", "数据"]
 
 
 # ---- the stage
 
-def test_counts_of_words_cover_the_text(here):
-    runs = script_runs(TEXTS)
-    m = train_pieces(runs, here / "m.model", 60)
-    n = word_counts(runs, m)
-    assert sum(len(t) * k for t, k in n.items()) == sum(len(r) * k for r, k in runs.items())
+def test_tokens_cover_the_text(here):
+    runs = Counter(r for t in TEXTS for r in find_runs(t, run_pattern()))
+    n = token_totals(runs.items(), train_pieces(runs.copy(), here / "m.model", 60))
+    assert sum(len(t) * k for t, k in n.items()) == mass(runs.items())
 
 
 def test_reads_a_corpus(here):
@@ -201,10 +333,11 @@ def test_reads_a_corpus(here):
 
 def test_all_faults_at_once(here):
     with pytest.raises(StageError) as e:
-        tokenizer("none", out="p", n_pieces=0, n_chars=-1, script="Elvish", lexicon="gone", lexicon_share=1.)
-    assert len(e.value.args) == 6
+        tokenizer("none", out="p", n_pieces=0, n_chars=-1, script="Elvish", lexicons=["0.1:gone"], opencc=["0.1:s2x"], method="magic")
+    assert len(e.value.args) == 7
     for words in ("none does not exist, expected a corpus; run: cmixtral corpus", "script 'Elvish' is unknown", "n_pieces is 0, expected at least 1",
-                  "n_chars is -1, expected at least 0", "gone: no such file, expected a lexicon", "lexicon_share is 1.0, expected more than 0"):
+                  "n_chars is -1, expected at least 0", "gone: no such file, expected jieba, wordfreq or a lexicon", "opencc: 's2x' is no conversion",
+                  "method is 'magic', expected bpe or continued"):
         assert words in str(e.value)
 
 

@@ -12,9 +12,9 @@ from cmixtral_nb.corpus import corpus
 from cmixtral_nb.search import base_pieces, run_model, select_pieces
 from cmixtral_nb.tokenizer import Piece, base_tokenizer_model, read_model, read_pieces, tokenizer, train_pieces
 from cmixtral_nb.vocab import (build_fast, certificate_texts, certify, chars_per_token, encode_plain, extend_model, hostile_texts, load_tokenizer,
-                               lowest_score, processor, reachable_pieces, sp_merges, unreachable, vocab, write_tokenizer)
+                               processor, smallest, sp_merges, unreachable, vocab, write_tokenizer)
 
-FEW = dict(limit_chars=30_000, n_hostile=300)
+FEW = dict(limit_chars=30_000, n_hostile=1000)
 HOSTILE = st.text(alphabet=st.one_of(st.sampled_from(" \t\n\x00ab<s>/中国词表可以使用"),
                                      st.characters(exclude_categories=["Cs"], exclude_characters="▁")), max_size=40)
 
@@ -51,7 +51,7 @@ def test_first_pieces_are_the_bases(made):
     a, b = read_model(base_tokenizer_model()), read_model(made[3] / "tokenizer.model")
     assert [(p.piece, p.score, p.type) for p in a.pieces] == [(p.piece, p.score, p.type) for p in b.pieces][:32000]
     scores = [p.score for p in b.pieces][32000:]
-    assert scores == [-31741. - i for i in range(900)]
+    assert scores == [-1e9 - 128 * i for i in range(1, 901)]  # below the blanks that carry -1e9, and apart in float32
 
 
 @given(HOSTILE)
@@ -70,14 +70,14 @@ def test_text_without_han_keeps_its_ids(both, t):
 
 def test_any_han_text_is_never_longer(both, made):
     base, new, _ = both
-    for t in certificate_texts(made[1], limit_chars=30_000)[1]:
+    for t in certificate_texts(made[1], limit_chars=30_000)[0]:
         assert len(new.encode(t)) <= len(base.encode(t))
 
 
 def test_certificate(made):
     lines = read_json(made[3] / "certificate.json")
-    assert len(lines) == 7 and all(l["failed"] == 0 and l["cases"] > 0 and l["examples"] == [] for l in lines)
-    assert made[3].stats["certificate"]["ids of old texts unchanged"]["failed"] == 0
+    assert len(lines) == 10 and all(l["failed"] == 0 and l["cases"] > 0 and l["examples"] == [] for l in lines)
+    assert made[3].stats["certificate"]["ids of texts without Han unchanged"]["failed"] == 0
 
 
 # ---- a certificate that must fail
@@ -86,48 +86,106 @@ def bump(m, piece):
     next(p for p in m.pieces if p.piece == piece).score = 1
 
 
-@pytest.mark.parametrize("change, check", [
-    (lambda m: setattr(m.pieces[5000], "piece", "zzq"), "old pieces keep their ids"), (lambda m: bump(m, "nf"), "old pieces are cut as before"),
-    (lambda m: m.pieces.add(piece="e t", score=0), "new pieces reachable"), (lambda m: m.pieces.add(piece="囍囍囍囍", score=-40000), "new pieces reachable"),
-    (lambda m: bump(m, "nf"), "ids of old texts unchanged")])
-def test_certificate_finds(change, check, both, tmp_path):
+@pytest.mark.parametrize("change, check, shown", [
+    (lambda m: setattr(m.pieces[5000], "piece", "zzq"), "old pieces keep ids, scores and types", "END"), (lambda m: bump(m, "nf"), "old pieces are cut as before", ""),
+    (lambda m: setattr(m.pieces[5000], "score", -9.), "old pieces keep ids, scores and types", "END"),
+    (lambda m: setattr(m.pieces[5000], "type", 3), "old pieces keep ids, scores and types", "END"),
+    (lambda m: m.pieces.add(piece="e t", score=0), "new pieces reachable", "e t"), (lambda m: m.pieces.add(piece="囍囍囍囍", score=-4e9), "new pieces reachable", "囍囍囍囍"),
+    (lambda m: m.pieces.add(piece="囍囍囍囍", score=-4e9), "new pieces have all their characters", "囍囍囍囍"),
+    (lambda m: bump(m, "nf"), "ids of texts without Han unchanged", "nf"),
+    (lambda m: m.pieces.add(piece="<|end|>", score=0, type=4), "ids of texts without Han unchanged", "<|end|>")])
+def test_certificate_finds(change, check, shown, both, tmp_path):
     m = read_model(base_tokenizer_model())
     change(m)
     (tmp_path / "m.model").write_bytes(m.SerializeToString())
     tok = load_tokenizer(write_tokenizer(tmp_path / "m.model", tmp_path / "t"))
-    lines = {l["check"]: l for l in certify(both[0], processor(m), tok, ["confetti painful unfair information on foot, unfold, infant"], ["词表"], [" a"])}
-    assert lines[check]["failed"] and lines[check]["examples"]
+    texts = ["confetti painful unfair information on foot, unfold, infant", "we say <|end|> here", "词表", " a"]
+    lines = {l["check"]: l for l in certify(both[0], processor(m), tok, texts)}
+    assert lines[check]["failed"] and shown in lines[check]["examples"][0] and len(lines[check]["examples"][0]) < 30
 
 
-def test_wrong_fast_tokenizer_is_found(both, made, tmp_path):
+def test_wrong_fast_tokenizer_is_found_with_the_smallest_text(both, made, tmp_path):
     t = json.loads((made[3] / "tokenizer.json").read_text())
-    t["model"]["merges"] = t["model"]["merges"][:-400]
+    gone = next("".join(m) for m in t["model"]["merges"] if len("".join(m)) == 2 and "".join(m) in {p.piece for p in read_pieces(made[3])} and "▁" not in m[0])
+    t["model"]["merges"] = [m for m in t["model"]["merges"] if "".join(m) != gone]
     shutil.copytree(made[3].path, tmp_path / "t")
     write_json(tmp_path / "t/tokenizer.json", t)
-    lines = {l["check"]: l for l in certify(both[0], both[1], load_tokenizer(tmp_path / "t"), ["a"], [p.piece for p in read_pieces(made[3])], [])}
-    assert lines["fast tokenizer equals sentencepiece"]["failed"] and not lines["new pieces reachable"]["failed"]
+    lines = {l["check"]: l for l in certify(both[0], both[1], load_tokenizer(tmp_path / "t"), ["a", f"long before {gone} and long after", "词"])}
+    assert lines["fast tokenizer equals sentencepiece"]["examples"] == [repr(gone)] and not lines["new pieces reachable"]["failed"]
+
+
+def test_control_tokens_that_text_can_spell_are_found(both, made, tmp_path):
+    v = vocab(made[2], out=tmp_path / "v", n_pieces=50, n_chars=1480, tokens=["<|end|>"], **FEW)
+    shutil.copytree(v.path, tmp_path / "t")
+    t = json.loads((v / "tokenizer.json").read_text())
+    next(a for a in t["added_tokens"] if a["content"] == "<|end|>")["special"] = False  # then it is cut out of any text
+    write_json(tmp_path / "t/tokenizer.json", t)
+    lines = {l["check"]: l for l in certify(both[0], processor(v / "tokenizer.model"), load_tokenizer(tmp_path / "t"), ["a", "the <|end|> 词表"])}
+    assert lines["no control token from plain text"]["examples"][0] == repr("<|end|>")
+
+
+@given(st.text(max_size=30), st.sampled_from(["ab", "中", " \t"]), st.text(max_size=30))
+def test_smallest_finds_the_culprit(before, culprit, after):
+    got = smallest(before + culprit + after, lambda t: culprit in t)
+    assert got == culprit
 
 
 def test_a_failing_line_stops_the_stage(made, monkeypatch, tmp_path):
     import cmixtral_nb.vocab as module
-    monkeypatch.setattr(module, "lowest_score", lambda m: 9e5)
+    monkeypatch.setattr(module, "scores_below", lambda low, n: [9e5 - i for i in range(n)])
     pieces = [Piece(t, -i, "word", 0) for i, t in enumerate(["的人", "人民"])]
     monkeypatch.setattr(module, "read_pieces", lambda *a: pieces)
-    monkeypatch.setattr(module, "reachable_pieces", lambda *a: [Piece("the", 0, "word", 0), Piece("he r", 0, "word", 0)])
-    with pytest.raises(StageError, match="certificate: new pieces reachable: 1 of 1 failed, such as he r"):
+    monkeypatch.setattr(module, "select_pieces", lambda *a: [Piece("the", 0, "word", 0), Piece("he r", 0, "word", 0)])
+    with pytest.raises(StageError, match="certificate: new pieces reachable: 1 of 1 failed, such as 'he r'; append other pieces"):
         vocab(made[2], out=tmp_path / "v", n_pieces=2, **FEW)
     assert not (tmp_path / "v").exists() and not (tmp_path / "v.tmp").exists()
 
 
+def test_the_certificate_cannot_be_skipped(made, tmp_path):
+    with pytest.raises(StageError) as e:
+        vocab(made[2], out=tmp_path / "v", n_pieces=2, limit_chars=0, n_hostile=0)
+    assert str(e.value).count("there is no tokenizer without a certificate") == 2
+
+
+# ---- control tokens and padding
+
+def test_control_tokens_and_padding(made, tmp_path):
+    from transformers import AutoTokenizer
+    chat = ["<|beginofutterance|>", "<|endofutterance|>"]
+    v = vocab(made[2], out=tmp_path / "v", n_pieces=100, n_chars=1500, tokens=chat, multiple=64, **FEW)
+    m, tok = read_model(v / "tokenizer.model"), AutoTokenizer.from_pretrained(str(v.path))
+    assert len(m.pieces) == v.stats["n_vocab"] == len(tok) == 32128 and v.stats["n_special"] == 28
+    assert [p.piece for p in m.pieces[32100:32102]] == chat and tok.convert_tokens_to_ids(chat) == [32100, 32101]
+    assert tok(chat[0])["input_ids"] == [1, 32100] and not {32100, 32101} & set(encode_plain(tok, [f"a{chat[0]}{chat[1]} <unused0>"])[0])
+    assert tok.decode([32100, *encode_plain(tok, ["词表"])[0]], skip_special_tokens=True).strip() == "词表"
+    rows = [r.split("\t") for r in (v / "pieces.tsv").read_text().splitlines()[1:]]
+    assert [r[3] for r in rows[100:]] == ["control"] * 2 + ["unused"] * 26 and rows[-1][1] == "<unused25>"
+
+
+@pytest.mark.parametrize("tokens", [["<s>"], ["a b"], [""], ["<|x|>", "<|x|>"], ["▁x"]])
+def test_control_tokens_that_are_refused(made, tmp_path, tokens):
+    with pytest.raises(StageError, match="expected control tokens without blanks, each once, that the base does not have"):
+        vocab(made[2], out=tmp_path / "v", n_pieces=2, tokens=tokens)
+
+
 # ---- reachability
 
-def test_dead_pieces_are_replaced():
+def test_dead_pieces_are_left_out():
     base = base_tokenizer_model()
     odd = [Piece("葡", 0, "char", 9), Piece("萄", 0, "char", 8), Piece("葡萄美酒", -1, "word", 0), Piece("葡萄", -2, "word", 0), Piece("美酒", -3, "word", 0)]
-    got = [p.piece for p in reachable_pieces(base, odd, 4)]
-    assert got == ["葡", "萄", "葡萄美酒", "葡萄"] or got == ["葡", "萄", "葡萄", "美酒"]
-    chosen = reachable_pieces(base, odd, 4)
+    chosen = select_pieces(odd, base_pieces(base), 9)
+    assert [p.piece for p in chosen] == ["葡", "萄", "葡萄", "美酒", "葡萄美酒"]  # the whole behind its parts
     assert unreachable(processor(extend_model(base, chosen)), 32000) == []
+    odd.pop()
+    assert [p.piece for p in select_pieces(odd, base_pieces(base), 9)] == ["葡", "萄", "葡萄"]
+    assert unreachable(processor(extend_model(base, odd)), 32000) == ["葡萄美酒"]
+
+
+def test_indentation_before_a_piece_with_a_blank_stays(both, made):
+    base, new, _ = both
+    for n in range(2, 20):
+        a, b = base.encode(" " * n + "一个文件", out_type=str), new.encode(" " * n + "一个文件", out_type=str)
+        assert b[:len(b) - 2] == [t for t in a if t.startswith("▁")] and "".join(b) == "▁" * (n + 1) + "一个文件"
 
 
 def test_chars_per_token_of_nothing():
@@ -177,7 +235,7 @@ def test_sp_merges_are_ordered_by_score():
     m = read_model(base_tokenizer_model())
     score = {p.piece: p.score for p in m.pieces}
     found = [score[a + b] for a, b in sp_merges(m)]
-    assert found == sorted(found, reverse=True) and lowest_score(m) == -31740
+    assert found == sorted(found, reverse=True)
 
 
 def test_hostile_texts_depend_on_the_seed_alone():
@@ -202,7 +260,7 @@ def test_a_unigram_base_is_refused(made, tmp_path):
 
 
 def test_search_decides(made, tmp_path):
-    write_json(tmp_path / "choice.json", dict(n_pieces=300, n_chars=1600))
+    write_json(tmp_path / "choice.json", dict(n_pieces=300, n_chars=1600, why=""))
     v = vocab(made[2], out=tmp_path / "v", search=tmp_path / "choice.json", **FEW)
     assert (v.stats["n_pieces"], v.stats["n_chars"]) == (300, 144)
     new = [p.piece for p in select_pieces(read_pieces(made[2]), base_pieces(base_tokenizer_model()), 300, 1600)]

@@ -1,0 +1,187 @@
+"""By hand: the vocabulary at 57,000 pieces against others, and what training it needs.
+
+    python tests/bench_vocab.py compare DATA WORK     # ours, the seed's recipe and continued BPE on the same text, against hfl and Mixtral
+    python tests/bench_vocab.py grid WORK             # a 4 x 16 search against training each of the 64 vocabularies
+    python tests/bench_vocab.py memory DATA WORK      # training on 50, 100 and 200 MB of text: peak memory and speed
+    python tests/bench_vocab.py certificate WORK N    # N generated strings on the tokenizer that `compare` made
+    python tests/bench_vocab.py llama WORK GGUF_PYTHON # llama.cpp on 10,000 of them; the Python that has llama-cpp-python
+
+DATA has zh/*.jsonl.xz, sft/alpaca*.jsonl.xz to train on, and tokenizers/chinese-llama-2.tokenizer.model.
+WORK may hold heldout/NAME.txt, one document a line: the domains to judge by. Without them the held-out part of DATA judges.
+"""
+import json
+import lzma
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+from cmixtral_nb.artifact import StageError, write_json
+from cmixtral_nb.corpus import corpus, read_docs
+from cmixtral_nb.search import base_pieces, growth, heldout, prefix_counts, read_heldout, run_model, search, select_pieces, token_counts
+from cmixtral_nb.tokenizer import (base_tokenizer_model, count_runs, describe_pieces, frequent_chars, read_pieces, read_runs, split_runs, tokenizer,
+                                   train_pieces)
+from cmixtral_nb.vocab import certify, chars_per_token, encode_plain, hostile_texts, load_tokenizer, processor, vocab
+
+BASE = base_tokenizer_model()
+MIXED = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])
+RECIPES = {  # name: how the pieces are trained, how many single characters (0: by tokens saved)
+    "ours": (MIXED, 0),
+    "ours, seed's order": (MIXED, 5500),
+    "continued": (dict(MIXED, method="continued"), 0),
+    "no lexicons": ({}, 0),
+    "no marks": (dict(MIXED, marks=False), 0),
+    "seed": (dict(marks=False), 6414),
+}
+
+
+def training_corpus(data: Path, work: Path):
+    "The Chinese of DATA, the Alpaca answers among it"
+    alpaca = work / "alpaca.jsonl"
+    if not alpaca.exists():
+        with lzma.open(next((data / "sft").glob("alpaca*.jsonl.xz")), "rt", encoding="utf-8") as f, open(alpaca, "w", encoding="utf-8") as g:
+            for r in map(json.loads, f):
+                g.write(json.dumps({"text": "\n".join(filter(None, (r["instruction"], r["input"], r["output"])))}, ensure_ascii=False) + "\n")
+    return corpus([f"zh={data}/zh", f"zh={alpaca}"], out=work / "corpus", valid_share=0.005)
+
+
+def domains(work: Path, corpus_folder):
+    "Held-out text to judge by"
+    own = {f.stem: [t for t in f.read_text(encoding="utf-8").splitlines() if t] for f in sorted((work / "heldout").glob("*.txt"))}
+    return own or heldout(corpus_folder, "zh", 300_000)
+
+
+def show(name, rates, reference, seconds):
+    ratio = {d: rates[d] / reference[d] for d in rates}
+    mean = sum(rates.values()) / len(rates)
+    print(f"{name:20} {mean:.4f} characters per token, {mean / (sum(reference.values()) / len(reference)):.4f} of hfl's, worst domain "
+          f"{min(ratio.values()):.3f} ({min(ratio, key=ratio.get)}), {seconds:.0f} s", flush=True)
+
+
+def compare(data, work):
+    c = training_corpus(data, work)
+    texts = domains(work, c)
+    hfl, mixtral = processor(data / "tokenizers/chinese-llama-2.tokenizer.model"), processor(BASE)
+    rate = {n: {d: chars_per_token(sp, t) for d, t in texts.items()} for n, sp in (("hfl 55,296", hfl), ("Mixtral", mixtral))}
+    for n in list(rate):
+        show(n, rate[n], rate["hfl 55,296"], 0)
+    for name, (how, n_chars) in RECIPES.items():
+        start, folder = time.time(), work / name.replace(" ", "-").replace(",", "").replace("'", "")
+        p = tokenizer(c, out=folder / "pieces", n_pieces=40000, **how)
+        v = vocab(p, out=folder / "tokenizer", n_pieces=25000, n_chars=n_chars)
+        sp = processor(v / "tokenizer.model")
+        rate[name] = {d: chars_per_token(sp, t) for d, t in texts.items()}
+        show(name, rate[name], rate["hfl 55,296"], time.time() - start)
+    n_chars = {d: sum(map(len, t)) for d, t in texts.items()}
+    for n in rate:
+        fewer = 1 - sum(1 / rate["ours"][d] for d in texts) / sum(1 / rate[n][d] for d in texts)
+        print(f"{n:20} ours takes {fewer:6.1%} fewer tokens for a character; " + " ".join(f"{d} {rate[n][d]:.3f}" for d in texts))
+    write_json(work / "compare.json", dict(rate=rate, n_chars=n_chars))
+    print(f"ours against Mixtral: {math.fsum(rate['ours'].values()) / math.fsum(rate['Mixtral'].values()):.3f}")
+
+
+def grid(work):
+    c = corpus(["zh=builtin:zh"], out=work / "small", valid_share=0.02)
+    chars, totals = [2000, 2500, 3000, 3500], list(range(500, 8001, 500))
+    start = time.time()
+    p = tokenizer(c, out=work / "small-pieces", n_pieces=12500, n_chars=5000, force=True)
+    s = search(p, corpus=c, out=work / "small-search", chars=chars, totals=totals, force=True)
+    ours = time.time() - start
+    print(f"one training and the search of {s.stats['n_tried']} vocabularies: {ours:.1f} s")
+    runs = dict(read_runs(count_runs((r["text"] for r in read_docs(Path(c.path) / "zh.train.jsonl")), work / "runs.tsv")))
+    from collections import Counter
+    start, n = time.time(), 0
+    base = base_pieces(BASE)
+    texts = [t for d in heldout(c, "zh", 500_000).values() for t in d]
+    for k in chars:
+        cut = split_runs(Counter(runs), frequent_chars(Counter(runs), k))
+        for t in totals:
+            if t <= k - 1456:
+                continue
+            own = describe_pieces(train_pieces(cut.copy(), work / "one.model", t + 1456 + 100), work / "one.runs")
+            run_model(base, select_pieces(own, base, t, k)).encode(texts)
+            n += 1
+            print(f"{n} trained, {time.time() - start:.0f} s", end="\r", flush=True)
+    each = time.time() - start
+    print(f"{n} trainings: {each:.1f} s, {each / ours:.1f} times as long")
+    h, bad = read_heldout(texts, BASE), 0
+    for k in chars:
+        steps = growth(read_pieces(p), base, k)
+        made = [t for t in totals if t <= len(steps)]
+        for t, counts in prefix_counts(steps, base, h, made).items():
+            bad += counts != token_counts(run_model(base, [s.piece for s in steps[:t]]), h)
+    print(f"{bad} of {len(chars) * len(totals)} points differ from the vocabulary that is built for them alone")
+
+
+def memory(data, work):
+    import multiprocessing as mp
+    texts = [r["text"] for f in sorted((data / "zh").glob("*.xz")) for r in read_docs(f)]
+    for mb in (50, 100, 200):
+        f, n, k = work / f"text-{mb}.jsonl", 0, 0
+        with open(f, "w", encoding="utf-8") as g:
+            while n < mb * 1e6:  # the same documents again, each time in another order and cut elsewhere, so that runs repeat but rarely
+                for i in range(len(texts)):
+                    t = texts[(i * 7919 + k) % len(texts)]
+                    t = t[k * 3:] + t[:k * 3]
+                    g.write(json.dumps({"text": t}, ensure_ascii=False) + "\n")
+                    n += len(t.encode())
+                    if n >= mb * 1e6:
+                        break
+                k += 1
+        job = mp.Process(target=_measured, args=(f, work / f"pieces-{mb}", mb))
+        job.start()
+        job.join()
+
+
+def _measured(f, out, mb):
+    start = time.time()
+    tokenizer(f, out=out, force=True)
+    s = time.time() - start
+    own, children = (resource.getrusage(w).ru_maxrss / 1e6 for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"{mb} MB: {s:.0f} s, {mb / s:.2f} MB/s, peak {own:.2f} GB, and {children:.2f} GB in the largest process that counts", flush=True)
+
+
+def strings(n, tokenizer_dir, seed=0):
+    pieces = [p.piece for p in read_pieces(tokenizer_dir)]
+    real = [r["text"] for ref in ("builtin:zh", "builtin:en") for r, _ in zip(read_docs(ref), range(4000), strict=False)]
+    return hostile_texts(n, pieces, seed, real)
+
+
+def certificate(work, n):
+    folder = work / "ours/tokenizer"
+    base, new, tok = processor(BASE), processor(folder / "tokenizer.model"), load_tokenizer(folder)
+    start, done, bad = time.time(), 0, {}
+    while done < n:
+        some = strings(min(50_000, n - done), folder, seed=1000 + done)
+        for line in certify(base, new, tok, [], [], some, folder=None):
+            bad[line["check"]] = bad.get(line["check"], 0) + line["failed"]
+        done += len(some)
+        print(f"{done:,} strings, {time.time() - start:.0f} s, failed: {sum(bad.values())}", flush=True)
+    print(bad)
+
+
+def llama(work, python):
+    import subprocess
+    folder, out = work / "ours/tokenizer", work / "llama.json"
+    texts = [t for t in strings(10_000, folder, seed=7) if "\0" not in t]
+    write_json(out, texts)
+    ids = [processor(folder / "tokenizer.model").encode(t) for t in texts]
+    code = ("import json,sys,llama_cpp;m=llama_cpp.Llama(model_path=sys.argv[1],vocab_only=True,verbose=False);"
+            "t=json.load(open(sys.argv[2]));json.dump([m.tokenize(x.encode(),add_bos=False,special=False) for x in t],open(sys.argv[2]+'.ids','w'))")
+    subprocess.run([python, "-c", code, str(work / "vocab.gguf"), str(out)], check=True)
+    theirs = json.loads(Path(f"{out}.ids").read_text())
+    bad = [(t, a, b) for t, a, b in zip(texts, ids, theirs, strict=True) if a != b]
+    print(f"{len(texts):,} strings, {len(bad)} differ", *[repr(b[0]) for b in bad[:5]], sep="\n")
+    assert encode_plain(load_tokenizer(folder), texts[:100]) == ids[:100]
+
+
+if __name__ == "__main__":
+    what, *args = sys.argv[1:] or [""]
+    if what not in ("compare", "grid", "memory", "certificate", "llama"):
+        sys.exit(__doc__)
+    Path(args[-1] if what in ("compare", "memory") else args[0]).mkdir(parents=True, exist_ok=True)
+    try:
+        globals()[what](*[int(a) if a.isdecimal() else a if what == "llama" and i == 1 else Path(a) for i, a in enumerate(args)])
+    except StageError as e:
+        sys.exit("\n".join(e.args))
