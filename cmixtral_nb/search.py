@@ -122,7 +122,7 @@ def _by_source(rows:Iterable[dict], limit_chars:int)->dict[str, list[str]]:
     if len(small) > 1: out['other'] = [t for s in small for t in out.pop(s)]
     return out
 
-# %% ../nbs/03_search.ipynb #1fd86341
+# %% ../nbs/03_search.ipynb #c8a84fb4
 class Heldout(NamedTuple):
     "Held-out text, ready to be cut by any extension of a base"
     runs:Counter      # run -> count
@@ -140,13 +140,13 @@ def read_heldout(
     "Cut documents with the base and take the runs out"
     sp, own, begin, kinds = base_cutter(base_file), script_pattern(script), re.compile(f'[{mark_ranges()}]|{run_pattern(script).pattern}'), {}
     known, runs, rest, n, sentences = {sp.id_to_piece(i) for i in range(len(sp))}, Counter(), Counter(), 0, 0
-    def kind(x):  # 2: goes on in a run; 1: may begin one; 0: neither
-        if x not in kinds: kinds[x] = 2 if own.fullmatch(x) else 1 if begin.fullmatch(x) else 0
-        return kinds[x]
-    def end(run): (runs if own.search(run) else rest)[run] += 1
+    def kind(token):  # 2: goes on in a run; 1: may begin one; 0: neither
+        if token not in kinds: kinds[token] = 2 if own.fullmatch(token) else 1 if begin.fullmatch(token) else 0
+        return kinds[token]
+    def end(stretch): (runs if own.search(stretch) else rest)[stretch] += 1
     for t in texts:
         run = ''
-        for x in (y for x in sp.encode('▁' + t, out_type=str) for y in ((x,) if x in known else x)):
+        for x in (c for token in sp.encode('▁' + t, out_type=str) for c in ((token,) if token in known else token)):
             k = kind(x)
             if k == 2: run += x; continue
             if run: end(run); run = ''
@@ -163,7 +163,7 @@ def _spelled(tokens:Counter, known:set[str])->Counter:
         for x in (t,) if t in known else byte_pieces(t): n[x] += k
     return n
 
-# %% ../nbs/03_search.ipynb #983a24db
+# %% ../nbs/03_search.ipynb #618b8ee6
 def scores_below(
     lowest:float,  # of the base
     n:int,         # how many
@@ -198,8 +198,8 @@ def token_counts(
     n, rows = Counter(), list(h.runs.items())
     ids = sp.encode([r for r, _ in rows])
     weights = np.repeat(np.fromiter((k for _, k in rows), float, len(rows)), [len(i) for i in ids])
-    for i, k in enumerate(np.bincount(np.fromiter((x for i in ids for x in i), int), weights, minlength=len(sp))):
-        if k: n[sp.id_to_piece(i)] = int(k)
+    totals = np.bincount(np.fromiter((i for x in ids for i in x), int), weights, minlength=len(sp))
+    n.update({sp.id_to_piece(int(i)): int(totals[i]) for i in np.flatnonzero(totals)})
     n.update(h.rest)
     return n
 

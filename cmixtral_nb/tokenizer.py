@@ -129,24 +129,25 @@ def count_runs(
     _merge(files, out); folder.rmdir()
     return out
 
-# %% ../nbs/02_tokenizer.ipynb #a8199f2d
+# %% ../nbs/02_tokenizer.ipynb #011855ef
 def char_counts(
     runs:Counter,      # run -> count
     script:str='Han',  # of the characters; marks do not count
 )->Counter:  # character -> count
     "How often each character occurs in the runs"
-    n, own = Counter(), script_pattern(script)
-    for r, k in runs.items():
-        for c in r: n[c] += k
-    return Counter({c: k for c, k in n.items() if own.match(c)})
+    import numpy as np
+    n, own, rows = np.zeros(0x110000, np.int64), script_pattern(script), iter(runs.items())
+    while batch := list(itertools.islice(rows, 100_000)):
+        points = np.frombuffer(''.join(r for r, _ in batch).encode('utf-32-le'), np.uint32)
+        np.add.at(n, points, np.repeat([k for _, k in batch], [len(r) for r, _ in batch]))
+    return Counter({chr(c): int(n[c]) for c in np.flatnonzero(n) if own.match(chr(c))})
 
 def frequent_chars(
-    runs:Counter,      # run -> count
-    n_chars:int,       # how many to keep; 0: all
-    script:str='Han',  # of the characters
+    counts:Counter,  # character -> count
+    n_chars:int,     # how many to keep; 0: all
 )->list[str]:  # the most frequent first; equal counts in the order of Unicode
     "The most frequent characters"
-    return sorted((n := char_counts(runs, script)), key=lambda c: (-n[c], c))[:n_chars or None]
+    return sorted(counts, key=lambda c: (-counts[c], c))[:n_chars or None]
 
 def split_runs(
     runs:Counter,         # run -> count
@@ -505,7 +506,7 @@ def _check(corpus, lang='zh', n_pieces=0, n_chars=0, script='Han', lexicons=None
         except StageError as e: faults += e.args
     if faults: raise StageError(*faults)
 
-# %% ../nbs/02_tokenizer.ipynb #1a4c6fcf
+# %% ../nbs/02_tokenizer.ipynb #1a8e1768
 @stage('pieces', inputs=('corpus', 'lexicons', 'base'), ignore=('workers',), check=_check, schema=2)
 def tokenizer(
     corpus:Path,                 # corpus folder, or a jsonl or text file
@@ -527,7 +528,7 @@ def tokenizer(
     "Train candidate pieces on the runs of one script"
     mixed, stats = _training_runs(corpus_texts(corpus, lang, limit_chars=limit_chars), out, script, marks, workers, lexicons, opencc, lang, memory_chars)
     require(mixed, f'{corpus} holds no {script} characters; give another corpus, or run: cmixtral tokenizer --script SCRIPT')
-    n_all, chars = len(char_counts(mixed, script)), frequent_chars(mixed, n_chars, script)
+    counts = char_counts(mixed, script); n_all, chars = len(counts), frequent_chars(counts, n_chars)
     require(len(chars) <= n_pieces, f'the text has {len(chars):,} different characters, more than {n_pieces:,} pieces; raise n_pieces or set n_chars')
     mixed = split_runs(mixed, chars)
     pieces = _train(mixed, out, n_pieces, max_chars, workers, script, method, base)
@@ -536,7 +537,7 @@ def tokenizer(
     say('tokenizer', f'{len(pieces):,} candidates from {stats["n_run_chars"]:,} characters of {script} runs: {n["char"]:,} of {n_all:,} characters, {n["word"]:,} words')
     return dict(n_pieces=len(pieces), n_chars=n['char'], n_words=n['word'], n_distinct_chars=n_all, **stats)
 
-# %% ../nbs/02_tokenizer.ipynb #58124dff
+# %% ../nbs/02_tokenizer.ipynb #cd7e843b
 def _training_runs(texts, out:Path, script, marks, workers, lexicons, opencc, lang, memory_chars)->tuple[Counter, dict]:
     "What the trainer sees, and how much it was"
     f = count_runs(texts, out/'corpus.runs', script, marks, workers)
@@ -549,8 +550,8 @@ def _train(runs:Counter, out:Path, n_pieces, max_chars, threads, script, method,
     "Pieces with their counts"
     back = {}
     if method == 'continued': runs, back = base_symbols(runs, base_tokenizer_model(base))
-    n_marks = len({c for r in runs for c in r} - set(char_counts(runs, script)))
-    f = train_pieces(runs, out/'spm.model', n_pieces + n_marks, max_chars, threads)
+    own = script_pattern(script); n_extra = len({r[0] for r in runs if not own.match(r)} | back.keys())  # marks and symbols are pieces, too
+    f = train_pieces(runs, out/'spm.model', n_pieces + n_extra, max_chars, threads)
     pieces = describe_pieces(f, f.with_suffix('.runs')); f.with_suffix('.runs').unlink()
     if method == 'continued': f.unlink(); pieces = from_symbols(pieces, back)  # the model is in symbols, useless to others
     own = run_pattern(script)

@@ -15,12 +15,13 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from cmixtral_nb.artifact import StageError, write_json
 from cmixtral_nb.corpus import corpus, read_docs
 from cmixtral_nb.search import base_pieces, growth, heldout, prefix_counts, read_heldout, run_model, search, select_pieces, token_counts
-from cmixtral_nb.tokenizer import (base_tokenizer_model, count_runs, describe_pieces, frequent_chars, read_pieces, read_runs, split_runs, tokenizer,
+from cmixtral_nb.tokenizer import (base_tokenizer_model, char_counts, count_runs, describe_pieces, frequent_chars, read_pieces, read_runs, split_runs, tokenizer,
                                    train_pieces)
 from cmixtral_nb.vocab import certify, chars_per_token, encode_plain, hostile_texts, load_tokenizer, processor, vocab
 
@@ -89,13 +90,12 @@ def grid(work):
     s = search(p, corpus=c, out=work / "small-search", chars=chars, totals=totals, force=True)
     ours = time.time() - start
     print(f"one training and the search of {s.stats['n_tried']} vocabularies: {ours:.1f} s")
-    runs = dict(read_runs(count_runs((r["text"] for r in read_docs(Path(c.path) / "zh.train.jsonl")), work / "runs.tsv")))
-    from collections import Counter
+    runs = Counter(dict(read_runs(count_runs((r["text"] for r in read_docs(Path(c.path) / "zh.train.jsonl")), work / "runs.tsv"))))
     start, n = time.time(), 0
     base = base_pieces(BASE)
     texts = [t for d in heldout(c, "zh", 500_000).values() for t in d]
     for k in chars:
-        cut = split_runs(Counter(runs), frequent_chars(Counter(runs), k))
+        cut = split_runs(runs, frequent_chars(char_counts(runs), k))
         for t in totals:
             if t <= k - 1456:
                 continue
@@ -154,8 +154,10 @@ def certificate(work, n):
     start, done, bad = time.time(), 0, {}
     while done < n:
         some = strings(min(50_000, n - done), folder, seed=1000 + done)
-        for line in certify(base, new, tok, [], [], some, folder=None):
+        for line in certify(base, new, tok, some):
             bad[line["check"]] = bad.get(line["check"], 0) + line["failed"]
+            if line["failed"]:
+                print(line["check"], line["examples"])
         done += len(some)
         print(f"{done:,} strings, {time.time() - start:.0f} s, failed: {sum(bad.values())}", flush=True)
     print(bad)
@@ -164,7 +166,7 @@ def certificate(work, n):
 def llama(work, python):
     import subprocess
     folder, out = work / "ours/tokenizer", work / "llama.json"
-    texts = [t for t in strings(10_000, folder, seed=7) if "\0" not in t]
+    texts = strings(10_000, folder, seed=7)
     write_json(out, texts)
     ids = [processor(folder / "tokenizer.model").encode(t) for t in texts]
     code = ("import json,sys,llama_cpp;m=llama_cpp.Llama(model_path=sys.argv[1],vocab_only=True,verbose=False);"
