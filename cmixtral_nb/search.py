@@ -296,14 +296,14 @@ def choose(
 def _verdict(n:int, r:dict, why:str)->dict:
     return dict(n_pieces=n, **{k: r[k] for k in ('n_chars', 'n_all_chars', 'alp', 'chars_per_token')}, why=why)
 
-# %% ../nbs/03_search.ipynb #7ecb4f5d
+# %% ../nbs/03_search.ipynb #2e38c2a2
 def plot_search(
     rows:list[dict],  # of `search_table`
     choice:dict,      # of `choose`
 )->Figure:
     "ALP and characters per token over pieces appended, one curve for each order"
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 3.6), dpi=72, layout='constrained'); rows = [r for r in rows if r['domain'] == 'mean']
+    fig = Figure(figsize=(7.6, 3), dpi=72, layout='constrained'); rows = [r for r in rows if r['domain'] == 'mean']
     for ax, key, label in zip(fig.subplots(1, 2), ('alp', 'chars_per_token'), ('ALP, nats per sentence', 'characters per token')):
         for c in sorted({r['n_chars'] for r in rows}):
             own = [r for r in rows if r['n_chars'] == c]

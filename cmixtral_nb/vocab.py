@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['processor', 'read_bpe', 'extend_model', 'chars_per_token', 'bare', 'unreachable', 'sp_merges', 'build_fast',
            'write_tokenizer', 'load_tokenizer', 'encode_plain', 'append_special', 'hostile_texts', 'smallest',
-           'certify', 'certificate_texts', 'vocab']
+           'certify', 'certificate_texts', 'vocab', 'compare_tokenizers']
 
 # %% ../nbs/04_vocab.ipynb #62d17c21
 import random, shutil, tempfile
@@ -336,3 +336,16 @@ def _write(out:Path, model, new:list[Piece], first:int, special:list):
     write_tokenizer(out/'tokenizer.model', out)
     rows = [(i, p.piece, f'{model.pieces[i].score:.0f}', p.kind, p.count) for i, p in enumerate(new, first)] + [(*s[:2], 0, s[2], 0) for s in special]
     write_text(out/'pieces.tsv', 'id\tpiece\tscore\tkind\tcount\n' + ''.join('\t'.join(map(str, r)) + '\n' for r in rows))
+
+# %% ../nbs/04_vocab.ipynb #9ffe1818
+def compare_tokenizers(
+    models:dict[str, str|Path],   # name -> sentencepiece model, or a folder that has one
+    texts:dict[str, list[str]],   # domain -> documents
+)->dict[str, dict[str, float]]:  # name -> domain -> characters per token; 'mean' is the mean over the domains
+    "Characters per token of several tokenizers on the same texts"
+    out = {}
+    for name, path in models.items():
+        sp = processor(base_tokenizer_model(path))
+        rate = {d: chars_per_token(sp, t) for d, t in texts.items()}
+        out[name] = dict(rate, mean=sum(rate.values()) / len(rate))
+    return out

@@ -1,7 +1,7 @@
 """By hand: the vocabulary at 57,000 pieces against others, and what training it needs.
 
     python tests/bench_vocab.py compare DATA WORK     # ours, the seed's recipe and continued BPE on the same text, against hfl and Mixtral
-    python tests/bench_vocab.py grid WORK             # a 4 x 16 search against training each of the 64 vocabularies
+    python tests/bench_vocab.py grid DATA WORK        # a 4 x 16 search against training each of the 64 vocabularies (half an hour)
     python tests/bench_vocab.py memory DATA WORK      # training on 50, 100 and 200 MB of text: peak memory and speed
     python tests/bench_vocab.py certificate WORK N    # N generated strings on the tokenizer that `compare` made
     python tests/bench_vocab.py llama WORK GGUF_PYTHON # llama.cpp on 10,000 of them; the Python that has llama-cpp-python
@@ -15,14 +15,12 @@ import math
 import resource
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 from cmixtral_nb.artifact import StageError, write_json
 from cmixtral_nb.corpus import corpus, read_docs
 from cmixtral_nb.search import base_pieces, growth, heldout, prefix_counts, read_heldout, run_model, search, select_pieces, token_counts
-from cmixtral_nb.tokenizer import (base_tokenizer_model, char_counts, count_runs, describe_pieces, frequent_chars, read_pieces, read_runs, split_runs, tokenizer,
-                                   train_pieces)
+from cmixtral_nb.tokenizer import base_tokenizer_model, read_pieces, tokenizer
 from cmixtral_nb.vocab import certify, chars_per_token, encode_plain, hostile_texts, load_tokenizer, processor, vocab
 
 BASE = base_tokenizer_model()
@@ -82,36 +80,28 @@ def compare(data, work):
     print(f"ours against Mixtral: {math.fsum(rate['ours'].values()) / math.fsum(rate['Mixtral'].values()):.3f}")
 
 
-def grid(work):
-    c = corpus(["zh=builtin:zh"], out=work / "small", valid_share=0.02)
-    chars, totals = [2000, 2500, 3000, 3500], list(range(500, 8001, 500))
+def grid(data, work):
+    "The seed's numbers of characters and totals, on ten million characters"
+    c = training_corpus(data, work)
+    chars, totals, limit = [4451, 5435, 6414, 7434], list(range(11_000, 41_001, 2000)), 10_000_000
     start = time.time()
-    p = tokenizer(c, out=work / "small-pieces", n_pieces=12500, n_chars=5000, force=True)
-    s = search(p, corpus=c, out=work / "small-search", chars=chars, totals=totals, force=True)
+    p = tokenizer(c, out=work / "grid-pieces", n_pieces=48_000, n_chars=7434, limit_chars=limit, force=True)
+    trained = time.time() - start
+    s = search(p, corpus=c, out=work / "grid-search", chars=chars, totals=totals, limit_chars=300_000, force=True)
     ours = time.time() - start
-    print(f"one training and the search of {s.stats['n_tried']} vocabularies: {ours:.1f} s")
-    runs = Counter(dict(read_runs(count_runs((r["text"] for r in read_docs(Path(c.path) / "zh.train.jsonl")), work / "runs.tsv"))))
-    start, n = time.time(), 0
-    base = base_pieces(BASE)
-    texts = [t for d in heldout(c, "zh", 500_000).values() for t in d]
-    for k in chars:
-        cut = split_runs(runs, frequent_chars(char_counts(runs), k))
-        for t in totals:
-            if t <= k - 1456:
-                continue
-            own = describe_pieces(train_pieces(cut.copy(), work / "one.model", t + 1456 + 100), work / "one.runs")
-            run_model(base, select_pieces(own, base, t, k)).encode(texts)
-            n += 1
-            print(f"{n} trained, {time.time() - start:.0f} s", end="\r", flush=True)
-    each = time.time() - start
-    print(f"{n} trainings: {each:.1f} s, {each / ours:.1f} times as long")
-    h, bad = read_heldout(texts, BASE), 0
+    print(f"one training {trained:.1f} s and the search of {s.stats['n_tried']} vocabularies {ours - trained:.1f} s", flush=True)
+    texts = [t for d in heldout(c, "zh", 300_000).values() for t in d]
+    h, bad, n, base, each = read_heldout(texts, BASE), 0, 0, base_pieces(BASE), 0.0
     for k in chars:
         steps = growth(read_pieces(p), base, k)
-        made = [t for t in totals if t <= len(steps)]
-        for t, counts in prefix_counts(steps, base, h, made).items():
+        for t, counts in prefix_counts(steps, base, h, totals).items():
             bad += counts != token_counts(run_model(base, [s.piece for s in steps[:t]]), h)
-    print(f"{bad} of {len(chars) * len(totals)} points differ from the vocabulary that is built for them alone")
+            start = time.time()
+            one = tokenizer(c, out=work / "grid-one", n_pieces=t + 1456, n_chars=k, limit_chars=limit, force=True)
+            run_model(base, select_pieces(read_pieces(one), base, t, k)).encode(texts)
+            each, n = each + time.time() - start, n + 1
+            print(f"{n} trained one by one: {each:.0f} s, {each / n * len(chars) * len(totals) / ours:.1f} times as long in all", flush=True)
+    print(f"{bad} of {n} points differ from the vocabulary that is built for them alone")
 
 
 def memory(data, work):
@@ -182,7 +172,7 @@ if __name__ == "__main__":
     what, *args = sys.argv[1:] or [""]
     if what not in ("compare", "grid", "memory", "certificate", "llama"):
         sys.exit(__doc__)
-    Path(args[-1] if what in ("compare", "memory") else args[0]).mkdir(parents=True, exist_ok=True)
+    Path(args[-1] if what in ("compare", "memory", "grid") else args[0]).mkdir(parents=True, exist_ok=True)
     try:
         globals()[what](*[int(a) if a.isdecimal() else a if what == "llama" and i == 1 else Path(a) for i, a in enumerate(args)])
     except StageError as e:

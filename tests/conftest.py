@@ -29,7 +29,7 @@ totals = ["200", "400", "600"]
 
 [vocab]
 n_pieces = 300
-n_hostile = 300
+n_hostile = 1000
 
 [base]
 hidden = 64
