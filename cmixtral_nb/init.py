@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['METHODS', 'TOKENIZER_FILES', 'spell', 'new_tokens', 'new_rows', 'row_tensors', 'copy_config', 'copy_tokenizer',
-           'rewrite_shard', 'init', 'grow']
+__all__ = ['METHODS', 'TOKENIZER_FILES', 'spell', 'new_tokens', 'Matrix', 'weighted_mean', 'script_of', 'n_chars', 'new_rows',
+           'row_tensors', 'copy_config', 'copy_tokenizer', 'rewrite_shard', 'init', 'grow']
 
-# %% ../nbs/06_init.ipynb #c657dae6
-import os, shutil
+# %% ../nbs/06_init.ipynb #2c9001d5
+import os, shutil, unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from .artifact import *
 from .mixtral import *
 
@@ -40,25 +40,80 @@ def new_tokens(
     a, b = (sorted(t.get_vocab().items(), key=lambda x: x[1]) for t in (old, new))
     return [p for p, _ in b[len(a):]] if a == b[:len(a)] else None
 
-# %% ../nbs/06_init.ipynb #8fa258a9
-METHODS = 'mean', 'seed', 'average', 'normal'
+# %% ../nbs/06_init.ipynb #87a844bd
+class Matrix(NamedTuple):
+    "What a method may look at when it makes new rows"
+    W:Tensor                    # (n_old, d) embedding or lm_head, any floating type
+    spellings:list[list[int]]   # old ids that spell each new token
+    pieces:list[str]            # the new tokens
+    old:list[str]               # the old tokens, in the order of their ids
+    head:bool                   # whether W is the head
+    seed:int                    # for methods that draw numbers
 
+def weighted_mean(
+    W:Tensor,                        # (n_old, d)
+    ids:list[list[int]],             # old rows for each new one
+    weight:list[list[float]]=None,   # of each old row; None: all the same
+    chunk_bytes:int=2**26,           # memory for the rows that are gathered at once
+)->Tensor:  # (n_new, d) float32
+    "Means of old rows, for all tokens of the same length at once"
+    import torch
+    out, lengths = torch.empty(len(ids), W.shape[1]), {}
+    for i, x in enumerate(ids): lengths.setdefault(len(x), []).append(i)
+    for k, mine in lengths.items():
+        step = max(1, chunk_bytes // (4 * k * W.shape[1]))
+        for part in (mine[j:j+step] for j in range(0, len(mine), step)):
+            X = W[torch.tensor([ids[i] for i in part])].float()
+            if weight is None: out[part] = X.mean(1); continue
+            w = torch.tensor([weight[i] for i in part])
+            out[part] = (X * (w / w.sum(1, keepdim=True))[..., None]).sum(1)
+    return out
+
+# %% ../nbs/06_init.ipynb #6f36e4a1
+def script_of(
+    piece:str,  # a token
+)->str:  # such as CJK, LATIN, HANGUL; '' where it has no letter
+    "The script of a token: how Unicode calls its first letter"
+    return next((unicodedata.name(c, '').split(' ')[0] for c in piece if c.isalpha()), '') if not piece.startswith('<0x') else ''
+
+def n_chars(piece:str)->float:
+    "Characters that a token stands for; a byte is about a third of one"
+    return 1/3 if piece.startswith('<0x') else max(1, len(piece))
+
+def _mean(m:Matrix)->Tensor: return weighted_mean(m.W, m.spellings)
+def _first(m:Matrix)->Tensor: return m.W[[x[0] for x in m.spellings]].float() if m.head else _mean(m)
+def _average(m:Matrix)->Tensor: return m.W.float().mean(0).expand(len(m.spellings), -1)
+
+def _normal(m:Matrix)->Tensor:
+    import torch
+    X = m.W.float()
+    return X.mean(0) + torch.randn(len(m.spellings), X.shape[1], generator=torch.Generator().manual_seed(m.seed)) * X.std(0)
+
+def _asymmetric(m:Matrix)->Tensor:
+    "Length-weighted in the head; scaled to the norm of the script in the embedding"
+    import torch
+    if m.head: return weighted_mean(m.W, m.spellings, [[n_chars(m.old[i]) for i in x] for x in m.spellings])
+    norm, rows, groups = m.W.float().norm(dim=1), _mean(m), {}
+    for i, t in enumerate(m.old): groups.setdefault(script_of(t), []).append(i)
+    want = {s: norm[i].mean() for s, i in groups.items()}
+    target = torch.stack([want.get(script_of(p), norm.mean()) for p in m.pieces])
+    return rows * (target / rows.norm(dim=1).clamp(min=1e-12))[:, None]
+
+METHODS = dict(mean=_mean, seed=_mean, first=_first, asymmetric=_asymmetric, average=_average, normal=_normal)
+
+# %% ../nbs/06_init.ipynb #71fa7ccd
 def new_rows(
     W:Tensor,                   # (n_old, d) embedding or lm_head
     spellings:list[list[int]],  # old ids that spell each new token
-    method:str='mean',          # mean, seed (mean over a spelling with BOS and ▁), average, normal
-    seed:int=0,                 # for "normal"
+    method:str='mean',          # a name in METHODS
+    seed:int=0,                 # for methods that draw numbers
+    pieces:list[str]=(),        # the new tokens, for methods that look at them
+    old:list[str]=(),           # the old tokens, likewise
+    head:bool=False,            # whether W is the head
 )->Tensor:  # (n_new, d), W's dtype
     "Rows for new tokens, computed in float32 and rounded once"
-    import torch
-    X, n = W.float(), len(spellings)
-    if method in ('mean', 'seed'): rows = [X[ids].mean(0) for ids in spellings]
-    elif method == 'average': rows = [X.mean(0)] * n
-    elif method == 'normal':
-        noise = torch.randn(n, X.shape[1], generator=torch.Generator().manual_seed(seed))
-        rows = list(X.mean(0) + noise * X.std(0))
-    else: raise StageError(f'method {method!r} is unknown, expected one of {", ".join(METHODS)}')
-    return torch.stack(rows).to(W.dtype) if rows else W[:0]
+    require(method in METHODS, f'method {method!r} is unknown, expected one of {", ".join(METHODS)}')
+    return METHODS[method](Matrix(W, spellings, pieces, old, head, seed)).to(W.dtype) if spellings else W[:0]
 
 # %% ../nbs/06_init.ipynb #4f49b7f5
 def row_tensors(
@@ -126,22 +181,22 @@ def _write_index(model:Path, out:Path):
     files = tensor_files(out, check_index=False)
     write_index(out, files, read_json(model/INDEX).get('metadata', {}))
 
-# %% ../nbs/06_init.ipynb #06fd9e69
+# %% ../nbs/06_init.ipynb #758d66c2
 @stage('model', inputs=('model', 'tokenizer'), check=_check)
 def init(
     model:Path,          # HF model folder, artifact or hub id
     tokenizer:Path,      # folder of a tokenizer that extends the model's
     out:Path,            # folder to write
-    method:str='mean',   # of the old rows of the sub-tokens; or seed, average, normal
+    method:str='mean',   # of the old rows of the sub-tokens; or seed, first, asymmetric, average, normal
     seed:int=0,          # for "normal"
 ):
     "Give each new token a row in embedding and head; other shards are linked, not copied"
     src = resolve_model(model); files = tensor_files(src)
     old, n_old, pieces = _tokens(src, tokenizer)
-    spelled, changed, norms = spell(old, pieces, method), {}, {}
+    spelled, tokens, changed, norms = spell(old, pieces, method), old.convert_ids_to_tokens(range(n_old)), {}, {}
     for name in row_tensors(files):
         W = load_tensor(files, name)
-        rows = new_rows(W[:n_old], spelled, method, seed)
+        rows = new_rows(W[:n_old], spelled, method, seed, pieces, tokens, head=name.endswith('lm_head.weight'))
         changed[name] = grow(W, n_old, rows)
         norms[name] = dict(old=round(W[:n_old].float().norm(dim=1).mean().item(), 4), new=round(rows.float().norm(dim=1).mean().item(), 4))
     for shard in sorted(set(files.values())):

@@ -2,6 +2,7 @@
 
     python tests/bench_vocab.py compare DATA WORK     # ours, the seed's recipe and continued BPE on the same text, against hfl and Mixtral
     python tests/bench_vocab.py grid DATA WORK        # a 4 x 16 search against training each of the 64 vocabularies (half an hour)
+    python tests/bench_vocab.py languages WORK        # 2,000 pieces for Korean, Russian, Japanese, Hindi, Arabic, English, plain and continued BPE
     python tests/bench_vocab.py memory DATA WORK      # training on 50, 100 and 200 MB of text: peak memory and speed
     python tests/bench_vocab.py certificate WORK N    # N generated strings on the tokenizer that `compare` made
     python tests/bench_vocab.py llama WORK GGUF_PYTHON # llama.cpp on 10,000 of them; the Python that has llama-cpp-python
@@ -9,9 +10,11 @@
 DATA has zh/*.jsonl.xz, sft/alpaca*.jsonl.xz to train on, and tokenizers/chinese-llama-2.tokenizer.model.
 WORK may hold heldout/NAME.txt, one document a line: the domains to judge by. Without them the held-out part of DATA judges.
 """
+import itertools
 import json
 import lzma
 import math
+import random
 import resource
 import sys
 import time
@@ -95,13 +98,30 @@ def grid(data, work):
     for k in chars:
         steps = growth(read_pieces(p), base, k)
         for t, counts in prefix_counts(steps, base, h, totals).items():
-            bad += counts != token_counts(run_model(base, [s.piece for s in steps[:t]]), h)
-            start = time.time()
-            one = tokenizer(c, out=work / "grid-one", n_pieces=t + 1456, n_chars=k, limit_chars=limit, force=True)
-            run_model(base, select_pieces(read_pieces(one), base, t, k)).encode(texts)
-            each, n = each + time.time() - start, n + 1
-            print(f"{n} trained one by one: {each:.0f} s, {each / n * len(chars) * len(totals) / ours:.1f} times as long in all", flush=True)
-    print(f"{bad} of {n} points differ from the vocabulary that is built for them alone")
+            bad, n = bad + (counts != token_counts(run_model(base, [s.piece for s in steps[:t]]), h)), n + 1
+    print(f"{bad} of {n} points differ from the vocabulary that is built for them alone", flush=True)
+    for i, (k, t) in enumerate(itertools.product(chars, totals), 1):
+        start = time.time()
+        one = tokenizer(c, out=work / "grid-one", n_pieces=t + 1456, n_chars=k, limit_chars=limit, force=True)
+        run_model(base, select_pieces(read_pieces(one), base, t, k)).encode(texts)
+        each += time.time() - start
+        print(f"{i} trained one by one: {each:.0f} s, {each / i * n / ours:.1f} times as long in all", flush=True)
+
+
+def languages(work):
+    "Text made of wordfreq's words, each as often as it is"
+    from wordfreq import get_frequency_dict
+    for lang, script in dict(ko="Hangul", ru="Cyrillic", ja="Han Kana", hi="Devanagari", ar="Arabic", en="Latin").items():
+        words, rng = get_frequency_dict(lang, "small"), random.Random(0)
+        docs = [("" if lang == "ja" else " ").join(rng.choices(list(words), list(words.values()), k=60)) + "." for _ in range(2500)]
+        (work / f"{lang}.txt").write_text("\n\n".join(docs), encoding="utf-8")
+        for method in ("bpe", "continued"):
+            p = tokenizer(work / f"{lang}.txt", out=work / f"{lang}-{method}", lang=lang, script=script, n_pieces=6000, n_chars=2500, method=method)
+            try:
+                v = vocab(p, out=work / f"{lang}-{method}-tokenizer", n_pieces=2000, script=script, limit_chars=100_000)
+                print(lang, method, *(f"{chars_per_token(processor(m), docs):.3f}" for m in (BASE, v / "tokenizer.model")), "characters per token")
+            except StageError as e:
+                print(lang, method, e)
 
 
 def memory(data, work):
@@ -170,7 +190,7 @@ def llama(work, python):
 
 if __name__ == "__main__":
     what, *args = sys.argv[1:] or [""]
-    if what not in ("compare", "grid", "memory", "certificate", "llama"):
+    if what not in ("compare", "grid", "languages", "memory", "certificate", "llama"):
         sys.exit(__doc__)
     Path(args[-1] if what in ("compare", "memory", "grid") else args[0]).mkdir(parents=True, exist_ok=True)
     try:

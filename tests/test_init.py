@@ -114,7 +114,7 @@ def refuses(tmp_path):
     return check
 
 def test_refused_inputs(refuses, model, tok, tmp_path):
-    refuses("method 'best' is unknown, expected one of mean, seed, average, normal", model, tok, method='best')
+    refuses("method 'best' is unknown, expected one of mean, seed, first, asymmetric, average, normal", model, tok, method='best')
     refuses('none does not exist; expected a tokenizer; run: cmixtral vocab --out', model, tmp_path/'none')
     refuses('none does not exist; expected an HF model folder', tmp_path/'none', tok)
     refuses('holds no tokenizer.json', model, (tmp_path/'empty').mkdir() or tmp_path/'empty')
