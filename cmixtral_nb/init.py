@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/06_init.ipynb #7d38b239
+# %% ../nbs/06_init.ipynb #6b56f87b
 def spell(
     tok:PreTrainedTokenizerBase,  # the old tokenizer
     pieces:list[str],             # new tokens
@@ -35,7 +35,7 @@ def spell(
 def new_tokens(
     old:PreTrainedTokenizerBase,  # the model's tokenizer
     new:PreTrainedTokenizerBase,  # the one that extends it
-)->list[str]|None:  # in the order of their ids; None where `new` does not extend `old`
+)->list[str]|None:  # in the order of their ids; None where new does not extend old
     "What the new tokenizer has and the old one has not"
     a, b = (sorted(t.get_vocab().items(), key=lambda x: x[1]) for t in (old, new))
     return [p for p, _ in b[len(a):]] if a == b[:len(a)] else None
@@ -115,9 +115,9 @@ def new_rows(
     require(method in METHODS, f'method {method!r} is unknown, expected one of {", ".join(METHODS)}')
     return METHODS[method](Matrix(W, spellings, pieces, old, head, seed)).to(W.dtype) if spellings else W[:0]
 
-# %% ../nbs/06_init.ipynb #4f49b7f5
+# %% ../nbs/06_init.ipynb #8a831711
 def row_tensors(
-    files:dict[str, Path],  # from `tensor_files`
+    files:dict[str, Path],  # from tensor_files
 )->list[str]:  # the embedding, and the head unless it is tied to it
     "Names of the tensors with one row for each token"
     return [n for n in files if n.endswith(('embed_tokens.weight', 'wte.weight', 'lm_head.weight'))]

@@ -51,7 +51,7 @@ def byte_pieces(char:str)->tuple[str, ...]:
     "How the base spells a character that it lacks"
     return tuple(f'<0x{b:02X}>' for b in char.encode())
 
-# %% ../nbs/03_search.ipynb #68aa2af5
+# %% ../nbs/03_search.ipynb #78f739cc
 def _order(pieces:list[Piece], base:dict[str, float], n_chars:int)->list[Piece]:
     "The seed's order, or by tokens saved"
     new = [p for p in pieces if p.piece not in base]
@@ -67,7 +67,7 @@ def n_base_chars(base:Iterable[str])->int:
 
 def growth(
     pieces:list[Piece],     # candidates: characters by count, words in the order of their merges
-    base:dict[str, float],  # of `base_pieces`
+    base:dict[str, float],  # of base_pieces
     n_chars:int=0,          # single characters of the extended vocabulary, the base's included; 0: order by tokens saved
 )->list[Step]:
     "The order in which pieces are appended; every prefix is a vocabulary without dead pieces"
@@ -83,7 +83,7 @@ def growth(
 
 def select_pieces(
     pieces:list[Piece],     # candidates
-    base:dict[str, float],  # of `base_pieces`
+    base:dict[str, float],  # of base_pieces
     n_pieces:int,           # how many to append
     n_chars:int=0,          # single characters of the extended vocabulary, the base's included; 0: by tokens saved
 )->list[Piece]:  # at most n_pieces
@@ -163,7 +163,7 @@ def _spelled(tokens:Counter, known:set[str])->Counter:
         for x in (t,) if t in known else byte_pieces(t): n[x] += k
     return n
 
-# %% ../nbs/03_search.ipynb #618b8ee6
+# %% ../nbs/03_search.ipynb #10d01ab9
 def scores_below(
     lowest:float,  # of the base
     n:int,         # how many
@@ -174,7 +174,7 @@ def scores_below(
     return [lowest - step * i for i in range(1, n + 1)]
 
 def run_model(
-    base:dict[str, float],  # of `base_pieces`
+    base:dict[str, float],  # of base_pieces
     pieces:list[Piece],     # what is appended, first merge first
 ):  # sentencepiece processor
     "A model of runs alone"
@@ -190,7 +190,7 @@ def run_model(
     return spm.SentencePieceProcessor(model_proto=m.SerializeToString())
 
 def token_counts(
-    sp,         # of `run_model`
+    sp,         # of run_model
     h:Heldout,  # text
 )->Counter:  # token -> count, the rest of the text included
     "How often each token occurs in the whole text"
@@ -203,10 +203,10 @@ def token_counts(
     n.update(h.rest)
     return n
 
-# %% ../nbs/03_search.ipynb #7bf73a06
+# %% ../nbs/03_search.ipynb #5d3fec7d
 def prefix_counts(
-    steps:list[Step],       # of `growth`
-    base:dict[str, float],  # of `base_pieces`
+    steps:list[Step],       # of growth
+    base:dict[str, float],  # of base_pieces
     h:Heldout,              # text
     totals:list[int],       # lengths of prefixes
 )->dict[int, Counter]:  # total -> token -> count
@@ -219,7 +219,7 @@ def prefix_counts(
             for t in steps[i-1].parts: n[t] += k
     return out
 
-# %% ../nbs/03_search.ipynb #b6169f87
+# %% ../nbs/03_search.ipynb #57fe01d7
 def _row(counts:Counter, h:Heldout, steps:list[Step], n:int)->dict:
     "What is measured of one vocabulary on one text"
     import numpy as np
@@ -234,7 +234,7 @@ def _mean(rows:list[dict])->dict:
 
 def search_table(
     pieces:list[Piece],        # candidates
-    base:dict[str, float],     # of `base_pieces`
+    base:dict[str, float],     # of base_pieces
     texts:dict[str, Heldout],  # domain -> held-out text
     totals:list[int],          # pieces to append
     chars:list[int],           # single characters of the extended vocabulary; 0: order by tokens saved
@@ -254,7 +254,7 @@ def search_table(
             rows += [dict(head, domain=d, **r) for d, r in dict(own, mean=_mean(list(own.values()))).items()]
     return rows
 
-# %% ../nbs/03_search.ipynb #1375f984
+# %% ../nbs/03_search.ipynb #b402de0f
 def knee(
     x:list[float],  # increasing
     y:list[float],  # rising ever more slowly
@@ -266,7 +266,7 @@ def knee(
     return None if at is None or at == x[0] else float(at)
 
 def choose(
-    rows:list[dict],        # of `search_table`
+    rows:list[dict],        # of search_table
     base_tokens:float,      # tokens of the same texts with the base
     budget:float=0,         # characters that the training will read; 0: not asked
     min_saving:float=.1,    # of the tokens
@@ -296,10 +296,10 @@ def choose(
 def _verdict(n:int, r:dict, why:str)->dict:
     return dict(n_pieces=n, **{k: r[k] for k in ('n_chars', 'n_all_chars', 'alp', 'chars_per_token')}, why=why)
 
-# %% ../nbs/03_search.ipynb #2e38c2a2
+# %% ../nbs/03_search.ipynb #71eabd60
 def plot_search(
-    rows:list[dict],  # of `search_table`
-    choice:dict,      # of `choose`
+    rows:list[dict],  # of search_table
+    choice:dict,      # of choose
 )->Figure:
     "ALP and characters per token over pieces appended, one curve for each order"
     from matplotlib.figure import Figure
@@ -313,10 +313,10 @@ def plot_search(
     ax.legend(title='single characters')
     return fig
 
-# %% ../nbs/03_search.ipynb #d902c03d
+# %% ../nbs/03_search.ipynb #218cbb87
 def default_grid(
     pieces:list[Piece],     # candidates
-    base:dict[str, float],  # of `base_pieces`
+    base:dict[str, float],  # of base_pieces
 )->tuple[list[int], list[int]]:  # totals, numbers of single characters
     "Sixteen totals up to all candidates; the order by tokens saved and four numbers of single characters up to all"
     new = [p for p in pieces if p.piece not in base]; n_chars = sum(p.kind == 'char' for p in new)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from .artifact import *
 from .corpus import *
 
-# %% ../nbs/02_tokenizer.ipynb #51ebebf2
+# %% ../nbs/02_tokenizer.ipynb #399e692c
 @functools.cache
 def mark_ranges()->str:  # the inside of a character class
     "Punctuation and symbols, and ▁, which stands for a blank; no other white space"
@@ -40,7 +40,7 @@ def run_pattern(
 
 def find_runs(
     text:str,            # one document
-    pattern:re.Pattern,  # of `run_pattern`
+    pattern:re.Pattern,  # of run_pattern
 )->list[str]:  # blanks as ▁, one of which stands in front of the text, as in sentencepiece
     "The runs of a document in their order"
     return pattern.findall('▁' + text.replace(' ', '▁'))
@@ -101,7 +101,7 @@ def _count_parallel(batches, script, marks, folder, workers, most):
         for j in jobs: j.kill()
     return sorted(folder.glob('p*.tsv'))
 
-# %% ../nbs/02_tokenizer.ipynb #fafc274c
+# %% ../nbs/02_tokenizer.ipynb #de1ba2e4
 def _merge(files:list[Path], out:Path)->Path:
     "Sorted files into one, the counts of equal runs added"
     while len(files) > 200: files = files[200:] + [_merge(files[:200], files[0].with_name(f'm{len(files)}.tsv'))]
@@ -118,7 +118,7 @@ def count_runs(
     marks:bool=True,      # a run may begin with one mark
     workers:int=1,        # processes, for all but the first four million characters
     most:int=1_000_000,   # different runs that a process holds in memory, some 150 bytes each
-)->Path:  # `out`
+)->Path:  # out
     "Count the runs of any amount of text in bounded memory"
     out, pattern = Path(out), run_pattern(script, marks)
     folder = out.with_name(out.name + '.parts'); folder.mkdir(parents=True, exist_ok=True)
@@ -173,14 +173,14 @@ def read_model(
     require(len(m.pieces) and m.HasField('trainer_spec'), f'{p} is not a sentencepiece model')
     return m
 
-# %% ../nbs/02_tokenizer.ipynb #374337c8
+# %% ../nbs/02_tokenizer.ipynb #e19fd973
 def train_pieces(
     runs:Counter,      # run -> count; emptied, for sentencepiece needs the memory
     model_file:Path,   # sentencepiece model to write; its runs stay beside it, as NAME.runs
     n_pieces:int,      # single characters, marks and merges together
     max_chars:int=16,  # longest piece
     threads:int=1,     # for reading; the merges are found by one
-)->Path:  # `model_file`
+)->Path:  # model_file
     "Train BPE pieces on runs with sentencepiece; deterministic, there is nothing to seed"
     import sentencepiece as spm
     model_file = Path(model_file); tsv = model_file.with_suffix('.runs')
@@ -361,7 +361,7 @@ def lexicon_file(
     require(Path(name).is_file(), f'{name}: no such file, expected jieba, wordfreq or a lexicon with lines "word<TAB>count"')
     return Path(name)
 
-# %% ../nbs/02_tokenizer.ipynb #3d695702
+# %% ../nbs/02_tokenizer.ipynb #2f757da1
 def _wordfreq(lang:str, pattern:re.Pattern)->Counter:
     "wordfreq's largest list of a language, per thousand million words"
     package_file('wordfreq', 'data', 'cmixtral_nb[lexicons]')
@@ -376,14 +376,14 @@ def read_lexicon(
     lang:str='zh',      # for wordfreq
 )->Counter:  # word -> count
     "A list of words with their frequencies; `StageError` names the first lines without a count"
-    pattern, out, faults = script_pattern(script), Counter(), []
-    if str(name) == 'wordfreq': return _wordfreq(lang, pattern)
-    with open_text(path := lexicon_file(str(name))) as f:
+    if str(name) == 'wordfreq': return _wordfreq(lang, script_pattern(script))
+    path = lexicon_file(str(name)); pattern, out, faults = script_pattern(script), Counter(), []
+    with open_text(path) as f:
         for i, row in enumerate(f, 1):
             parts = row.decode('utf-8', 'replace').split()
             if parts[1:] and parts[1].isdecimal() and '\ufffd' not in parts[0]: out[parts[0]] += int(parts[1]) * bool(pattern.fullmatch(parts[0]))
-            elif parts: faults.append(f'{path}:{i}: expected a word and its count, separated by a tab, found {row[:40].decode("utf-8", "replace").strip()!r}')
-    if faults: raise StageError(*faults[:3], f'{path}: {len(faults):,} broken lines in all; mend or remove them')
+            elif parts: faults.append(f'{path}:{i}: expected a word and its count, separated by a tab, found {row[:40].decode("utf-8", "replace").strip()!r}; mend or remove the line')
+    if faults: raise StageError(*faults[:3], *[f'{path}: {len(faults) - 3:,} more broken lines'] * (len(faults) > 3))
     require(+out, f'{path} has no word of {script} characters alone; give another lexicon')
     return +out
 
@@ -487,7 +487,7 @@ def from_symbols(
         if t not in seen: seen.add(t); out.append(p._replace(piece=t))
     return out
 
-# %% ../nbs/02_tokenizer.ipynb #b611af6d
+# %% ../nbs/02_tokenizer.ipynb #1d508521
 def _check(corpus, lang='zh', n_pieces=0, n_chars=0, script='Han', lexicons=None, opencc=None, method='bpe', base='mixtral', max_chars=1, memory_chars=1, **_):
     faults, p = [], Path(str(corpus))
     if not p.exists(): faults.append(f'{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}')
@@ -499,7 +499,8 @@ def _check(corpus, lang='zh', n_pieces=0, n_chars=0, script='Han', lexicons=None
     if n_chars > n_pieces > 0: faults.append(f'n_chars is {n_chars}, more than all {n_pieces} pieces; raise n_pieces or lower n_chars')
     if method not in ('bpe', 'continued'): faults.append(f'method is {method!r}, expected bpe or continued')
     needs = [lambda: script_pattern(script), lambda: [_opencc(n) for _, n in parse_shares(opencc, 'opencc')],
-             lambda: [package_file('wordfreq', 'data', 'cmixtral_nb[lexicons]') if n == 'wordfreq' else lexicon_file(n) for _, n in parse_shares(lexicons)]]
+             lambda: [package_file('wordfreq', 'data', 'cmixtral_nb[lexicons]') if n == 'wordfreq' else
+                      lexicon_file(n) if n == 'jieba' else read_lexicon(n, script, lang) for _, n in parse_shares(lexicons)]]
     if method == 'continued': needs.append(lambda: read_model(base_tokenizer_model(base)))
     for need in needs:
         try: need()

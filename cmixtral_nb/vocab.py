@@ -105,11 +105,11 @@ def build_fast(
     tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A', pair=f'{bos} $A {bos}:1 $B:1', special_tokens=[(bos, t.bos_id)])
     return tok
 
-# %% ../nbs/04_vocab.ipynb #b998de23
+# %% ../nbs/04_vocab.ipynb #cdf5d512
 def write_tokenizer(
     model_file:str|Path,  # sentencepiece model, BPE
     out:str|Path,         # folder, made where it is missing
-)->Path:  # `out`
+)->Path:  # out
     "All files of a Hugging Face tokenizer for a sentencepiece model"
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     m = read_model(model_file); t = m.trainer_spec

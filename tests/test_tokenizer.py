@@ -251,8 +251,8 @@ def test_lexicon(here):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("葡萄\n石榴 20\n甲 x\n", ["w.txt:1: expected a word and its count", "found '葡萄'", "w.txt:3:", "2 broken lines in all; mend or remove them"]),
-    (b"\xd6\xd0 3\n", ["w.txt:1: expected a word and its count"]), ("abc 3\n", ["w.txt has no word of Han characters alone; give another lexicon"])])
+    ("葡萄\n石榴 20\n甲 x\n", ["w.txt:1: expected a word and its count", "found '葡萄'", "w.txt:3:", "mend or remove the line"]),
+    ("甲\n" * 9, ["w.txt: 6 more broken lines"]), (b"\xd6\xd0 3\n", ["w.txt:1: expected a word and its count"]), ("abc 3\n", ["w.txt has no word of Han characters alone; give another lexicon"])])
 def test_broken_lexicons(here, text, words):
     (here / "w.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(StageError) as e:
