@@ -10,9 +10,10 @@ __all__ = ['StageError', 'require', 'fingerprint', 'sha256_file', 'input_fingerp
            'Artifact', 'tokenizer_fingerprint', 'same_tokenizer', 'reset_peak', 'peak_bytes', 'versions',
            'package_data', 'say', 'stage']
 
-# %% ../nbs/00_artifact.ipynb #cadd9201
+# %% ../nbs/00_artifact.ipynb #ec98ff61
 import errno, functools, hashlib, inspect, json, os, platform, re, shutil, sys, time
 from importlib import metadata, resources
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # %% ../nbs/00_artifact.ipynb #73defa59
@@ -39,7 +40,7 @@ def sha256_file(
     "SHA-256 of a file's bytes"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/00_artifact.ipynb #1cd3b4a5
+# %% ../nbs/00_artifact.ipynb #73809bd2
 def _file_id(p:Path, whole:int=64*2**20)->list:
     "Size and hash of one file; of files over `whole` bytes only the first and last MiB are read"
     size = p.stat().st_size
@@ -53,7 +54,9 @@ def input_fingerprint(
 )->str:  # 16 hexadecimal digits, or the name itself where nothing lies on this disk
     "What an input contains: from its manifest where it has one, from its files where it has none"
     if ref is None: return ''
-    if isinstance(ref, (list, tuple)): return fingerprint([input_fingerprint(r) for r in ref])
+    if isinstance(ref, (list, tuple)):  # a list of one is that one
+        found = [input_fingerprint(r) for r in ref]
+        return found[0] if len(found) == 1 else fingerprint(found)
     if isinstance(ref, dict): return fingerprint({k: input_fingerprint(v) for k, v in ref.items()})
     p = Path(getattr(ref, 'path', ref))
     if not p.exists() and (m := re.match(r'([^=:]+=|[\d.]+:)(.+)', str(ref))):  # NAME=FILE or SHARE:FILE, as in zh=novels.jsonl, 0.2:words.tsv
@@ -237,14 +240,16 @@ def _ready(out:Path, req:dict, force)->Artifact|None:
         f'{out} is a {old.kind} made with {_changes(old.manifest, req)}; run again with --force, or choose another --out')
     return None
 
-# %% ../nbs/00_artifact.ipynb #55d5df4b
+# %% ../nbs/00_artifact.ipynb #a69cf2bb
 def _no_space(e:BaseException)->bool:
     return getattr(e, 'errno', None) == errno.ENOSPC or 'No space left on device' in str(e) or 'os error 28' in str(e)
 
 def _seal(tmp:Path, req:dict, stats:dict, start:float, where:Path)->dict:
     "Hash what a stage wrote and write its manifest"
-    files = {str(f.relative_to(tmp)): dict(bytes=f.stat().st_size, sha256=sha256_file(f))
-             for f in sorted(tmp.rglob('*')) if f.is_file() and f.name not in ('manifest.json', 'request.json')}
+    for f in tmp.rglob('*.part'): f.unlink()  # what a kill left of a file
+    paths = [f for f in sorted(tmp.rglob('*')) if f.is_file() and f.name not in ('manifest.json', 'request.json')]
+    with ThreadPoolExecutor(4) as pool: sums = list(pool.map(sha256_file, paths))
+    files = {str(f.relative_to(tmp)): dict(bytes=f.stat().st_size, sha256=s) for f, s in zip(paths, sums, strict=True)}
     stats = dict(stats or {})
     man = dict(req, tokenizer=stats.pop('tokenizer', None) or tokenizer_fingerprint(tmp),
         fingerprint=fingerprint({k: v['sha256'] for k, v in files.items()}), files=files, stats=stats,

@@ -1,5 +1,5 @@
 "10_merge: adapters of every form against peft, what is refused, resuming"
-import errno, json, math, shutil, sys
+import errno, json, math, os, random, shutil, signal, sys, time
 from collections import namedtuple
 
 import pytest, torch
@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
-from cmixtral_nb.artifact import StageError, fingerprint, input_fingerprint, read_json, write_json
+from cmixtral_nb.artifact import Artifact, StageError, fingerprint, input_fingerprint, read_json, write_json
 from cmixtral_nb.merge import *
 from cmixtral_nb.mixtral import *
 from cmixtral_nb.qlora import add_lora, load_model, save_adapter
@@ -86,6 +86,132 @@ def test_same_bits_as_peft(llama, tmp_path, kw):
     got = tensors(run(llama, tmp_path/'a', tmp_path, into='original').path)
     want = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path/'a').merge_and_unload().state_dict()
     assert max((got[k] - want[k]).abs().max().item() for k in got) < 1e-7 and got.keys() == want.keys()
+
+PER_EXPERT = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'w1', 'w2', 'w3']
+FUSED_TARGETS = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
+LAYOUTS = {  # name: (whether peft sees one nn.Linear for each matrix, rows that the vocabulary grows by, configuration)
+    'attention': (False, 0, dict(target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'])),
+    'per expert': (True, 0, dict(target_modules=PER_EXPERT)),
+    'per expert, rslora': (True, 0, dict(target_modules=PER_EXPERT, use_rslora=True)),
+    'per expert, patterns': (True, 0, dict(target_modules=PER_EXPERT, rank_pattern={'w1|w2': 3}, alpha_pattern={'layers.1.mlp.experts.0.w3': 5})),
+    'fused': (False, 0, dict(target_modules=['q_proj'], target_parameters=FUSED_TARGETS)),
+    'fused, rslora': (False, 0, dict(target_modules=['v_proj'], target_parameters=FUSED_TARGETS, use_rslora=True)),
+    'fused down only': (False, 0, dict(target_modules=['v_proj'], target_parameters=['experts.down_proj'])),
+    'fused gate and up only': (False, 0, dict(target_modules=['v_proj'], target_parameters=['gate_up_proj'])),
+    'rewritten by peft': (False, 0, dict(target_modules=['q_proj', 'w1', 'w2', 'w3'])),
+    'rewritten by peft, router': (False, 0, dict(target_modules=['gate', 'w1', 'w2', 'w3'])),
+    'modules_to_save': (True, 0, dict(target_modules=PER_EXPERT, modules_to_save=['embed_tokens', 'lm_head'])),
+    'rows': (True, 0, dict(target_modules=PER_EXPERT, trainable_token_indices={'embed_tokens': [3, 39], 'lm_head': [3, 39]})),
+    'grown': (True, 3, dict(target_modules=PER_EXPERT, modules_to_save=['embed_tokens', 'lm_head'])),
+    'grown, rows': (True, 3, dict(target_modules=PER_EXPERT, trainable_token_indices={'embed_tokens': [3, 42], 'lm_head': [3, 42]})),
+    'grown, nothing else trained': (False, 3, dict(target_modules=['q_proj'])),
+    'grown, fused': (False, 3, dict(target_modules=['q_proj'], target_parameters=FUSED_TARGETS, modules_to_save=['embed_tokens', 'lm_head'])),
+}
+
+def load_for_peft(path, linear, grow, dtype):
+    net = load_model(path, device='cpu', dtype=dtype) if linear else AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    if grow: net.resize_token_embeddings(V + grow, mean_resizing=False)
+    return net
+
+def peft_adapter(path, out, layout, dtype, seed=1):
+    linear, grow, kw = LAYOUTS[layout]
+    net = get_peft_model(load_for_peft(path, linear, grow, dtype), LoraConfig(r=4, lora_alpha=6, **kw))
+    torch.manual_seed(seed)
+    for p in net.parameters():
+        if p.requires_grad: p.data += torch.randn_like(p) * .05
+    net.save_pretrained(out)
+    return out
+
+def unfused(state):
+    "Stock Mixtral's parameters under the names of a checkpoint"
+    out = {}
+    for k, t in state.items():
+        if k.endswith('experts.gate_up_proj'): out |= {k.replace('gate_up_proj', f'{e}.{w}.weight'): h for e in range(len(t)) for w, h in zip(('w1', 'w3'), t[e].chunk(2))}
+        elif k.endswith('experts.down_proj'): out |= {k.replace('down_proj', f'{e}.w2.weight'): t[e] for e in range(len(t))}
+        else: out[k] = t
+    return out
+
+def by_peft(path, adapters, linear, grow, dtype):
+    "What peft's merge_and_unload gives for adapters in order"
+    net = load_for_peft(path, linear, grow, dtype)
+    for a in adapters: net = PeftModel.from_pretrained(net, a).merge_and_unload()
+    return unfused(net.state_dict())
+
+def same_bits(got, want): return got.keys() == want.keys() and all(got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]) for k in want)
+
+@pytest.fixture(scope='module', params=['float32', 'bfloat16'])
+def typed(request, tmp_path_factory):
+    p = tmp_path_factory.mktemp('t')/'model'
+    small().to(getattr(torch, request.param)).save_pretrained(p)
+    return p, request.param
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_every_layout_has_the_bits_of_peft(typed, tmp_path, layout):
+    model, dtype = typed
+    a = peft_adapter(model, tmp_path/'a', layout, dtype)
+    got, want = tensors(run(model, a, tmp_path, into='original').path), by_peft(model, [a], *LAYOUTS[layout][:2], dtype)
+    assert same_bits(got, want)
+    assert not same_bits(tensors(model), want)
+
+@pytest.mark.parametrize('layouts', [('per expert', 'per expert, rslora'), ('fused', 'rewritten by peft'), ('attention', 'fused'), ('per expert', 'rows', 'grown')], ids=str)
+def test_several_adapters_have_the_bits_of_peft_one_after_another(typed, tmp_path, layouts):
+    model, dtype = typed
+    adapters = [peft_adapter(model, tmp_path/f'a{i}', l, dtype, seed=i) for i, l in enumerate(layouts)]
+    m = run(model, adapters, tmp_path, into='original')
+    got = tensors(m.path)
+    if layouts[-1] == 'grown':  # the last brings both whole matrices; experts as before
+        last = load_file(adapters[-1]/'adapter_model.safetensors')
+        assert torch.equal(got['lm_head.weight'], last['base_model.model.lm_head.weight'].to(got['lm_head.weight'].dtype)) and m.stats['n_rows'] == V + 3
+    one = run(model, adapters[0], tmp_path, 'one', into='original')
+    for i, a in enumerate(adapters[1:]): one = run(one.path, a, tmp_path, f'one{i}', into='original')
+    assert same_bits(got, tensors(one.path)) and m.stats['n_adapters'] == len(layouts)
+    if layouts[-1] != 'grown': assert same_bits(got, by_peft(model, adapters, LAYOUTS[layouts[-1]][0], 0, dtype))
+
+def test_rounded_once_at_the_end(typed, tmp_path):
+    model, dtype = typed
+    adapters = [peft_adapter(model, tmp_path/f'a{i}', l, dtype, seed=i) for i, l in enumerate(('fused', 'attention'))]
+    got, W = tensors(run(model, adapters, tmp_path, into='original', rounding='once').path), tensors(model)
+    A, B = Adapter(adapters[0]), Adapter(adapters[1])
+    for n in 'model.layers.0.self_attn.q_proj.weight', 'model.layers.1.mlp.experts.3.w3.weight':
+        want = W[n].double() + sum(s * b.double() @ a.double() for x in (A, B) if (p := x.pair(n)) for a, b, s in [p[:3]])
+        ulp = torch.finfo(got[n].dtype).eps
+        assert ((got[n].double() - want).abs() <= want.abs() * ulp / 2 + 1e-7).all()
+    again = tensors(run(model, adapters, tmp_path, 'peft', into='original').path)
+    assert same_bits(got, again) == (dtype == 'float32')
+
+def fuse(model):
+    "Store the experts as transformers holds them in memory"
+    t, out = tensors(model), {}
+    for k, x in t.items():
+        if '.experts.' not in k: out[k] = x; continue
+        base = k.split('.experts.')[0] + '.experts'; n = sum(1 for j in t if j.startswith(base) and j.endswith('w2.weight'))
+        out[base + '.gate_up_proj'] = torch.stack([torch.cat([t[f'{base}.{e}.w1.weight'], t[f'{base}.{e}.w3.weight']]) for e in range(n)])
+        out[base + '.down_proj'] = torch.stack([t[f'{base}.{e}.w2.weight'] for e in range(n)])
+    save_file(out, model/'model.safetensors', metadata={'format': 'pt'})
+
+def test_fused_experts_were_never_in_4_bits(typed, tmp_path):
+    model, dtype = typed
+    a = peft_adapter(model, tmp_path/'a', 'fused', dtype)
+    m, o = run(model, a, tmp_path, 'q'), run(model, a, tmp_path, 'o', into='original')
+    x, y = tensors(m.path), tensors(o.path)
+    assert m.stats['n_dequantised'] == 2 * 4 and all(torch.equal(x[k], y[k]) == ('self_attn' not in k) for k in x)
+
+def test_command_takes_one_adapter_or_several(cli, model, adapter, tmp_path):
+    second = shutil.copytree(adapter, tmp_path/'second')
+    for name, adapters in (('one', [adapter]), ('two', [adapter, second])):
+        assert cli('merge', '--model', model, '--adapter', *adapters, '--out', tmp_path/name, '--into', 'original', '--rounding', 'once', '--no-check', '--device', 'cpu')[0] == 0
+    assert same_bits(tensors(tmp_path/'two'), tensors(run(model, [adapter, second], tmp_path, into='original').path))
+    assert len(read_json(tmp_path/'two'/'manifest.json')['inputs']['adapter']['path']) == 2
+
+@pytest.mark.parametrize('layout', ['fused', 'per expert'])
+def test_into_a_checkpoint_with_fused_experts(typed, tmp_path, layout):
+    model, dtype = typed
+    a = peft_adapter(model, tmp_path/'a', layout, dtype)
+    want = tensors(run(model, a, tmp_path, 'w', into='original').path)
+    fused = shutil.copytree(model, tmp_path/'fused'); fuse(fused)
+    m = merge(fused, a, out=tmp_path/'f', into='original', device='cpu')
+    assert 'model.layers.0.mlp.experts.gate_up_proj' in tensors(m.path) and same_bits(unfused(tensors(m.path)), want)
+    assert m.stats['logit_difference'] < (1e-5 if dtype == 'float32' else .05)
 
 def test_bfloat16_is_rounded_once(llama, tmp_path):
     AutoModelForCausalLM.from_pretrained(llama).bfloat16().save_pretrained(llama)
@@ -175,6 +301,62 @@ def test_a_half_written_shard_is_written_again(model, adapter, tmp_path, monkeyp
     want = run(model, adapter, tmp_path, 'whole', shard_bytes=50_000)
     assert m.fingerprint == want.fingerprint
 
+def test_killed_at_random_moments(tmp_path):
+    "kill -9: never a whole-looking broken folder; the same command ends with the same bits"
+    small(layers=3, experts=8).bfloat16().save_pretrained(tmp_path/'model')
+    a = make_adapter(tmp_path/'model', tmp_path/'a', rows='none')
+    def job(name): return run(tmp_path/'model', a, tmp_path, name, into='original', shard_bytes=60_000)
+    want = job('whole').fingerprint
+    start = time.time(); job('timed'); seconds = time.time() - start
+    rng, killed, kept = random.Random(0), 0, 0
+    for i in range(20):
+        out = tmp_path/f'out{i}'
+        if not (pid := os.fork()):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            job(out.name); os._exit(0)
+        time.sleep(seconds * rng.uniform(0, 1)); os.kill(pid, signal.SIGKILL); killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        if out.exists(): Artifact.load(out, 'model', verify=True)
+        kept += len(list(out.with_name(out.name + '.tmp').glob('*.safetensors')))
+        m = job(out.name)
+        assert m.fingerprint == want and not m.damage(verify=True) and not out.with_name(out.name + '.tmp').exists()
+    assert killed > 10 and kept > 10
+
+def test_half_of_a_small_file_is_not_in_the_manifest(model, adapter, tmp_path, monkeypatch):
+    want = run(model, adapter, tmp_path, 'whole')
+    def dying(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(module, 'copy_config', dying)
+    with pytest.raises(KeyboardInterrupt): run(model, adapter, tmp_path)
+    (tmp_path/'out.tmp'/'manifest.json.part').write_text('{'); monkeypatch.undo()
+    assert run(model, adapter, tmp_path).fingerprint == want.fingerprint
+
+# the check
+
+@pytest.mark.parametrize('kind', ['mixtral', 'llama'])
+def test_streamed_model_answers_as_the_loaded_one(typed, llama, kind):
+    path = typed[0] if kind == 'mixtral' else llama
+    got = streamed(path, Merger(path, []).read)
+    want = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert torch.allclose(logits(got), logits(want), atol=1e-5)
+    assert all(p.is_meta for n, p in got.named_parameters() if n.endswith('_proj.weight'))
+
+@pytest.mark.parametrize('layout', ['per expert, rslora', 'fused', 'rewritten by peft, router', 'rows', 'grown', 'grown, rows'])
+def test_streamed_model_with_adapter_answers_as_peft(typed, tmp_path, layout):
+    model, dtype = typed; linear, grow, _ = LAYOUTS[layout]
+    a = peft_adapter(model, tmp_path/'a', layout, 'float32')
+    make = Merger(model, [Adapter(a)])
+    want = PeftModel.from_pretrained(load_for_peft(model, linear, grow, 'float32'), a)
+    assert torch.allclose(logits(streamed(model, make.before, make.beside)), logits(want), atol=1e-2 if dtype == 'bfloat16' else 1e-4)  # whole matrices are rounded to the type of the model
+    m = merge(model, a, out=tmp_path/'m', into='original', device='cpu')
+    assert m.stats['logit_difference'] < (1e-5 if dtype == 'float32' else .03)
+
+def test_check_of_several_adapters_notices_that_one_is_missing(typed, tmp_path, monkeypatch):
+    model, dtype = typed
+    adapters = [peft_adapter(model, tmp_path/f'a{i}', l, dtype, seed=i) for i, l in enumerate(('per expert', 'per expert, rslora'))]
+    merge(model, adapters, out=tmp_path/'ok', into='original', device='cpu')
+    monkeypatch.setattr(module.Merger, 'add', lambda self, a, plain, W, dtype, add=Merger.add: W if a is self.adapters[-1] else add(self, a, plain, W, dtype))
+    with pytest.raises(StageError, match='logits of the merged model differ by'): merge(model, adapters, out=tmp_path/'no', into='original', device='cpu')
+    assert not (tmp_path/'no').exists()
+
 # what it refuses, before anything is written
 
 @pytest.fixture
@@ -257,5 +439,62 @@ def test_check_notices_a_wrong_merge(refuses, model, tmp_path, monkeypatch):
     a = make_adapter(model, tmp_path/'a', 'none')
     m = merge(model, a, out=tmp_path/'ok', into='original', device='cpu')
     assert m.stats['logit_difference'] < 1e-5
-    monkeypatch.setattr(module, 'merge_weight', lambda W, A, B, scale, dtype='': W + B @ A * scale * 1.1)
+    monkeypatch.setattr(module, 'merge_weight', lambda W, A, B, scale, *a: W + B @ A * scale * 1.1)
     refuses('logits of the merged model differ by .*%', model, a, into='original', check=True)
+
+def test_faults_of_all_adapters_and_of_the_model_at_once(refuses, model, adapter, tmp_path):
+    pickled, nan = shutil.copytree(adapter, tmp_path/'pickled'), shutil.copytree(adapter, tmp_path/'nan')
+    (pickled/'adapter_model.safetensors').rename(pickled/'adapter_model.bin')
+    edit(nan, lambda t: next(iter(t.values())).view(-1).__setitem__(3, math.nan))
+    faults = refuses('is a pickle', model, [adapter, pickled, nan, tmp_path/'none'])
+    assert len(faults) == 3 and 'none does not exist' in faults[1] and 'nan: ' in faults[2] and 'holds NaN' in faults[2]
+    faults = refuses('is a pickle', tmp_path/'nowhere', [pickled, nan])
+    assert len(faults) == 3 and 'nowhere does not exist' in faults[1] and 'holds NaN' in faults[2]
+    refuses('no adapter is given', model, [])
+    refuses("rounding is 'down', expected peft or once", model, adapter, rounding='down')
+
+def test_a_later_adapter_of_another_model(refuses, model, adapter, tmp_path):
+    later = shutil.copytree(adapter, tmp_path/'later')
+    write_json(later/'manifest.json', dict(kind='adapter', files={}, fingerprint='x', stats={}, inputs={'model': {'fingerprint': 'abc'}}))
+    faults = refuses('later was trained on model abc, found', model, [adapter, later])
+    assert len(faults) == 1
+    grown = make_adapter(model, tmp_path/'grown', 'all', 3)
+    faults = refuses(r'embed_tokens.weight is \[40, 64\], the model has \[43, 64\]', model, [grown, make_adapter(model, tmp_path/'small', 'all')])
+
+@pytest.fixture
+def sharded(tmp_path):
+    p = tmp_path/'sharded'
+    small().save_pretrained(p, max_shard_size='200KB')
+    assert len(list(p.glob('*.safetensors'))) > 3
+    return p
+
+def test_shards_missing_cut_and_never_there(refuses, sharded, adapter):
+    a, b, c = sorted(sharded.glob('*.safetensors'))[:3]
+    a.unlink(); b.write_bytes(b.read_bytes()[:-1])
+    index = read_json(sharded/INDEX); index['weight_map']['model.extra.weight'] = 'absent.safetensors'; write_json(sharded/INDEX, index)
+    edit(adapter, lambda t: next(iter(t.values())).view(-1).__setitem__(0, math.nan))
+    faults = refuses(f'{a.name} is missing; {INDEX} names it', sharded, adapter)
+    assert any('absent.safetensors is missing' in f for f in faults) and any(f'{b.name} is truncated' in f for f in faults) and any('holds NaN' in f for f in faults)
+    assert len(faults) == 4
+
+def test_index_that_promises_a_tensor_its_shard_lacks(refuses, sharded, adapter):
+    index = read_json(sharded/INDEX); index['weight_map']['model.extra.weight'] = next(iter(index['weight_map'].values())); write_json(sharded/INDEX, index)
+    refuses(f'lacks model.extra.weight, which {INDEX} promises', sharded, adapter)
+
+def test_fused_adapter_of_another_model(refuses, typed, tmp_path):
+    model, dtype = typed
+    a = peft_adapter(model, tmp_path/'a', 'fused', dtype)
+    for kw, match in ((dict(experts=8), r'LoRA of model.layers.0.mlp.experts.gate_up_proj has 16 ranks, expected 32: rank 4 for each of 8 experts'),
+                      (dict(intermediate=80), r'gate_up_proj makes \[192, 64\], the model has \[160, 64\]'), (dict(layers=1), 'the model has no model.layers.1')):
+        small(**kw).save_pretrained(tmp_path/'other'); refuses(match, tmp_path/'other', a); shutil.rmtree(tmp_path/'other')
+    configure(a, target_parameters=['mlp.experts.gate_up_proj'])
+    refuses('tensors that are no LoRA of a linear layer, such as .*experts', model, a)
+
+def test_rows_beyond_the_model_and_no_rank(refuses, typed, tmp_path):
+    model, dtype = typed
+    a = peft_adapter(model, tmp_path/'a', 'rows', dtype)
+    configure(a, trainable_token_indices={'embed_tokens': [3, 40], 'lm_head': [3, 39]})
+    faults = refuses(r'\[2, 64\] rows of model.embed_tokens.weight for 2 ids up to 40, the model has \[40, 64\]', model, a)
+    assert len(faults) == 1
+    c = read_json(a/'adapter_config.json'); del c['r'], c['lora_alpha']; write_json(a/'adapter_config.json', c)
+    refuses('adapter_config.json has no r and no lora_alpha; expected a LoRA', model, a)
