@@ -7,12 +7,13 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['open_text', 'doc_files', 'read_docs', 'clean', 'lang_script', 'script_ranges', 'script_pattern', 'script_share',
-           'Deduplicator', 'is_heldout', 'clean_docs', 'parse_sources', 'corpus', 'corpus_langs', 'corpus_texts']
+           'Deduplicator', 'is_heldout', 'clean_docs', 'parse_sources', 'corpus', 'corpus_langs', 'corpus_texts',
+           'text_batches']
 
-# %% ../nbs/01_corpus.ipynb #51ced0eb
+# %% ../nbs/01_corpus.ipynb #ac2c803a
 import bz2, functools, glob, gzip, hashlib, io, itertools, json, lzma, re, unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from .artifact import *
 
@@ -340,7 +341,7 @@ def corpus(
             + (', '.join(f'{v:,} {k}' for k, v in drops.items()) or 'none'))
     return stats
 
-# %% ../nbs/01_corpus.ipynb #b25651fd
+# %% ../nbs/01_corpus.ipynb #2c5ae4ac
 def corpus_langs(
     corpus:Artifact|str|Path,  # a corpus folder
 )->list[str]:  # language codes; empty where the folder is no corpus
@@ -361,3 +362,14 @@ def corpus_texts(
         yield r['text']
         n += len(r['text'])
         if limit_chars and n >= limit_chars: return
+
+def text_batches(
+    texts:Iterable[str],     # documents
+    n_chars:int=1_000_000,   # in a batch, at least; the last may hold less
+)->Iterator[list[str]]:
+    "Documents in batches for several processes, in their order"
+    batch, n = [], 0
+    for t in texts:
+        batch.append(t); n += len(t)
+        if n >= n_chars: yield batch; batch, n = [], 0
+    if batch: yield batch

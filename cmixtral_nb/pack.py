@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['rows', 'positions', 'collate', 'parse_mix', 'share', 'RowWriter', 'finish_rows', 'encoded', 'pack', 'load_rows',
            'valid_texts']
 
-# %% ../nbs/07_pack.ipynb #d55a2c32
+# %% ../nbs/07_pack.ipynb #89c4c8cb
 import json, math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
-from .corpus import corpus_langs, corpus_texts, doc_files, is_heldout
+from .corpus import corpus_langs, corpus_texts, doc_files, is_heldout, text_batches
 from .vocab import encode_plain, load_tokenizer
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -132,14 +132,7 @@ def finish_rows(
     write_json(writer.out/'state.json', dict(_data_files=[dict(filename=f) for f in writer.files], _fingerprint=key,
         _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split='train'))
 
-# %% ../nbs/07_pack.ipynb #58fa2f92
-def _batches(texts:Iterable[str], n_chars:int=1_000_000)->Iterator[list[str]]:
-    batch, n = [], 0
-    for t in texts:
-        batch.append(t); n += len(t)
-        if n >= n_chars: yield batch; batch, n = [], 0
-    if batch: yield batch
-
+# %% ../nbs/07_pack.ipynb #0ddadace
 _tok = None  # of a worker process
 def _start(folder): global _tok; _tok = load_tokenizer(folder)
 def _encode(texts): return texts, encode_plain(_tok, texts)
@@ -151,7 +144,7 @@ def _in_order(pool, batches, ahead:int):
         if len(flight) > ahead: yield flight.popleft().result()
     while flight: yield flight.popleft().result()
 
-# %% ../nbs/07_pack.ipynb #7377cdf6
+# %% ../nbs/07_pack.ipynb #d1d2d5cd
 def encoded(
     texts:Iterable[str],  # documents
     tokenizer:str|Path,   # folder
@@ -160,12 +153,12 @@ def encoded(
     "Each document with its ids"
     if workers <= 1:
         tok = load_tokenizer(tokenizer)
-        for b in _batches(texts): yield from zip(b, encode_plain(tok, b))
+        for b in text_batches(texts): yield from zip(b, encode_plain(tok, b))
         return
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     with ProcessPoolExecutor(workers, get_context('spawn'), _start, (str(tokenizer),)) as pool:
-        for b, ids in _in_order(pool, _batches(texts), 2 * workers): yield from zip(b, ids)
+        for b, ids in _in_order(pool, text_batches(texts), 2 * workers): yield from zip(b, ids)
 
 # %% ../nbs/07_pack.ipynb #366598cd
 def _texts(corpus, lang:str, split:str, valid_share:float)->Iterator[str]:

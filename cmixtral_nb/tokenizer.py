@@ -71,14 +71,7 @@ def read_runs(
     with open(path, encoding='utf-8') as f:
         for line in f: run, _, k = line.rpartition('\t'); yield run, int(k)
 
-# %% ../nbs/02_tokenizer.ipynb #7e8b50e2
-def _batches(texts:Iterable[str], n_chars:int=1_000_000)->Iterator[list[str]]:
-    batch, n = [], 0
-    for t in texts:
-        batch.append(t); n += len(t)
-        if n >= n_chars: yield batch; batch, n = [], 0
-    if batch: yield batch
-
+# %% ../nbs/02_tokenizer.ipynb #26dde917
 def _feed(queue, jobs, batch):
     "Hand a batch to the processes, as long as they live"
     import queue as q
@@ -101,7 +94,7 @@ def _count_parallel(batches, script, marks, folder, workers, most):
         for j in jobs: j.kill()
     return sorted(folder.glob('p*.tsv'))
 
-# %% ../nbs/02_tokenizer.ipynb #de1ba2e4
+# %% ../nbs/02_tokenizer.ipynb #6b51f306
 def _merge(files:list[Path], out:Path)->Path:
     "Sorted files into one, the counts of equal runs added"
     while len(files) > 200: files = files[200:] + [_merge(files[:200], files[0].with_name(f'm{len(files)}.tsv'))]
@@ -122,7 +115,7 @@ def count_runs(
     "Count the runs of any amount of text in bounded memory"
     out, pattern = Path(out), run_pattern(script, marks)
     folder = out.with_name(out.name + '.parts'); folder.mkdir(parents=True, exist_ok=True)
-    batches = _batches(texts)
+    batches = text_batches(texts)
     files = _count(itertools.islice(batches, 4 if workers > 1 else None), pattern, folder, 'a', most)
     if workers > 1 and (more := next(batches, None)):
         files += _count_parallel(itertools.chain([more], batches), script, marks, folder, workers, most)

@@ -76,12 +76,12 @@ def test_text_never_becomes_control(here, tmp_path):
 def test_workers_change_nothing(here):
     texts = [json.loads(l)['text'] * 400 for l in (here/'zh.jsonl').read_text(encoding='utf-8').splitlines()[:12]]
     from cmixtral_nb import pack as module
-    assert len(list(module._batches(texts, 20_000))) > 2
-    old = module._batches.__defaults__
+    assert len(list(module.text_batches(texts, 20_000))) > 2
+    old = module.text_batches.__defaults__
     try:
-        module._batches.__defaults__ = (20_000,)
+        module.text_batches.__defaults__ = (20_000,)
         assert list(encoded(texts, here/'tok', workers=2)) == list(encoded(texts, here/'tok'))
-    finally: module._batches.__defaults__ = old
+    finally: module.text_batches.__defaults__ = old
 
 
 @pytest.mark.parametrize('mix, words', [([], 'mix is empty'), (['0:zh'], 'above 0'), (['x:zh'], 'RATIO:LANG'), (['1:'], 'RATIO:LANG'),
