@@ -7,19 +7,21 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['METHODS', 'TOKENIZER_FILES', 'spell', 'new_tokens', 'Matrix', 'weighted_mean', 'script_of', 'n_chars', 'new_rows',
-           'row_tensors', 'copy_config', 'copy_tokenizer', 'rewrite_shard', 'init', 'grow']
+           'row_tensors', 'copy_config', 'copy_tokenizer', 'rewrite_shard', 'write_rows', 'grow', 'train_briefly',
+           'probe_methods', 'rank_methods', 'plot_probe', 'init']
 
-# %% ../nbs/06_init.ipynb #2c9001d5
-import os, shutil, unicodedata
+# %% ../nbs/06_init.ipynb #e556337b
+import os, shutil, tempfile, unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from .artifact import *
 from .mixtral import *
 
-# %% ../nbs/06_init.ipynb #d650ef84
+# %% ../nbs/06_init.ipynb #9587cba6
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/06_init.ipynb #6b56f87b
 def spell(
@@ -181,18 +183,16 @@ def _write_index(model:Path, out:Path):
     files = tensor_files(out, check_index=False)
     write_index(out, files, read_json(model/INDEX).get('metadata', {}))
 
-# %% ../nbs/06_init.ipynb #758d66c2
-@stage('model', inputs=('model', 'tokenizer'), check=_check)
-def init(
-    model:Path,          # HF model folder, artifact or hub id
-    tokenizer:Path,      # folder of a tokenizer that extends the model's
-    out:Path,            # folder to write
-    method:str='mean',   # of the old rows of the sub-tokens; or seed, first, asymmetric, average, normal
-    seed:int=0,          # for "normal"
-):
-    "Give each new token a row in embedding and head; other shards are linked, not copied"
-    src = resolve_model(model); files = tensor_files(src)
-    old, n_old, pieces = _tokens(src, tokenizer)
+# %% ../nbs/06_init.ipynb #5581ce8f
+def write_rows(
+    src:Path,        # HF model folder
+    tokenizer:Path,  # folder of a tokenizer that extends the model's
+    out:Path,        # folder to write
+    method:str,      # a name in METHODS
+    seed:int=0,      # for methods that draw numbers
+)->dict:  # n_old, n_new, n_rows, sub_tokens, norms
+    "The model with a row for each new token"
+    files = tensor_files(src); old, n_old, pieces = _tokens(src, tokenizer)
     spelled, tokens, changed, norms = spell(old, pieces, method), old.convert_ids_to_tokens(range(n_old)), {}, {}
     for name in row_tensors(files):
         W = load_tensor(files, name)
@@ -205,11 +205,119 @@ def init(
         else: _link(shard, out/shard.name)
     n_rows = len(next(iter(changed.values())))
     copy_config(src, out, n_rows); copy_tokenizer(Path(tokenizer), out); _write_index(src, out)
-    n_sub = sum(map(len, spelled)) / len(spelled)
-    say('init', f'{len(pieces):,} new rows by {method}, {n_sub:.2f} sub-tokens each on average; {n_rows:,} in all')
-    return dict(n_old=n_old, n_new=len(pieces), n_rows=n_rows, sub_tokens=round(n_sub, 3), norms=norms, tokenizer=tokenizer_fingerprint(tokenizer))
+    return dict(n_old=n_old, n_new=len(pieces), n_rows=n_rows, sub_tokens=round(sum(map(len, spelled)) / len(spelled), 3), norms=norms)
 
 def grow(W:Tensor, n_old:int, rows:Tensor)->Tensor:
     "Old rows as they are, then the new ones; rows that padded the matrix give way"
     import torch
     return torch.cat([W[:n_old], rows, W[n_old + len(rows):]])
+
+# %% ../nbs/06_init.ipynb #3d77ea9c
+def train_briefly(
+    net:PreTrainedModel,  # changed
+    blocks:Tensor,        # (n, length) token ids
+    steps:int,            # optimiser steps
+    batch:int=4,          # blocks in a step
+    lr:float=1e-3,        # peak learning rate; warm-up over a tenth of the steps
+):
+    "AdamW on all parameters, nothing else"
+    import torch
+    opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(.9, .95))
+    warm = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: min(1, (s + 1) / max(1, steps // 10)))
+    net.train()
+    for s in range(steps):
+        x = blocks[[i % len(blocks) for i in range(s * batch, (s + 1) * batch)]].to(net.device)
+        h = net.base_model(input_ids=x, use_cache=False).last_hidden_state
+        head_loss(h[:, :-1].flatten(0, 1), net.get_output_embeddings().weight, x[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.); opt.step(); warm.step(); opt.zero_grad()
+    net.eval()
+
+def probe_methods(
+    model:Path,              # HF model folder, of a size that can be trained here
+    tokenizer:Path,          # folder of a tokenizer that extends the model's
+    corpus:Path,             # corpus with held-out text
+    methods:list[str]=None,  # names in METHODS; none: all
+    seeds:int=3,             # orders of the batches
+    steps:int=50,            # optimiser steps
+    batch:int=4,             # blocks in a step
+    length:int=128,          # tokens in a block
+    lr:float=1e-3,           # peak learning rate
+    limit_chars:int=20_000,  # characters of held-out text of each language
+)->list[dict]:  # method, seed, and bits per byte by language
+    "Train each method's model for a few steps from the same data"
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM
+    use_by_expert(); rows, jobs = [], [(m, s) for m in methods or METHODS for s in range(seeds)]
+    tok, train, valid = _probe_texts(tokenizer, corpus, steps * batch * length * 4, limit_chars)
+    for method, seed in tqdm(jobs, desc='probe', disable=None):
+        with tempfile.TemporaryDirectory() as d:
+            write_rows(resolve_model(model), tokenizer, Path(d), method, seed)
+            net = AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32)
+            if hasattr(net.config, 'num_local_experts'): net.config._experts_implementation = use_by_expert()
+            train_briefly(net, text_blocks(train, length, tok.bos_token_id, tok.eos_token_id, seed), steps, batch, lr)
+            rows.append(dict(method=method, seed=seed, **{l: bits_per_byte(net, tok, t, length)['bits_per_byte'] for l, t in valid.items()}))
+    return rows
+
+# %% ../nbs/06_init.ipynb #32c7b59b
+def _probe_texts(tokenizer, corpus, n_chars:int, limit_chars:int)->tuple:
+    "The tokenizer; training documents of all languages, encoded and mixed; held-out text by language"
+    import random
+    from cmixtral_nb.corpus import corpus_langs, corpus_texts
+    from cmixtral_nb.vocab import encode_plain, load_tokenizer
+    tok, langs = load_tokenizer(tokenizer), corpus_langs(corpus)
+    require(langs, f'{corpus} is no corpus, expected one with held-out text; run: cmixtral corpus --out DIR')
+    docs = [t for l in langs for t in corpus_texts(corpus, l, 'train', n_chars)]
+    valid = {l: v for l in langs if (v := [t[:2000] for t in corpus_texts(corpus, l, 'valid', limit_chars)])}
+    require(valid, f'{corpus} has no held-out text; run: cmixtral corpus --valid-share 0.01')
+    random.Random(0).shuffle(docs)
+    return tok, encode_plain(tok, docs), valid
+
+def rank_methods(
+    rows:list[dict],  # of probe_methods
+)->list[dict]:  # the best first: method, mean and spread over seeds of the mean of all languages, and each language
+    "Methods by bits per byte"
+    langs, out = [k for k in rows[0] if k not in ('method', 'seed')], []
+    for m in dict.fromkeys(r['method'] for r in rows):
+        own = [r for r in rows if r['method'] == m]; all_ = [sum(r[l] for l in langs) / len(langs) for r in own]
+        mean = sum(all_) / len(all_)
+        spread = (sum((x - mean)**2 for x in all_) / max(1, len(all_) - 1))**.5
+        out.append(dict(method=m, mean=mean, spread=spread, **{l: sum(r[l] for r in own) / len(own) for l in langs}))
+    return sorted(out, key=lambda r: r['mean'])
+
+def plot_probe(
+    rows:list[dict],  # of probe_methods
+)->Figure:
+    "One point for each method and seed: bits per byte of two languages"
+    from matplotlib.figure import Figure
+    x, y = ([k for k in rows[0] if k not in ('method', 'seed')] * 2)[:2]
+    fig = Figure(figsize=(5, 3), dpi=72, layout='constrained'); ax = fig.subplots()
+    for m in dict.fromkeys(r['method'] for r in rows):
+        own = [r for r in rows if r['method'] == m]
+        ax.plot([r[x] for r in own], [r[y] for r in own], 'o', ms=5, alpha=.7, label=m)
+    ax.set(xlabel=f'bits per byte after the probe, {x}', ylabel=f'bits per byte, {y}'); ax.legend(fontsize=8)
+    return fig
+
+# %% ../nbs/06_init.ipynb #b86ff692
+@stage('model', inputs=('model', 'tokenizer', 'probe'), check=_check)
+def init(
+    model:Path,          # HF model folder, artifact or hub id
+    tokenizer:Path,      # folder of a tokenizer that extends the model's
+    out:Path,            # folder to write
+    method:str='mean',   # of the old rows of the sub-tokens; or seed, first, asymmetric, average, normal
+    seed:int=0,          # for "normal"
+    probe:Path=None,     # corpus: train each method for a few steps and take the best, whatever `method` says
+    steps:int=50,        # optimiser steps of the probe
+    seeds:int=3,         # orders of the probe's batches
+):
+    "Give each new token a row in embedding and head; other shards are linked, not copied"
+    src = resolve_model(model); found = {}
+    if probe:
+        rows = probe_methods(src, tokenizer, probe, seeds=seeds, steps=steps); ranked = rank_methods(rows)
+        method, found = ranked[0]['method'], dict(probe=ranked)
+        write_text(out/'probe.tsv', '\n'.join('\t'.join(map(str, r)) for r in [list(rows[0]), *(r.values() for r in rows)]) + '\n')
+        plot_probe(rows).savefig(out/'probe.png')
+        say('init', 'probe: ' + ', '.join(f'{r["method"]} {r["mean"]:.3f} ± {r["spread"]:.3f}' for r in ranked) + ' bits per byte')
+    stats = write_rows(src, tokenizer, out, method, seed)
+    say('init', f'{stats["n_new"]:,} new rows by {method}, {stats["sub_tokens"]:.2f} sub-tokens each on average; {stats["n_rows"]:,} in all')
+    return dict(stats, method=method, **found, tokenizer=tokenizer_fingerprint(tokenizer))

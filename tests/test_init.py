@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 from cmixtral_nb.artifact import Artifact, StageError, input_fingerprint, read_json, write_json
+from cmixtral_nb.corpus import corpus
 from cmixtral_nb.init import *
 from cmixtral_nb.mixtral import *
 
@@ -140,3 +141,31 @@ def test_full_disk(refuses, model, tok, monkeypatch):
     def full(*a): raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(sys.modules['cmixtral_nb.init'], 'write_tensors', full)
     refuses('no space left on device', model, tok)
+
+# the probe
+
+def test_methods_are_ranked_by_the_mean_of_the_languages():
+    rows = [dict(method=m, seed=s, en=e, zh=z) for m, s, e, z in (('a', 0, 1., 4.), ('a', 1, 2., 4.), ('b', 0, 1., 3.), ('b', 1, 1., 3.))]
+    first, second = rank_methods(rows)
+    assert first == dict(method='b', mean=2., spread=0., en=1., zh=3.)
+    assert (second['method'], second['mean'], second['en']) == ('a', 2.75, 1.5) and abs(second['spread'] - .5**.5 / 2) < 1e-12
+
+def test_the_probe_decides(model, tok, tmp_path):
+    c = corpus(['zh=builtin:zh', 'en=builtin:en'], out=tmp_path/'c', limit_chars=150_000, valid_share=.3)
+    a = init(model, tok, out=tmp_path/'probed', probe=c.path, steps=2, seeds=2)
+    ranked = a.stats['probe']
+    assert a.stats['method'] == ranked[0]['method'] and [r['mean'] for r in ranked] == sorted(r['mean'] for r in ranked)
+    assert {r['method'] for r in ranked} == set(METHODS) and len((a/'probe.tsv').read_text().splitlines()) == 1 + 2 * len(METHODS)
+    b = init(model, tok, out=tmp_path/'plain', method=a.stats['method'])
+    assert all(torch.equal(x, y) for x, y in zip(all_tensors(a.path).values(), all_tensors(b.path).values(), strict=True))
+
+def test_a_probe_needs_held_out_text(refuses, model, tok, tmp_path):
+    (tmp_path/'a.txt').write_text('no corpus')
+    refuses('is no corpus, expected one with held-out text; run: cmixtral corpus', model, tok, probe=tmp_path/'a.txt')
+
+def test_a_brief_training_lowers_the_loss(model):
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    x = torch.randint(3, len(OLD), (4, 16), generator=torch.Generator().manual_seed(0))
+    before = net(input_ids=x, labels=x).loss.item()
+    train_briefly(net, x, steps=20, lr=1e-2)
+    assert net(input_ids=x, labels=x).loss.item() < before - .5
