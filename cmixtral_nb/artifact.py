@@ -240,17 +240,17 @@ def _ready(out:Path, req:dict, force)->Artifact|None:
         f'{out} is a {old.kind} made with {_changes(old.manifest, req)}; run again with --force, or choose another --out')
     return None
 
-# %% ../nbs/00_artifact.ipynb #a69cf2bb
+# %% ../nbs/00_artifact.ipynb #95b82cd2
 def _no_space(e:BaseException)->bool:
     return getattr(e, 'errno', None) == errno.ENOSPC or 'No space left on device' in str(e) or 'os error 28' in str(e)
 
 def _seal(tmp:Path, req:dict, stats:dict, start:float, where:Path)->dict:
-    "Hash what a stage wrote and write its manifest"
+    "Hash what a stage wrote, unless it did so itself, and write its manifest"
+    stats = dict(stats or {}); known = stats.pop('sha256', {})
     for f in tmp.rglob('*.part'): f.unlink()  # what a kill left of a file
     paths = [f for f in sorted(tmp.rglob('*')) if f.is_file() and f.name not in ('manifest.json', 'request.json')]
-    with ThreadPoolExecutor(4) as pool: sums = list(pool.map(sha256_file, paths))
+    with ThreadPoolExecutor(4) as pool: sums = list(pool.map(lambda f: known.get(str(f.relative_to(tmp))) or sha256_file(f), paths))
     files = {str(f.relative_to(tmp)): dict(bytes=f.stat().st_size, sha256=s) for f, s in zip(paths, sums, strict=True)}
-    stats = dict(stats or {})
     man = dict(req, tokenizer=stats.pop('tokenizer', None) or tokenizer_fingerprint(tmp),
         fingerprint=fingerprint({k: v['sha256'] for k, v in files.items()}), files=files, stats=stats,
         versions=versions(), seconds=round(time.time() - start, 2), peak_bytes=peak_bytes())

@@ -10,9 +10,9 @@ __all__ = ['FUSED', 'merge_weight', 'nf4_roundtrip', 'plain_name', 'is_linear', 
            'both_layouts', 'adapter_faults', 'ModelAndAdapters', 'Parts', 'Merger', 'plan_shards', 'logit_difference',
            'streamed', 'merge']
 
-# %% ../nbs/10_merge.ipynb #8f1988a5
-import math, os, re, shutil
-from concurrent.futures import ThreadPoolExecutor, as_completed
+# %% ../nbs/10_merge.ipynb #1dd5adb2
+import math, re, shutil
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from .artifact import *
@@ -272,7 +272,7 @@ class Parts(ModelAndAdapters):
         "LoRA of a weight that is not yet added: (A, B, scale) of each adapter"
         return [pair[:3] for a in self.start(plain)[1] if (pair := a.pair(plain))]
 
-# %% ../nbs/10_merge.ipynb #a140efb0
+# %% ../nbs/10_merge.ipynb #b585c49a
 class Merger(Parts):
     "How each tensor of the merged model is made, none before it is asked for"
     def add(self, a:Adapter, plain:str, W:Tensor, dtype)->Tensor:
@@ -300,25 +300,35 @@ class Merger(Parts):
         return W
 
 def _finite(t:Tensor)->bool:
-    "Whether no number is NaN or infinite; sums of blocks say it in one pass over the cache"
+    "Whether no number is NaN or infinite: then neither the least nor the greatest is, and NaN would be both"
     import torch
-    if not t.is_floating_point(): return True
-    return all(bool(b.sum(dtype=torch.promote_types(t.dtype, torch.float32)).isfinite()) or bool(b.isfinite().all()) for b in t.reshape(-1).split(2**17))
+    return not t.is_floating_point() or not t.numel() or bool(torch.stack(torch.aminmax(t)).isfinite().all())
 
-# %% ../nbs/10_merge.ipynb #df126ec3
+# %% ../nbs/10_merge.ipynb #ebfd28e9
 def plan_shards(
     specs:list,        # (name, dtype, shape)
     shard_bytes:int,   # most bytes in a shard, but for a single tensor that is larger
 )->dict[str, list]:  # file name -> its specs
     "Fill shards in order; names as transformers writes them"
-    import torch
     groups, size = [[]], 0
     for s in specs:
-        n = math.prod(s[2]) * getattr(torch, DTYPES[s[1]]).itemsize
+        n = _n_bytes([s])
         if groups[-1] and size + n > shard_bytes: groups.append([]); size = 0
         groups[-1].append(s); size += n
     if len(groups) == 1: return {'model.safetensors': groups[0]}
     return {f'model-{i:05d}-of-{len(groups):05d}.safetensors': g for i, g in enumerate(groups, 1)}
+
+def _n_bytes(specs:list)->int:
+    import torch
+    return sum(math.prod(s) * getattr(torch, DTYPES[d]).itemsize for _, d, s in specs)
+
+@contextmanager
+def _threads(n:int):
+    "Each of our threads computes alone, so that they do not wait for each other's helpers"
+    import torch
+    was = torch.get_num_threads(); torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(was)
 
 def _whole(path:Path, specs:list)->bool:
     "Whether a shard of an interrupted merge is complete and as planned"
@@ -399,7 +409,7 @@ def _compare(make:Merger, src:Path, out:Path, adapters:list, n_rows:int)->float:
         f'was {adapters[0].path} trained on this model in 4 bits? if not: --into original')
     return float(f'{found:.0e}')
 
-# %% ../nbs/10_merge.ipynb #1cb177ac
+# %% ../nbs/10_merge.ipynb #345a211f
 def _adapters(adapter)->list:  # one adapter or several
     return list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
 
@@ -428,9 +438,7 @@ def _check(model, adapter, into, rounding='peft', out=None, shard_bytes=1, **kw)
 
 def _require_space(out:Path, plan:dict):
     "Refuse before the first byte if the disk cannot hold the result"
-    import torch
-    size = {f: sum(math.prod(s) * getattr(torch, DTYPES[d]).itemsize for _, d, s in g) for f, g in plan.items()}
-    need = sum(n for f, n in size.items() if not _whole(out/f, plan[f])) + 10_000_000
+    need = sum(_n_bytes(specs) for f, specs in plan.items() if not _whole(out/f, specs)) + 10_000_000
     free = shutil.disk_usage(out).free
     require(need <= free, f'{out}: the merged model needs {need/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; free some, or choose another --out')
 
@@ -449,7 +457,7 @@ def _finish(src:Path, adapters:list, out:Path, make:Merger, check:bool)->dict:
     say('merge', f'{n_lora} LoRA pairs and {n_whole} whole matrices into the {make.into} weights' + (f'; logits differ by {stats["logit_difference"]:.0e}' if check else ''))
     return stats
 
-# %% ../nbs/10_merge.ipynb #10e1d8c2
+# %% ../nbs/10_merge.ipynb #11d34a1d
 @stage('model', inputs=('model', 'adapter'), ignore=('device',), resumable=True, check=_check)
 def merge(
     model:Path,                # model the adapter was trained on: HF folder, artifact or hub id
@@ -468,11 +476,7 @@ def merge(
     make = Merger(src, adapters, into, rounding, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     plan = plan_shards(make.specs(), shard_bytes)
     _require_space(out, plan)
-    for f in out.glob('*.part'): f.unlink()  # of a process that was killed
-    todo = [f for f, specs in plan.items() if not _whole(out/f, specs)]
-    with ThreadPoolExecutor(min(2, os.cpu_count())) as pool, tqdm(total=len(plan), initial=len(plan) - len(todo), desc='merge', unit=' files', disable=None) as bar:
-        jobs = [pool.submit(write_tensors, out/f, plan[f], make) for f in todo]  # one computes while the other waits for the disk
-        try:
-            for job in as_completed(jobs): job.result(); bar.update()
-        finally: pool.shutdown(cancel_futures=True)
-    return _finish(src, adapters, out, make, check)
+    todo, sums = [f for f, specs in plan.items() if not _whole(out/f, specs)], {}
+    with _threads(1), tqdm(total=sum(_n_bytes(plan[f]) for f in todo), desc='merge', unit='B', unit_scale=True, disable=None) as bar:
+        for f in todo: sums[f] = write_tensors(out/f, plan[f], make, bar.update)
+    return dict(_finish(src, adapters, out, make, check), sha256=sums)

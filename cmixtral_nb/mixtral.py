@@ -7,18 +7,21 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['INDEX', 'DTYPES', 'MIXTRAL_8X7B', 'NF4_BYTES', 'small_config', 'by_expert', 'use_by_expert', 'read_header',
-           'tensor_files', 'load_tensor', 'write_tensors', 'write_index', 'resolve_model', 'windows', 'bits_per_byte',
-           'head_loss', 'text_blocks', 'base', 'count_parameters', 'lora_parameters', 'memory_plan', 'plan_table',
-           'time_plan']
+           'tensor_files', 'load_tensor', 'ahead', 'write_tensors', 'write_index', 'resolve_model', 'windows',
+           'bits_per_byte', 'head_loss', 'text_blocks', 'base', 'count_parameters', 'lora_parameters', 'memory_plan',
+           'plan_table', 'time_plan']
 
-# %% ../nbs/05_mixtral.ipynb #f22f0cdc
-import json, math, os, re, struct, sys
+# %% ../nbs/05_mixtral.ipynb #d119e133
+import hashlib, json, math, os, re, struct, sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
 
-# %% ../nbs/05_mixtral.ipynb #b4214a09
+# %% ../nbs/05_mixtral.ipynb #df041750
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -106,7 +109,7 @@ def tensor_files(
     if faults: raise StageError(*faults)
     return where
 
-# %% ../nbs/05_mixtral.ipynb #975763a2
+# %% ../nbs/05_mixtral.ipynb #617c0c81
 DTYPES = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', I64='int64', I32='int32', I16='int16', I8='int8', U8='uint8', BOOL='bool')
 
 def load_tensor(
@@ -117,27 +120,50 @@ def load_tensor(
     from safetensors import safe_open
     with safe_open(files[name], 'pt') as f: return f.get_tensor(name)
 
-def write_tensors(
-    path:str|Path,  # file to write; seen only when whole
-    specs:list,     # (name, dtype such as "BF16", shape) in the order of the file
-    tensor,         # function: name -> tensor, called once for each, one in memory at a time
-):
-    "A safetensors file written tensor by tensor"
+def _header(specs:list)->bytes:
+    "The first bytes of a safetensors file: the length of the JSON, and the JSON"
     import torch
     head, end = {'__metadata__': {'format': 'pt'}}, 0
     for name, dtype, shape in specs:
         n = math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize
         head[name] = dict(dtype=dtype, shape=list(shape), data_offsets=[end, end := end + n])
     text = json.dumps(head, separators=(',', ':')).encode(); text += b' ' * (-len(text) % 8)
-    part = Path(path).with_name(Path(path).name + '.part')
-    with open(part, 'wb') as f:
-        f.write(struct.pack('<Q', len(text)) + text)
-        for name, dtype, shape in specs:
-            t = tensor(name)
+    return struct.pack('<Q', len(text)) + text
+
+# %% ../nbs/05_mixtral.ipynb #76749deb
+def ahead(
+    f,             # a function of one argument, safe in a thread
+    items:list,    # its arguments
+    workers:int=2, # threads, and results that may wait
+)->Iterator:
+    "f(x) for each x in order, while threads make the next ones"
+    jobs = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for x in items:
+            jobs.append(pool.submit(f, x))
+            if len(jobs) > workers: yield jobs.popleft().result()
+        while jobs: yield jobs.popleft().result()
+
+def write_tensors(
+    path:str|Path,  # file to write; seen only when whole
+    specs:list,     # (name, dtype such as "BF16", shape) in the order of the file
+    tensor,         # function: name -> tensor, called once for each, by threads; few are in memory at a time
+    progress=None,  # called with the bytes of each tensor that is written
+)->str:  # SHA-256 of the file, 64 hexadecimal digits
+    "A safetensors file written tensor by tensor"
+    import torch
+    part, digest = Path(path).with_name(Path(path).name + '.part'), hashlib.sha256(head := _header(specs))
+    with open(part, 'wb') as f, ThreadPoolExecutor(1) as disk:
+        f.write(head); f.flush(); flushed = disk.submit(os.fsync, f.fileno())
+        for (name, dtype, shape), t in zip(specs, ahead(tensor, [n for n, *_ in specs]), strict=True):
             assert list(t.shape) == list(shape) and t.dtype == getattr(torch, DTYPES[dtype]), (name, t.shape, t.dtype)
-            f.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        f.flush(); os.fsync(f.fileno())
+            data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            f.write(data); digest.update(data)
+            if flushed.done(): flushed = disk.submit(os.fsync, f.fileno())  # the disk need not wait for the last tensor
+            if progress: progress(len(data))
+        f.flush(); disk.submit(os.fsync, f.fileno()).result()
     os.replace(part, path)
+    return digest.hexdigest()
 
 # %% ../nbs/05_mixtral.ipynb #11048fc0
 def write_index(

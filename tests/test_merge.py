@@ -289,12 +289,12 @@ def test_a_half_written_shard_is_written_again(model, adapter, tmp_path, monkeyp
     def dying(path, *a):
         n.append(path.name)
         if len(n) == 3: raise KeyboardInterrupt
-        write(path, *a)
+        return write(path, *a)
     monkeypatch.setattr(module, 'write_tensors', dying)
     with pytest.raises(KeyboardInterrupt): run(model, adapter, tmp_path, shard_bytes=50_000)
     half = tmp_path/'out.tmp'/n[0]; half.write_bytes(half.read_bytes()[:-9])  # as a lost page leaves it
     done, n[:] = n[1], [0] * 9
-    monkeypatch.setattr(module, 'write_tensors', lambda path, *a: (n.append(path.name), write(path, *a)))
+    monkeypatch.setattr(module, 'write_tensors', lambda path, *a: (n.append(path.name), write(path, *a))[1])
     m = run(model, adapter, tmp_path, shard_bytes=50_000)
     assert half.name in n and done not in n
     monkeypatch.undo()

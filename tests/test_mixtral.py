@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 from cmixtral_nb import mixtral
-from cmixtral_nb.artifact import StageError, read_json, write_json
+from cmixtral_nb.artifact import StageError, read_json, sha256_file, write_json
 from cmixtral_nb.mixtral import *
 
 CONFIG = dict(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=60)
@@ -116,10 +116,27 @@ def test_written_tensors_are_what_safetensors_reads(tmp_path, dtype):
     t = {'a': torch.randint(0, 2, (3, 5)).to(dtype), 'empty': torch.zeros(0, 4, dtype=dtype), 'scalar': torch.ones((), dtype=dtype)}
     save_file(t, tmp_path/'s.safetensors')
     specs = [(n, h['dtype'], h['shape']) for n, h in read_header(tmp_path/'s.safetensors').items()]
-    write_tensors(tmp_path/'w.safetensors', specs, t.get)
+    seen = []
+    assert write_tensors(tmp_path/'w.safetensors', specs, t.get, seen.append) == sha256_file(tmp_path/'w.safetensors')
+    assert sum(seen) == sum(x.numel() * x.element_size() for x in t.values())
     got = load_file(tmp_path/'w.safetensors')
     assert got.keys() == t.keys() and all(torch.equal(got[k], t[k]) for k in t)
     assert not list(tmp_path.glob('*.part'))
+
+def test_a_tensor_that_cannot_be_made_leaves_no_file(tmp_path):
+    def tensor(name):
+        if name == 'b': raise StageError('b is broken')
+        return torch.zeros(4)
+    with pytest.raises(StageError, match='b is broken'): write_tensors(tmp_path/'w.safetensors', [(n, 'F32', [4]) for n in 'abcdefgh'], tensor)
+    assert not (tmp_path/'w.safetensors').exists()
+
+@given(st.lists(st.integers(), max_size=20), st.integers(1, 4))
+def test_ahead_keeps_the_order_and_never_runs_far_ahead(items, workers):
+    made, taken = [], 0
+    for x in ahead(lambda i: made.append(i) or items[i], range(len(items)), workers):
+        assert x == items[taken] and len(made) <= taken + workers + 1
+        taken += 1
+    assert taken == len(items) == len(made)
 
 # measures
 
