@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['rows', 'positions', 'collate', 'parse_mix', 'share', 'RowWriter', 'finish_rows', 'encoded', 'pack', 'load_rows',
-           'valid_texts']
+__all__ = ['rows', 'positions', 'collate', 'parse_mix', 'takes', 'repeats', 'encode_docs', 'line_spans', 'encoded', 'encode_part',
+           'Parts', 'gather', 'RowWriter', 'finish_rows', 'pack', 'load_rows', 'valid_texts', 'pack_job']
 
-# %% ../nbs/07_pack.ipynb #89c4c8cb
-import json, math
+# %% ../nbs/07_pack.ipynb #707e2773
+import json, math, os, shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from functools import cache, partial
+from inspect import signature
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
@@ -21,29 +24,27 @@ from .corpus import corpus_langs, corpus_texts, doc_files, is_heldout, text_batc
 from .vocab import encode_plain, load_tokenizer
 if TYPE_CHECKING:
     from datasets import Dataset
+    from datatrove.executor.base import PipelineExecutor
     from numpy import ndarray
 
-# %% ../nbs/07_pack.ipynb #dcfc7b75
+# %% ../nbs/07_pack.ipynb #a31e8f17
 def rows(
-    docs:Iterable[list[int]],  # ids of each document, without BOS and EOS
+    stream:Iterable[ndarray],  # token ids, joined end to end, in pieces of any size
     length:int,                # tokens in a row
-    bos:int,                   # id put before each document
-    eos:int,                   # id put after it
-    dtype:str='uint16',        # of the rows
-    block:int=1024,            # rows that are joined at a time
-)->Iterator[ndarray]:  # (n, length); the last row, if shorter, is dropped
-    "Join documents end to end and cut the stream into rows, in time linear in the tokens"
+    block:int=1024,            # rows that are given at a time
+)->Iterator[ndarray]:  # (block, length), the last one (n, length); the last row, if shorter, is dropped
+    "Cut a stream of tokens into rows, in time linear in the tokens"
     import numpy as np
-    parts, held = [], 0
-    for ids in docs:
-        parts.append(np.array([bos, *ids, eos], dtype)); held += len(parts[-1])
-        if held >= block * length:
-            flat = np.concatenate(parts); n = held // length
-            yield flat[:n*length].reshape(n, length)
-            parts = [flat[n*length:]]; held = len(parts[0])
+    parts, held, size = [], 0, block * length
+    for ids in stream:
+        parts.append(ids); held += len(ids)
+        if held >= size:
+            flat = np.concatenate(parts); n = held // size * size
+            yield from flat[:n].reshape(-1, block, length)
+            parts = [flat[n:]]; held = len(parts[0])
     if n := held // length: yield np.concatenate(parts)[:n*length].reshape(n, length)
 
-# %% ../nbs/07_pack.ipynb #f2cd5386
+# %% ../nbs/07_pack.ipynb #a82f2fce
 def positions(
     ids:ndarray,  # (n, length) rows
     bos:int,      # id with which each document starts
@@ -53,7 +54,6 @@ def positions(
     at = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     return at - np.maximum.accumulate(np.where(ids == bos, at, 0), axis=1)
 
-# %% ../nbs/07_pack.ipynb #89b13eac
 def collate(
     examples:list[dict],  # rows with `input_ids`
     bos:int,              # id with which each document starts
@@ -81,18 +81,218 @@ def parse_mix(
     if faults: raise StageError(*faults)
     return out
 
-# %% ../nbs/07_pack.ipynb #b4ed76b8
-def share(
-    texts:Callable[[], Iterable],  # gives the documents of a source anew
-    ratio:float,                   # 0.5: every second one; 1: all; 2.5: all, all again, then every second one
-    seed:int=0,                    # shifts which documents a part of a source takes
-)->Iterator:
-    "The documents of a source in a given ratio: n·ratio of n, exact to one"
-    num, den = Fraction(ratio).limit_denominator(10**6).as_integer_ratio()
+# %% ../nbs/07_pack.ipynb #13d863b2
+@cache
+def _fraction(ratio:float)->tuple[int, int]: return Fraction(ratio).limit_denominator(10**6).as_integer_ratio()
+
+def takes(
+    i:int,        # number of the document in its source
+    ratio:float,  # 0.5: every second one; 1 and above: every one
+    seed:int=0,   # shifts which ones
+)->bool:
+    "Whether the first pass takes a document: n·ratio of n, exact to one"
+    num, den = _fraction(min(ratio, 1.))
+    return (i + 1 + seed) * num // den > (i + seed) * num // den
+
+def repeats(
+    n:int,        # documents of the source
+    ratio:float,  # 1 and below: no repeats; 2: one; 2.5: one and a half
+    seed:int=0,   # of the permutations
+)->Iterator[ndarray]:  # numbers of documents
+    "The order of the documents in each pass after the first, drawn anew for each"
+    import numpy as np
+    num, den = _fraction(ratio)
     whole, part = divmod(num, den)
-    for p in [den] * whole + [part] * (part > 0):
-        for i, t in enumerate(texts(), seed):
-            if (i + 1) * p // den > i * p // den: yield t
+    for p in range(1, whole + (part > 0)):
+        order = np.random.default_rng([seed, p]).permutation(n)
+        yield order if p < whole else order[:n * part // den]
+
+# %% ../nbs/07_pack.ipynb #e2ff8b6e
+def encode_docs(
+    tok,                 # loaded tokenizer
+    texts:list[str],     # documents
+    bos:int,             # id put before each document
+    eos:int,             # id put after it
+    dtype:str='uint16',  # of the ids
+)->tuple[ndarray, ndarray]:  # (n_tokens,) stream; (n_docs, 3) uint32: tokens with BOS and EOS, characters, bytes
+    "A batch of documents as one stream of tokens, and what each of them holds"
+    import numpy as np
+    ids = encode_plain(tok, texts)
+    ends = list(accumulate(len(d) + 2 for d in ids))
+    stream = np.empty(ends[-1] if ends else 0, dtype)
+    for d, end in zip(ids, ends, strict=True):
+        stream[end-len(d)-2], stream[end-len(d)-1:end-1], stream[end-1] = bos, d, eos
+    counts = [(len(d) + 2, len(t), len(t.encode())) for d, t in zip(ids, texts, strict=True)]
+    return stream, np.array(counts, np.uint32).reshape(-1, 3)
+
+# %% ../nbs/07_pack.ipynb #41facb9a
+def line_spans(
+    path:Path,           # one document a line
+    part:int=0,          # which part of the file
+    n_parts:int=1,       # of how many
+    size_bytes:int=2**20,# of a span, about
+)->Iterator[tuple[int, int]]:  # first byte, byte after the last
+    "A part of a file in spans of whole lines; all parts in their order are the file"
+    total = path.stat().st_size; n = -(-total // size_bytes)
+    def cut(k):
+        if k: f.seek(min(k * size_bytes, total) - 1); f.readline()
+        return f.tell() if k else 0
+    with open(path, 'rb') as f:
+        lo = cut(n * part // n_parts)
+        for k in range(n * part // n_parts, n * (part + 1) // n_parts):
+            hi = cut(k + 1)
+            if hi > lo: yield lo, hi
+            lo = hi
+
+def _n_lines(path:Path, lo:int, hi:int)->int:
+    with open(path, 'rb') as f:
+        f.seek(lo)
+        return sum(f.read(min(2**20, hi - at)).count(b'\n') for at in range(lo, hi, 2**20))
+
+# %% ../nbs/07_pack.ipynb #e6cf2f44
+def _span_texts(path:str, lo:int, hi:int, first:int, ratio:float, seed:int)->list[str]:
+    "The documents of a span that the first pass takes; `first` is the number of its first line"
+    with open(path, 'rb') as f: f.seek(lo); lines = f.read(hi - lo).split(b'\n')
+    out = []
+    for i, line in enumerate(lines):
+        if not line.strip() or not takes(first + i, ratio, seed): continue
+        try: out.append(json.loads(line)['text'] + '')
+        except (ValueError, KeyError, TypeError):
+            n = _n_lines(Path(path), 0, lo) + i + 1
+            raise StageError(f'{path}:{n}: expected an object with a string under "text"; mend the line, or run: cmixtral corpus --force') from None
+    return out
+
+_worker = {}  # of a process that encodes: its tokenizer and how to use it
+def _start(tokenizer:str, **how):
+    from tokenizers import Tokenizer
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
+    _worker.update(how, tok=Tokenizer.from_str(tokenizer))
+def _encode(job): return encode_docs(texts=job if isinstance(job, list) else _span_texts(*job), **_worker)
+
+# %% ../nbs/07_pack.ipynb #463e7122
+def _texts(corpus, lang:str, split:str, valid_share:float)->Iterator[str]:
+    "Texts of a corpus; a file of another origin is split by the hash of each document"
+    if corpus_langs(corpus): yield from corpus_texts(corpus, lang, split); return
+    for t in corpus_texts(corpus, lang):
+        if is_heldout(t, valid_share) == (split == 'valid'): yield t
+
+def _jobs(corpus, lang:str, ratio:float, valid_share:float, seed:int, part:int, n_parts:int)->Iterator:
+    "What is to be encoded: spans of a corpus, or batches of texts of anything else"
+    path = Path(getattr(corpus, 'path', corpus))/f'{lang}.train.jsonl'
+    if not path.is_file():
+        require(n_parts == 1, f'{corpus} is no corpus and cannot be encoded in parts; run: cmixtral corpus --sources {lang}={corpus} --out DIR')
+        texts = _texts(corpus, lang, 'train', valid_share)
+        yield from text_batches(t for i, t in enumerate(texts) if takes(i, ratio, seed)); return
+    first, seen = 0, 0
+    for lo, hi in line_spans(path, part, n_parts):
+        if ratio < 1: first += _n_lines(path, seen, lo); seen = lo
+        yield str(path), lo, hi, first, ratio, seed
+
+def _identity(corpus, tokenizer, lang:str, ratio:float, valid_share:float, seed:int)->str:
+    "What all parts of a source have in common, whoever encodes them"
+    own = [] if corpus_langs(corpus) else [valid_share]
+    return fingerprint([input_fingerprint(corpus), tokenizer_fingerprint(tokenizer), lang, *([ratio, seed] if ratio < 1 else []), *own])
+
+def _dtype(tok)->str: return 'uint16' if len(tok) <= 2**16 else 'uint32'
+def _special(tok)->dict: return dict(bos=tok.bos_token_id, eos=tok.eos_token_id)
+
+# %% ../nbs/07_pack.ipynb #a6f45397
+def _in_order(pool, jobs, ahead:int):
+    flight = deque()
+    for j in jobs:
+        flight.append(pool.submit(_encode, j))
+        if len(flight) > ahead: yield flight.popleft().result()
+    while flight: yield flight.popleft().result()
+
+def encoded(
+    jobs:Iterable,   # spans or batches of texts
+    tok,             # loaded tokenizer
+    workers:int=1,   # processes; 1: this one, with as many threads as the tokenizer likes
+    **how,           # bos, eos, dtype
+)->Iterator[tuple[ndarray, ndarray]]:  # stream and counts of each job, in the order of the jobs
+    "Encode jobs; order and result are the same for any number of workers"
+    if workers <= 1:
+        for j in jobs: yield encode_docs(tok, j if isinstance(j, list) else _span_texts(*j), **how)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+    start = partial(_start, tok.backend_tokenizer.to_str(), **how)
+    try:
+        with ProcessPoolExecutor(workers, get_context('spawn'), start) as pool: yield from _in_order(pool, jobs, 2 * workers)
+    except BrokenProcessPool: raise StageError('a process that encodes died, of memory perhaps; run it with fewer: --workers 1') from None
+
+# %% ../nbs/07_pack.ipynb #ac704bc8
+def encode_part(
+    corpus:str|Path,        # as for `pack`
+    tokenizer:str|Path,     # folder with a tokenizer
+    out:str|Path,           # folder of the parts, made where it is missing
+    lang:str,               # source
+    ratio:float=1.,         # below 1, not all documents are encoded
+    valid_share:float=.001, # as for `pack`
+    seed:int=0,             # as for `pack`
+    part:int=0,             # which part
+    n_parts:int=1,          # of how many
+    workers:int=1,          # processes
+)->dict:  # what was encoded: n_docs, n_tokens, n_chars, n_bytes
+    "Encode a part of a source into `out`; a part that is there already is left as it is"
+    out, name = Path(out), f'{lang}.{part:05}-of-{n_parts:05}'; out.mkdir(parents=True, exist_ok=True)
+    same = _identity(corpus, tokenizer, lang, ratio, valid_share, seed)
+    if (out/f'{name}.json').is_file() and (had := read_json(out/f'{name}.json')).get('identity') == same: return had
+    from tqdm import tqdm
+    tok = load_tokenizer(tokenizer); total = [0] * 4; (out/f'{name}.json').unlink(missing_ok=True)
+    jobs = tqdm(_jobs(corpus, lang, ratio, valid_share, seed, part, n_parts), desc=f'encode {lang}', unit=' batches', disable=None)
+    with open(out/f'{name}.ids', 'wb') as ids, open(out/f'{name}.docs', 'wb') as docs:
+        for stream, counts in encoded(jobs, tok, workers, dtype=_dtype(tok), **_special(tok)):
+            stream.tofile(ids); counts.tofile(docs)
+            total = [a + int(b) for a, b in zip(total, [len(counts), *counts.sum(0)], strict=True)]
+    had = dict(zip(('n_docs', 'n_tokens', 'n_chars', 'n_bytes'), total, strict=True), identity=same)
+    write_json(out/f'{name}.json', had)
+    return had
+
+# %% ../nbs/07_pack.ipynb #0bff578f
+class Parts:
+    "The encoded documents of a source, from all its parts"
+    def __init__(self,
+        folder:Path,         # holds the parts
+        lang:str,            # source
+        dtype:str='uint16',  # of the ids
+    ):
+        self.files, self.dtype = sorted(Path(folder).glob(f'{lang}.*-of-*.ids')), dtype
+        heads = [read_json(f.with_suffix('.json')) for f in self.files]
+        self.stats = {k: sum(h[k] for h in heads) for k in ('n_docs', 'n_tokens', 'n_chars', 'n_bytes')}
+
+    def stream(self, n:int=2**20)->Iterator[ndarray]:
+        "All documents in the order of the corpus, in pieces of `n` tokens"
+        import numpy as np
+        for file in self.files:
+            with open(file, 'rb') as f:
+                while len(ids := np.fromfile(f, self.dtype, n)): yield ids
+
+    def counts(self)->ndarray:  # (n_docs, 3) uint32: tokens, characters, bytes
+        import numpy as np
+        return np.concatenate([np.fromfile(f.with_suffix('.docs'), np.uint32).reshape(-1, 3) for f in self.files])
+
+# %% ../nbs/07_pack.ipynb #7ab3455d
+def gather(
+    parts:Parts,
+    order:ndarray,        # numbers of documents
+    counts:ndarray,       # of the parts
+    n_docs:int=1000,      # documents in a piece
+)->Iterator[ndarray]:
+    "Documents in another order"
+    import numpy as np
+    width, ends = np.dtype(parts.dtype).itemsize, np.cumsum(counts[:, 0], dtype=np.int64)
+    begins = np.cumsum([0] + [f.stat().st_size // width for f in parts.files])  # first token of each part
+    files = [open(f, 'rb', buffering=0) for f in parts.files]
+    def doc(i):
+        start = ends[i] - counts[i, 0]; k = np.searchsorted(begins, start, 'right') - 1
+        files[k].seek(int(start - begins[k]) * width)
+        return files[k].read(int(counts[i, 0]) * width)
+    try:
+        for i in range(0, len(order), n_docs): yield np.frombuffer(b''.join(map(doc, order[i:i+n_docs])), parts.dtype)
+    finally:
+        for f in files: f.close()
 
 # %% ../nbs/07_pack.ipynb #a78566c4
 class RowWriter:
@@ -132,61 +332,45 @@ def finish_rows(
     write_json(writer.out/'state.json', dict(_data_files=[dict(filename=f) for f in writer.files], _fingerprint=key,
         _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split='train'))
 
-# %% ../nbs/07_pack.ipynb #0ddadace
-_tok = None  # of a worker process
-def _start(folder): global _tok; _tok = load_tokenizer(folder)
-def _encode(texts): return texts, encode_plain(_tok, texts)
+# %% ../nbs/07_pack.ipynb #f6e2f3b6
+def _part_faults(parts, corpus, tokenizer, langs:dict, valid_share:float, seed:int)->list[str]:
+    "What keeps encoded parts from being the ones asked for"
+    faults = []
+    for lang, ratio in langs.items():
+        heads = sorted(Path(parts).glob(f'{lang}.*-of-*.json')); n = len({f.name.split('-of-')[1] for f in heads})
+        same = _identity(corpus, tokenizer, lang, ratio, valid_share, seed)
+        if n != 1: faults.append(f'{parts} holds {"no part" if not n else "parts of several divisions"} of {lang}; encode them again, into an empty folder'); continue
+        total = int(heads[0].stem.split('-of-')[1])
+        if len(heads) < total: faults.append(f'{parts} holds {len(heads)} of {total} parts of {lang}; run the missing tasks again')
+        if any(read_json(h).get('identity') != same for h in heads): faults.append(f'{parts}: {lang} was encoded from another corpus, with another tokenizer, ratio or seed; encode it again, into an empty folder')
+    return faults
 
-def _in_order(pool, batches, ahead:int):
-    flight = deque()
-    for b in batches:
-        flight.append(pool.submit(_encode, b))
-        if len(flight) > ahead: yield flight.popleft().result()
-    while flight: yield flight.popleft().result()
-
-# %% ../nbs/07_pack.ipynb #d1d2d5cd
-def encoded(
-    texts:Iterable[str],  # documents
-    tokenizer:str|Path,   # folder
-    workers:int=1,        # processes; order and result are the same for any number
-)->Iterator[tuple[str, list[int]]]:
-    "Each document with its ids"
-    if workers <= 1:
-        tok = load_tokenizer(tokenizer)
-        for b in text_batches(texts): yield from zip(b, encode_plain(tok, b))
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    with ProcessPoolExecutor(workers, get_context('spawn'), _start, (str(tokenizer),)) as pool:
-        for b, ids in _in_order(pool, text_batches(texts), 2 * workers): yield from zip(b, ids)
-
-# %% ../nbs/07_pack.ipynb #366598cd
-def _texts(corpus, lang:str, split:str, valid_share:float)->Iterator[str]:
-    "Texts of a corpus; a file of another origin is split by the hash of each document"
-    if corpus_langs(corpus): yield from corpus_texts(corpus, lang, split); return
-    for t in corpus_texts(corpus, lang):
-        if is_heldout(t, valid_share) == (split == 'valid'): yield t
-
-def _check(corpus, tokenizer, mix, length, **_):
+def _check(corpus, tokenizer, mix, length, valid_share=0., seed=0, workers=1, parts=None, **_):
     langs, have, faults = parse_mix(mix), corpus_langs(corpus), []
     if have: faults += [f'{corpus} has no language {l!r}, it has {", ".join(have)}; run: cmixtral corpus --sources {l}=REF --out DIR'
                         for l in langs if l not in have]
     elif not doc_files(corpus): faults.append(f'{corpus} is neither a corpus nor a text file; run: cmixtral corpus --sources zh=REF --out DIR')
     elif len(langs) > 1: faults.append(f'{corpus} is one text, mix names {len(langs)} languages; run: cmixtral corpus --sources zh=REF en=REF --out DIR')
     if not 8 <= length <= 2**20: faults.append(f'length is {length}, expected 8 to {2**20:,} tokens')
+    if seed < 0: faults.append(f'seed is {seed}, expected 0 or more')
+    if workers < 1: faults.append(f'workers is {workers}, expected 1 or more')
     if not (Path(tokenizer)/'tokenizer.json').is_file(): faults.append(f'{tokenizer} holds no tokenizer.json; run: cmixtral vocab --out DIR')
+    if parts and not faults: faults = _part_faults(parts, corpus, tokenizer, langs, valid_share, seed)
     if faults: raise StageError(*faults)
 
-# %% ../nbs/07_pack.ipynb #06b43e02
-def _pack_source(writer, k:int, texts, ratio:float, tokenizer, workers:int, seed:int, bos:int, eos:int)->dict:
-    "Encode and write one source; what it gave"
-    n = dict(ratio=ratio, n_docs=0, n_chars=0, n_bytes=0, n_tokens=0, n_rows=0)
-    def ids_of_docs():
-        for text, ids in encoded(share(texts, ratio, seed), tokenizer, workers):
-            n['n_docs'] += 1; n['n_chars'] += len(text); n['n_bytes'] += len(text.encode()); n['n_tokens'] += len(ids) + 2
-            yield ids
-    for block in rows(ids_of_docs(), writer.length, bos, eos, writer.dtype):
-        writer.write(block, k); n['n_rows'] += len(block)
+# %% ../nbs/07_pack.ipynb #6ad96899
+def _pack_source(writer, k:int, parts:Parts, ratio:float, seed:int)->dict:
+    "Write one source, pass after pass; what it gave"
+    n = dict(ratio=ratio, **parts.stats, n_rows=0)
+    def stream():
+        yield from parts.stream()
+        if ratio <= 1: return
+        counts = parts.counts()
+        for order in repeats(len(counts), ratio, seed):
+            n['n_docs'] += len(order)
+            for j, key in enumerate(('n_tokens', 'n_chars', 'n_bytes')): n[key] += int(counts[order, j].sum(dtype='int64'))
+            yield from gather(parts, order, counts)
+    for block in rows(stream(), writer.length): writer.write(block, k); n['n_rows'] += len(block)
     return dict(n, chars_per_token=round(n['n_chars'] / max(1, n['n_tokens']), 4))
 
 def _write_valid(path:Path, texts:Iterable[str], limit_chars:int)->int:
@@ -197,8 +381,8 @@ def _write_valid(path:Path, texts:Iterable[str], limit_chars:int)->int:
     write_text(path, ''.join(lines))
     return len(lines)
 
-# %% ../nbs/07_pack.ipynb #a54641b1
-@stage('tokens', inputs=('corpus', 'tokenizer'), ignore=('workers',), check=_check)
+# %% ../nbs/07_pack.ipynb #db04f8f6
+@stage('tokens', inputs=('corpus', 'tokenizer'), ignore=('workers', 'parts'), check=_check)
 def pack(
     corpus:Path,              # artifact made by `corpus`, or a text file
     tokenizer:Path,           # folder with a tokenizer
@@ -207,25 +391,25 @@ def pack(
     length:int=2048,          # tokens in a row
     valid_chars:int=200_000,  # held-out characters kept of each language
     valid_share:float=0.001,  # of documents held out, where the corpus is a text file
-    seed:int=0,               # shifts which documents a ratio below 1 takes
-    workers:int=1,            # processes that encode
+    seed:int=0,               # which documents a ratio below 1 takes, and in which order repeats come
+    workers:int=1,            # processes that encode; as many as there are cores, where the corpus is large
+    parts:Path=None,          # folder that `encode_part` filled, on one machine or many; None: encode here
 ):
     "Encode documents with BOS and EOS around each, mix them by ratio, cut the stream into rows"
-    from tqdm import tqdm
     tok, fp = load_tokenizer(tokenizer), tokenizer_fingerprint(tokenizer)
-    writer, sources = RowWriter(out/'train', length, 'uint16' if len(tok) <= 2**16 else 'uint32'), {}
+    writer, sources = RowWriter(out/'train', length, _dtype(tok)), {}
     for k, (lang, ratio) in enumerate(parse_mix(mix).items()):
-        texts = lambda: tqdm(_texts(corpus, lang, 'train', valid_share), desc=f'pack {lang}', unit=' documents', disable=None)
-        n = _pack_source(writer, k, texts, ratio, tokenizer, workers, seed, tok.bos_token_id, tok.eos_token_id)
+        if not parts: encode_part(corpus, tokenizer, out/'parts', lang, ratio, valid_share, seed, workers=workers)
+        n = _pack_source(writer, k, Parts(parts or out/'parts', lang, writer.dtype), ratio, seed)
+        shutil.rmtree(out/'parts', ignore_errors=True)
         sources[lang] = dict(n, n_valid=_write_valid(out/f'valid.{lang}.jsonl', _texts(corpus, lang, 'valid', valid_share), valid_chars))
     n = sum(s['n_tokens'] for s in sources.values())
     require(writer.n, f'{corpus} gives {n:,} tokens, less than one row of {length:,}; give more text or a smaller --length')
     finish_rows(writer, fingerprint([fp, sources, length]))
     say('pack', f'{n:,} tokens in {writer.n:,} rows of {length:,}: ' + ', '.join(f'{s["n_tokens"]:,} {l}' for l, s in sources.items()))
-    return dict(tokenizer=fp, n_rows=writer.n, n_tokens=n, length=length, dtype=writer.dtype, vocab_size=len(tok),
-                bos=tok.bos_token_id, eos=tok.eos_token_id, sources=sources)
+    return dict(tokenizer=fp, n_rows=writer.n, n_tokens=n, length=length, dtype=writer.dtype, vocab_size=len(tok), **_special(tok), sources=sources)
 
-# %% ../nbs/07_pack.ipynb #b1d05b71
+# %% ../nbs/07_pack.ipynb #74601fb0
 def load_rows(
     tokens:str|Path,  # artifact made by `pack`
 )->Dataset:  # memory-mapped; columns input_ids and source
@@ -241,7 +425,49 @@ def valid_texts(
     "Held-out documents of a language"
     path, out, n = Artifact.load(tokens, 'tokens')/f'valid.{lang}.jsonl', [], 0
     require(path.is_file(), f'{path}: no such file; run: cmixtral pack --mix 1:{lang} --out DIR')
-    for line in path.read_text(encoding='utf-8').splitlines():
-        out.append(json.loads(line)['text']); n += len(out[-1])
-        if limit_chars and n >= limit_chars: break
+    with open(path, encoding='utf-8', newline='\n') as f:  # other line ends, such as U+2028, stand inside documents
+        for line in f:
+            out.append(json.loads(line)['text']); n += len(out[-1])
+            if limit_chars and n >= limit_chars: break
     return out
+
+# %% ../nbs/07_pack.ipynb #dcf5643b
+_executors = dict(local='LocalPipelineExecutor', slurm='SlurmPipelineExecutor', ray='RayPipelineExecutor')
+
+def _executor(name:str):
+    from importlib import import_module
+    require(name in _executors, f'executor is {name!r}, expected {", ".join(_executors)}')
+    try: return getattr(import_module(f'datatrove.executor.{name}'), _executors[name])
+    except ImportError: raise StageError("datatrove is not installed; run: pip install 'cmixtral_nb[cluster]'") from None
+
+def _encode_step(_, part:int, n_parts:int, langs:dict, **how):
+    for lang, ratio in langs.items(): encode_part(lang=lang, ratio=ratio, part=part, n_parts=n_parts, **how)
+
+def _pack_step(_, part:int, n_parts:int, **how): pack(**how)
+
+# %% ../nbs/07_pack.ipynb #efd3a55c
+def pack_job(
+    corpus:str|Path,         # made by `corpus`, on a disk that all machines see
+    tokenizer:str|Path,      # folder with a tokenizer
+    out:str|Path,            # folder to write; the parts and the logs go to OUT.parts, which may be deleted afterwards
+    mix:list[str]=['1:zh', '0.5:en'],  # as for `pack`
+    tasks:int=2,             # parts of each source
+    executor:str='local',    # of datatrove: local, slurm, ray
+    where:dict|None=None,    # what the executor wants to know, such as workers, partition, time
+    seed:int=0,              # as for `pack`
+    **how,                   # length, valid_chars
+)->PipelineExecutor:  # its `run()` does it all
+    "The work of `pack` as two jobs of datatrove: encode in parts, then join; the artifact is the one `pack` makes alone"
+    make, langs, where = _executor(executor), parse_mix(mix), dict(where or {})
+    require(tasks >= 1, f'tasks is {tasks}, expected 1 or more')
+    require(corpus_langs(corpus), f'{corpus} is no corpus and cannot be encoded in parts; run: cmixtral corpus --sources zh={corpus} --out DIR')
+    corpus, tokenizer, out = (Path(getattr(p, 'path', p)).resolve() for p in (corpus, tokenizer, out))
+    parts = out.with_name(out.name + '.parts')
+    same = dict(corpus=corpus, tokenizer=tokenizer, seed=seed)
+    signature(pack).bind(out=out, mix=mix, **same, **how)  # a misspelt parameter is found now, not after hours
+    _check(**same, mix=mix, length=how.get('length', 2048))
+    job = lambda step, n, **kw: make([step], tasks=n, skip_completed=False, **{**where, **kw})
+    try:
+        encode = job(partial(_encode_step, langs=langs, out=parts, **same), tasks, logging_dir=str(parts/'logs/encode'))
+        return job(partial(_pack_step, out=out, parts=parts, mix=mix, **same, **how), 1, logging_dir=str(parts/'logs/join'), depends=encode)
+    except TypeError as e: raise StageError(f'executor {executor}: {e}; give it in where, such as where=dict(partition="cpu", time="08:00:00")') from None
