@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['StageError', 'require', 'fingerprint', 'sha256_file', 'input_fingerprint', 'write_text', 'write_json', 'read_json',
            'Artifact', 'tokenizer_fingerprint', 'same_tokenizer', 'reset_peak', 'peak_bytes', 'versions',
-           'package_data', 'say', 'stage']
+           'package_data', 'say', 'process_rank', 'world_size', 'meet', 'stage']
 
 # %% ../nbs/00_artifact.ipynb #ec98ff61
 import errno, functools, hashlib, inspect, json, os, platform, re, shutil, sys, time
@@ -176,7 +176,7 @@ def peak_bytes()->int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == 'darwin' else peak * 1024
 
-# %% ../nbs/00_artifact.ipynb #9d88986e
+# %% ../nbs/00_artifact.ipynb #a333f6a6
 _packages = 'cmixtral_nb torch transformers peft bitsandbytes datasets tokenizers sentencepiece lm_eval'.split()
 
 def versions()->dict:
@@ -194,8 +194,23 @@ def package_data(
     return Path(str(resources.files('cmixtral_nb').joinpath(*name.split('/'))))
 
 def say(kind:str, text:str):
-    "One line of progress, on standard output"
-    print(f'{kind}: {text}', flush=True)
+    "One line of progress, on standard output; of several processes the first speaks"
+    if process_rank() == 0: print(f'{kind}: {text}', flush=True)
+
+# %% ../nbs/00_artifact.ipynb #d654d4c1
+def process_rank()->int:
+    "Number of this process among those that `torchrun` started; 0 where it runs alone"
+    return int(os.environ.get('RANK', 0))
+
+def world_size()->int:
+    "How many processes `torchrun` started; 1 where it was not used"
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+def meet():
+    "Wait until all processes of this run are here; nothing where one runs alone"
+    if world_size() == 1: return
+    from accelerate import PartialState
+    PartialState().wait_for_everyone()
 
 # %% ../nbs/00_artifact.ipynb #a84f3e9f
 def _relative(ref, start:Path):
@@ -240,7 +255,7 @@ def _ready(out:Path, req:dict, force)->Artifact|None:
         f'{out} is a {old.kind} made with {_changes(old.manifest, req)}; run again with --force, or choose another --out')
     return None
 
-# %% ../nbs/00_artifact.ipynb #95b82cd2
+# %% ../nbs/00_artifact.ipynb #331bb8d4
 def _no_space(e:BaseException)->bool:
     return getattr(e, 'errno', None) == errno.ENOSPC or 'No space left on device' in str(e) or 'os error 28' in str(e)
 
@@ -252,7 +267,7 @@ def _seal(tmp:Path, req:dict, stats:dict, start:float, where:Path)->dict:
     with ThreadPoolExecutor(4) as pool: sums = list(pool.map(lambda f: known.get(str(f.relative_to(tmp))) or sha256_file(f), paths))
     files = {str(f.relative_to(tmp)): dict(bytes=f.stat().st_size, sha256=s) for f, s in zip(paths, sums, strict=True)}
     man = dict(req, tokenizer=stats.pop('tokenizer', None) or tokenizer_fingerprint(tmp),
-        fingerprint=fingerprint({k: v['sha256'] for k, v in files.items()}), files=files, stats=stats,
+        fingerprint=fingerprint({k: v['sha256'] for k, v in files.items() if not k.startswith('logs/')}), files=files, stats=stats,  # logs/ tells of the run
         versions=versions(), seconds=round(time.time() - start, 2), peak_bytes=peak_bytes())
     man['inputs'] = {k: dict(v, path=_relative(v['path'], where)) for k, v in req['inputs'].items()}
     write_json(tmp/'manifest.json', man)
@@ -269,24 +284,30 @@ def _writer(tmp:Path)->int:
     except PermissionError: pass
     return r['pid']
 
-# %% ../nbs/00_artifact.ipynb #37d22d45
+# %% ../nbs/00_artifact.ipynb #08fbc7df
+def _prepare(tmp:Path, req:dict, resumable:bool):
+    "An empty `out.tmp`, or the one that an interrupted run of the same request left; with the mark of this process"
+    again = resumable and (tmp/'request.json').is_file() and read_json(tmp/'request.json').get('key') == req['key']
+    if tmp.exists() and not again: shutil.rmtree(tmp)
+    tmp.mkdir(parents=True, exist_ok=True)
+    write_json(tmp/'request.json', dict(key=req['key'], pid=os.getpid(), host=platform.node()))
+
 def _write(f, req:dict, args:dict, out:Path, resumable:bool)->Artifact:
     "Run `f` into `out.tmp`, seal it, rename it; a half-written folder never has the final name"
-    tmp, start = out.with_name(out.name + '.tmp'), time.time()
-    if pid := _writer(tmp): raise StageError(f'{out} is being written by process {pid}; wait until it is done, or choose another --out')
+    tmp, start, first = out.with_name(out.name + '.tmp'), time.time(), process_rank() == 0
+    if first and (pid := _writer(tmp)): raise StageError(f'{out} is being written by process {pid}; wait until it is done, or choose another --out')
     try:
-        again = resumable and (tmp/'request.json').is_file() and read_json(tmp/'request.json').get('key') == req['key']
-        if tmp.exists() and not again: shutil.rmtree(tmp)
-        tmp.mkdir(parents=True, exist_ok=True)
-        write_json(tmp/'request.json', dict(key=req['key'], pid=os.getpid(), host=platform.node()))
-        reset_peak()
+        if first: _prepare(tmp, req, resumable)
+        meet(); reset_peak()
         stats = f(**{**args, 'out': tmp})
-        man = _seal(tmp, req, stats, start, out.parent)
-        if out.exists(): shutil.rmtree(out)
-        os.rename(tmp, out)
-        return Artifact(out, man)
+        if first:
+            man = _seal(tmp, req, stats, start, out.parent)
+            if out.exists(): shutil.rmtree(out)
+            os.rename(tmp, out)
+        meet()
+        return Artifact(out, man if first else read_json(out/'manifest.json'))
     except BaseException as e:
-        if not (resumable and not isinstance(e, StageError)): shutil.rmtree(tmp, ignore_errors=True)
+        if first and not (resumable and not isinstance(e, StageError)): shutil.rmtree(tmp, ignore_errors=True)
         if _no_space(e):
             free = shutil.disk_usage(out.parent if out.parent.exists() else '/').free
             raise StageError(f'{out}: no space left on device ({free/1e6:,.0f} MB free); free some, or choose another --out') from None
@@ -301,7 +322,7 @@ def _state(out:Path, req:dict)->str:
     if bad := old.damage(): return f'damaged: {bad[0]}'
     return 'up to date' if old.key == req['key'] else f'stale: {_changes(old.manifest, req)}'
 
-# %% ../nbs/00_artifact.ipynb #5170f763
+# %% ../nbs/00_artifact.ipynb #aa14f1b6
 def stage(
     kind:str,               # what the folder holds, such as "corpus"
     inputs:tuple=(),        # names of the parameters that are files, folders, artifacts or hub ids
@@ -309,6 +330,7 @@ def stage(
     schema:int=1,           # raised when the meaning of the files changes
     resumable:bool=False,   # keep `out.tmp` after an interruption; the function goes on from what lies there
     check=None,             # `check(**args)`: raises `StageError` before anything is written
+    parallel:bool=False,    # may run as several processes of `torchrun`
 ):
     "Make a function `f(..., out) -> dict of statistics` into a stage `f(..., out, force=False) -> Artifact`"
     def deco(f):
@@ -324,11 +346,16 @@ def stage(
 
         @functools.wraps(f)
         def run(*a, force=False, **kw):
-            args, out, req = request(*a, **kw)
-            if old := _ready(out, req, force):
-                say(command, f'{out} is up to date')
-                return old
-            return _write(f, req, args, out, resumable)
+            require(parallel or world_size() == 1, f'{command} runs in one process, found {world_size()}; start it without torchrun')
+            try:
+                args, out, req = request(*a, **kw)
+                old = _ready(out, req, force)
+            except StageError:
+                if process_rank(): raise StageError() from None  # the first process says it
+                raise
+            if not old: return _write(f, req, args, out, resumable)
+            say(command, f'{out} is up to date')
+            return old
         force = inspect.Parameter('force', inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
         run.__signature__ = sig.replace(parameters=[*sig.parameters.values(), force], return_annotation='Artifact')
         run.stage = dict(kind=kind, inputs=inputs, ignore=ignore, schema=schema, resumable=resumable)

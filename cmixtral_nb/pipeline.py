@@ -8,8 +8,9 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['CHAIN', 'STEPS', 'STAGES', 'MODULES', 'NAMES', 'COLOURS', 'LANGUAGES', 'GROUPS', 'Step', 'command', 'nearest',
            'anno_type', 'fits', 'type_name', 'recipe_file', 'read_recipe', 'arguments', 'check_recipe', 'preflight',
-           'settings', 'plan_of', 'plan', 'run', 'run_states', 'status', 'unchanged', 'report_data', 'bpb_figure',
-           'loss_figure', 'router_figure', 'table', 'render_report', 'report', 'parser', 'overview', 'main']
+           'settings', 'plan_inputs', 'plan_of', 'tokens_of', 'plan', 'run', 'run_states', 'status', 'unchanged',
+           'report_data', 'bpb_figure', 'loss_figure', 'router_figure', 'table', 'render_report', 'report', 'parser',
+           'overview', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #401b8bf2
 import argparse, difflib, html, inspect, json, logging, os, re, sys, tomllib, warnings
@@ -172,7 +173,7 @@ def _hub_fault(kind:str, ref:str)->str:
     except Exception as e: return f'{ref}: not to be had from the hub ({type(e).__name__})'
     return ''
 
-# %% ../nbs/14_pipeline.ipynb #6900087d
+# %% ../nbs/14_pipeline.ipynb #e6abf893
 def preflight(
     recipe:dict,           # as read and checked
     steps:list[Step],      # what is going to run
@@ -183,19 +184,20 @@ def preflight(
         kind = 'model' if key in ('model', 'tokenizer', 'adapter') else 'dataset'
         if fault := _hub_fault(kind, ref):
             faults.append(f'[{name}] {key}: {fault}; run with network access and `hf auth login`, or give a local copy')
-    if 'pretrain' in commands and 'base' not in recipe: faults += _gpu_faults(recipe)
-    return faults
+    return faults + _memory_faults(recipe, commands)
 
-def _gpu_faults(recipe:dict)->list[str]:
-    "A recipe without a stand-in base trains a real model: does the largest GPU hold it?"
-    import torch
-    need = plan_of(recipe)['bytes']['static']
-    have = max((torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())), default=0)
-    if have >= need: return []
-    found = f'the largest GPU has {have/1e9:.0f} GB' if have else 'no GPU was found'
-    return [f'[pretrain] needs a GPU of at least {need/1e9:.1f} GB, {found}; run: cmixtral plan {recipe["name"]}']
+def _memory_faults(recipe:dict, commands:set)->list[str]:
+    "Does what is trained fit the GPU, or the RAM where there is none?"
+    from cmixtral_nb.plan import gpu_bytes, plan_faults
+    faults, device = [], 'cuda' if gpu_bytes() else 'cpu'
+    for stage in commands & {'pretrain', 'sft'}:
+        try: p = plan_inputs(recipe, stage)
+        except StageError: continue  # a model of the hub whose size is known once it is here
+        faults += plan_faults(p['config'], p['settings'], p['length'], p['vocab_size'], p['settings'].get('device') or device,
+            int(os.environ.get('WORLD_SIZE', 1)), stage=stage, recipe=recipe['name'])
+    return sorted(faults)
 
-# %% ../nbs/14_pipeline.ipynb #a5dea3c4
+# %% ../nbs/14_pipeline.ipynb #ff380a39
 def settings(
     name:str,      # of a command
     recipe:dict,   # as read
@@ -204,39 +206,92 @@ def settings(
     params = inspect.signature(command(name)).parameters
     return {**{k: p.default for k, p in params.items() if p.default is not p.empty}, **recipe.get(name, {})}
 
-def plan_of(
-    recipe:dict,  # as read
-)->dict:  # from `memory_plan`
-    "Memory plan of a recipe's pre-training: from the stand-in's numbers, a local model's configuration, or Mixtral-8x7B's"
-    from cmixtral_nb.mixtral import memory_plan
-    model, pre, pk = recipe.get('init', {}).get('model'), settings('pretrain', recipe), settings('pack', recipe)
-    if not model:
+def _model_config(recipe:dict):
+    "Configuration of the base: the stand-in's, a local model's, one that the hub's cache holds, or Mixtral-8x7B's"
+    from huggingface_hub import try_to_load_from_cache
+    from cmixtral_nb.plan import MIXTRAL_8X7B
+    if not (model := recipe.get('init', {}).get('model') or recipe.get('pretrain', {}).get('model')):
         b = settings('base', recipe)
-        config = dict(vocab_size=32000, hidden_size=b['hidden'], intermediate_size=b['intermediate'], num_hidden_layers=b['layers'], num_attention_heads=b['heads'],
-            num_key_value_heads=b['kv_heads'], num_local_experts=b['experts'], num_experts_per_tok=b['top_k'], tie_word_embeddings=False)
-    else:
-        require(Path(model).is_dir() or 'Mixtral-8x7B' in model, f'[init] model = {model!r}: its size is not known before it is here; download it and give its folder')
-        config = model if Path(model).is_dir() else 'mixtral'
-    totals = [int(n) for n in recipe.get('search', {}).get('totals', [])]
-    n_new = recipe.get('vocab', {}).get('n_pieces', 0) or max(totals, default=0)  # left to the search: at most the largest it tries
-    return memory_plan(config, vocab_size=32000 + n_new, rank=pre['rank'], rows=pre['rows'],
-        load_in_4bit=pre['load_in_4bit'], optimiser_bytes=2 if '8bit' in pre['optim'] else 8, batch_tokens=pre['batch'] * pk['length'])
+        return dict(vocab_size=32000, hidden_size=b['hidden'], intermediate_size=b['intermediate'], num_hidden_layers=b['layers'],
+            num_attention_heads=b['heads'], num_key_value_heads=b['kv_heads'], num_local_experts=b['experts'], num_experts_per_tok=b['top_k'], dtype='float32')
+    if (Path(model)/'config.json').is_file(): return read_json(Path(model)/'config.json')
+    hub = model.removeprefix('hub:')
+    cached = try_to_load_from_cache(hub, 'config.json') if hub.count('/') == 1 and hub[0] not in './~' else None
+    if isinstance(cached, str): return read_json(cached)
+    require('Mixtral-8x7B' in model, f'[init] model = {model!r}: its size is not known before it is here; download it and give its folder')
+    return MIXTRAL_8X7B
 
-# %% ../nbs/14_pipeline.ipynb #e2989962
+# %% ../nbs/14_pipeline.ipynb #9514c67d
+def plan_inputs(
+    recipe:dict,            # as read
+    stage:str='pretrain',   # or sft
+    out:Path=None,          # folder of the run, where the vocabulary may have been made
+)->dict:  # config, settings, length (tokens), vocab_size
+    "What a recipe says about the memory of a training stage"
+    c, s, v = _model_config(recipe), settings(stage, recipe), settings('vocab', recipe)
+    if not (n := v['n_pieces']): n = max([int(x) for x in settings('search', recipe)['totals'] or [0]]) if 'search' in recipe else 0  # the search takes at most its largest
+    V = c['vocab_size'] + (n + len(v['tokens'] or []) if 'vocab' in recipe else 0)
+    if v['multiple']: V += -V % v['multiple']
+    if out and (out/'model'/'config.json').is_file(): V = read_json(out/'model'/'config.json')['vocab_size']
+    if stage == 'pretrain': s = dict(s, n_old=s['n_old'] or c['vocab_size'])
+    return dict(config=c, settings=s, length=s['length'] if 'length' in s else settings('pack', recipe)['length'], vocab_size=V)
+
+def plan_of(
+    recipe:dict,            # as read
+    stage:str='pretrain',   # or sft
+    device:str='cuda',      # cpu, or a GPU
+    out:Path=None,          # folder of the run, where the vocabulary may have been made
+)->dict:  # from `memory_plan`
+    "Memory plan of a training stage of a recipe"
+    from cmixtral_nb.plan import settings_plan
+    return settings_plan(**plan_inputs(recipe, stage, out), device=device)
+
+# %% ../nbs/14_pipeline.ipynb #fed1715e
+def tokens_of(
+    recipe:dict,    # as read
+    out:Path=None,  # folder of the run, where the tokens may have been packed
+)->int:  # 0: not known yet
+    "Tokens to train on: by steps, as packed, or as `about` says (`30B tokens of ... and 12B of ...`)"
+    s, length = settings('pretrain', recipe), settings('pack', recipe)['length']
+    if s['steps']: return s['steps'] * s['batch'] * s['accumulation'] * length
+    if out and (out/'tokens'/'manifest.json').is_file(): return round(s['epochs'] * read_json(out/'tokens'/'manifest.json')['stats']['n_tokens'])
+    about = recipe.get('about', '')
+    return round(s['epochs'] * 1e9 * sum(map(float, re.findall(r'(?<![\w.])(\d+(?:\.\d+)?)B\b', about)))) if 'tokens' in about else 0
+
+def _disk(recipe:dict, p:dict, trained:dict, n_tokens:int)->dict:
+    "Bytes that the stages of a recipe leave on disk"
+    from cmixtral_nb.plan import disk_plan
+    model, c, n = next((m for t in ('init', 'pretrain') if (m := recipe.get(t, {}).get('model'))), ''), p['config'], sum(trained.values())
+    width = 4 if 'float32' in (c.get('dtype'), c.get('torch_dtype')) else 2
+    folder = Path(model) if model and any(Path(model).glob('*.safetensors')) else None  # the weights may be on their way yet
+    disk = disk_plan(c, p['vocab_size'], n, p['settings']['optim'], n_tokens, width, folder)
+    if 'sft' in recipe: disk |= {'sft: adapter': 4 * sum(plan_of(recipe, 'sft')['trainable'].values()), 'chat: model': disk['merge: model']}
+    return disk
+
+# %% ../nbs/14_pipeline.ipynb #1cfda5f1
 def plan(
-    recipe:str='paper',  # shipped recipe (tiny, paper) or TOML file
-    out:Path=None,       # folder of the run; default runs/NAME
+    recipe:str='paper',      # shipped recipe (tiny, paper) or TOML file
+    out:Path=None,           # folder of the run; default runs/NAME
+    utilisation:float=0.3,   # share of a GPU's peak that training reaches, for the hours
 ):
-    "Show what a recipe needs: memory by kind, the stages in order, and what is missing here"
-    from cmixtral_nb.mixtral import plan_table
+    "Show what a recipe needs: memory by kind, which GPUs, hours, disk, and what is missing here"
+    from cmixtral_nb import plan as p
     rec = read_recipe(recipe)
     if faults := check_recipe(rec): raise StageError(*faults)
     out = Path(out or f'runs/{rec["name"]}')
-    print(plan_table(plan_of(rec)))
+    x, device = plan_inputs(rec, 'pretrain', out), 'cpu' if 'base' in rec and not p.gpu_bytes() else 'cuda'
+    known, s, n = plan_of(rec, 'pretrain', device, out), x['settings'], tokens_of(rec, out)
+    plain = p.settings_plan(x['config'], {**s, 'checkpointing': False}, x['length'], x['vocab_size'], device)
+    print(f'pre-training, batch = {s["batch"]}, {x["length"]:,} tokens in a row, ' + ('on the CPU in float32' if device == 'cpu' else 'on one GPU in bfloat16'))
+    print(p.plan_table(known, plain), '\non several GPUs:\n', sep='\n')
+    need = lambda zero, n: p.settings_plan(**{**x, 'settings': {**s, 'zero': zero if n > 1 else 0}}, n_gpus=n)['bytes']['total']
+    print(p.gpu_table(need), '', p.fits_text(**x), '', sep='\n')
+    print(p.time_text(x['config'], n, utilisation, vocab_size=x['vocab_size'], rank=s['rank'], rows=s['rows'], length=x['length']), '', sep='\n')
+    print(p.disk_text(_disk(rec, x, known['trainable'], n)))
     print('\nstages: ' + ', '.join(dict.fromkeys(s.stage for s in _steps(rec))) + f', report; folder: {out}')
     for fault in preflight(rec, _steps(rec)): print('missing here: ' + fault)
 
-# %% ../nbs/14_pipeline.ipynb #d254bbeb
+# %% ../nbs/14_pipeline.ipynb #2fd8d6b9
 def _select(steps:list[Step], first:str, last:str)->list[Step]:
     "The steps from stage `first` to stage `last`, both included"
     for name in (first, last): require(not name or name in STAGES, f'unknown stage {name!r}{nearest(name, STAGES)}; expected one of {", ".join(STAGES)}')
@@ -259,12 +314,13 @@ def run(
     require(not out.exists() or out.is_dir(), f'{out} is a file, expected a folder; choose another --out')
     for s in steps[:steps.index(todo[0])] if todo else steps: Artifact.load(out/s.folder)
     if faults := preflight(rec, todo): raise StageError(*faults)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out/'recipe.toml', text)
+    if process_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out/'recipe.toml', text)
     for i, s in enumerate(todo, 1):
-        print(f'[{i}/{len(todo)}] ', end='')
+        if process_rank() == 0: print(f'[{i}/{len(todo)}] ', end='')
         _run_step(s, rec, out, force)
-    if not to or to == 'report': report(out)
+    if (not to or to == 'report') and process_rank() == 0: report(out)
     return out
 
 # %% ../nbs/14_pipeline.ipynb #206b8ea2

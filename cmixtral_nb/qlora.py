@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['ATTENTION', 'expert_bytes', 'quantised', 'route', 'mixtral_linear', 'quiet', 'default_device', 'load_model',
-           'save_stock', 'without_lora', 'add_lora', 'parameter_table', 'save_adapter']
+           'save_4bit', 'save_stock', 'without_lora', 'add_lora', 'parameter_table', 'save_adapter']
 
 # %% ../nbs/08_qlora.ipynb #913eb517
 import contextlib, functools, os, re, sys, warnings
@@ -125,19 +125,21 @@ def _nf4(dtype):
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=['lm_head'])
 
-# %% ../nbs/08_qlora.ipynb #298bcc68
+# %% ../nbs/08_qlora.ipynb #8bfa9837
 def _avoid_cpu_repacking(model):
     # bitsandbytes on CPUs with AVX512-BF16: one forward pass in eval mode repacks the weights in place,
     # after which training loses the gradient through them, with no more than a warning.
     for m in model.modules():
         if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
 
+def _quant_states(model)->list:
+    states = [s for p in model.parameters() if (s := getattr(p, 'quant_state', None))]
+    return states + [s.state2 for s in states if s.state2]
+
 def _share_codebooks(model):
     "One copy of the 16 values of NF4 and of the 256 values of its constants, where bitsandbytes keeps one for each matrix"
     codes = {}
-    for p in model.parameters():
-        for q in filter(None, (state := getattr(p, 'quant_state', None), getattr(state, 'state2', None))):
-            q.code = codes.setdefault((len(q.code), q.code.device, q.code.dtype), q.code)
+    for q in _quant_states(model): q.code = codes.setdefault((len(q.code), q.code.device, q.code.dtype), q.code)
 
 def _config(folder:Path):
     from transformers import AutoConfig
@@ -197,6 +199,17 @@ def load_model(
     if trainable: _for_training(model)
     return model if adapter is None else _put_adapter(model, adapter, trainable)
 
+# %% ../nbs/08_qlora.ipynb #1bbf0d7d
+def save_4bit(
+    model:PreTrainedModel,  # from `load_model(..., load_in_4bit=True)`
+    out:str|Path,           # folder
+):
+    "Save a model in 4 bits; `load_model` reads it"
+    for q in _quant_states(model): q.code = q.code.clone()  # in the file each matrix has its own
+    try:
+        with quiet(): model.save_pretrained(str(out))
+    finally: _share_codebooks(model)
+
 # %% ../nbs/08_qlora.ipynb #cc4cba98
 def save_stock(
     model:PreTrainedModel,  # from `load_model`, not in 4 bits
@@ -227,10 +240,10 @@ def _trainables_float32(model):
     for p in model.parameters():
         if p.requires_grad and p.is_floating_point(): p.data = p.data.float()
 
-# %% ../nbs/08_qlora.ipynb #10283f34
+# %% ../nbs/08_qlora.ipynb #99707932
 def add_lora(
     model:PreTrainedModel,  # from `load_model(..., trainable=True)`
-    rank:int=64,            # r of the two thin matrices
+    rank:int=64,            # r of the two thin matrices; 0: no LoRA, the rows alone
     alpha:float=128,        # the update is scaled by alpha / rank
     dropout:float=0.05,     # on the input of LoRA
     rows:str='all',         # embedding and head rows that are trained: all, new, none
@@ -239,19 +252,21 @@ def add_lora(
 )->PeftModel:  # every trainable parameter is float32
     "LoRA on attention and on every expert; `StageError` where one was left out"
     with quiet(): from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
     from transformers import set_seed
     require(rows in ('all', 'new', 'none'), f'rows is {rows!r}, expected all, new or none')
+    require(rank or rows != 'none', 'rank is 0 and rows is none: nothing would be trained; give one of them')
     n_rows = model.get_input_embeddings().weight.shape[0]
     require(rows != 'new' or 0 < n_old < n_rows, f'rows="new" needs n_old, the rows before the vocabulary grew, from 1 to {n_rows - 1:,}; found {n_old}')
     new = list(range(n_old, n_rows))
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type='CAUSAL_LM', target_modules=_targets(model),
+    config = LoraConfig(r=rank or 1, lora_alpha=alpha, lora_dropout=dropout, task_type='CAUSAL_LM', target_modules=_targets(model) if rank else DUMMY_TARGET_MODULES,
         modules_to_save=['embed_tokens', 'lm_head'] if rows == 'all' else None,
         trainable_token_indices={'embed_tokens': new, 'lm_head': new} if rows == 'new' else None)
     set_seed(seed)
     with quiet(): model = get_peft_model(model, config)
     model.peft_config['default'].base_model_name_or_path = ''  # else peft looks for it, on the hub too, at each checkpoint
     _trainables_float32(model)
-    if missed := without_lora(model): raise StageError(f'LoRA is missing on {len(missed)} matrices, such as {missed[0]}')
+    if rank and (missed := without_lora(model)): raise StageError(f'LoRA is missing on {len(missed)} matrices, such as {missed[0]}')
     return model
 
 # %% ../nbs/08_qlora.ipynb #599389cb

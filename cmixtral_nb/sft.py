@@ -10,7 +10,7 @@ __all__ = ['BEGIN', 'END', 'PAD', 'ROLES', 'TEMPLATE', 'chat_tokenizer', 'write_
            'read_conversations', 'translations', 'BPE', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat',
            'answer_bits', 'sft']
 
-# %% ../nbs/11_sft.ipynb #25ec448f
+# %% ../nbs/11_sft.ipynb #35499772
 import hashlib, heapq, json, random, re, shutil, sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from .artifact import *
 from .corpus import is_heldout, open_text
 from .mixtral import resolve_model
+from .plan import gpu_bytes, plan_faults
 from .pretrain import checkpoints, drop_half_written, read_log, trainer, training_arguments
 from .qlora import add_lora, default_device, load_model, parameter_table, quantised, save_adapter
 from .vocab import encode_plain, load_tokenizer
@@ -279,12 +280,12 @@ def answer_bits(
     model.train(was)
     return nats / math.log(2) / sum(len(m['content'].encode()) for t in talks for m in t if m['role'] == 'assistant')
 
-# %% ../nbs/11_sft.ipynb #1e596f59
+# %% ../nbs/11_sft.ipynb #6ea1a23b
 def _refs(conversations)->list[str]:
     return [conversations] if isinstance(conversations, str) else [str(c) for c in conversations or ['builtin']]
 
 def _check(model, conversations=None, rank=1, dropout=0., rows='all', lr=1., batch=1, accumulation=1, steps=0, epochs=1., length=2,
-           neftune=0., bpe_dropout=0., on_error='skip', valid_share=0., **_):
+           neftune=0., bpe_dropout=0., on_error='skip', valid_share=0., device=None, **kw):
     faults, got = [], locals()
     for name, ok, want in (('rank', rank >= 1, 'at least 1'), ('dropout', 0 <= dropout < 1, '0 to below 1'), ('lr', lr > 0, 'above 0'),
             ('batch', batch >= 1, 'at least 1'), ('accumulation', accumulation >= 1, 'at least 1'), ('epochs', steps > 0 or epochs > 0, 'above 0'),
@@ -299,6 +300,9 @@ def _check(model, conversations=None, rank=1, dropout=0., rows='all', lr=1., bat
         if not (folder/'tokenizer.json').is_file(): faults.append(f'{model} holds no tokenizer.json; run: cmixtral init --model {model} --tokenizer DIR --out DIR')
         if bpe_dropout and not (folder/'tokenizer.model').is_file(): faults.append(f'{model} holds no tokenizer.model, which BPE-dropout needs; use --bpe-dropout 0')
     except StageError as e: faults += e.args
+    if not faults:
+        p = dict(kw, rank=rank, dropout=dropout, rows=rows, batch=batch, accumulation=accumulation)
+        faults = plan_faults(folder, p, length, device=device or ('cuda' if gpu_bytes() else 'cpu'), n_gpus=world_size(), stage='sft')
     if faults: raise StageError(*faults)
 
 # %% ../nbs/11_sft.ipynb #e1ed850f
@@ -325,17 +329,13 @@ def _chat_stats(net, run, log, train, valid, counts, folder, out)->dict:
         dropped=dict(counts), loss=dict(first=losses[0], last=losses[-1]), bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
         parameters=parameter_table(net), quantised=quantised(net), quantised_dtype=str(net.dtype).removeprefix('torch.'))
 
-# %% ../nbs/11_sft.ipynb #2b3de4ac
+# %% ../nbs/11_sft.ipynb #7c053456
 def _bpe(folder:Path)->BPE:
     import sentencepiece as spm
     return BPE(spm.SentencePieceProcessor(model_file=str(folder/'tokenizer.model')))
 
-def _world()->int:
-    import os
-    return int(os.environ.get('WORLD_SIZE', 1))
-
-# %% ../nbs/11_sft.ipynb #f9c655cb
-@stage('adapter', inputs=('model', 'conversations'), ignore=('device',), resumable=True, check=_check)
+# %% ../nbs/11_sft.ipynb #ecf79681
+@stage('adapter', inputs=('model', 'conversations'), ignore=('device',), resumable=True, check=_check, parallel=True)
 def sft(
     model:Path,                # model folder (ours or any other) or hub id
     out:Path,                  # folder to write
@@ -370,16 +370,18 @@ def sft(
     "Teach a model to answer; killed, it goes on from its last checkpoint"
     from functools import partial
     device, folder = device or default_device(), resolve_model(model)
-    old = load_tokenizer(folder); tok = write_chat_tokenizer(folder, out)
+    old = load_tokenizer(folder)
+    if process_rank() == 0: write_chat_tokenizer(folder, out)
+    meet(); tok = load_tokenizer(out)
     train, valid, counts = _talks(_refs(conversations), tok, on_error, n_translations, length, valid_share)
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
     begin, end, pad = tok.convert_tokens_to_ids([BEGIN, END, PAD])
     grow_rows(net, len(tok), {begin: old.bos_token_id, end: old.eos_token_id, pad: old.eos_token_id})
     net.config.output_router_logits = True
-    net.router_aux_loss_coef = aux / accumulation
+    net.router_aux_loss_coef = aux / (accumulation * world_size())
     net = add_lora(net, rank, alpha, dropout, rows, seed=seed)
-    n_steps = steps or max(1, round(epochs * len(train) / (batch * accumulation)))
-    reading = Rounds(train, tok, _bpe(folder) if bpe_dropout else None, n_steps * batch * accumulation * _world(), bpe_dropout, seed)
+    n_batch = batch * accumulation * world_size(); n_steps = steps or max(1, round(epochs * len(train) / n_batch))
+    reading = Rounds(train, tok, _bpe(folder) if bpe_dropout else None, n_steps * n_batch, bpe_dropout, seed)
     done = checkpoints(out/'checkpoints'); drop_half_written(out/'checkpoints')
     args = training_arguments(out/'checkpoints', device, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=n_steps,
         learning_rate=lr, warmup_steps=warmup, optim=optim, seed=seed, logging_steps=log_every, eval_steps=eval_every, save_steps=save_every,
@@ -388,5 +390,5 @@ def sft(
     run = trainer(net, reading, args, partial(collate_chat, length=length), rows_lr or lr, measure, out/'log.jsonl', ordered=True)
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
     if run.state.global_step % eval_every: run.evaluate()
-    save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
+    if process_rank() == 0: save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
     return _chat_stats(net, run, read_log(out), train, valid, counts, folder, out)

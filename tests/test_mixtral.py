@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from cmixtral_nb import mixtral
 from cmixtral_nb.artifact import StageError, read_json, sha256_file, write_json
@@ -182,30 +182,6 @@ def test_head_loss_of_nothing_is_zero():
     loss.backward()
     assert loss.item() == 0 and not h.grad.any() and not W.grad.any()
 
-# plans
-
-def test_counts_of_other_sources(model):
-    n = small().num_parameters()
-    assert count_parameters(model)['total'] == count_parameters(read_json(model/'config.json'))['total'] == n
-    assert count_parameters(model, vocab_size=61)['total'] == n + 2 * 16
-    assert count_parameters(small_config(**CONFIG, experts=2, top_k=2))['active'] == count_parameters(small_config(**CONFIG, experts=2))['total']
-
-def test_lora_parameters_are_those_of_the_real_modules():
-    from cmixtral_nb.qlora import add_lora, mixtral_linear
-    c, cls = mixtral_linear()
-    net = cls(c(**{k: v for k, v in small_config(**CONFIG).to_dict().items() if k != 'model_type'}))
-    net = add_lora(net, rank=3, rows='none')
-    assert lora_parameters(small_config(**CONFIG), 3) == sum(p.numel() for n, p in net.named_parameters() if 'lora_' in n)
-
-def test_plan_refuses():
-    with pytest.raises(StageError, match="rows is 'some', expected all, new or none"): memory_plan(rows='some')
-    with pytest.raises(StageError, match='has no num_local_experts, num_experts_per_tok; expected a Mixtral'): count_parameters(LlamaConfig())
-
-def test_plan_without_4bit_is_the_checkpoint():
-    p = memory_plan(load_in_4bit=False, rank=0, rows='none')
-    assert p['bytes']['static'] == p['bytes']['bf16'] and p['trainable'] == dict(lora=0, rows=0)
-    assert time_plan(n_tokens=1000, n_gpus=2)['days'] * 2 * 24 == pytest.approx(time_plan(n_tokens=1000)['gpu_hours'])
-
 # base
 
 @pytest.fixture(scope='module')
@@ -224,7 +200,7 @@ def trained(text, tmp_path_factory): return base(text, out=tmp_path_factory.mkte
 def test_base_is_a_stock_model(trained):
     net = AutoModelForCausalLM.from_pretrained(trained)
     assert type(net) is MixtralForCausalLM and net.dtype == torch.float32 and net.config.vocab_size == 32000
-    assert trained.stats['n_params'] == net.num_parameters() == count_parameters(trained)['total']
+    assert trained.stats['n_params'] == net.num_parameters()
     assert any('block_sparse_moe.experts.0.w1' in n for n in tensor_files(trained.path))
     assert trained.stats['loss_last'] < trained.stats['loss_first']
 

@@ -3,8 +3,9 @@ import json, logging
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from cmixtral_nb.artifact import StageError, write_json
+from cmixtral_nb.merge import merge
 from cmixtral_nb.mixtral import small_config
-from cmixtral_nb.qlora import add_lora, expert_bytes, load_model, parameter_table, quantised, save_adapter, without_lora
+from cmixtral_nb.qlora import add_lora, expert_bytes, load_model, parameter_table, quantised, save_4bit, save_adapter, without_lora
 
 logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
 IDS = torch.arange(30)[None] % 99
@@ -96,3 +97,64 @@ def test_other_architecture(tmp_path):
     assert expert_bytes(m)['n_params'] == 0 and len(quantised(m)) == 7
     m = add_lora(m, 4, 8, 0.)
     assert {n.split('.')[-1] for n in m.peft_config['default'].target_modules} == {'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}
+
+
+def dequantised(m, path):
+    "The same model in float32, its weights those that 4 bits stand for"
+    from bitsandbytes.functional import dequantize_4bit
+    full, weights = load_model(path, trainable=True), {n: p for n, p in m.named_parameters()}
+    for n, p in full.named_parameters():
+        if (state := getattr(weights[n], 'quant_state', None)) is not None: p.data = dequantize_4bit(weights[n].data, state)
+    return full
+
+
+@pytest.mark.parametrize('evaluated', [False, True])
+def test_logits_and_gradients_are_those_of_the_dequantised_model(here, evaluated):
+    four = load_model(here/'model', load_in_4bit=True, trainable=True)
+    nets = [add_lora(m, 4, 8, 0., 'new', n_old=90) for m in (four, dequantised(four, here/'model'))]
+    for m in nets:
+        for i, (n, p) in enumerate(m.named_parameters()):
+            if 'lora_B' in n: p.data.normal_(std=.05, generator=torch.Generator().manual_seed(i))
+        if evaluated:  # on some CPUs an evaluation pass would repack the 4-bit weights, and the gradient be lost
+            with torch.no_grad(): m.eval()(IDS)
+        m.train()(IDS, labels=IDS, output_router_logits=True).loss.backward()
+    a, b = ({n: p.grad for n, p in m.named_parameters() if p.requires_grad} for m in nets)
+    assert a.keys() == b.keys() and len(a) == 2 * (4 + 12) + 2
+    for n in a: torch.testing.assert_close(a[n], b[n], rtol=1e-4, atol=1e-7)
+    with torch.no_grad(): torch.testing.assert_close(nets[0].eval()(IDS).logits, nets[1].eval()(IDS).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_4bit_checkpoint_reloads_with_the_same_bits(here, tmp_path):
+    m = load_model(here/'model', load_in_4bit=True); save_4bit(m, tmp_path/'four')
+    again = load_model(tmp_path/'four')
+    assert quantised(again) == quantised(m) and expert_bytes(again) == expert_bytes(m)
+    with torch.no_grad(): assert torch.equal(again(IDS).logits, m(IDS).logits)
+    again = load_model(tmp_path/'four', adapter=here/'adapter')
+    with torch.no_grad(): assert torch.equal(again(IDS).logits, torch.load(here/'want.pt', weights_only=True))
+
+
+@pytest.mark.parametrize('naming', ['.block_sparse_moe.', '.mlp.'])
+def test_both_names_of_the_experts_in_many_shards(here, tmp_path, naming):
+    t = {k.replace('.block_sparse_moe.', naming): v for k, v in load_file(here/'model/model.safetensors').items()}
+    assert any(f'{naming}experts.0.w1' in k for k in t)
+    names = sorted(t); parts = [names[i::3] for i in range(3)]
+    write_json(tmp_path/'config.json', json.loads((here/'model/config.json').read_text()))
+    for i, part in enumerate(parts, 1): save_file({k: t[k] for k in part}, tmp_path/f'model-{i:05d}-of-00003.safetensors', metadata=dict(format='pt'))
+    write_json(tmp_path/'model.safetensors.index.json', dict(metadata={}, weight_map={k: f'model-{i:05d}-of-00003.safetensors' for i, part in enumerate(parts, 1) for k in part}))
+    for bits in (False, True):
+        with torch.no_grad(): assert torch.equal(load_model(tmp_path, load_in_4bit=bits)(IDS).logits, load_model(here/'model', load_in_4bit=bits)(IDS).logits)
+
+
+@pytest.mark.parametrize('rows', ['all', 'new'])
+def test_rows_alone(here, tmp_path, rows):
+    m = add_lora(load_model(here/'model', load_in_4bit=True, trainable=True), rank=0, rows=rows, n_old=90)
+    names = {n for n, p in m.named_parameters() if p.requires_grad}
+    assert len(names) == 2 and not any('lora_' in n for n in names)
+    m.train()(IDS + 65, labels=IDS + 65).loss.backward()
+    for p in m.parameters():
+        if p.requires_grad: assert p.grad.abs().sum() > 0; p.data += .1
+    save_adapter(m, tmp_path/'rows')
+    with torch.no_grad(): torch.testing.assert_close(load_model(here/'model', adapter=tmp_path/'rows', load_in_4bit=True)(IDS).logits, m.eval()(IDS).logits)
+    merged = load_model(merge(here/'model', tmp_path/'rows', out=tmp_path/'merged', device='cpu'))
+    with torch.no_grad(): torch.testing.assert_close(merged(IDS).logits, m(IDS).logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(StageError, match='nothing would be trained'): add_lora(load_model(here/'model'), rank=0, rows='none')
