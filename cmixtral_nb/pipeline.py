@@ -173,7 +173,7 @@ def _hub_fault(kind:str, ref:str)->str:
     except Exception as e: return f'{ref}: not to be had from the hub ({type(e).__name__})'
     return ''
 
-# %% ../nbs/14_pipeline.ipynb #e6abf893
+# %% ../nbs/14_pipeline.ipynb #96d5150d
 def preflight(
     recipe:dict,           # as read and checked
     steps:list[Step],      # what is going to run
@@ -194,7 +194,7 @@ def _memory_faults(recipe:dict, commands:set)->list[str]:
         try: p = plan_inputs(recipe, stage)
         except StageError: continue  # a model of the hub whose size is known once it is here
         faults += plan_faults(p['config'], p['settings'], p['length'], p['vocab_size'], p['settings'].get('device') or device,
-            int(os.environ.get('WORLD_SIZE', 1)), stage=stage, recipe=recipe['name'])
+            world_size(), stage=stage, recipe=recipe['name'])
     return sorted(faults)
 
 # %% ../nbs/14_pipeline.ipynb #ff380a39

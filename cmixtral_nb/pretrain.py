@@ -85,7 +85,7 @@ def read_log(
     "The log of a training run"
     return [json.loads(l) for l in (Path(getattr(folder, 'path', folder))/'log.jsonl').read_text().splitlines()]
 
-# %% ../nbs/09_pretrain.ipynb #ef70746c
+# %% ../nbs/09_pretrain.ipynb #5bda6614
 def checkpoints(
     folder:Path,  # holds checkpoint-N folders
 )->list[Path]:  # whole ones, oldest first
@@ -95,9 +95,10 @@ def checkpoints(
 def drop_half_written(
     folder:Path,  # holds checkpoint-N folders
 ):
-    "Remove checkpoints without the mark"
-    for p in Path(folder).glob('checkpoint-*'):
+    "Remove checkpoints without the mark, once for all processes"
+    for p in Path(folder).glob('checkpoint-*') if process_rank() == 0 else []:
         if not (p/'complete').exists(): shutil.rmtree(p)
+    meet()
 
 # %% ../nbs/09_pretrain.ipynb #c382d078
 PEAK_FLOPS = dict(B200=2250e12, H200=989e12, H100=989e12, A100=312e12, L40S=362e12, A10G=70e12, L4=121e12, V100=125e12, T4=65e12)  # dense, 16 bits; NVIDIA's data sheets

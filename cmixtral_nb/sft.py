@@ -10,7 +10,7 @@ __all__ = ['BEGIN', 'END', 'PAD', 'ROLES', 'TEMPLATE', 'chat_tokenizer', 'write_
            'read_conversations', 'translations', 'BPE', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat',
            'answer_bits', 'sft']
 
-# %% ../nbs/11_sft.ipynb #35499772
+# %% ../nbs/11_sft.ipynb #4cd4d99d
 import hashlib, heapq, json, random, re, shutil, sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from .artifact import *
 from .corpus import is_heldout, open_text
 from .mixtral import resolve_model
 from .plan import gpu_bytes, plan_faults
-from .pretrain import checkpoints, drop_half_written, read_log, trainer, training_arguments
+from .pretrain import checkpoints, drop_half_written, full_precision, read_log, trainer, training_arguments
 from .qlora import add_lora, default_device, load_model, parameter_table, quantised, save_adapter
 from .vocab import encode_plain, load_tokenizer
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def _bpe(folder:Path)->BPE:
     import sentencepiece as spm
     return BPE(spm.SentencePieceProcessor(model_file=str(folder/'tokenizer.model')))
 
-# %% ../nbs/11_sft.ipynb #ecf79681
+# %% ../nbs/11_sft.ipynb #af6ef9ab
 @stage('adapter', inputs=('model', 'conversations'), ignore=('device',), resumable=True, check=_check, parallel=True)
 def sft(
     model:Path,                # model folder (ours or any other) or hub id
@@ -390,5 +390,7 @@ def sft(
     run = trainer(net, reading, args, partial(collate_chat, length=length), rows_lr or lr, measure, out/'log.jsonl', ordered=True)
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
     if run.state.global_step % eval_every: run.evaluate()
-    if process_rank() == 0: save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
+    full_precision(net)
+    if process_rank(): return {}
+    save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
     return _chat_stats(net, run, read_log(out), train, valid, counts, folder, out)
