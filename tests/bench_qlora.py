@@ -70,7 +70,8 @@ def step(turns=7, batch=4, length=256):
         for name, net in nets.items():
             net.train()
             start = time.perf_counter()
-            net(input_ids=x, labels=x).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16):  # as the Trainer does it
+                net(input_ids=x, labels=x).loss.backward()
             opts[name].step()
             opts[name].zero_grad()
             if turn:
