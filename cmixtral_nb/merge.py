@@ -52,7 +52,7 @@ def nf4_roundtrip(
     device:str='cpu',   # where to quantise
 )->Tensor:
     "What 4-bit training saw: NF4 in blocks of 64, its constants quantised again"
-    import torch
+    import torch, bitsandbytes  # the whole package: a thread that took only `functional`, while another imports, would find no kernels
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     t = t.to(device, getattr(torch, dtype) if dtype else t.dtype).contiguous()
     q, state = quantize_4bit(t, blocksize=64, compress_statistics=True, quant_type='nf4')

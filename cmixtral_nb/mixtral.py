@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
 
-# %% ../nbs/05_mixtral.ipynb #df041750
+# %% ../nbs/05_mixtral.ipynb #d5e622d4
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+    from concurrent.futures import Executor
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -129,19 +130,19 @@ def _header(specs:list)->bytes:
     text = json.dumps(head, separators=(',', ':')).encode(); text += b' ' * (-len(text) % 8)
     return struct.pack('<Q', len(text)) + text
 
-# %% ../nbs/05_mixtral.ipynb #76749deb
+# %% ../nbs/05_mixtral.ipynb #a28edbed
 def ahead(
-    f,             # a function of one argument, safe in a thread
-    items:list,    # its arguments
-    workers:int=2, # threads, and results that may wait
+    pool:Executor,   # threads or processes
+    f,               # a function of one argument
+    items:Iterable,  # its arguments
+    waiting:int=2,   # results that may wait
 )->Iterator:
-    "f(x) for each x in order, while threads make the next ones"
+    "f(x) for each x in order, while the pool makes the next ones"
     jobs = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for x in items:
-            jobs.append(pool.submit(f, x))
-            if len(jobs) > workers: yield jobs.popleft().result()
-        while jobs: yield jobs.popleft().result()
+    for x in items:
+        jobs.append(pool.submit(f, x))
+        if len(jobs) > waiting: yield jobs.popleft().result()
+    while jobs: yield jobs.popleft().result()
 
 def write_tensors(
     path:str|Path,  # file to write; seen only when whole
@@ -152,9 +153,9 @@ def write_tensors(
     "A safetensors file written tensor by tensor"
     import torch
     part, digest = Path(path).with_name(Path(path).name + '.part'), hashlib.sha256(head := _header(specs))
-    with open(part, 'wb') as f, ThreadPoolExecutor(1) as disk:
+    with open(part, 'wb') as f, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(2) as pool:
         f.write(head); f.flush(); flushed = disk.submit(os.fsync, f.fileno())
-        for (name, dtype, shape), t in zip(specs, ahead(tensor, [n for n, *_ in specs]), strict=True):
+        for (name, dtype, shape), t in zip(specs, ahead(pool, tensor, [n for n, *_ in specs]), strict=True):
             assert list(t.shape) == list(shape) and t.dtype == getattr(torch, DTYPES[dtype]), (name, t.shape, t.dtype)
             data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             f.write(data); digest.update(data)

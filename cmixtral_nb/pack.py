@@ -9,9 +9,8 @@ from __future__ import annotations
 __all__ = ['rows', 'positions', 'collate', 'parse_mix', 'takes', 'repeats', 'encode_docs', 'line_spans', 'encoded', 'encode_part',
            'Parts', 'gather', 'RowWriter', 'finish_rows', 'pack', 'load_rows', 'valid_texts', 'pack_job']
 
-# %% ../nbs/07_pack.ipynb #707e2773
+# %% ../nbs/07_pack.ipynb #2217c98d
 import json, math, os, shutil
-from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import cache, partial
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
 from .corpus import corpus_langs, corpus_texts, doc_files, is_heldout, text_batches
+from .mixtral import ahead
 from .vocab import encode_plain, load_tokenizer
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -196,14 +196,7 @@ def _identity(corpus, tokenizer, lang:str, ratio:float, valid_share:float, seed:
 def _dtype(tok)->str: return 'uint16' if len(tok) <= 2**16 else 'uint32'
 def _special(tok)->dict: return dict(bos=tok.bos_token_id, eos=tok.eos_token_id)
 
-# %% ../nbs/07_pack.ipynb #a6f45397
-def _in_order(pool, jobs, ahead:int):
-    flight = deque()
-    for j in jobs:
-        flight.append(pool.submit(_encode, j))
-        if len(flight) > ahead: yield flight.popleft().result()
-    while flight: yield flight.popleft().result()
-
+# %% ../nbs/07_pack.ipynb #a9eb5adb
 def encoded(
     jobs:Iterable,   # spans or batches of texts
     tok,             # loaded tokenizer
@@ -219,7 +212,7 @@ def encoded(
     from multiprocessing import get_context
     start = partial(_start, tok.backend_tokenizer.to_str(), **how)
     try:
-        with ProcessPoolExecutor(workers, get_context('spawn'), start) as pool: yield from _in_order(pool, jobs, 2 * workers)
+        with ProcessPoolExecutor(workers, get_context('spawn'), start) as pool: yield from ahead(pool, _encode, jobs, 2 * workers)
     except BrokenProcessPool: raise StageError('a process that encodes died, of memory perhaps; run it with fewer: --workers 1') from None
 
 # %% ../nbs/07_pack.ipynb #ac704bc8

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # %% auto #0
-__all__ = ['MIXTRAL_8X7B', 'PLANNED', 'WIDTH', 'CUDA_BYTES', 'CARDS', 'count_parameters', 'nf4_bytes', 'frozen_bytes',
-           'lora_parameters', 'row_parameters', 'optimiser_bytes', 'activation_bytes', 'memory_plan', 'plan_table',
-           'gpu_table', 'settings_plan', 'smallest_change', 'change_text', 'fit_text', 'fits_text', 'step_flops',
-           'time_plan', 'time_text', 'disk_plan', 'disk_text', 'available_bytes', 'gpu_bytes', 'plan_faults']
+__all__ = ['MIXTRAL_8X7B', 'PLANNED', 'WIDTH', 'CUDA_BYTES', 'CARDS', 'PEAK_FLOPS', 'count_parameters', 'nf4_bytes',
+           'frozen_bytes', 'lora_parameters', 'row_parameters', 'optimiser_bytes', 'activation_bytes', 'memory_plan',
+           'plan_table', 'gpu_table', 'settings_plan', 'smallest_change', 'change_text', 'fit_text', 'fits_text',
+           'step_flops', 'time_plan', 'time_text', 'disk_plan', 'disk_text', 'available_bytes', 'gpu_bytes',
+           'plan_faults']
 
 # %% ../nbs/05b_plan.ipynb #ee2dbf96
 import itertools, json, math, os, sys
@@ -262,7 +263,7 @@ def fits_text(config, settings:dict, length:int, vocab_size:int=0)->str:
     rows = {f'{card} GB × {n}': fit_text(config, settings, card * 10**9, length, vocab_size, n_gpus=n) for card in CARDS for n in (1, 8)}
     return 'fits every card' if set(rows.values()) == {'fits'} else '\n'.join(f'{k:<10}{v}' for k, v in rows.items())
 
-# %% ../nbs/05b_plan.ipynb #4d1c497c
+# %% ../nbs/05b_plan.ipynb #68a1e1b9
 def step_flops(
     config:str|Path|dict|PreTrainedConfig='mixtral',  # "mixtral" (8x7B), a model folder, or a configuration
     vocab_size:int=0,        # after extension; 0: as configured
@@ -279,11 +280,14 @@ def step_flops(
     attention = 2 * c['n'] * c['q'] * length  # two products of all pairs, without weights
     return 2 * (frozen * (again + 1) + (lora + attention) * (again + 2) + head * (2 if rows == 'none' else 3))
 
+PEAK_FLOPS = dict(B200=2250e12, H200=989e12, H100=989e12, A100=312e12, L40S=362e12, A10G=70e12, L4=121e12, V100=125e12, T4=65e12)  # dense, 16 bits; NVIDIA's data sheets
+PEAK_FLOPS |= {'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
 def time_plan(
     config:str|Path|dict|PreTrainedConfig='mixtral',  # "mixtral" (8x7B), a model folder, or a configuration
     n_tokens:int=42_000_000_000,  # to train on
     n_gpus:int=8,                 # side by side
-    gpu_flops:float=312e12,       # operations per second one GPU can do in bfloat16 (A100: 312e12, H100: 989e12)
+    gpu_flops:float=PEAK_FLOPS['A100'],  # operations per second one GPU can do in bfloat16
     utilisation:float=0.3,        # share of them that training reaches
     **kw,                         # more of `step_flops`
 )->dict:  # flops, gpu_hours, days
@@ -292,7 +296,7 @@ def time_plan(
     hours = flops / (gpu_flops * utilisation) / 3600
     return dict(flops=flops, gpu_hours=hours, days=hours / n_gpus / 24)
 
-# %% ../nbs/05b_plan.ipynb #81aabd1c
+# %% ../nbs/05b_plan.ipynb #d0c1223f
 def time_text(
     config:str|Path|dict|PreTrainedConfig,  # "mixtral" (8x7B), a model folder, or a configuration
     n_tokens:int,          # to train on; 0: not known, then for each billion
@@ -300,7 +304,7 @@ def time_text(
     **kw,                  # more of `step_flops`
 )->str:
     "Operations and hours on GPUs of two kinds"
-    plans = {name: time_plan(config, n_tokens or 10**9, 8, peak, utilisation, **kw) for name, peak in (('A100', 312e12), ('H100', 989e12))}
+    plans = {name: time_plan(config, n_tokens or 10**9, 8, PEAK_FLOPS[name], utilisation, **kw) for name in ('A100', 'H100')}
     show = lambda x: f'{x:,.0f}' if x >= 10 else f'{x:.2g}' if x >= .01 else 'under 0.01'
     hours = '; '.join(f'{name} {show(t["gpu_hours"])} GPU hours, {show(t["days"])} days on 8 of them' for name, t in plans.items())
     what = f'{n_tokens:,} tokens' if n_tokens else 'each billion tokens (how many there are is not known before they are packed)'

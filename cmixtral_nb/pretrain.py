@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PEAK_FLOPS', 'router_load', 'param_groups', 'cosine', 'write_log', 'read_log', 'checkpoints', 'drop_half_written',
+__all__ = ['router_load', 'param_groups', 'cosine', 'write_log', 'read_log', 'checkpoints', 'drop_half_written',
            'flops_per_token', 'log_speed', 'Numbered', 'trainer', 'training_arguments', 'zero_config', 'full_precision',
            'pretrain']
 
-# %% ../nbs/09_pretrain.ipynb #56424d6e
+# %% ../nbs/09_pretrain.ipynb #b608af06
 import json, math, os, shutil, sys, time
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from .artifact import *
 from .corpus import corpus_texts
 from .mixtral import bits_per_byte, resolve_model
 from .pack import collate, load_rows, valid_texts
-from .plan import gpu_bytes, plan_faults
+from .plan import PEAK_FLOPS, gpu_bytes, plan_faults
 from .qlora import add_lora, default_device, load_model, parameter_table, quantised, quiet, save_adapter
 from .vocab import encode_plain, load_tokenizer
 if TYPE_CHECKING:
@@ -100,10 +100,7 @@ def drop_half_written(
         if not (p/'complete').exists(): shutil.rmtree(p)
     meet()
 
-# %% ../nbs/09_pretrain.ipynb #c382d078
-PEAK_FLOPS = dict(B200=2250e12, H200=989e12, H100=989e12, A100=312e12, L40S=362e12, A10G=70e12, L4=121e12, V100=125e12, T4=65e12)  # dense, 16 bits; NVIDIA's data sheets
-PEAK_FLOPS |= {'RTX 4090': 165e12, 'RTX 3090': 71e12}
-
+# %% ../nbs/09_pretrain.ipynb #60b9c6bd
 def flops_per_token(
     model,  # a causal language model, with or without an adapter
 )->float:

@@ -1,5 +1,5 @@
 "10_merge: adapters of every form against peft, what is refused, resuming"
-import errno, json, math, os, random, shutil, signal, sys, time
+import errno, json, math, os, random, shutil, signal, subprocess, sys, time
 from collections import namedtuple
 
 import pytest, torch
@@ -223,6 +223,20 @@ def test_bfloat16_is_rounded_once(llama, tmp_path):
     A, B = (t[f'base_model.model.{name}.lora_{x}.weight'].double() for x in 'AB')
     assert torch.equal(got[name + '.weight'], (W[name + '.weight'].double() + 1.5 * B @ A).float().bfloat16())
     assert all(torch.equal(got[k], W[k]) for k in W if 'q_proj' not in k)
+
+def test_first_use_of_4_bits_while_another_thread_imports_it():
+    code = """
+import sys, threading, time, torch
+from cmixtral_nb.merge import nf4_roundtrip
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("bitsandbytes.backends"): time.sleep(0.2)
+sys.meta_path.insert(0, Slow())
+other = threading.Thread(target=nf4_roundtrip, args=[torch.ones(64, 64)]); other.start()
+while "bitsandbytes.functional" not in sys.modules: time.sleep(0.001)
+assert nf4_roundtrip(torch.ones(64, 64)).sum() == 64 * 64
+"""
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_nf4_is_bitwise_what_training_used(saved, dtype):

@@ -1,5 +1,6 @@
 "05_mixtral: broken checkpoints, edge cases of the measures, what `base` refuses and leaves behind"
 import json, math, random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest, torch
@@ -133,9 +134,10 @@ def test_a_tensor_that_cannot_be_made_leaves_no_file(tmp_path):
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 4))
 def test_ahead_keeps_the_order_and_never_runs_far_ahead(items, workers):
     made, taken = [], 0
-    for x in ahead(lambda i: made.append(i) or items[i], range(len(items)), workers):
-        assert x == items[taken] and len(made) <= taken + workers + 1
-        taken += 1
+    with ThreadPoolExecutor(workers) as pool:
+        for x in ahead(pool, lambda i: made.append(i) or items[i], range(len(items)), workers):
+            assert x == items[taken] and len(made) <= taken + workers + 1
+            taken += 1
     assert taken == len(items) == len(made)
 
 # measures

@@ -262,7 +262,7 @@ def test_a_bad_line_is_named(here, tmp_path):
 
 def test_a_worker_that_dies(tok, monkeypatch):
     def died(*_): raise BrokenProcessPool
-    monkeypatch.setattr(m, '_in_order', died)
+    monkeypatch.setattr(m, 'ahead', died)
     with pytest.raises(StageError, match='a process that encodes died.*--workers 1'): list(encoded([['a']], tok, 2, bos=1, eos=2, dtype='uint16'))
 
 
