@@ -14,7 +14,7 @@ import contextlib, functools, os, re, sys, warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
-from .mixtral import resolve_model
+from .mixtral import resolve_model, tensor_files
 if TYPE_CHECKING:
     from collections.abc import Callable
     from peft import PeftModel
@@ -171,6 +171,33 @@ def _for_training(model):
         if re.search(r'norm\.weight$|\.gate\.weight$', name): p.data = p.data.float()
     model.config.use_cache = False
 
+# %% ../nbs/08_qlora.ipynb #95c56d4a
+class _Weight:
+    "A tensor of a checkpoint, read when it is asked for; not through a map of the file, whose pages would count as memory of this process"
+    def __init__(self, file, name:str): self.file, self.name = file, name
+    def __getitem__(self, i):
+        _give_back()
+        return self.file.get_tensor(self.name)[i]
+
+def _give_back():
+    "Freed memory to the system: the allocator of glibc keeps what 16-bit matrices have used"
+    import ctypes
+    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL('libc.so.6').malloc_trim(0)
+
+def _quantise(folder:Path, config, dtype, **how):
+    "A model whose matrices are read and quantised one after the other, never two in 16 bits in memory"
+    from safetensors import safe_open
+    from transformers import GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    files = tensor_files(folder)
+    with contextlib.ExitStack() as stack:
+        shards = {f: stack.enter_context(safe_open(f, 'pt', backend='pread')) for f in set(files.values())}
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, dtype=dtype, quantization_config=_nf4(dtype),
+            state_dict={n: _Weight(shards[f], n) for n, f in files.items()}, **how)
+    if (folder/'generation_config.json').is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)
+    _give_back()
+    return model
+
 # %% ../nbs/08_qlora.ipynb #a3146925
 def load_model(
     path:str|Path,             # model folder (ours or any other), artifact, or hub id
@@ -189,9 +216,8 @@ def load_model(
     config = _config(folder)
     if config.model_type == 'mixtral_linear': mixtral_linear()
     if getattr(config, 'quantization_config', None): load_in_4bit = False  # it says itself how it is stored
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attn,
-            device_map={'': device}, quantization_config=_nf4(dtype) if load_in_4bit else None)
+    load = _quantise if load_in_4bit else AutoModelForCausalLM.from_pretrained
+    with quiet(): model = load(folder, config=config, dtype=dtype, attn_implementation=attn, device_map={'': device})
     _avoid_cpu_repacking(model); _share_codebooks(model)
     if load_in_4bit: _require_4bit(model, path)
     model.requires_grad_(False); model.eval()

@@ -42,6 +42,19 @@ def test_every_expert_has_lora_and_gradient(here):
     assert sum(r['trainable'] for r in parameter_table(m)) == sum(p.numel() for p in m.parameters() if p.requires_grad)
 
 
+def test_4_bits_read_one_by_one_are_those_of_the_stock_loader(here, tmp_path):
+    import shutil
+    from transformers import AutoModelForCausalLM
+    from cmixtral_nb.qlora import _config, _nf4
+    model = shutil.copytree(here/'model', tmp_path/'model')
+    write_json(model/'generation_config.json', dict(eos_token_id=[2, 7], top_p=0.5))
+    got = load_model(model, load_in_4bit=True, dtype='bfloat16')
+    want = AutoModelForCausalLM.from_pretrained(model, config=_config(model), dtype=torch.bfloat16, quantization_config=_nf4(torch.bfloat16))
+    a, b = got.state_dict(), want.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    assert got.generation_config.to_dict() == want.generation_config.to_dict() and got.generation_config.eos_token_id == [2, 7]
+
+
 def test_adapter_goes_round(here):
     with torch.no_grad(): got = load_model(here/'model', adapter=here/'adapter', load_in_4bit=True)(IDS).logits
     assert torch.equal(got, torch.load(here/'want.pt', weights_only=True))
