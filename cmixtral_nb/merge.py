@@ -39,10 +39,11 @@ def merge_weight(
     "W + scale B A in float32, rounded once; by blocks of rows that stay in the cache"
     import torch
     out, A, B = torch.empty(W.shape, dtype=dtype or W.dtype), A.float(), B.float()
-    n = max(16, 2**17 // W.shape[1])
+    n = max(16, 2**17 // W.shape[1]); room = torch.empty(n, W.shape[1])
     for w, b, o in zip(W.split(n), B.split(n), out.split(n)):
-        D = (b @ A).mul_(scale)
-        torch.add(w, D.to(out.dtype) if twice else D, out=o)
+        D = torch.mm(b, A, out=room[:len(b)]).mul_(scale)
+        if twice: torch.add(w, D.to(out.dtype), out=o)
+        else: o.copy_(D.add_(w))
     return out
 
 # %% ../nbs/10_merge.ipynb #5c409bad
@@ -312,15 +313,11 @@ def plan_shards(
     "Fill shards in order; names as transformers writes them"
     groups, size = [[]], 0
     for s in specs:
-        n = _n_bytes([s])
+        n = n_bytes([s])
         if groups[-1] and size + n > shard_bytes: groups.append([]); size = 0
         groups[-1].append(s); size += n
     if len(groups) == 1: return {'model.safetensors': groups[0]}
     return {f'model-{i:05d}-of-{len(groups):05d}.safetensors': g for i, g in enumerate(groups, 1)}
-
-def _n_bytes(specs:list)->int:
-    import torch
-    return sum(math.prod(s) * getattr(torch, DTYPES[d]).itemsize for _, d, s in specs)
 
 @contextmanager
 def _threads(n:int):
@@ -438,7 +435,7 @@ def _check(model, adapter, into, rounding='peft', out=None, shard_bytes=1, **kw)
 
 def _require_space(out:Path, plan:dict):
     "Refuse before the first byte if the disk cannot hold the result"
-    need = sum(_n_bytes(specs) for f, specs in plan.items() if not _whole(out/f, specs)) + 10_000_000
+    need = sum(n_bytes(specs) for f, specs in plan.items() if not _whole(out/f, specs)) + 10_000_000
     free = shutil.disk_usage(out).free
     require(need <= free, f'{out}: the merged model needs {need/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; free some, or choose another --out')
 
@@ -477,6 +474,6 @@ def merge(
     plan = plan_shards(make.specs(), shard_bytes)
     _require_space(out, plan)
     todo, sums = [f for f, specs in plan.items() if not _whole(out/f, specs)], {}
-    with _threads(1), tqdm(total=sum(_n_bytes(plan[f]) for f in todo), desc='merge', unit='B', unit_scale=True, disable=None) as bar:
+    with _threads(1), tqdm(total=sum(n_bytes(plan[f]) for f in todo), desc='merge', unit='B', unit_scale=True, disable=None) as bar:
         for f in todo: sums[f] = write_tensors(out/f, plan[f], make, bar.update)
     return dict(_finish(src, adapters, out, make, check), sha256=sums)

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['INDEX', 'DTYPES', 'small_config', 'by_expert', 'use_by_expert', 'read_header', 'tensor_files', 'load_tensor', 'ahead',
-           'write_tensors', 'write_index', 'resolve_model', 'windows', 'bits_per_byte', 'head_loss', 'text_blocks',
-           'base']
+__all__ = ['INDEX', 'DTYPES', 'small_config', 'by_expert', 'use_by_expert', 'read_header', 'tensor_files', 'load_tensor',
+           'n_bytes', 'ahead', 'write_tensors', 'write_index', 'resolve_model', 'windows', 'bits_per_byte', 'head_loss',
+           'text_blocks', 'base']
 
 # %% ../nbs/05_mixtral.ipynb #d119e133
-import hashlib, json, math, os, re, struct, sys
+import errno, hashlib, json, math, os, re, struct, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
@@ -120,13 +121,17 @@ def load_tensor(
     from safetensors import safe_open
     with safe_open(files[name], 'pt') as f: return f.get_tensor(name)
 
+def n_bytes(
+    specs:list,  # (name, dtype such as "BF16", shape)
+)->int:
+    "What tensors take on disk"
+    import torch
+    return sum(math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize for _, dtype, shape in specs)
+
 def _header(specs:list)->bytes:
     "The first bytes of a safetensors file: the length of the JSON, and the JSON"
-    import torch
     head, end = {'__metadata__': {'format': 'pt'}}, 0
-    for name, dtype, shape in specs:
-        n = math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize
-        head[name] = dict(dtype=dtype, shape=list(shape), data_offsets=[end, end := end + n])
+    for spec in specs: head[spec[0]] = dict(dtype=spec[1], shape=list(spec[2]), data_offsets=[end, end := end + n_bytes([spec])])
     text = json.dumps(head, separators=(',', ':')).encode(); text += b' ' * (-len(text) % 8)
     return struct.pack('<Q', len(text)) + text
 
@@ -144,6 +149,19 @@ def ahead(
         if len(jobs) > waiting: yield jobs.popleft().result()
     while jobs: yield jobs.popleft().result()
 
+def _reserve(f, size:int):
+    "Room for the whole file: a full disk says so before the first byte, and the disk writes in long runs"
+    with suppress(AttributeError):  # a system without the call
+        try: os.posix_fallocate(f.fileno(), 0, size)
+        except OSError as e:
+            if e.errno == errno.ENOSPC: raise
+
+def _to_disk(f, start:int, every:int=2**25)->int:  # where what is still to be sent begins
+    "Have the system write what it holds of a file since `start`, so that the end need not wait for all of it"
+    if (n := f.tell() - start) < every: return start
+    with suppress(AttributeError, OSError): os.posix_fadvise(f.fileno(), start, n, os.POSIX_FADV_DONTNEED)
+    return start + n
+
 def write_tensors(
     path:str|Path,  # file to write; seen only when whole
     specs:list,     # (name, dtype such as "BF16", shape) in the order of the file
@@ -153,15 +171,15 @@ def write_tensors(
     "A safetensors file written tensor by tensor"
     import torch
     part, digest = Path(path).with_name(Path(path).name + '.part'), hashlib.sha256(head := _header(specs))
-    with open(part, 'wb') as f, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(2) as pool:
-        f.write(head); f.flush(); flushed = disk.submit(os.fsync, f.fileno())
+    with open(part, 'wb') as f, ThreadPoolExecutor(2) as pool:
+        _reserve(f, len(head) + n_bytes(specs))
+        f.write(head); sent = 0
         for (name, dtype, shape), t in zip(specs, ahead(pool, tensor, [n for n, *_ in specs]), strict=True):
             assert list(t.shape) == list(shape) and t.dtype == getattr(torch, DTYPES[dtype]), (name, t.shape, t.dtype)
             data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            f.write(data); digest.update(data)
-            if flushed.done(): flushed = disk.submit(os.fsync, f.fileno())  # the disk need not wait for the last tensor
+            f.write(data); digest.update(data); sent = _to_disk(f, sent)
             if progress: progress(len(data))
-        f.flush(); disk.submit(os.fsync, f.fileno()).result()
+        f.flush(); os.fsync(f.fileno())
     os.replace(part, path)
     return digest.hexdigest()
 
