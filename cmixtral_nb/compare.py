@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['EXAMS', 'LANGUAGES', 'CHANCE', 'COLOURS', 'load_evaluation', 'measures', 'value_of', 'change', 'changes', 'verdict',
-           'sentence', 'verdicts', 'gain_figure', 'named', 'token_table', 'speed_table', 'writing_speed', 'efficiency',
-           'efficiency_text']
+           'sentence', 'percent', 'verdicts', 'gain_figure', 'named', 'token_table', 'speed_table', 'writing_speed',
+           'efficiency', 'efficiency_text']
 
 # %% ../nbs/13b_compare.ipynb #b06fb23b
 import json, math, time
@@ -148,16 +148,20 @@ def sentence(
     "One change in words, with its interval"
     m, n = row['models'][name], row['models'][name]['n']
     if row['lower_is_better']:
-        what, unit = f'{row["name"]}: {abs(m["change"]):.1%} {"fewer" if m["change"] < 0 else "more"} bits per byte than {base}', 'documents'
-        span = lambda: f'{m["change_low"]:+.1%} to {m["change_high"]:+.1%}'
+        f = percent(m['change']).lstrip('+-')
+        what, unit = f'{row["name"]}: {f} {"fewer" if m["change"] < 0 else "more"} bits per byte than {base}', 'documents'
+        span = lambda: f'{percent(m["change_low"], m["change"])} to {percent(m["change_high"], m["change"])}'
     else:
         what, unit = f'{row["name"]}: {100 * m["value"]:.1f}%, {100 * m["change"]:+.1f} points against {base}', 'questions'
         span = lambda: f'{100 * m["change_low"]:+.1f} to {100 * m["change_high"]:+.1f}'
     if m['change_low'] is None: return f'{what}; its spread is not known' + (f' ({n} {unit})' if n else '')
     what += f' ({span()}, 95%' + (f' over {n:,} {unit})' if n else ', not paired)')
-    ends = {'gained': 'a gain', 'lost': 'a loss' if not row['lower_is_better'] or row['kind'] != 'language' else 'forgotten', 'guessing': 'both guess',
-            'not shown': 'no difference is shown'}
+    ends = {'gained': 'a gain', 'lost': 'a loss', 'guessing': 'both guess', 'not shown': 'no difference is shown'}
     return f'{what}: {ends[m["verdict"]]}'
+
+def percent(x:float, like:float=None)->str:
+    "A share with its sign; below one per cent with a digit more, as its neighbour `like` has it"
+    return f'{x:+.2%}' if abs(x if like is None else like) < .01 else f'{x:+.1%}'
 
 def verdicts(
     rows:list[dict],  # from `changes`

@@ -11,7 +11,7 @@ __all__ = ['task_files', 'leaves', 'split_tasks', 'read_member', 'csv_rows', 'he
            'heldout_texts', 'domain_docs', 'eval_docs', 'bootstrap', 'bpb_results', 'tables_text', 'evaluate']
 
 # %% ../nbs/13_evaluate.ipynb #6cdd06de
-import contextlib, csv, difflib, hashlib, importlib.util, inspect, io, json, logging, os, re, shlex, sys, tempfile, zipfile
+import contextlib, csv, difflib, functools, hashlib, importlib.util, inspect, io, json, logging, os, re, shlex, sys, tempfile, zipfile
 from pathlib import Path
 from .artifact import *
 from .corpus import corpus_langs, is_heldout, read_docs
@@ -270,16 +270,17 @@ _categories = {'ceval-valid': {  # as in its subject_mapping.json; all others: O
         'high_school_politics modern_chinese traditional_chinese_medicine'}}
 
 # %% ../nbs/13_evaluate.ipynb #ed1b9cc1
+@functools.cache
 def categories(
     task:str,  # a leaf, such as cmmlu_agronomy
-)->list[str]:  # CMMLU's "China specific" comes on top of another
+)->tuple[str]:  # CMMLU's "China specific" comes on top of another
     "Which parts of its benchmark a subject belongs to"
     family, subject = _family(task)
     if family == 'mmlu':
         tag = re.search(r'"tag": "mmlu_(\w+)_tasks"', task_files()[task].read_text())[1]
-        return [dict(stem=_stem, humanities=_hum, social_sciences=_soc).get(tag, 'Other')]
+        return (dict(stem=_stem, humanities=_hum, social_sciences=_soc).get(tag, 'Other'),)
     found = [c for c, names in _categories.get(family, {}).items() if subject in names.split()]
-    return ['Other'] * (set(found) <= {'China specific'} and family != 'hellaswag') + found
+    return (*['Other'] * (set(found) <= {'China specific'} and family != 'hellaswag'), *found)
 
 def subject_table(
     questions:list[dict],  # task, acc, perhaps acc_norm: one for each question

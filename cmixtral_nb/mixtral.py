@@ -11,7 +11,7 @@ __all__ = ['INDEX', 'DTYPES', 'small_config', 'by_expert', 'use_by_expert', 'rea
            'text_blocks', 'base']
 
 # %% ../nbs/05_mixtral.ipynb #d119e133
-import hashlib, json, math, os, re, struct, sys
+import hashlib, inspect, json, math, os, re, struct, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -220,15 +220,18 @@ def windows(
 
 # %% ../nbs/05_mixtral.ipynb #d26496ef
 def _nats(model, rows:list, device)->list[float]:
-    "-log p of the targets of each window of a batch, in float32 row by row"
+    "-log p of the targets of each window of a batch, in float32 row by row; logits only from the first target on"
     import torch
-    n = max(len(x) for x, _ in rows)
+    n, first = max(len(x) for x, _ in rows), min(len(x) - len(y) for x, y in rows)
     x = torch.tensor([a + [0] * (n - len(a)) for a, _ in rows], device=device)
-    logits = model(input_ids=x, use_cache=False).logits
-    return [torch.nn.functional.cross_entropy(z[len(a)-len(y):len(a)].float(), torch.tensor(y, device=device), reduction='sum').item()
+    plain = getattr(model, 'get_base_model', lambda: model)()  # of a model with an adapter
+    few = dict(logits_to_keep=n - first) if first and 'logits_to_keep' in inspect.signature(plain.forward).parameters else {}
+    logits = model(input_ids=x, use_cache=False, **few).logits
+    skip = n - logits.shape[1]
+    return [torch.nn.functional.cross_entropy(z[len(a)-len(y)-skip:len(a)-skip].float(), torch.tensor(y, device=device), reduction='sum').item()
             for z, (a, y) in zip(logits, rows, strict=True)]
 
-# %% ../nbs/05_mixtral.ipynb #9e667e09
+# %% ../nbs/05_mixtral.ipynb #72381c2c
 def document_bits(
     model:PreTrainedModel,        # any causal language model
     tok:PreTrainedTokenizerBase,  # its tokenizer
@@ -244,7 +247,8 @@ def document_bits(
     ids = encode_plain(tok, texts)
     top, V = max((max(d) for d in ids if d), default=0), model.config.vocab_size
     require(top < V, f'the tokenizer gives the id {top:,}, the model has {V:,} rows: they do not belong together; run: cmixtral init --tokenizer DIR')
-    rows = sorted(((i, w) for i, d in enumerate(ids) for w in windows(d, length, bos, stride)), key=lambda r: len(r[1][0]), reverse=True)
+    rows = sorted(((i, w) for i, d in enumerate(ids) for w in windows(d, length, bos, stride)),
+        key=lambda r: (len(r[1][0]), len(r[1][0]) - len(r[1][1])), reverse=True)  # alike in length and in where the targets begin
     nats, training = [0.] * len(texts), model.training; model.eval()
     with torch.no_grad():
         for k in range(0, len(rows), batch):

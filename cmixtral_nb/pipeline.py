@@ -19,7 +19,7 @@ from pathlib import Path
 
 # %% ../nbs/14_pipeline.ipynb #810d2542
 from .artifact import *
-from .compare import LANGUAGES, changes, gain_figure, verdicts
+from .compare import LANGUAGES, changes, gain_figure, percent, verdicts
 from .corpus import corpus_langs
 from .report import *
 
@@ -457,7 +457,7 @@ def _best(rows:list[dict], key:str)->tuple:
     row = next((r for r in rows if r['key'] == key), None); names = [n for n in CHAIN[:-1] if row and 'change' in row['models'].get(n, {})]
     return (names[-1], row['models'][names[-1]]) if names else (None, None)
 
-def _span(m)->str: return '' if not m or m['change_low'] is None else f' ({m["change_low"]:+.1%} to {m["change_high"]:+.1%})'
+def _span(m)->str: return '' if not m or m['change_low'] is None else f' ({percent(m["change_low"], m["change"])} to {percent(m["change_high"], m["change"])})'
 
 # %% ../nbs/14_pipeline.ipynb #280d2eba
 def _tile(number, text, source=''):
@@ -472,7 +472,7 @@ def _tiles(d:dict)->str:
         out.append(_tile(f'{x:.2f}×', 'characters of held-out Chinese per token, against the base tokenizer', 'evaluation/model'))
     for lang, name in LANGUAGES.items():
         n, m = _best(d['changes'], lang)
-        if m: out.append(_tile(f'{m["change"]:+.1%}', f'bits per byte of {name} {NAMES[n]}, against the base{_span(m)}', f'evaluation/{n}'))
+        if m: out.append(_tile(percent(m['change']), f'bits per byte of {name} {NAMES[n]}, against the base{_span(m)}', f'evaluation/{n}'))
     if en: out.append(_tile(f'{en["n_changed"]} of {en["n_docs"]:,}', 'held-out English documents whose token ids changed', 'tokenizer'))
     return f'<div class="tiles">{"".join(out)}</div>'
 

@@ -15,7 +15,7 @@ import html, io, json, re
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
-from .compare import EXAMS, LANGUAGES, changes, gain_figure, load_evaluation, verdicts
+from .compare import LANGUAGES, changes, gain_figure, load_evaluation, percent, verdicts
 from .corpus import read_docs
 from .evaluate import evaluate, split_tasks
 from .generate import generate
@@ -128,7 +128,7 @@ def _number(row, v, source)->Cell:
 
 def _change(row, v)->Cell:
     if 'change' not in v: return Cell('')
-    f = (lambda x: f'{x:+.1%}') if row['lower_is_better'] else (lambda x: f'{100 * x:+.1f}')
+    f = (lambda x: percent(x, v['change'])) if row['lower_is_better'] else (lambda x: f'{100 * x:+.1f}')
     text = f(v['change']) + ('' if v['change_low'] is None else f' ({f(v["change_low"])} to {f(v["change_high"])})')
     return Cell(text, sort=v['change'], cls_=dict(gained='good', lost='bad').get(v['verdict'], 'dim'))
 
@@ -141,13 +141,12 @@ def change_table(
     "Values with their 95% intervals, and the change against the first model"
     rows = [r for r in rows if r['kind'] in kinds]; labels, sources = labels or {}, sources or {}
     if not rows: return ''
-    names = list(dict.fromkeys(n for r in rows for n in r['models'])); call = lambda n: labels.get(n, n)
-    unit = 'bits per byte' if rows[0]['lower_is_better'] else '% right'
-    head = ['' if kinds != ('domain',) else 'domain', '#n'] + [h for n in names for h in [f'#{call(n)}, {unit}'] + ['#change'] * (n != names[0])]
-    def cells(r, n):
-        v = r['models'].get(n)
-        return [v and _number(r, v, sources.get(n, '')) or ''] + [v and _change(r, v) or ''] * (n != names[0])
-    return table(head, [[r['name'], f'{r["n"]:,}' if r['n'] else '', *(c for n in names for c in cells(r, n))] for r in rows])
+    names = list(dict.fromkeys(n for r in rows for n in r['models']))
+    first, unit = labels.get(names[0], names[0]), ('bits per byte', 'documents') if rows[0]['lower_is_better'] else ('% right', 'questions')
+    lines = [[r['name'], labels.get(n, n), _number(r, v, sources.get(n, '')), _change(r, v), f'{r["n"]:,}' if r['n'] else '']
+             for r in rows for n, v in r['models'].items()]
+    what = dict(domain='text', language='language').get(kinds[0], 'exam')
+    return table([what, 'model', f'#{unit[0]} (95%)', f'#change against {first} (95%)', f'#{unit[1]}'], lines)
 
 # %% ../nbs/13c_report.ipynb #cv1d0001
 def verdict_list(
@@ -350,8 +349,9 @@ def _card_head(d:dict, found:list)->str:
     from huggingface_hub import EvalResult, ModelCardData
     def result(r, v):
         metric = 'bits per byte' if r['lower_is_better'] else 'accuracy'
+        name = f'{r["name"]}, held-out text' if r['lower_is_better'] else r['name']
         return EvalResult(task_type='text-generation', task_name='Text generation', dataset_type=r['key'], metric_name=metric,
-            metric_type=metric.replace(' ', '_'), dataset_name=f'{r["name"]}, held-out text' if r['lower_is_better'] else r['name'], metric_value=round(v['value'], 4))
+            metric_type=metric.replace(' ', '_'), dataset_name=name, metric_value=round(v['value'], 4))
     return ModelCardData(language=d['languages'], license=d['licence'], base_model=d['base_model'], library_name='transformers', pipeline_tag='text-generation',
         tags=['mixtral', 'vocabulary-extension', 'cmixtral_nb'], model_name=d['name'], eval_results=[result(r, v) for r, v in found] or None).to_yaml()
 
