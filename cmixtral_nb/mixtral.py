@@ -7,11 +7,11 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['INDEX', 'DTYPES', 'small_config', 'by_expert', 'use_by_expert', 'read_header', 'tensor_files', 'load_tensor',
-           'n_bytes', 'ahead', 'write_tensors', 'write_index', 'resolve_model', 'windows', 'bits_per_byte', 'head_loss',
-           'text_blocks', 'base']
+           'n_bytes', 'ahead', 'write_tensors', 'write_index', 'resolve_model', 'windows', 'document_bits',
+           'bits_per_byte', 'head_loss', 'text_blocks', 'base']
 
 # %% ../nbs/05_mixtral.ipynb #d119e133
-import errno, hashlib, json, math, os, re, struct, sys
+import errno, hashlib, inspect, json, math, os, re, struct, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -228,44 +228,67 @@ def windows(
     ids:list[int],  # tokens of one document, without BOS
     length:int,     # tokens in a window
     bos:int,        # id that starts the document
-)->list[tuple]:  # (inputs, targets) of equal lengths
+    stride:int=0,   # tokens that a window scores, the others are context; 0: all, windows do not overlap
+)->list[tuple]:  # (inputs, targets); the targets belong to the last inputs
     "Cut a document so that each of its tokens is a target exactly once"
     seq = [bos, *ids[:-1]]
-    return [(seq[i:i+length], ids[i:i+length]) for i in range(0, len(ids), length)]
+    if not stride: return [(seq[i:i+length], ids[i:i+length]) for i in range(0, len(ids), length)]
+    ends = [*range(min(length, len(ids)), len(ids), stride), len(ids)]
+    return [(seq[max(0, e-length):e], ids[b:e]) for b, e in zip([0, *ends], ends) if e > b]
 
 # %% ../nbs/05_mixtral.ipynb #d26496ef
-def _nats(model, rows:list, device)->float:
-    "Sum of -log p over the targets of a batch of windows, in float32 row by row"
+def _nats(model, rows:list, device)->list[float]:
+    "-log p of the targets of each window of a batch, in float32 row by row; logits only from the first target on"
     import torch
-    n = max(len(x) for x, _ in rows)
+    n, first = max(len(x) for x, _ in rows), min(len(x) - len(y) for x, y in rows)
     x = torch.tensor([a + [0] * (n - len(a)) for a, _ in rows], device=device)
-    logits, total = model(input_ids=x, use_cache=False).logits, 0.
-    for z, (_, y) in zip(logits, rows, strict=True):
-        total += torch.nn.functional.cross_entropy(z[:len(y)].float(), torch.tensor(y, device=device), reduction='sum').item()
-    return total
+    plain = getattr(model, 'get_base_model', lambda: model)()  # of a model with an adapter
+    few = dict(logits_to_keep=n - first) if first and 'logits_to_keep' in inspect.signature(plain.forward).parameters else {}
+    logits = model(input_ids=x, use_cache=False, **few).logits
+    skip = n - logits.shape[1]
+    return [torch.nn.functional.cross_entropy(z[len(a)-len(y)-skip:len(a)-skip].float(), torch.tensor(y, device=device), reduction='sum').item()
+            for z, (a, y) in zip(logits, rows, strict=True)]
 
+# %% ../nbs/05_mixtral.ipynb #72381c2c
+def document_bits(
+    model:PreTrainedModel,        # any causal language model
+    tok:PreTrainedTokenizerBase,  # its tokenizer
+    texts:list[str],              # documents; no context crosses from one to the next
+    length:int=256,               # tokens in a window
+    batch:int=8,                  # windows at once
+    stride:int=0,                 # of `windows`
+)->list[dict]:  # bits, n_tokens, n_bytes, n_chars of each document
+    "How many bits the model needs for each document"
+    import torch
+    from cmixtral_nb.vocab import encode_plain
+    bos = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
+    ids = encode_plain(tok, texts)
+    top, V = max((max(d) for d in ids if d), default=0), model.config.vocab_size
+    require(top < V, f'the tokenizer gives the id {top:,}, the model has {V:,} rows: they do not belong together; run: cmixtral init --tokenizer DIR')
+    rows = sorted(((i, w) for i, d in enumerate(ids) for w in windows(d, length, bos, stride)),
+        key=lambda r: (len(r[1][0]), len(r[1][0]) - len(r[1][1])), reverse=True)  # alike in length and in where the targets begin
+    nats, training = [0.] * len(texts), model.training; model.eval()
+    with torch.no_grad():
+        for k in range(0, len(rows), batch):
+            for (i, _), x in zip(rows[k:k+batch], _nats(model, [w for _, w in rows[k:k+batch]], model.device)): nats[i] += x
+    model.train(training)
+    return [dict(bits=x / math.log(2), n_tokens=len(d), n_bytes=len(t.encode()), n_chars=len(t)) for x, d, t in zip(nats, ids, texts)]
+
+# %% ../nbs/05_mixtral.ipynb #827dc953
 def bits_per_byte(
     model:PreTrainedModel,         # any causal language model
     tok:PreTrainedTokenizerBase,   # its tokenizer
     texts:list[str],               # documents
-    length:int=256,                # tokens in a window; context does not cross its edge
+    length:int=256,                # tokens in a window
     batch:int=8,                   # windows at once
+    stride:int=0,                  # tokens that a window scores, the others are context; 0: all, context does not cross its edge
 )->dict:  # bits_per_byte, bits_per_char, n_tokens, n_bytes, n_chars
     "How many bits the model needs for each UTF-8 byte of the texts: comparable across vocabularies"
-    import torch
-    from cmixtral_nb.vocab import encode_plain
     texts = [t for t in texts if t]
     require(texts, 'no text to measure bits per byte on; expected at least one document that is not empty')
-    bos = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
-    ids = encode_plain(tok, texts)
-    rows = sorted((w for d in ids for w in windows(d, length, bos)), key=lambda w: len(w[0]), reverse=True)
-    training = model.training; model.eval()
-    with torch.no_grad():
-        nats = sum(_nats(model, rows[i:i+batch], model.device) for i in range(0, len(rows), batch))
-    model.train(training)
-    n_bytes, n_chars = sum(len(t.encode()) for t in texts), sum(map(len, texts))
-    bits = nats / math.log(2)
-    return dict(bits_per_byte=bits / n_bytes, bits_per_char=bits / n_chars, n_tokens=sum(map(len, ids)), n_bytes=n_bytes, n_chars=n_chars)
+    docs = document_bits(model, tok, texts, length, batch, stride)
+    n = {k: sum(d[k] for d in docs) for k in docs[0]}; bits = n.pop('bits')
+    return dict(bits_per_byte=bits / n['n_bytes'], bits_per_char=bits / n['n_chars'], **n)
 
 # %% ../nbs/05_mixtral.ipynb #5c8a6b22
 def head_loss(

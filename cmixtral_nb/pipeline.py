@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CHAIN', 'STEPS', 'STAGES', 'MODULES', 'NAMES', 'COLOURS', 'LANGUAGES', 'GROUPS', 'Step', 'command', 'nearest',
-           'anno_type', 'fits', 'type_name', 'recipe_file', 'read_recipe', 'arguments', 'check_recipe', 'preflight',
-           'settings', 'plan_inputs', 'plan_of', 'tokens_of', 'plan', 'run', 'run_states', 'status', 'unchanged',
-           'report_data', 'bpb_figure', 'loss_figure', 'router_figure', 'table', 'render_report', 'report', 'parser',
-           'overview', 'main']
+__all__ = ['CHAIN', 'STEPS', 'STAGES', 'MODULES', 'NAMES', 'GROUPS', 'Step', 'command', 'nearest', 'anno_type', 'fits',
+           'type_name', 'recipe_file', 'read_recipe', 'arguments', 'check_recipe', 'preflight', 'settings',
+           'plan_inputs', 'plan_of', 'tokens_of', 'plan', 'run', 'run_states', 'status', 'unchanged', 'report_data',
+           'render_report', 'report', 'card', 'parser', 'overview', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #401b8bf2
 import argparse, difflib, html, inspect, json, logging, os, re, sys, tomllib, warnings
@@ -20,6 +19,9 @@ from pathlib import Path
 
 # %% ../nbs/14_pipeline.ipynb #810d2542
 from .artifact import *
+from .compare import LANGUAGES, changes, gain_figure, percent, verdicts
+from .corpus import corpus_langs
+from .report import *
 
 # %% ../nbs/14_pipeline.ipynb #dce00f72
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ STEPS = [
          dict(load_in_4bit=True, tasks=['bpb'])),
     Step('evaluate',  'evaluate',  'evaluation/merged',  dict(model='merged', corpus='corpus')),
     Step('evaluate',  'evaluate',  'evaluation/chat',    dict(model='chat', corpus='corpus')),
+    Step('efficiency', 'efficiency', 'efficiency',       dict(models=['base', 'merged'], corpus='corpus')),
 ]
 STAGES = list(dict.fromkeys(s.stage for s in STEPS)) + ['report']
 
 # %% ../nbs/14_pipeline.ipynb #dd11ceb5
 MODULES = dict(corpus='corpus', tokenizer='tokenizer', search='search', vocab='vocab', base='mixtral', init='init', pack='pack',
     pretrain='pretrain', merge='merge', sft='sft', generate='generate', chat='generate', evaluate='evaluate',
-    run='pipeline', plan='pipeline', status='pipeline', report='pipeline', docs='site')
+    efficiency='compare', compare='report', run='pipeline', plan='pipeline', status='pipeline', report='pipeline', card='pipeline', docs='site')
 
 def command(
     name:str,  # such as "vocab"
@@ -160,11 +163,23 @@ def _hub_ids(recipe:dict)->list[tuple]:
         for k, v in (table.items() if isinstance(table, dict) else ()):
             for x in v if isinstance(v, list) else [v]:
                 if not isinstance(x, str): continue
+                if (name, k, x) == ('evaluate', 'data', 'hub'): out += [(name, k, i) for i in _benchmarks(table)]; continue
                 ref = x.split('=', 1)[-1]
                 if ref.startswith('hub:'): out.append((name, k, re.split('[:@#]', ref[4:])[0]))
                 elif k in ('model', 'tokenizer', 'adapter') and ref.count('/') == 1 and ref[0] not in './~' and not Path(ref).exists():
                     out.append((name, k, ref))
     return list(dict.fromkeys(out))
+
+def _benchmarks(table:dict)->list[str]:
+    "Where lm-eval would fetch the tasks of a recipe from; nothing where it is not installed or a name is wrong, which is said elsewhere"
+    from cmixtral_nb.evaluate import hub_datasets, split_tasks, task_files
+    return hub_datasets([t for t in split_tasks(table.get('tasks')) if t in task_files()])
+
+def _evaluate_faults(recipe:dict)->list[str]:
+    "An exam without questions should not be found after weeks of training"
+    from cmixtral_nb.evaluate import _task_faults, split_tasks
+    t = recipe.get('evaluate', {}); names = [n for n in split_tasks(t.get('tasks')) if n != 'bpb']
+    return [f'[evaluate] {f}' for f in _task_faults(names, t.get('data'), t.get('shots', 0))] if names else []
 
 def _hub_fault(kind:str, ref:str)->str:
     "Why a repository of the hub cannot be had now, or nothing"
@@ -184,7 +199,7 @@ def preflight(
         kind = 'model' if key in ('model', 'tokenizer', 'adapter') else 'dataset'
         if fault := _hub_fault(kind, ref):
             faults.append(f'[{name}] {key}: {fault}; run with network access and `hf auth login`, or give a local copy')
-    return faults + _memory_faults(recipe, commands)
+    return faults + (_evaluate_faults(recipe) if 'evaluate' in commands else []) + _memory_faults(recipe, commands)
 
 def _memory_faults(recipe:dict, commands:set)->list[str]:
     "Does what is trained fit the GPU, or the RAM where there is none?"
@@ -400,12 +415,19 @@ def report_data(
         characters_per_token={n: {l: bpb[n][f'chars_per_token_{l}'] for l in ('zh', 'en')} for n in CHAIN if n in bpb},
         merge=dict(into=_stats(out/'merged').get('into'), logit_difference=_stats(out/'merged').get('logit_difference')),
         parameters=_stats(out/'adapter').get('parameters', []),
-        benchmarks={n: {t: m for t, m in r.items() if t != 'bpb'} for n, r in res.items()},
+        benchmarks={n: {t: m for t, m in r.items() if not t.startswith('bpb')} for n, r in res.items()},
         losses={k: _rows(out/k/'log.jsonl') for k in ('base', 'adapter', 'sft')},
         router_load=read_json(out/'adapter'/'router.json') if (out/'adapter'/'router.json').is_file() else None,
-        samples=_rows(out/'samples'/'samples.jsonl'), stages=run_states(out), versions=versions())
-    data['gain'] = _gain(data)
-    return data
+        samples=_rows(out/'samples'/'samples.jsonl'), stages=run_states(out), versions=versions(),
+        efficiency=read_json(f) if (f := out/'efficiency'/'efficiency.json').is_file() else None,
+        changes=changes({n: out/'evaluation'/n for n in CHAIN if n in res}) if res else [], manifests=_manifests(out))
+    return dict(data, gain=_gain(data), verdicts=verdicts(data['changes']))
+
+def _manifests(out:Path, n_files:int=20)->dict:
+    "Manifest of each folder of a run; of many files the first are named"
+    found = {s.folder: read_json(f) for s in STEPS if (f := out/s.folder/'manifest.json').is_file()}
+    short = lambda fs: dict(list(fs.items())[:n_files], **({'…': f'{len(fs) - n_files} more'} if len(fs) > n_files else {}))
+    return {k: dict(m, files=short(m['files'])) for k, m in found.items()}
 
 def _stats(folder:Path)->dict:
     return read_json(folder/'manifest.json')['stats'] if (folder/'manifest.json').is_file() else {}
@@ -430,148 +452,74 @@ def _gain(d:dict)->dict:
 # %% ../nbs/14_pipeline.ipynb #0c19a7d8
 NAMES = dict(base='base', model='after init', adapter='after pre-training', merged='after merge', chat='chat')
 
-def _svg(fig)->str:
-    "A figure as SVG text, readable on light and dark, the same bytes for the same data"
-    import io, matplotlib
-    for ax in fig.axes:
-        for x in [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]: x.set_color('#888')
-        ax.tick_params(colors='#888'); [s.set_color('#888') for s in ax.spines.values()]
-        if leg := ax.get_legend(): [t.set_color('#888') for t in leg.get_texts()]
-    buf = io.StringIO()
-    with matplotlib.rc_context({'svg.hashsalt': 'cmixtral'}):
-        fig.savefig(buf, format='svg', transparent=True, bbox_inches='tight', metadata={'Date': None})
-    return re.sub(r'^.*?(?=<svg)', '', buf.getvalue(), flags=re.S)
+def _best(rows:list[dict], key:str)->tuple:
+    "The last model of the chain before it learned to chat, and its change of a measure"
+    row = next((r for r in rows if r['key'] == key), None); names = [n for n in CHAIN[:-1] if row and 'change' in row['models'].get(n, {})]
+    return (names[-1], row['models'][names[-1]]) if names else (None, None)
 
-def _figure(w, h, n=1):
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(w, h), layout='constrained'); axes = fig.subplots(1, n, squeeze=False)[0]
-    for ax in axes: ax.spines[['top', 'right']].set_visible(False)
-    return fig, axes
-
-# %% ../nbs/14_pipeline.ipynb #b3843c3a
-COLOURS = dict(zh='#d1495b', en='#3a7ca5')
-LANGUAGES = dict(zh='Chinese', en='English')
-
-def bpb_figure(
-    bpb:dict,  # {model: {"zh": bits per byte, "en": bits per byte}}
-)->str:  # SVG
-    "Bits per byte of both languages along the chain of models"
-    fig, (ax,) = _figure(7, 3)
-    for i, lang in enumerate(LANGUAGES):
-        xs, ys = [j + (i - .5)*.38 for j in range(len(bpb))], [v[lang] for v in bpb.values()]
-        ax.bar(xs, ys, .36, color=COLOURS[lang], label=LANGUAGES[lang])
-        for x, y in zip(xs, ys): ax.text(x, y, f'{y:.2f}', ha='center', va='bottom', color='#888', fontsize=9)
-    ax.set(xticks=range(len(bpb)), xticklabels=[NAMES[n] for n in bpb], ylabel='bits per byte')
-    ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(.5, 1), ncols=2)
-    return _svg(fig)
-
-def loss_figure(
-    losses:dict,  # {stage: rows of its log.jsonl}
-)->str:  # SVG
-    "Training loss of each stage, in nats per token"
-    shown = {k: [(r['step'], r['loss']) for r in v if r.get('loss') is not None] for k, v in losses.items()}
-    shown = {k: v for k, v in shown.items() if v}
-    fig, axes = _figure(9, 2.6, max(1, len(shown)))
-    for ax, (k, points) in zip(axes, shown.items()):
-        ax.plot(*zip(*points), color='#3a7ca5', lw=1.2); ax.set(title={'adapter': 'pre-training', 'sft': 'instruction tuning'}.get(k, k), xlabel='step', ylabel='loss, nats per token')
-    return _svg(fig)
-
-# %% ../nbs/14_pipeline.ipynb #76bf4861
-def router_figure(
-    router:dict,  # {"before"|"after": {language: rows of layers, share of tokens per expert}}
-)->str:  # SVG
-    "Share of tokens that each expert takes, per layer, before and after pre-training"
-    panels = [(when, lang) for lang in LANGUAGES for when in ('before', 'after') if lang in router.get(when, {})]
-    fig, axes = _figure(9, 2.6, max(1, len(panels)))
-    top = max([x for when, lang in panels for row in router[when][lang] for x in row], default=1)
-    for ax, (when, lang) in zip(axes, panels):
-        im = ax.imshow(router[when][lang], cmap='viridis', vmin=0, vmax=top, aspect='auto')
-        ax.set(title=f'{LANGUAGES[lang]}, {when}', xlabel='expert', ylabel='layer', xticks=range(len(router[when][lang][0])), yticks=range(len(router[when][lang])))
-    if panels: fig.colorbar(im, ax=axes, label='share of tokens').ax.yaxis.label.set_color('#888')
-    return _svg(fig)
-
-# %% ../nbs/14_pipeline.ipynb #d2c8294f
-_page = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><link rel="icon" href="data:,"><style>
-:root {{ color-scheme: light dark; --line: #8884; --soft: #8881; --good: #2a9d5c; --bad: #d1495b; }}
-body {{ font: 16px/1.55 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ margin-bottom: 0; }} h2 {{ margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }} .lead {{ color: #888; margin-top: .2rem; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; }}
-.tile {{ background: var(--soft); border-radius: .6rem; padding: .8rem 1rem; }} .tile b {{ display: block; font-size: 1.9rem; line-height: 1.2; }}
-.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; width: 100%; font-size: .92rem; }}
-th, td {{ text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }} td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
-svg {{ width: 100%; max-width: 58rem; height: auto; }} pre {{ background: var(--soft); padding: .8rem 1rem; border-radius: .6rem; overflow-x: auto; font-size: .85rem; }} .sample {{ white-space: pre-wrap; overflow-wrap: anywhere; min-width: 12rem; }}
-</style><body>{body}</body></html>
-'''
-
-def table(
-    head:list[str],      # column titles; those that begin with # hold numbers
-    rows:list[list],     # cells, escaped here
-)->str:
-    "An HTML table that scrolls by itself on a narrow screen"
-    cls = [' class="n"' if h.startswith('#') else '' for h in head]
-    cell = lambda tag, v, c: f'<{tag}{c}>{html.escape(str(v))}</{tag}>'
-    line = lambda tag, vs: '<tr>' + ''.join(cell(tag, v, c) for v, c in zip(vs, cls)) + '</tr>'
-    return f'<div class="wide"><table><thead>{line("th", [h.lstrip("#") for h in head])}</thead><tbody>{"".join(line("td", r) for r in rows)}</tbody></table></div>'
-
-def _tile(number, text): return f'<div class="tile"><b>{html.escape(str(number))}</b>{html.escape(text)}</div>'
-def _times(x, f='{:.2f}×'): return '–' if x is None else f.format(x)
+def _span(m)->str: return '' if not m or m['change_low'] is None else f' ({percent(m["change_low"], m["change"])} to {percent(m["change_high"], m["change"])})'
 
 # %% ../nbs/14_pipeline.ipynb #280d2eba
+def _tile(number, text, source=''):
+    number = html.escape(str(number))
+    return f'<div class="tile"><b>{f"<a href=#{anchor(source)}>{number}</a>" if source else number}</b>{html.escape(text)}</div>'
+
 def _tiles(d:dict)->str:
-    v, g = d['vocabulary'], d['gain']; en = v.get('english_ids_changed') or {}
-    change = None if g['bits_per_byte_en_of_base'] is None else g['bits_per_byte_en_of_base'] - 1
-    return '<div class="tiles">' + ''.join([
-        _tile(f'{v.get("n_pieces", 0):,}', f'pieces added, {v.get("n_vocab", 0):,} in all'),
-        _tile(_times(g['characters_per_token_zh']), 'characters of held-out Chinese per token, against the base tokenizer'),
-        _tile(_times(g['bits_per_byte_zh_of_init'], '{:.0%}'), 'of the bits per byte of Chinese after init are left after pre-training'),
-        _tile(_times(change, '{:+.1%}'), 'bits per byte of English, against the base model'),
-        _tile(f'{en.get("n_changed", "–")} of {en.get("n_docs", 0):,}', 'held-out English documents whose token ids changed')]) + '</div>'
-
-def _models(d:dict)->str:
-    b, c = d['bits_per_byte'], d['characters_per_token']
-    return table(['model', '#bits per byte, Chinese', '#bits per byte, English', '#characters per token, Chinese', '#characters per token, English'],
-        [[NAMES[n], f'{b[n]["zh"]:.4f}', f'{b[n]["en"]:.4f}', f'{c[n]["zh"]:.3f}', f'{c[n]["en"]:.3f}'] for n in b])
-
-def _samples(d:dict)->str:
-    models = list(dict.fromkeys(r['model'] for r in d['samples'])); prompts = list(dict.fromkeys(r['prompt'] for r in d['samples']))
-    text = {(r['model'], r['prompt']): r['text'] for r in d['samples']}
-    rows = ''.join(f'<tr><th>{html.escape(p)}</th>' + ''.join(f'<td class="sample">{html.escape(text.get((m, p), ""))}</td>' for m in models) + '</tr>' for p in prompts)
-    return f'<div class="wide"><table><thead><tr><th>prompt</th>{"".join(f"<th>{html.escape(NAMES.get(m, m))}</th>" for m in models)}</tr></thead><tbody>{rows}</tbody></table></div>'
+    "The first screen: what was gained, what was lost"
+    v, g, en = d['vocabulary'], d['gain'], d['vocabulary'].get('english_ids_changed') or {}
+    out = [_tile(f'{v["n_pieces"]:,}', f'pieces added, {v["n_vocab"]:,} in all', 'tokenizer')] if 'n_pieces' in v else []
+    if x := g['characters_per_token_zh']:
+        out.append(_tile(f'{x:.2f}×', 'characters of held-out Chinese per token, against the base tokenizer', 'evaluation/model'))
+    for lang, name in LANGUAGES.items():
+        n, m = _best(d['changes'], lang)
+        if m: out.append(_tile(percent(m['change']), f'bits per byte of {name} {NAMES[n]}, against the base{_span(m)}', f'evaluation/{n}'))
+    if en: out.append(_tile(f'{en["n_changed"]} of {en["n_docs"]:,}', 'held-out English documents whose token ids changed', 'tokenizer'))
+    return f'<div class="tiles">{"".join(out)}</div>'
 
 # %% ../nbs/14_pipeline.ipynb #8b820009
 def _parameters(d:dict)->str:
     "Parameters of the model in training: the experts must show about half a byte each"
-    return table(['part', '#parameters', '#trained', '#MB', '#bytes per parameter'], [[r['part'], f'{r["n_params"]:,}', f'{r["trainable"]:,}',
-        f'{r["bytes"]/1e6:,.2f}', f'{r["bytes"]/max(1, r["n_params"]):.3f}'] for r in d['parameters']])
+    num = lambda x, f: Cell(format(x, f), 'adapter', x)
+    return table(['part', '#parameters', '#trained', '#MB', '#bytes per parameter'], [[r['part'], num(r['n_params'], ',d'), num(r['trainable'], ',d'),
+        num(r['bytes']/1e6, ',.2f'), num(r['bytes']/max(1, r['n_params']), '.3f')] for r in d['parameters']])
 
 def _stages(d:dict)->str:
-    num = lambda x, scale, p: '' if x is None else f'{x/scale:,.{p}f}'
+    num = lambda r, k, scale, f: '' if r[k] is None else Cell(format(r[k]/scale, f), r['folder'], r[k])
+    rows = [[r['stage'], r['folder'], num(r, 'seconds', 1, ',.1f'), num(r, 'peak_bytes', 1e9, '.2f'), num(r, 'bytes', 1e6, ',.1f'),
+        Cell(r['fingerprint'], r['folder'] if r['fingerprint'] else ''), r['state']] for r in d['stages']]
     total = sum(r['seconds'] or 0 for r in d['stages'])
-    rows = [[r['stage'], r['folder'], num(r['seconds'], 1, 1), num(r['peak_bytes'], 1e9, 2), num(r['bytes'], 1e6, 1), r['fingerprint']] for r in d['stages']]
-    return table(['stage', 'folder', '#seconds', '#peak memory, GB', '#MB on disk', 'fingerprint'], rows + [['all', '', f'{total:,.1f}', '', '', '']])
+    return table(['stage', 'folder', '#seconds', '#peak memory, GB', '#MB on disk', 'fingerprint', 'state'], rows, f'{total:,.1f} seconds in all')
 
+def _how(d:dict)->str:
+    "Parameters of the samples, in words"
+    p = d['manifests'].get('samples', {}).get('params', {})
+    return f'Up to {p["max_new_tokens"]} tokens, temperature {p["temperature"]}, top-p {p["top_p"]}, seed {p["seed"]} and counting on.' if p else ''
+
+# %% ../nbs/14_pipeline.ipynb #d14e0001
 def render_report(
     d:dict,          # from `report_data`
     recipe:str,      # text of the recipe
     search:str='',   # SVG of the vocabulary search
 )->str:  # one HTML page
     "The report as a page: first what was gained and lost, then how, then what made it"
-    benchmarks = [[NAMES.get(m, m), t, k, f'{v:.4f}'] for m, r in d['benchmarks'].items() for t, ms in r.items() for k, v in ms.items()
-                  if isinstance(v, float) and 'stderr' not in k]
-    parts = [f'<h1>{html.escape(d["recipe"])}</h1><p class="lead">What a new vocabulary gained and what it cost, measured on text that no stage has seen.</p>', _tiles(d)]
-    if d['bits_per_byte']: parts += ['<h2>Bits per byte</h2><p>How many bits the model needs for one byte of UTF-8 text: the loss that can be compared across vocabularies. Lower is better.</p>', bpb_figure(d['bits_per_byte']), _models(d)]
+    rows, sources = d['changes'], {n: f'evaluation/{n}' for n in CHAIN}
+    figure = lambda s: f'<figure>{s}</figure>'
+    parts = [f'<h1>{html.escape(d["recipe"])}</h1><p class="lead">What a new vocabulary gained and what it cost, measured on text that no stage has seen. '
+             f'Numbers lead to the manifest they come from; in brackets 95% intervals.</p>{_tiles(d)}']
+    if rows: parts += [section('Verdict', verdict_list(rows, NAMES)), text_section(rows, NAMES, sources), exam_section(rows, NAMES, sources)]
+    parts.append(efficiency_section(d['efficiency'], 'efficiency'))
+    parts.append(sample_section(d['samples'], NAMES, _how(d), 'samples'))
+    if d['parameters']: parts.append(section('What was trained', _parameters(d)))
+    if any(d['losses'].values()): parts.append(section('Training', figure(loss_figure(d['losses']))))
+    if d['router_load']:
+        parts.append(section('Router load', '<p>Which share of the tokens each expert takes. Every row sums to one.</p>', figure(router_figure(d['router_load']))))
     if (diff := d['merge']['logit_difference']) is not None:
-        parts.append(f'<p>Merged into the {html.escape(str(d["merge"]["into"]))} weights; logits of the merged model differ from those of base and adapter by {diff:.1e} of their size.</p>')
-    if d['parameters']: parts += ['<h2>What was trained</h2>', _parameters(d)]
-    if benchmarks: parts += ['<h2>Benchmarks</h2>', table(['model', 'task', 'metric', '#value'], benchmarks)]
-    if any(d['losses'].values()): parts += ['<h2>Training</h2>', loss_figure(d['losses'])]
-    if d['router_load']: parts += ['<h2>Router load</h2><p>Which share of the tokens each expert takes. Every row sums to one.</p>', router_figure(d['router_load'])]
-    if search: parts += ['<h2>Vocabulary search</h2>', search]
-    if d['samples']: parts += ['<h2>Samples</h2>', _samples(d)]
-    parts += ['<h2>Stages</h2>', _stages(d), '<h2>Recipe</h2>', f'<pre>{html.escape(recipe)}</pre>',
+        parts.append(section('Merge', f'<p>Merged into the {html.escape(str(d["merge"]["into"]))} weights; logits of the merged model differ from those '
+            f'of base and adapter by <a href="#{anchor("merged")}">{diff:.1e}</a> of their size.</p>'))
+    if search: parts.append(section('Vocabulary search', figure(plain_svg(search))))
+    parts += [section('Stages', _stages(d)), section('Recipe', f'<pre>{html.escape(recipe)}</pre>'), manifest_section(d['manifests']),
               f'<p class="lead">{html.escape(", ".join(f"{k} {v}" for k, v in d["versions"].items()))}</p>']
-    return _page.format(title=html.escape(f'{d["recipe"]}: report'), body='\n'.join(parts))
+    return page(f'{d["recipe"]}: report', [p for p in parts if p])
 
 # %% ../nbs/14_pipeline.ipynb #9db877cd
 def report(
@@ -588,6 +536,29 @@ def report(
     page = render_report(data, (out/'recipe.toml').read_text(encoding='utf-8'), svg.read_text(encoding='utf-8') if svg else '')
     write_json(out/'report.json', data); write_text(out/'report.html', page)
     say('report', f'{out/"report.html"}')
+
+# %% ../nbs/14_pipeline.ipynb #d14e0003
+def card(
+    run:Path,                    # folder of a run
+    model:str='chat',            # which of its models: base, model, merged, chat
+    name:str='',                 # of the model on the hub; default: recipe and model
+    licence:str='apache-2.0',    # of the weights, as the hub spells it
+    out:Path=None,               # file to write; default: cards/MODEL.md in the run
+):
+    "Write a model card for the hub from the manifests of a run"
+    run = Path(run); states, names = run_states(run), [n for n in CHAIN if n != 'adapter']
+    require(model in names, f'unknown model {model!r}{nearest(model, names)}; expected one of {", ".join(names)}')
+    require(any(r['folder'] == model and r['fingerprint'] for r in states), f'{run/model} does not exist; run: cmixtral run {run/"recipe.toml"} --out {run}')
+    d, rec = report_data(run), read_recipe(str(run/'recipe.toml'))
+    born = dict(base=3, model=4, merged=6, chat=8)[model]  # what a model is made of
+    made = {k: d['manifests'][k] for k in ('corpus', 'tokenizer', 'base', 'model', 'adapter', 'merged', 'sft', 'chat')[:born] if k in d['manifests']}
+    base, ref = rec.get('init', {}).get('model'), run/'evaluation'/model/'results.json'
+    about = f'`{model}` of the run `{rec["name"]}`, made with cmixtral_nb: ' + (rec.get('about') or 'a base language model taught a new language.')
+    text = model_card(dict(name=name or f'{rec["name"]}-{model}', model=model, base_model=base if base and not Path(base).exists() else None, licence=licence,
+        languages=corpus_langs(run/'corpus'), about=about, manifests=made, rows=d['changes'], licences=data_licences(rec.get('corpus', {}).get('sources', [])),
+        speed={k: _rows(run/k/'logs'/'speed.jsonl') for k in ('adapter', 'sft')}, commands=[read_json(ref)['command']] if ref.is_file() else []))
+    out = Path(out or run/'cards'/f'{model}.md'); out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text); say('card', f'{out}')
 
 # %% ../nbs/14_pipeline.ipynb #ef620f0a
 def parser(
@@ -606,8 +577,9 @@ def parser(
         elif typ is bool: kw |= dict(action='store_true' if v.default is False else argparse.BooleanOptionalAction)
         else: kw |= dict(type=typ)
         if typ is not bool: kw |= dict(metavar=_metavar(typ, k))
-        if f.__module__.endswith('.pipeline') and k in ('recipe', 'run'):
-            p.add_argument(k, default=None if need else v.default, **({} if need else dict(nargs='?')), **{**kw, 'metavar': k.upper()}); continue
+        if (f.__module__.endswith('.pipeline') and k in ('recipe', 'run')) or (name, k) == ('compare', 'models'):
+            many = {} if need else dict(nargs='?')
+            p.add_argument(k, default=None if need else v.default, **many, **{**kw, 'metavar': k.upper()}); continue
         p.add_argument('--' + k.strip('_').replace('_', '-'), dest=k, default=None if need else v.default, required=need, **kw)
     return p
 
@@ -624,8 +596,8 @@ class _Parser(argparse.ArgumentParser):
 
 # %% ../nbs/14_pipeline.ipynb #9fe167ee
 GROUPS = {'The whole way': ['run', 'plan', 'status', 'report'],
-          'One stage': ['corpus', 'tokenizer', 'search', 'vocab', 'base', 'init', 'pack', 'pretrain', 'merge', 'sft', 'generate', 'evaluate'],
-          'Use and read': ['chat', 'docs']}
+          'One stage': ['corpus', 'tokenizer', 'search', 'vocab', 'base', 'init', 'pack', 'pretrain', 'merge', 'sft', 'generate', 'evaluate', 'efficiency'],
+          'Use and read': ['chat', 'compare', 'card', 'docs']}
 
 def overview()->str:
     "What `cmixtral --help` says: each command with the first line of its docstring"
@@ -644,7 +616,7 @@ def _quiet(argv:list[str]):
     if argv[:1] in (['run'], ['plan']):
         try: hub = bool(_hub_ids(read_recipe(next((a for a in argv[1:] if not a.startswith('-')), 'tiny'))))
         except StageError: hub = False
-    else: hub = any('hub:' in a or (a.count('/') == 1 and a[0] not in './-~' and not Path(a).exists()) for a in argv[1:])
+    else: hub = any('hub:' in a or a == 'hub' or (a.count('/') == 1 and a[0] not in './-~' and not Path(a).exists()) for a in argv[1:])
     if not hub: os.environ.setdefault('HF_HUB_OFFLINE', '1')
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     if not sys.warnoptions: warnings.simplefilter('ignore')

@@ -71,6 +71,11 @@ max_new_tokens = 8
 [evaluate]
 length = 64
 n_chars = 2000
+
+[efficiency]
+n_chars = 2000
+seconds = 0.05
+new_tokens = 4
 """
 
 

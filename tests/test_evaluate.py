@@ -1,5 +1,5 @@
-"What the chapter on evaluation does not show: broken files, other forms, and lm-eval's own result"
-import gzip, io, json, lzma, os, zipfile
+"What the chapter on evaluation does not show: broken files, other forms, interruption, and lm-eval's own result"
+import gzip, json, lzma, math, os, shlex, zipfile
 from pathlib import Path
 
 import pytest
@@ -67,16 +67,16 @@ def test_hellaswag_forms(bench, tmp_path):
 
 
 def test_every_fault_at_once(bench, tmp_path, model):
-    text = faults(tmp_path/'none', tasks='helaswag,cmmlu', data=bench, shots=-1, batch=0, out=tmp_path/'out')
+    text = faults(tmp_path/'none', tasks='helaswag,cmmlu', data=bench, shots=-1, batch=-1, out=tmp_path/'out')
     assert len(text.splitlines()) == 5
-    for part in ('shots is -1', 'batch is 0', "unknown task 'helaswag', did you mean 'hellaswag'?", 'cmmlu.zip: no such file', 'none'): assert part in text
+    for part in ('shots is -1', 'batch is -1', "unknown task 'helaswag', did you mean 'hellaswag'?", 'cmmlu.zip: no such file', 'none'): assert part in text
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('name,content,want', [
     ('ceval.zip', b'not a zip', 'cannot be read (BadZipFile'),
     ('hellaswag_val.jsonl', b'{"ctx": "a", ', 'cannot be read (JSONDecodeError'),
-    ('hellaswag_val.jsonl', b'{"ctx": "a"}', "cannot be read (KeyError: 'endings'"),
+    ('hellaswag_val.jsonl', b'{"ctx": "a"}', 'no column endings, label; expected ctx'),
     ('hellaswag_val.jsonl', b'', 'has no validation questions'),
     ('hellaswag_val.jsonl.xz', lzma.compress(b'{}')[:-9], 'cannot be read')])
 def test_broken_benchmarks(name, content, want, tmp_path, model):
@@ -125,12 +125,176 @@ def test_hellaswag_prompt_is_the_published_one(bench, model):
     assert 'Shoes: A man sits. He' in str(first) and 'ties a shoe.' in str(first)
 
 
-def test_compare_takes_folders_files_and_dicts(tmp_path):
-    a = dict(results=dict(mmlu={'acc,none': .5, 'acc_stderr,none': .1, 'alias': 'mmlu'}, bpb=dict(bits_per_byte_zh=2.)))
-    b = dict(mmlu={'acc,none': .25}, hellaswag={'acc,none': 1.})
-    (tmp_path/'results.json').write_text(json.dumps(a))
-    want = [dict(task='mmlu', metric='acc', base=.5, new=.25, change_new=-.25)]
-    assert ev.compare(dict(base=tmp_path, new=b)) == ev.compare(dict(base=a, new=b)) == want
+def zipped(folder, name, files):
+    with zipfile.ZipFile(folder/name, 'w') as z:
+        for k, v in files.items(): z.writestr(k, v)
+
+
+@pytest.mark.parametrize('val,want', [
+    ('id,question,A,B,C,D\n0,q,1,2,3,4', 'no column answer; expected question, A, B, C, D, answer'),
+    (HEAD + '\n0,q,1,2,3', 'row 1 has 5 columns, expected 7'),
+    (HEAD + '\n0,q,1,2,3,4,B\n1,q,1,2,3,4,E', "row 2 has the answer 'E', expected A, B, C or D"),
+    (HEAD, 'has no val questions')])
+def test_a_broken_table_names_its_column_or_row(val, want, tmp_path, model):
+    zipped(tmp_path, 'ceval.zip', {'val/high_school_geography_val.csv': val, 'dev/high_school_geography_dev.csv': '\n'.join([HEAD, *DEV])})
+    text = faults(model, tasks=GEO, data=tmp_path, out=tmp_path/'out')
+    assert want in text and len(text.splitlines()) == 1
+
+
+def test_more_shots_than_examples_and_no_template(bench, tmp_path, model):
+    assert 'has 2 solved examples for 3 shots' in faults(model, tasks=GEO, data=bench, shots=3, out=tmp_path/'o')
+    assert 'has no chat template; leave out --chat' in faults(model, tasks=GEO, data=bench, chat=True, out=tmp_path/'o')
+    assert "dtype is 'int4', expected auto, float32" in faults(model, dtype='int4', out=tmp_path/'o')
+    assert 'length is 1, expected at least 2' in faults(model, length=1, out=tmp_path/'o')
+
+
+def copy_of(model, folder, **config):
+    import shutil
+    shutil.copytree(model, folder)
+    c = json.loads((folder/'config.json').read_text())
+    (folder/'config.json').write_text(json.dumps({**c, **config}))
+    return folder
+
+
+def test_model_and_tokenizer_of_different_sizes(tmp_path, model):
+    small = copy_of(model, tmp_path/'small', vocab_size=31000)
+    text = faults(small, out=tmp_path/'o')
+    assert 'has a tokenizer of 32,000 tokens' in text and 'a model of 31,000 rows; run: cmixtral init' in text and len(text.splitlines()) == 1
+    (tmp_path/'small'/'tokenizer.json').unlink()
+    assert 'has no tokenizer.json; run: cmixtral vocab' in faults(small, out=tmp_path/'o')
+
+
+def test_questions_longer_than_the_context(bench, tmp_path, model, capsys):
+    short = copy_of(model, tmp_path/'short', max_position_embeddings=70)
+    text = faults(short, tasks=GEO, data=bench, out=tmp_path/'o', device='cpu')
+    assert 'questions with their answers are longer than the context of the model; leave the task out' in text and not (tmp_path/'o').exists()
+    ev.evaluate(short, tasks=GEO, data=bench, shots=2, out=tmp_path/'o', device='cpu')
+    assert '12 prompts are longer than the context of the model: lm-eval cuts off their beginning' in capsys.readouterr().out
+    assert json.loads((tmp_path/'o'/'results.json').read_text())['n_long'] == 12
+    tiny = copy_of(model, tmp_path/'tiny', max_position_embeddings=2)
+    assert 'an answer of 4 tokens' in faults(tiny, tasks='hellaswag', data=bench, out=tmp_path/'o2', device='cpu')
+
+
+def test_text_to_measure_on(tmp_path, model):
+    (tmp_path/'empty.txt').write_text('\n\n')
+    assert 'is empty, expected held-out text' in faults(model, domains=[f'zh/empty={tmp_path}/empty.txt'], out=tmp_path/'o')
+    assert 'expected LANG/NAME=REF' in faults(model, domains=['news=a.txt'], out=tmp_path/'o')
+    assert 'no such file' in faults(model, domains=['zh/news=a.txt'], out=tmp_path/'o')
+    (tmp_path/'c').mkdir()
+    for lang, text in dict(zh='', en='{"text": "a"}\n').items():
+        for split in 'train', 'valid': (tmp_path/'c'/f'{lang}.{split}.jsonl').write_text(text)
+    (tmp_path/'c'/'manifest.json').write_text(json.dumps(dict(kind='corpus', files={}, fingerprint='x')))
+    assert faults(model, corpus=tmp_path/'c', out=tmp_path/'o').startswith('no held-out text in zh in')
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    "Counts forward passes; the next one after `stop` is a Ctrl-C"
+    load, seen = ev.load_model, dict(n=0, stop=None)
+    def loading(*a, **kw):
+        m = load(*a, **kw); forward = m.forward
+        def call(*a, **kw):
+            if seen['n'] == seen['stop']: raise KeyboardInterrupt
+            seen['n'] += 1
+            return forward(*a, **kw)
+        m.forward = call
+        return m
+    monkeypatch.setattr(ev, 'load_model', loading)
+    return seen
+
+
+def test_interrupted_and_restarted_asks_nothing_twice(bench, tmp_path, model, counted):
+    args = dict(tasks=[GEO, 'mmlu_anatomy', 'hellaswag', 'bpb'], data=bench, shots=1, batch=2, length=64, n_chars=1500, samples=True, device='cpu')
+    ev.evaluate(model, out=tmp_path/'whole', **args)
+    whole, n = counted['n'], 0
+    for stop in (2, 5, whole - 1):  # in the first task, at half, in the bits per byte
+        counted.update(n=n, stop=stop)
+        with pytest.raises(KeyboardInterrupt): ev.evaluate(model, out=tmp_path/'parts', **args)
+        n = counted['n']
+        lines = (tmp_path/'parts.tmp'/'answers.jsonl').read_text()
+        (tmp_path/'parts.tmp'/'answers.jsonl').write_text(lines + '["cut o')  # what a kill can leave
+    counted.update(n=n, stop=None)
+    ev.evaluate(model, out=tmp_path/'parts', **args)
+    redone = counted['n'] - whole  # of bits per byte: the domain that was begun
+    assert 0 <= redone <= 2
+    for f in 'results.json', 'tables.md', 'questions.jsonl', 'documents.jsonl', 'samples.jsonl':
+        assert (tmp_path/'parts'/f).read_bytes() == (tmp_path/'whole'/f).read_bytes(), f
+    assert not (tmp_path/'parts'/'answers.jsonl').exists()
+
+
+def test_answers_of_the_harness_are_never_asked_twice(bench, model, counted):
+    lm, tok = ev.load_model(model, device='cpu'), ev.load_tokenizer(model)
+    kept = ev.Answers()
+    whole = ev.run_lm_eval(lm, tok, [GEO, 'hellaswag'], bench, batch=1, samples=True, answers=kept)
+    n, asked = counted['n'], kept.n_asked
+    half = ev.Answers(); half.known = dict(list(kept.known.items())[:asked // 2])
+    counted['n'] = 0
+    assert ev.run_lm_eval(lm, tok, [GEO, 'hellaswag'], bench, batch=1, samples=True, answers=half) == whole
+    assert half.n_asked == asked - asked // 2 and 0 < counted['n'] < n
+
+
+def test_the_command_in_the_results_repeats_them(bench, tmp_path, model, cli, monkeypatch):
+    a = ev.evaluate(model, tasks=[GEO, 'bpb'], data=bench, shots=1, length=64, n_chars=500, out=tmp_path/'a')
+    r = json.loads((a/'results.json').read_text())
+    assert r['packages']['lm_eval'] and r['config']['shots'] == 1 and r['versions'][GEO]
+    monkeypatch.chdir(tmp_path)
+    assert cli(*shlex.split(r['command'])[1:])[0] == 0
+    assert (tmp_path/'again'/'results.json').read_text() == (a/'results.json').read_text()
+
+
+def test_the_table_says_what_lm_eval_says(bench, tmp_path, model):
+    r = json.loads((ev.evaluate(model, tasks=[GEO, 'hellaswag'], data=bench, out=tmp_path/'a')/'results.json').read_text())
+    row = {(x['part'], x['metric']): x for x in r['table']}
+    assert row['high_school_geography', 'acc']['value'] == row['mean of subjects', 'acc']['value'] == r['results'][GEO]['acc,none']
+    assert row['all questions', 'acc_norm']['value'] == r['results']['hellaswag']['acc_norm,none']
+
+
+def reference_bits(model, tok, text, length):
+    "Bits per byte's numerator in twenty lines of its own: one token at a time, half a window of context at least"
+    import torch
+    ids = [tok.bos_token_id, *tok(text, add_special_tokens=False)['input_ids']]
+    bits, start, end = 0., 0, min(length, len(ids) - 1)
+    for i in range(1, len(ids)):
+        if i > end:
+            end = min(end + length // 2, len(ids) - 1)
+            start = end - length
+        with torch.no_grad(): logits = model(torch.tensor([ids[start:i]])).logits[0, -1].double()
+        bits += (logits.exp().sum().log() - logits[ids[i]]).item() / math.log(2)
+    return bits
+
+
+def test_bits_per_byte_equals_a_reference_for_any_batch(model):
+    from cmixtral_nb.mixtral import bits_per_byte
+    lm, tok = ev.load_model(model, device='cpu'), ev.load_tokenizer(model)
+    docs = [t[:120] for t in ev.heldout_texts('zh', n_chars=400) + ev.heldout_texts('en', n_chars=400)] + ['x', '汉']
+    want = sum(reference_bits(lm, tok, t, 16) for t in docs) / sum(len(t.encode()) for t in docs)
+    for batch in 1, 3, 8:
+        assert bits_per_byte(lm, tok, docs, 16, batch, stride=8)['bits_per_byte'] == pytest.approx(want, rel=1e-6)
+    parts = [bits_per_byte(lm, tok, p, 16, 8, 8) for p in (docs[:2], docs[2:5], docs[5:])]
+    assert sum(p['bits_per_byte'] * p['n_bytes'] for p in parts) / sum(p['n_bytes'] for p in parts) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_uniform_model_pays_log_V_for_each_token(model):
+    import torch
+    from cmixtral_nb.mixtral import bits_per_byte
+    lm, tok = ev.load_model(model, device='cpu'), ev.load_tokenizer(model)
+    lm.lm_head.weight.data.zero_()
+    r = bits_per_byte(lm, tok, ['一二三 and four', 'five'], 8, 2, 4)
+    assert r['bits_per_byte'] == pytest.approx(math.log2(32000) * r['n_tokens'] / r['n_bytes'], rel=1e-6)
+    with pytest.raises(StageError, match='the tokenizer gives the id .*, the model has 300 rows'):
+        lm.config.vocab_size = 300; bits_per_byte(lm, tok, ['汉字'])
+
+
+def test_windows_roll_as_in_lm_eval():
+    from hypothesis import given, strategies as st
+    from lm_eval.utils import get_rolling_token_windows
+    from cmixtral_nb.mixtral import windows
+
+    @given(st.lists(st.integers(3, 99), max_size=60), st.integers(1, 20), st.data())
+    def check(ids, length, data):
+        stride = data.draw(st.integers(1, length))
+        assert windows(ids, length, 1, stride) == list(get_rolling_token_windows(ids, 1, length, length - stride + 1))
+    check()
 
 
 @pytest.mark.skipif('CMIXTRAL_DATA' not in os.environ, reason='CMIXTRAL_DATA is not set')

@@ -106,3 +106,15 @@ def test_status(micro, cli):
     assert cli("status", out)[0] == 0
     assert cli.out.count("up to date") == len(STEPS)
     assert list(dict.fromkeys(s.stage for s in STEPS)) + ["report"] == STAGES
+
+
+def test_an_exam_without_questions_is_missed_before_the_first_step(tmp_path, cli):
+    from cmixtral_nb.pipeline import _hub_ids, read_recipe
+
+    recipe = tmp_path / "exam.toml"
+    recipe.write_text(MICRO.replace("[evaluate]\n", '[evaluate]\ntasks = ["bpb", "mmlu", "ceval-vaild"]\n'))
+    status, err = cli("run", recipe, "--out", tmp_path / "run")
+    assert status == 2 and not (tmp_path / "run").exists()
+    assert err == ["StageError: [evaluate] unknown task 'ceval-vaild', did you mean 'ceval-valid'?",
+        "StageError: [evaluate] mmlu: where are the questions? give their folder with --data, or --data hub"]
+    assert [i for t, k, i in _hub_ids(read_recipe("paper")) if k == "data"] == ["ceval/ceval-exam", "haonan-li/cmmlu", "cais/mmlu", "Rowan/hellaswag"]
