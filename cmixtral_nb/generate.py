@@ -122,7 +122,7 @@ def read_prompts(
     "Prompts as they are, and the lines of the files among them"
     out = []
     for p in [prompts] if isinstance(prompts, (str, Path)) else prompts or PROMPTS:
-        if len(str(p)) < 256 and Path(str(p)).is_file(): out += [l for l in Path(p).read_text('utf-8').splitlines() if l.strip()]
+        if len(str(p).encode()) < 256 and Path(str(p)).is_file(): out += [l for l in Path(p).read_text('utf-8').splitlines() if l.strip()]
         else: out.append(str(p))
     require(all(p.strip() for p in out) and out, 'an empty prompt; expected text to continue')
     return out
