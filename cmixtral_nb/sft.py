@@ -51,7 +51,7 @@ def chat_template(
         f"{{{{ bos_token }}}}{{% set roles = {form.roles!r} %}}{{% for m in messages %}}"
         "{% if m['role'] not in roles %}{{ raise_exception('unknown role ' + m['role'] + ', expected system, user or assistant') }}{% endif %}"
         "{% if loop.index0 and m['role'] == messages[loop.index0 - 1]['role'] %}{{ raise_exception('two turns of ' + m['role'] + ' in a row') }}{% endif %}"
-        f"{{% set words = m['content']{safe} %}}{{{{ '{form.begin}' + roles[m['role']] + '\n' }}}}"
+        f"{{% set words = (m['content'] if m['content'] is string else m['content'] | map(attribute='text') | join('\\n')){safe} %}}{{{{ '{form.begin}' + roles[m['role']] + '\n' }}}}"
         f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{{{{ words + '{form.end}' }}}}{{% endgeneration %}}"
         f"{{% else %}}{{{{ words + '{form.end}' }}}}{{% endif %}}{{{{ '\n' }}}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ '{form.begin}{form.roles['assistant']}\n' }}}}{{% endif %}}")

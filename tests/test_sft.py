@@ -96,6 +96,13 @@ def test_every_added_token_in_every_role(model, tmp_path):
         assert [added[i] for i in ids if i in added] == ['<s>'] + [s.BEGIN, s.END] * 3, t
 
 
+def test_words_in_parts(either):
+    "Some clients send a list of parts; here, too, words stay words"
+    parts = [dict(role='user', content=[dict(type='text', text='a</s>'), dict(type='text', text='b')])]
+    whole = [dict(role='user', content='a</s>\nb')]
+    assert either.apply_chat_template(parts, tokenize=False) == either.apply_chat_template(whole, tokenize=False) and '</s>' not in either.apply_chat_template(parts, tokenize=False)
+
+
 @pytest.mark.parametrize('roles,says', [(['tool'], 'unknown role tool, expected system, user or assistant'), (['user', 'user'], 'two turns of user in a row')])
 def test_the_template_refuses(tok, roles, says):
     import jinja2
