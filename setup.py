@@ -9,7 +9,7 @@ parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 cfg = parser["DEFAULT"]
 
 extras = {k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")}
-extras["dev"] = sorted({req for name, reqs in extras.items() if name != "gpu" for req in reqs})  # DeepSpeed is of no use without GPUs
+extras["dev"] = sorted({req for name, reqs in extras.items() if name not in ("gpu", "serve") for req in reqs})  # no use without GPUs; compiled for minutes
 
 setup(
     name=cfg["lib_name"],

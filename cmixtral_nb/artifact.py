@@ -49,6 +49,10 @@ def _file_id(p:Path, whole:int=64*2**20)->list:
         head = f.read(2**20); f.seek(-2**20, 2)
         return [size, hashlib.sha256(head + f.read()).hexdigest()]
 
+def _is_text(p:Path)->bool:
+    "Whether it is longer than any name may be: a prompt, for which the system has no answer but an error"
+    return any(len(part.encode()) > 255 for part in p.parts)
+
 def input_fingerprint(
     ref  # an `Artifact`, a path, a hub id or other name, a list of these, or None
 )->str:  # 16 hexadecimal digits, or the name itself where nothing lies on this disk
@@ -59,6 +63,7 @@ def input_fingerprint(
         return found[0] if len(found) == 1 else fingerprint(found)
     if isinstance(ref, dict): return fingerprint({k: input_fingerprint(v) for k, v in ref.items()})
     p = Path(getattr(ref, 'path', ref))
+    if _is_text(p): return str(ref)
     if not p.exists() and (m := re.match(r'([^=:]+=|[\d.]+:)(.+)', str(ref))):  # NAME=FILE or SHARE:FILE, as in zh=novels.jsonl, 0.2:words.tsv
         return m[1] + input_fingerprint(m[2])
     if p.is_file(): return fingerprint(_file_id(p))
@@ -217,6 +222,7 @@ def _relative(ref, start:Path):
     "How an input is written into a manifest: relative to the artifact, so that a run can be moved"
     if isinstance(ref, (list, tuple)): return [_relative(r, start) for r in ref]
     p = Path(getattr(ref, 'path', ref))
+    if _is_text(p): return str(ref)
     name, eq, rest = str(ref).partition('=')
     if eq and not p.exists() and Path(rest).exists(): return f'{name}={os.path.relpath(rest, start)}'
     return os.path.relpath(p, start) if p.exists() else str(ref)

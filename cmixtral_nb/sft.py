@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['BEGIN', 'END', 'PAD', 'ROLES', 'TEMPLATE', 'chat_tokenizer', 'write_chat_tokenizer', 'encode_chat', 'to_messages',
-           'read_conversations', 'translations', 'BPE', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat',
-           'answer_bits', 'sft']
+__all__ = ['FORMS', 'BEGIN', 'END', 'ROLES', 'PAD', 'Form', 'chat_template', 'chat_tokenizer', 'form_of', 'write_chat_tokenizer',
+           'encode_chat', 'ColouredTokens', 'decode_chat', 'to_messages', 'Faults', 'read_conversations',
+           'translations', 'BPE', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat', 'answer_bits', 'sft']
 
 # %% ../nbs/11_sft.ipynb #4cd4d99d
 import hashlib, heapq, json, random, re, shutil, sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 from .artifact import *
 from .corpus import is_heldout, open_text
 from .mixtral import resolve_model
@@ -28,40 +28,69 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/11_sft.ipynb #a2cdc151
-BEGIN, END, PAD = '<|beginofutterance|>', '<|endofutterance|>', '<|pad|>'
-ROLES = dict(system='系统', user='用户', assistant='助手')
+class Form(NamedTuple):
+    "The marks around an utterance, and what its first line calls the speaker"
+    begin: str
+    end: str
+    roles: dict
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|beginofutterance|>' + {'system': '系统', 'user': '用户', 'assistant': '助手'}[m['role']] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|endofutterance|>' }}{% endgeneration %}"
-    "{% else %}{{ m['content'] + '<|endofutterance|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|beginofutterance|>助手\n' }}{% endif %}")
+FORMS = dict(
+    huozi=Form('<|beginofutterance|>', '<|endofutterance|>', dict(system='系统', user='用户', assistant='助手')),
+    chatml=Form('<|im_start|>', '<|im_end|>', dict(system='system', user='user', assistant='assistant')))
+BEGIN, END, ROLES = FORMS['huozi']
+PAD = '<|pad|>'
+
+# %% ../nbs/11_sft.ipynb #6c3dca3d
+def chat_template(
+    form:Form,          # of `FORMS`
+    control:list[str],  # tokens that words must not become
+)->str:  # Jinja
+    "Template of a form. `<s>` in somebody's words is written `< s>`, because most engines look for control tokens in the finished text"
+    safe = ''.join(f" | replace({t!r}, {t[0] + ' ' + t[1:]!r})" for t in control if len(t) > 1)
+    return (
+        f"{{{{ bos_token }}}}{{% set roles = {form.roles!r} %}}{{% for m in messages %}}"
+        "{% if m['role'] not in roles %}{{ raise_exception('unknown role ' + m['role'] + ', expected system, user or assistant') }}{% endif %}"
+        "{% if loop.index0 and m['role'] == messages[loop.index0 - 1]['role'] %}{{ raise_exception('two turns of ' + m['role'] + ' in a row') }}{% endif %}"
+        f"{{% set words = (m['content'] if m['content'] is string else m['content'] | map(attribute='text') | join('\\n')){safe} %}}{{{{ '{form.begin}' + roles[m['role']] + '\n' }}}}"
+        f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{{{{ words + '{form.end}' }}}}{{% endgeneration %}}"
+        f"{{% else %}}{{{{ words + '{form.end}' }}}}{{% endif %}}{{{{ '\n' }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{form.begin}{form.roles['assistant']}\n' }}}}{{% endif %}}")
 
 # %% ../nbs/11_sft.ipynb #9f28fa58
 def chat_tokenizer(
     tok:PreTrainedTokenizerBase,  # of the model; changed in place
+    template:str='huozi',         # name in `FORMS`
 )->PreTrainedTokenizerBase:  # the same, with three tokens at its end
     "Add the two marks of an utterance, a pad of its own and the chat template; the end of an utterance ends generation"
     from tokenizers import AddedToken
-    tok.add_special_tokens(dict(eos_token=END, pad_token=PAD, additional_special_tokens=[AddedToken(BEGIN, special=True, normalized=False)]))
-    tok.chat_template = TEMPLATE
+    form = FORMS[template]
+    tok.add_special_tokens(dict(eos_token=form.end, pad_token=PAD, additional_special_tokens=[AddedToken(form.begin, special=True, normalized=False)]))
+    tok.chat_template = chat_template(form, sorted(t.content for t in tok.added_tokens_decoder.values()))
     return tok
+
+def form_of(
+    tok:PreTrainedTokenizerBase,  # from `chat_tokenizer`
+)->Form:
+    "The form whose mark ends the tokenizer's texts"
+    form = next((f for f in FORMS.values() if f.end == tok.eos_token), None)
+    require(form, f'the tokenizer ends its texts with {tok.eos_token!r}, expected one of {", ".join(f.end for f in FORMS.values())}; run: cmixtral sft')
+    return form
 
 # %% ../nbs/11_sft.ipynb #61a0670c
 def write_chat_tokenizer(
     model:Path,  # folder with the tokenizer to extend
     out:Path,    # folder of the adapter
+    template:str='huozi',  # name in `FORMS`
 )->PreTrainedTokenizerBase:
     "Everything that transformers, vLLM and llama.cpp need to read the chat tokenizer"
-    tok = chat_tokenizer(load_tokenizer(model))
+    tok = chat_tokenizer(load_tokenizer(model), template)
     tok.save_pretrained(out)
     conf = read_json(out/'tokenizer_config.json') | dict(tokenizer_class='PreTrainedTokenizerFast')  # a name that older releases know
     write_json(out/'tokenizer_config.json', {k: v for k, v in conf.items() if k not in ('backend', 'is_local', 'local_files_only')})
     if (model/'tokenizer.model').is_file(): shutil.copy(model/'tokenizer.model', out)
     write_json(out/'special_tokens_map.json', tok.special_tokens_map)  # one that lies here already would win
     write_json(out/'generation_config.json', dict(bos_token_id=tok.bos_token_id, eos_token_id=[tok.eos_token_id], pad_token_id=tok.pad_token_id))
-    write_json(out/'added_tokens.json', {t: tok.convert_tokens_to_ids(t) for t in (END, PAD, BEGIN)})
+    write_json(out/'added_tokens.json', {t: tok.convert_tokens_to_ids(t) for t in (tok.eos_token, PAD, form_of(tok).begin)})
     return tok
 
 # %% ../nbs/11_sft.ipynb #d8dde485
@@ -73,65 +102,118 @@ def encode_chat(
 )->tuple[list[int], list[int]]:  # ids, and 1 where the loss counts: the assistant's words and the end token
     "The template's ids, but only the template writes control tokens: what people type is text"
     words = encode or (lambda t: encode_plain(tok, [t])[0])
-    begin, end = tok.convert_tokens_to_ids([BEGIN, END])
+    form = form_of(tok); roles, (begin, end) = form.roles, tok.convert_tokens_to_ids([form.begin, form.end])
     newline = encode_plain(tok, ['\n'])[0]
     ids, mask = [tok.bos_token_id], [0]
     for m in messages:
-        n_head = len(encode_plain(tok, [ROLES[m['role']] + '\n'])[0])
-        body = words(f"{ROLES[m['role']]}\n{m['content']}")
+        n_head = len(encode_plain(tok, [roles[m['role']] + '\n'])[0])
+        body = words(f"{roles[m['role']]}\n{m['content']}")
         mine = int(m['role'] == 'assistant')
         ids += [begin, *body, end, *newline]
         mask += [0] * (1 + n_head) + [mine] * (len(body) - n_head + 1) + [0] * len(newline)
     if generate:
-        head = encode_plain(tok, [ROLES['assistant'] + '\n'])[0]
+        head = encode_plain(tok, [roles['assistant'] + '\n'])[0]
         ids += [begin, *head]; mask += [0] * (1 + len(head))
     return ids, mask
+
+# %% ../nbs/11_sft.ipynb #305ac5da
+class ColouredTokens:
+    "Tokens of a conversation: green ones carry the loss, grey ones are control tokens"
+    def __init__(self,
+        tok,             # from `chat_tokenizer`
+        ids:list[int],   # of `encode_chat`
+        mask:list[int],  # of `encode_chat`
+    ): self.tok, self.ids, self.mask = tok, ids, mask
+    def _repr_html_(self)->str:
+        from html import escape
+        control = set(self.tok.all_special_ids)
+        def span(i, m):
+            t = escape(self.tok.convert_ids_to_tokens(i)).replace('&lt;0x0A&gt;', '⏎')
+            style = 'background:#bfe3c0;color:#000' if m else 'background:#ddd;color:#555' if i in control else 'background:#f6f6f6;color:#000'
+            return f'<span style="{style};padding:1px 3px;margin:1px;border-radius:3px;display:inline-block">{t}</span>' + '<br>' * (t == '⏎' and not m)
+        return '<div style="font-family:monospace;line-height:1.7">' + ''.join(map(span, self.ids, self.mask)) + '</div>'
+
+# %% ../nbs/11_sft.ipynb #d5c4567f
+def decode_chat(
+    tok:PreTrainedTokenizerBase,  # from `chat_tokenizer`
+    ids:list[int],                # of a conversation
+)->str:
+    "The text of a conversation; encoded again it gives the same ids"
+    control, parts = set(tok.all_special_ids) | {tok.bos_token_id}, [[]]
+    for i in ids: parts += [[i], []] if i in control else []; parts[-1] += [] if i in control else [i]
+    return ''.join(tok.decode(p) for p in parts)
 
 # %% ../nbs/11_sft.ipynb #44c76d1f
 _from = dict(human='user', user='user', gpt='assistant', assistant='assistant', chatgpt='assistant', bing='assistant', system='system',
              系统='system', 用户='user', 助手='assistant')
 
 def to_messages(
-    r:dict,  # ShareGPT (conversations: from, value), OpenAI (messages: role, content) or Alpaca (instruction, input, output)
+    r:dict,               # ShareGPT (conversations: from, value), OpenAI (messages: role, content) or Alpaca (instruction, input, output)
+    forms:Counter=None,   # counts the form
 )->list[dict]:  # role, content
     "One conversation in the form of OpenAI's messages; `ValueError` with the reason where that cannot be"
     if not isinstance(r, dict): raise ValueError('not an object')
+    forms = Counter() if forms is None else forms
     if turns := r.get('messages') or r.get('conversations') or r.get('conversation') or r.get('items'):
-        return _checked([dict(role=_role(t), content=t.get('content', t.get('value'))) for t in turns if isinstance(t, dict)])
+        if not (isinstance(turns, list) and all(isinstance(t, dict) for t in turns)): raise ValueError('turns that are no list of objects')
+        talk = _checked([dict(role=_role(t), content=_words(t.get('content', t.get('value')))) for t in turns])
+        forms['OpenAI' if 'role' in turns[0] else 'ShareGPT'] += 1
+        return talk
     if 'instruction' in r and 'output' in r:
-        ask = '\n'.join(x for x in (r['instruction'], r.get('input')) if x)
+        ask = '\n'.join(x for x in (_words(r['instruction']), _words(r.get('input'))) if x)
         past = [m for q, a in r.get('history') or [] for m in (dict(role='user', content=q), dict(role='assistant', content=a))]
         head = [dict(role='system', content=r['system'])] if r.get('system') else []
-        return _checked([*head, *past, dict(role='user', content=ask), dict(role='assistant', content=r['output'])])
+        talk = _checked([*head, *past, dict(role='user', content=ask), dict(role='assistant', content=_words(r['output']))])
+        forms['Alpaca'] += 1
+        return talk
     raise ValueError('unknown form')
 
+# %% ../nbs/11_sft.ipynb #0ed650f1
 def _role(t:dict)->str:
     role = t.get('role', t.get('from'))
-    if role not in _from: raise ValueError(f'unknown role {role!r}')
+    if role not in _from: raise ValueError(f'unknown role {str(role)[:40]!r}')
     return _from[role]
 
+def _words(content)->str:
+    "OpenAI's content may be a list of parts"
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get('text'), str) for p in content): content = '\n'.join(p['text'] for p in content)
+    if not isinstance(content, str | None): raise ValueError('content that is no text')
+    return content or ''
+
 def _checked(messages:list[dict])->list[dict]:
-    if not all(isinstance(m['content'], str) and m['content'].strip() for m in messages): raise ValueError('empty turn')
+    for m in messages:
+        if not isinstance(m['content'], str): raise ValueError('content that is no text')
+        if not m['content'].strip(): raise ValueError('empty answer' if m['role'] == 'assistant' else f'empty turn of {m["role"]}')
+        if any('\ud800' <= c <= '\udfff' for c in m['content']): raise ValueError('half a character')
     roles = [m['role'] for m in messages]
     if 'assistant' not in roles: raise ValueError('no answer')
     while messages[-1]['role'] != 'assistant': messages, roles = messages[:-1], roles[:-1]  # a question that nobody answered
     turns = roles[roles[0] == 'system':]
-    if turns != ['user', 'assistant'] * (len(turns) // 2) or not turns: raise ValueError('turns do not alternate')
+    for a, b in zip(turns, turns[1:]):
+        if a == b: raise ValueError(f'two turns of {a} in a row')
+    if turns != ['user', 'assistant'] * (len(turns) // 2) or not turns: raise ValueError(f'begins with {turns[0]}' if turns and turns[0] != 'user' else 'turns do not alternate')
     return messages
 
 # %% ../nbs/11_sft.ipynb #12253ef4
-def _records(path:Path, on_error:str, counts:Counter)->Iterator:
+class Faults(Counter):
+    "Reasons with their counts, and the lines where each was met first"
+    def __init__(self, *a, **kw): super().__init__(*a, **kw); self.where = {}
+    def note(self, path, n:int, reason:str): self[reason] += 1; self.where.setdefault(reason, []).append((path, n))
+    def lines(self, most:int=20)->list[str]:
+        "A line for each fault, in the order of the files"
+        all_ = sorted((str(p), n, r) for r, w in self.where.items() for p, n in w)
+        return [f'{p}:{n}: {r}; mend the line, or go on without it with --on-error skip' for p, n, r in all_[:most]] + [f'and {len(all_) - most:,} more'] * (len(all_) > most)
+    def __str__(self): return ', '.join(f'{r} {n:,}' + (f' (line {", ".join(str(i) for _, i in self.where[r][:3])}{" …" * (n > 3)})' if r in self.where else '') for r, n in self.most_common())
+
+def _records(path:Path, counts:Faults)->Iterator:
     "Objects of a jsonl file, or of a JSON file that holds one list"
-    def bad(n, reason):
-        require(on_error == 'skip', f'{path}:{n}: {reason}; mend the line, or go on without it with --on-error skip')
-        counts[reason] += 1
     with open_text(path) as f:
         for n, line in enumerate(f, 1):
             if n == 1 and line.lstrip().startswith(b'['): f.seek(0); yield from enumerate(_json_list(path, f), 1); return
             if not line.strip(): continue
             try: yield n, json.loads(line.decode('utf-8-sig'))
-            except UnicodeDecodeError: bad(n, 'invalid UTF-8')
-            except ValueError: bad(n, 'invalid JSON')
+            except UnicodeDecodeError: counts.note(path, n, 'invalid UTF-8')
+            except ValueError: counts.note(path, n, 'invalid JSON')
 
 def _json_list(path, f):
     try: return json.loads(f.read().decode('utf-8-sig'))
@@ -140,20 +222,23 @@ def _json_list(path, f):
 # %% ../nbs/11_sft.ipynb #237c6329
 def read_conversations(
     ref:str,                    # jsonl or json file (also .xz, .gz), builtin, builtin:translation, builtin:handwritten
-    on_error:str='skip',        # a bad conversation: skip (and count it) or stop
-    counts:Counter=None,        # reason -> how many were dropped
+    on_error:str='skip',        # bad conversations: skip (and count) them, or stop and list them
+    counts:Faults=None,         # reason -> how many were dropped
     n_translations:int=2000,    # of builtin
+    forms:Counter=None,         # form -> how many were read
 )->Iterator[list[dict]]:
-    "Conversations of a source, whichever of the usual forms they have"
-    counts = Counter() if counts is None else counts
+    "Conversations of a source, whichever of the usual forms each has"
+    found, forms = Faults(), Counter() if forms is None else forms
     if ref in ('builtin', 'builtin:translation'): yield from translations(n_translations)
     if ref in ('builtin', 'builtin:handwritten'): ref = str(package_data('data/conversations.jsonl'))
     if ref.startswith('builtin'): return
-    for n, r in _records(Path(ref), on_error, counts):
-        try: yield to_messages(r)
-        except ValueError as e:
-            require(on_error == 'skip', f'{ref}:{n}: {e}; mend the line, or go on without it with --on-error skip')
-            counts[str(e)] += 1
+    for n, r in _records(Path(ref), found):
+        try: yield to_messages(r, forms)
+        except ValueError as e: found.note(ref, n, str(e))
+    if found and on_error == 'stop': raise StageError(*found.lines())
+    if counts is not None:
+        counts.update(found)
+        if isinstance(counts, Faults): counts.where |= found.where
 
 # %% ../nbs/11_sft.ipynb #1f242c0d
 _ask = dict(  # instruction, then the sentence
@@ -285,12 +370,13 @@ def _refs(conversations)->list[str]:
     return [conversations] if isinstance(conversations, str) else [str(c) for c in conversations or ['builtin']]
 
 def _check(model, conversations=None, rank=1, dropout=0., rows='all', lr=1., batch=1, accumulation=1, steps=0, epochs=1., length=2,
-           neftune=0., bpe_dropout=0., on_error='skip', valid_share=0., device=None, **kw):
+           neftune=0., bpe_dropout=0., on_error='skip', valid_share=0., template='huozi', device=None, **kw):
     faults, got = [], locals()
     for name, ok, want in (('rank', rank >= 1, 'at least 1'), ('dropout', 0 <= dropout < 1, '0 to below 1'), ('lr', lr > 0, 'above 0'),
             ('batch', batch >= 1, 'at least 1'), ('accumulation', accumulation >= 1, 'at least 1'), ('epochs', steps > 0 or epochs > 0, 'above 0'),
             ('length', length >= 16, 'at least 16'), ('neftune', neftune >= 0, '0 or more'), ('bpe_dropout', 0 <= bpe_dropout < 1, '0 to below 1'),
-            ('rows', rows in ('all', 'none'), 'all or none'), ('on_error', on_error in ('skip', 'stop'), 'skip or stop'), ('valid_share', 0 <= valid_share < 1, '0 to below 1')):
+            ('rows', rows in ('all', 'none'), 'all or none'), ('on_error', on_error in ('skip', 'stop'), 'skip or stop'), ('valid_share', 0 <= valid_share < 1, '0 to below 1'),
+            ('template', template in FORMS, ' or '.join(FORMS))):
         if not ok: faults.append(f'{name} is {got[name]!r}, expected {want}')
     for r in _refs(conversations):
         if r not in ('builtin', 'builtin:translation', 'builtin:handwritten') and not Path(r).is_file():
@@ -306,27 +392,36 @@ def _check(model, conversations=None, rank=1, dropout=0., rows='all', lr=1., bat
     if faults: raise StageError(*faults)
 
 # %% ../nbs/11_sft.ipynb #e1ed850f
-def _talks(refs:list[str], tok, on_error, n_translations, length, valid_share)->tuple[list, list, Counter]:
-    "Conversations to train on, held-out ones, and why others were dropped"
-    counts, train, valid, seen = Counter(), [], [], set()
+def _talks(refs:list[str], tok, on_error, n_translations, length, valid_share)->tuple[list, list, Faults, dict]:
+    "Conversations to train on, held-out ones, why others were dropped, and what was counted"
+    counts, faults, train, valid, seen, n = Faults(), [], [], [], set(), dict(forms=Counter(), tokens=0, answers=0)
     for ref in refs:
-        for talk in read_conversations(ref, on_error, counts, n_translations):
+        forms, own, before = Counter(), Faults(), len(seen)
+        try: talks = list(read_conversations(ref, on_error, own, n_translations, forms))
+        except StageError as e: faults += e.args; continue
+        for talk in talks:
             text = json.dumps(talk, ensure_ascii=False)
-            if text in seen: counts['repeated'] += 1; continue
-            seen.add(text)
-            if not any(encode_chat(tok, talk)[1][:length]): counts['no answer within length'] += 1; continue
-            (valid if is_heldout(text, valid_share) else train).append(talk)
-    require(train, f'no conversation left to train on of {", ".join(refs)}; dropped: {dict(counts) or "none"}')
-    return train, valid, counts
+            if text in seen: own['repeated'] += 1; continue
+            seen.add(text); mask = encode_chat(tok, talk)[1][:length]
+            if not any(mask): own['no answer within length'] += 1; continue
+            if is_heldout(text, valid_share): valid.append(talk); continue
+            train.append(talk); n['tokens'] += len(mask); n['answers'] += sum(mask)
+        if not ref.startswith('builtin'):
+            say('sft', f'{ref}: ' + (', '.join(f'{k:,} {f}' for f, k in forms.items()) or 'no conversation') + (f'; dropped: {own}' if own else ''))
+        n['forms'][ref] = dict(forms) or dict(builtin=len(talks)); counts.update(own); counts.where |= own.where
+    if faults: raise StageError(*faults)
+    require(train, f'no conversation left to train on of {", ".join(refs)}; dropped: {counts or "none"}')
+    return train, valid, counts, dict(n, forms=dict(n['forms']))
 
 # %% ../nbs/11_sft.ipynb #9bb03511
-def _chat_stats(net, run, log, train, valid, counts, folder, out)->dict:
+def _chat_stats(net, run, log, train, valid, counts, n, folder, out)->dict:
     "What the manifest says of a run"
     losses = [h['loss'] for h in log if 'loss' in h]; bits = [h['bpb_answers'] for h in log if 'bpb_answers' in h]
+    say('sft', f'{len(train):,} conversations, {n["tokens"]:,} tokens, the loss on {n["answers"]:,} of them ({n["answers"] / n["tokens"]:.0%})')
     say('sft', f'{run.state.global_step:,} steps on {len(train):,} conversations, loss {losses[0]:.3f} → {losses[-1]:.3f}' +
         (f'; bits per byte of {len(valid)} held-out answers {bits[0]:.3f} → {bits[-1]:.3f}' if bits else ''))
     return dict(tokenizer=tokenizer_fingerprint(out), base=input_fingerprint(folder), steps=run.state.global_step, n_conversations=len(train), n_valid=len(valid),
-        dropped=dict(counts), loss=dict(first=losses[0], last=losses[-1]), bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
+        dropped=dict(counts), sources=n['forms'], n_tokens=n['tokens'], n_answer_tokens=n['answers'], loss=dict(first=losses[0], last=losses[-1]), bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
         parameters=parameter_table(net), quantised=quantised(net), quantised_dtype=str(net.dtype).removeprefix('torch.'))
 
 # %% ../nbs/11_sft.ipynb #7c053456
@@ -357,7 +452,8 @@ def sft(
     neftune:float=5.,          # NEFTune's alpha, noise on the embeddings; 0: none
     bpe_dropout:float=0.1,     # each merge of the tokenizer is skipped with this probability; 0: none
     n_translations:int=2000,   # translation tasks of builtin
-    on_error:str='skip',       # a bad conversation: skip (and count it) or stop
+    on_error:str='skip',       # bad conversations: skip (and count) them, or stop and list them
+    template:str='huozi',      # form of a conversation: huozi, chatml
     valid_share:float=0.02,    # of the conversations held out to measure on
     optim:str='adamw_torch',   # of transformers; paged_adamw_8bit saves memory on a GPU
     eval_every:int=200,        # steps between evaluations
@@ -371,12 +467,12 @@ def sft(
     from functools import partial
     device, folder = device or default_device(), resolve_model(model)
     old = load_tokenizer(folder)
-    if process_rank() == 0: write_chat_tokenizer(folder, out)
+    if process_rank() == 0: write_chat_tokenizer(folder, out, template)
     meet(); tok = load_tokenizer(out)
-    train, valid, counts = _talks(_refs(conversations), tok, on_error, n_translations, length, valid_share)
+    train, valid, counts, n = _talks(_refs(conversations), tok, on_error, n_translations, length, valid_share)
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
-    begin, end, pad = tok.convert_tokens_to_ids([BEGIN, END, PAD])
-    grow_rows(net, len(tok), {begin: old.bos_token_id, end: old.eos_token_id, pad: old.eos_token_id})
+    like = dict(zip(tok.convert_tokens_to_ids([*form_of(tok)[:2], PAD]), (old.bos_token_id, old.eos_token_id, old.eos_token_id)))
+    grow_rows(net, len(tok), {new: row for new, row in like.items() if new >= len(old)})  # a chat model has its rows already
     net.config.output_router_logits = True
     net.router_aux_loss_coef = aux / (accumulation * world_size())
     net = add_lora(net, rank, alpha, dropout, rows, seed=seed)
@@ -393,4 +489,4 @@ def sft(
     full_precision(net)
     if process_rank(): return {}
     save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
-    return _chat_stats(net, run, read_log(out), train, valid, counts, folder, out)
+    return _chat_stats(net, run, read_log(out), train, valid, counts, n, folder, out)

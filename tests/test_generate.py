@@ -124,3 +124,39 @@ def test_markdown_survives_what_models_write():
 
 def test_chat_needs_a_template(model):
     with pytest.raises(StageError, match='has no chat template; run: cmixtral sft'): g.chat(model, device='cpu')
+
+
+@pytest.mark.parametrize('template,says', [('{{ messages[', 'does not render'), ("{{ messages[0]['content'] + 1 }}", 'does not render'), ("{{ raise_exception('no') }}", r'does not render this conversation \(no\)')])
+def test_a_template_that_does_not_render(model, template, says):
+    tok = load_tokenizer(model); tok.chat_template = template
+    with pytest.raises(StageError, match=says + '.*mend chat_template.jinja, or run: cmixtral sft'): g.encode_prompt(tok, [dict(role='user', content='x')])
+
+
+def test_roles_and_turns_that_the_model_never_saw(chat_tok):
+    for roles, says in (['tool'], 'unknown role tool'), (['user', 'user'], 'two turns of user in a row'):
+        with pytest.raises(StageError, match=says): g.encode_prompt(chat_tok, [dict(role=r, content='x') for r in roles])
+
+
+def test_a_prompt_longer_than_the_context(model, tok, tmp_path):
+    m = g.load_model(model, device='cpu'); room = m.config.max_position_embeddings
+    with pytest.raises(StageError, match=f'the prompt has 350,002 tokens, expected at most {room - 5:,}: the model holds {room:,}, of which the answer may take 5; shorten it'):
+        g.generate_text(m, tok, '长' * 350_000, 5)
+    with pytest.raises(StageError, match='the prompt has'): g.generate([f'a={model}'], prompts=['长' * 9000], out=tmp_path/'o')
+    assert not list(tmp_path.iterdir())
+
+
+def test_chat_goes_on_after_a_message_of_a_megabyte(model, tmp_path, capsys):
+    "One line on standard error; the message is not said, the next one is"
+    from unittest.mock import patch
+    from cmixtral_nb.sft import write_chat_tokenizer
+    for f in model.iterdir(): (tmp_path/f.name).write_bytes(f.read_bytes())
+    from transformers import MixtralForCausalLM
+    from cmixtral_nb.mixtral import small_config
+    MixtralForCausalLM(small_config(32, 1, 4, 2, 64, 2, 1, 32003, 64, 0.)).save_pretrained(tmp_path)
+    write_chat_tokenizer(model, tmp_path); capsys.readouterr()
+    lines, asked = iter(['长' * 350_000, 'hello', '/exit']), []
+    whole = g.generate_text
+    with patch('builtins.input', lambda _: next(lines)), patch.object(g, 'generate_text', lambda net, tok, talk, *a: asked.append(list(talk)) or whole(net, tok, talk, *a)): g.chat(tmp_path, max_new_tokens=3, device='cpu')
+    got = capsys.readouterr()
+    assert [l for l in got.err.splitlines() if 'Loading weights' not in l and l.strip()] == [got.err.splitlines()[-1]] and 'the prompt has' in got.err and 'shorten it' in got.err
+    assert [m['content'] for m in asked[-1]] == ['hello'] and got.out.strip()

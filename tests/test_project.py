@@ -52,7 +52,7 @@ def test_readme_is_the_index():
 
 
 def test_chapters_in_order():
-    assert [p.stem.split("_")[0] for p in NBS if p.stem != "index"] == sorted([*[f"{i:02}" for i in range(16)], "05b", "13b", "13c"])
+    assert [p.stem.split("_")[0] for p in NBS if p.stem != "index"] == sorted([*[f"{i:02}" for i in range(16)], "05b", "12b", "13b", "13c"])
 
 
 @pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
