@@ -187,11 +187,11 @@ def _sources(node, where:str)->list:
 # %% ../nbs/15_site.ipynb #586b211d
 def _known(f)->dict:
     "Names of a function that hold one text, or one of two"
-    out = {}
+    out, given = {}, {a.arg for a in [*f.args.args, *f.args.kwonlyargs]}
     for n in ast.walk(f):
         if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and isinstance(n.value, (ast.Constant, ast.JoinedStr, ast.BinOp, ast.IfExp)):
             texts = _texts(n.value, {})
-            if all(re.search('[a-z]', re.sub('‹[^›]*›', '', t)) for t in texts) and n.targets[0].id not in out: out[n.targets[0].id] = texts
+            if all(re.search('[a-z]', re.sub('‹[^›]*›', '', t)) for t in texts) and (name := n.targets[0].id) not in out: out[name] = texts + [f'‹{name}›'] * (name in given)
     return out
 
 def messages(
@@ -223,6 +223,7 @@ def package_messages()->dict[str, list[dict]]:  # module -> messages
 
 # %% ../nbs/15_site.ipynb #3ed9e54f
 def _cell(text:str)->str: return text.replace('|', '\\|').replace('\n', ' ')
+def _code(text:str)->str: return f'`` {text} ``' if '`' in text else f'`{text}`' if text else ''
 def _table(head:list[str], rows:list[list[str]])->str:
     line = lambda cs: '| ' + ' | '.join(map(_cell, cs)) + ' |'
     return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)])
@@ -240,7 +241,7 @@ def messages_page()->str:  # markdown
         rows = []
         for x in found.get(m, []):
             said, _, remedy = x['text'].partition('; ')
-            rows.append([f'`{said}`', f'`{remedy}`' if remedy else ''])
+            rows.append([_code(said), _code(remedy)])
         if rows: parts += [f'## {title}\n\n' + (f'From [{m}]({book}).\n\n' if book else '') + _table(['message', 'what to do'], rows)]
     return '\n\n'.join(parts)
 
