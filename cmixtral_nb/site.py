@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SKIP', 'WAY', 'COLAB_EXTRAS', 'cells', 'execute', 'chain_svg', 'markdown', 'readme', 'checkout', 'colab_cells',
-           'colab', 'messages', 'chapters', 'package_messages', 'messages_page', 'commands_page', 'exported',
-           'api_page', 'gpu_page', 'mathml', 'settle', 'docs', 'prepare']
+__all__ = ['SKIP', 'WAY', 'COLAB_EXTRAS', 'cells', 'execute', 'light_png', 'chain_svg', 'markdown', 'readme', 'checkout',
+           'colab_cells', 'colab', 'messages', 'chapters', 'package_messages', 'messages_page', 'commands_page',
+           'exported', 'api_page', 'gpu_page', 'mathml', 'settle', 'docs', 'prepare']
 
 # %% ../nbs/15_site.ipynb #5a4069fa
 import ast, html, inspect, itertools, json, os, re, shutil, subprocess, sys
@@ -29,7 +29,7 @@ def cells(
         out.append(dict(cell_type=c['cell_type'], source=source, outputs=c.get('outputs', []), flags=flags))
     return out
 
-# %% ../nbs/15_site.ipynb #6f8291f3
+# %% ../nbs/15_site.ipynb #9c75e9cb
 SKIP = {'notest', 'slow', 'gpu'}
 
 def _skipped(cell:dict)->bool:
@@ -53,8 +53,25 @@ def execute(
             require(not shell.exc, f'{path.name}: {type(shell.exc).__name__}: {shell.exc} in the cell that begins {cell.source[:60]!r}')
     finally: os.chdir(here)
     for cell in nb.cells:
-        if cell.cell_type == 'code': cell.execution_count = None
+        if cell.cell_type != 'code': continue
+        cell.execution_count = None
+        for o in cell.outputs:
+            if png := o.get('data', {}).get('image/png'): o['data']['image/png'] = light_png(png)
     write_text(path, nb2str(nb))
+
+# %% ../nbs/15_site.ipynb #56e19a14
+def light_png(
+    png:str,  # base64
+)->str:  # base64; the same where it has a palette or is smaller
+    "A picture with at most 256 colours: a third of the bytes, and no difference that an eye can see in a diagram"
+    from base64 import b64decode, b64encode
+    from io import BytesIO
+    from PIL import Image
+    data, out = b64decode(''.join(png)), BytesIO(); im = Image.open(BytesIO(data))
+    if im.mode == 'P': return png
+    im = im.convert('RGBA')
+    Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(out, 'png', optimize=True)
+    return png if len(data) <= len(out.getvalue()) else b64encode(out.getvalue()).decode() + '\n'
 
 # %% ../nbs/15_site.ipynb #3c407cda
 WAY = {'a vocabulary': dict(corpus='text', tokenizer='pieces', search='how many', vocab='tokenizer'),
@@ -102,6 +119,7 @@ def _text(output:dict)->str:
     data = output.get('data', {})
     return ''.join(output.get('text', [])) or ''.join(data.get('text/markdown', data.get('text/plain', [])))
 
+# %% ../nbs/15_site.ipynb #f6ec701f
 def readme(
     root:str|Path='.',  # checkout of the project
 ):
@@ -173,6 +191,7 @@ def _texts(node, known:dict)->list[str]:
     name = ast.unparse(node.value).removeprefix('self.')
     return [f'‹{name}›' if re.fullmatch('[A-Za-z]{3,}', name) else '…']
 
+# %% ../nbs/15_site.ipynb #5cbb30fb
 def _sources(node, where:str)->list:
     "Expressions in a syntax node that become the text of an error"
     name = lambda n: getattr(n, 'id', '')
@@ -245,6 +264,7 @@ def messages_page()->str:  # markdown
         if rows: parts += [f'## {title}\n\n' + (f'From [{m}]({book}).\n\n' if book else '') + _table(['message', 'what to do'], rows)]
     return '\n\n'.join(parts)
 
+# %% ../nbs/15_site.ipynb #a3bd9776
 def commands_page()->str:
     "Every command with its options, as `--help` shows them"
     from cmixtral_nb.pipeline import GROUPS, parser
@@ -323,6 +343,7 @@ def _offline(page:str)->str:
     page = mathml(page)
     return re.sub(r'<(script|link)[^>]*(?:src|href)="https?://[^"]*"[^>]*>(?:\s*</script>)?', '', page)
 
+# %% ../nbs/15_site.ipynb #4b0afba4
 _fetch = 'const r = await fetch(offset + "search.json");\n      index = await r.json();'  # in smalldocs 0.5.4, which is pinned for it
 _load = '''index = await new Promise((ok, no) => {
         const s = document.createElement("script");
@@ -347,9 +368,9 @@ def settle(
         write_text(site/'search.js', f'window.searchIndex = {(site/"search.json").read_text(encoding="utf-8")};\n')
         for p in site.rglob('smalldocs.js'): write_text(p, p.read_text(encoding='utf-8').replace(_fetch, _load))
 
-# %% ../nbs/15_site.ipynb #542292a2
+# %% ../nbs/15_site.ipynb #c086e79d
 def docs(
-    root:Path='.',       # checkout of the project
+    root:str|Path='.',   # checkout of the project
     quarto:bool=None,    # use Quarto; default: where it is installed
 ):
     "Build README.md and the documentation site (_docs/index.html) from the notebooks"
@@ -382,6 +403,7 @@ if __name__ == "__main__":
     refresh_quarto_yml(); proc_nbs(n_workers=0, force=True)
 '''
 
+# %% ../nbs/15_site.ipynb #a2497750
 def _render(root:Path, quarto:bool):
     "Pages through nbdev, rendered in a folder that replaces _docs when it is complete"
     try: import latex2mathml, nbdev, smalldocs
@@ -400,9 +422,9 @@ def _reason(stderr:str)->str:
     lines = [l for l in stderr.strip().splitlines() if re.match(r'\w*(Error|Exception)', l)]
     return lines[0] if lines else stderr.strip()[-200:]
 
-# %% ../nbs/15_site.ipynb #58417eea
+# %% ../nbs/15_site.ipynb #388a9318
 def prepare(
-    root:Path='.',          # checkout of the project
+    root:str|Path='.',      # checkout of the project
     run:list[str]=None,     # notebooks to execute again, such as 03_search; "all" for each
     test:bool=True,         # run the tests
     site:bool=False,        # build the site as well
