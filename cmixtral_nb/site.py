@@ -247,10 +247,10 @@ def _table(head:list[str], rows:list[list[str]])->str:
     line = lambda cs: '| ' + ' | '.join(map(_cell, cs)) + ' |'
     return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)])
 
-def _home()->Path|None:  # the checkout around the current folder
+def _here()->Path|None:  # the checkout around the current folder
     return next((p for p in [Path.cwd(), *Path.cwd().parents] if (p/'settings.ini').is_file() and (p/'nbs').is_dir()), None)
 def _titles()->dict[str, tuple]:  # module -> (title, notebook)
-    root = _home()
+    root = _here()
     return {m: (cells(root/'nbs'/b)[0]['source'].splitlines()[0].removeprefix('# ') if b else m, b) for m, b in chapters(root).items()}
 
 def messages_page()->str:  # markdown
@@ -297,7 +297,7 @@ def exported(
 
 def api_page()->str:  # markdown
     "The functions and classes of the package, module by module, linked to their chapter and their source"
-    url, parts = (_setting(root, 'git_url') if (root := _home()) else '.'), []
+    url, parts = (_setting(root, 'git_url') if (root := _here()) else '.'), []
     for m, (title, book) in _titles().items():
         rows = [[f'[{x["name"]}]({book}#{x["name"].lower()}) `{x["signature"].removeprefix(x["name"])}`', x['doc'], f'[{x["line"]}]({url}/blob/main/cmixtral_nb/{m}.py#L{x["line"]})']
                 for x in exported((package_data('')/f'{m}.py').read_text(encoding='utf-8'))]
@@ -323,7 +323,7 @@ def gpu_page()->str:  # markdown
     return '\n\n'.join([f'## To train\n\nRecipe `paper`: batch {s["batch"]} of {x["length"]:,} tokens, rank {s["rank"]}; chat: {y["length"]:,} tokens in a row. What must be set for it to fit:',
         _table(['GPUs', 'pre-training, Mixtral-8x7B', 'chat, Mixtral-8x7B', 'pre-training, a Mistral-7B'], memory),
         f'## How long\n\nHours for {n/1e9:.0f} billion tokens at 30% of the peak, and for each billion:', _table(['GPU', 'GPU hours', 'days on eight', 'GPU hours per billion tokens'], hours),
-        f'## Disk\n\nWhat the stages of `paper` leave:', _table(['what', 'GB'], [[k, f'{v/1e9:,.1f}'] for k, v in disk.items()]),
+        '## Disk\n\nWhat the stages of `paper` leave:', _table(['what', 'GB'], [[k, f'{v/1e9:,.1f}'] for k, v in disk.items()]),
         f'## To use the model\n\nMixtral-8x7B with {V:,} pieces: {gb(True):.1f} GB of weights in 4 bits, {gb(False):.1f} GB in bfloat16, and a few GB for what it reads and writes.'])
 
 # %% ../nbs/15_site.ipynb #62e580b3
