@@ -407,7 +407,7 @@ if __name__ == "__main__":
 def _render(root:Path, quarto:bool):
     "Pages through nbdev, rendered in a folder that replaces _docs when it is complete"
     try: import latex2mathml, nbdev, smalldocs
-    except ImportError as e: raise StageError(f"{e.name} is not installed; run: pip install -e '.[dev]'") from None
+    except ImportError as e: raise StageError(f"{e.name} is not installed; run: pip install -e '.[docs]'") from None
     shutil.rmtree(root/'_proc', ignore_errors=True)
     renderer = ['quarto', 'render', '--no-cache'] if quarto else [sys.executable, '-m', 'smalldocs.cli', 'render', '--quiet', '.']
     for command, cwd in ([sys.executable, '-c', _worker], root), (renderer, root/'_proc'):

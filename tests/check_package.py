@@ -40,6 +40,7 @@ def main():
     p.add_argument("--lowest", action="store_true")
     p.add_argument("--run", action="store_true", help="run the tiny recipe with the installed package")
     a = p.parse_args()
+    requirements = (ROOT / "settings.ini").read_text(encoding="utf-8").split("\nrequirements = ")[1].split("\n")[0].split()
     tmp = Path(tempfile.mkdtemp(prefix="cmixtral-package-"))
     shutil.copytree(ROOT, tmp / "src", ignore=shutil.ignore_patterns(".git", "runs", "_docs", "_proc", "__pycache__", ".venv", "build", "dist"))
     sh(sys.executable, "-m", "venv", tmp / "venv")
@@ -50,17 +51,18 @@ def main():
         print(f"{f.name}: {f.stat().st_size / 1e6:.2f} MB")
     whl = str(next((tmp / "dist").glob("*.whl"))) + (f"[{a.extras}]" if a.extras else "")
     start = time.perf_counter()
-    if a.lowest:
-        sh(python, "-m", "uv", "pip", "install", "-q", "--python", python, a.torch)
+    sh(python, "-m", "pip", "-q", "install", a.torch)
+    if a.lowest:  # torch stays as it is: an older one would be another build
+        (tmp / "floor.txt").write_text("\n".join(r for r in requirements if not r.startswith("torch")) + "\n")
         (tmp / "over.txt").write_text(a.torch + "\n")
-        sh(python, "-m", "uv", "pip", "install", "-q", "--python", python, "--resolution", "lowest-direct", "--override", tmp / "over.txt", whl)
+        sh(python, "-m", "uv", "pip", "install", "-q", "--python", python, "--resolution", "lowest-direct", "--override", tmp / "over.txt", "-r", tmp / "floor.txt")
+        sh(python, "-m", "uv", "pip", "install", "-q", "--python", python, "--no-deps", whl)
     else:
-        sh(python, "-m", "pip", "-q", "install", a.torch)
         sh(python, "-m", "pip", "-q", "install", whl)
     print(f"installed in {time.perf_counter() - start:.0f} s")
-    wanted = {re.match(r"[\w.-]+", r)[0].lower() for r in (ROOT / "settings.ini").read_text().split("\nrequirements = ")[1].split("\n")[0].split()}
+    wanted = {re.match(r"[\w.-]+", r)[0].lower() for r in requirements}
     have = subprocess.run([python, "-m", "pip", "list", "--format", "freeze"], capture_output=True, text=True, check=True).stdout.split()
-    print("with", *[h for h in have if h.split("==")[0].lower() in wanted])
+    print("with", *[h for h in have if h.split("==")[0].lower().replace("_", "-") in wanted])
     empty = tmp / "empty"
     empty.mkdir()
     for name, code in IMPORTS.items():
