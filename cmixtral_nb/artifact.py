@@ -139,6 +139,7 @@ class Artifact:
             elif verify and sha256_file(p) != f['sha256']: out.append(f'{name} has another SHA-256 than when it was written')
         return out
 
+# %% ../nbs/00_artifact.ipynb #1c009ef0
 _commands = {}  # kind -> the command that makes it, filled by `stage`
 def _command(kind): return _commands.get(kind, kind)
 

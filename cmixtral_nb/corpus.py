@@ -363,6 +363,7 @@ def corpus_texts(
         n += len(r['text'])
         if limit_chars and n >= limit_chars: return
 
+# %% ../nbs/01_corpus.ipynb #1c03ac3b
 def text_batches(
     texts:Iterable[str],     # documents
     n_chars:int=1_000_000,   # in a batch, at least; the last may hold less

@@ -39,7 +39,7 @@ def base_pieces(
     script:str='Han',     # script of interest
 )->dict[str, float]:  # piece -> score, only runs of that script and single marks
     "What the base vocabulary already has that runs are made of"
-    own, mark = run_pattern(script), re.compile(f'[{mark_ranges()}]')
+    own, mark = run_pattern(script), mark_pattern()
     return {p.piece: p.score for p in read_model(model_file).pieces if p.type == 1 and (own.fullmatch(p.piece) or mark.fullmatch(p.piece))}
 
 class Step(NamedTuple):
@@ -62,9 +62,9 @@ def _order(pieces:list[Piece], base:dict[str, float], n_chars:int)->list[Piece]:
 
 def n_base_chars(base:Iterable[str])->int:
     "Single characters of the base, marks not counted"
-    mark = re.compile(f'[{mark_ranges()}]')
-    return sum(len(b) == 1 and not mark.match(b) for b in base)
+    return sum(len(b) == 1 and not mark_pattern().match(b) for b in base)
 
+# %% ../nbs/03_search.ipynb #55dd98da
 def growth(
     pieces:list[Piece],     # candidates: characters by count, words in the order of their merges
     base:dict[str, float],  # of base_pieces
@@ -132,13 +132,21 @@ class Heldout(NamedTuple):
 
 _sentence_end = re.compile('[。！？；!?;\n]+')
 
+def _spelled(tokens:Counter, known:set[str])->Counter:
+    "Characters that the base lacks, in bytes"
+    n = Counter()
+    for t, k in tokens.items():
+        for x in (t,) if t in known else byte_pieces(t): n[x] += k
+    return n
+
+# %% ../nbs/03_search.ipynb #c6aa6226
 def read_heldout(
     texts:Iterable[str],     # documents
     base_file:str|Path,      # sentencepiece model of the base
     script:str='Han',        # script to judge
 )->Heldout:
     "Cut documents with the base and take the runs out"
-    sp, own, begin, kinds = base_cutter(base_file), script_pattern(script), re.compile(f'[{mark_ranges()}]|{run_pattern(script).pattern}'), {}
+    sp, own, begin, kinds = base_cutter(base_file), script_pattern(script), re.compile(f'{mark_pattern().pattern}|{run_pattern(script).pattern}'), {}
     known, runs, rest, n, sentences = {sp.id_to_piece(i) for i in range(len(sp))}, Counter(), Counter(), 0, 0
     def kind(token):  # 2: goes on in a run; 1: may begin one; 0: neither
         if token not in kinds: kinds[token] = 2 if own.fullmatch(token) else 1 if begin.fullmatch(token) else 0
@@ -155,13 +163,6 @@ def read_heldout(
         if run: end(run)
         n += len(t); sentences += sum(bool(own.search(s)) for s in _sentence_end.split(t))
     return Heldout(runs, _spelled(rest, known), n, sentences)
-
-def _spelled(tokens:Counter, known:set[str])->Counter:
-    "Characters that the base lacks, in bytes"
-    n = Counter()
-    for t, k in tokens.items():
-        for x in (t,) if t in known else byte_pieces(t): n[x] += k
-    return n
 
 # %% ../nbs/03_search.ipynb #10d01ab9
 def scores_below(
@@ -189,6 +190,7 @@ def run_model(
     m.normalizer_spec.name, m.normalizer_spec.add_dummy_prefix, m.normalizer_spec.remove_extra_whitespaces = 'identity', False, False
     return spm.SentencePieceProcessor(model_proto=m.SerializeToString())
 
+# %% ../nbs/03_search.ipynb #4f403f91
 def token_counts(
     sp,         # of run_model
     h:Heldout,  # text
@@ -232,6 +234,7 @@ def _mean(rows:list[dict])->dict:
     "The mean over domains; tokens are added"
     return {k: sum(r[k] for r in rows) / (1 if k == 'n_tokens' else len(rows)) for k in rows[0]}
 
+# %% ../nbs/03_search.ipynb #701cdcdd
 def search_table(
     pieces:list[Piece],        # candidates
     base:dict[str, float],     # of base_pieces
@@ -265,6 +268,7 @@ def knee(
     at = KneeLocator(x, y, curve='concave', direction='increasing').knee
     return None if at is None or at == x[0] else float(at)
 
+# %% ../nbs/03_search.ipynb #2db3dcce
 def choose(
     rows:list[dict],        # of search_table
     base_tokens:float,      # tokens of the same texts with the base

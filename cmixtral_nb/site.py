@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SKIP', 'cells', 'execute', 'markdown', 'readme', 'checkout', 'mathml', 'docs', 'prepare']
+__all__ = ['SKIP', 'WAY', 'COLAB_EXTRAS', 'cells', 'execute', 'light_png', 'chain_svg', 'markdown', 'readme', 'checkout',
+           'colab_cells', 'colab', 'messages', 'chapters', 'package_messages', 'messages_page', 'commands_page',
+           'exported', 'api_page', 'gpu_page', 'mathml', 'settle', 'docs', 'prepare']
 
-# %% ../nbs/15_site.ipynb #e7049451
-import json, os, re, shutil, subprocess, sys
+# %% ../nbs/15_site.ipynb #5a4069fa
+import ast, html, inspect, itertools, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 # %% ../nbs/15_site.ipynb #810d2542
@@ -27,7 +29,7 @@ def cells(
         out.append(dict(cell_type=c['cell_type'], source=source, outputs=c.get('outputs', []), flags=flags))
     return out
 
-# %% ../nbs/15_site.ipynb #6f8291f3
+# %% ../nbs/15_site.ipynb #9c75e9cb
 SKIP = {'notest', 'slow', 'gpu'}
 
 def _skipped(cell:dict)->bool:
@@ -51,10 +53,54 @@ def execute(
             require(not shell.exc, f'{path.name}: {type(shell.exc).__name__}: {shell.exc} in the cell that begins {cell.source[:60]!r}')
     finally: os.chdir(here)
     for cell in nb.cells:
-        if cell.cell_type == 'code': cell.execution_count = None
+        if cell.cell_type != 'code': continue
+        cell.execution_count = None
+        for o in cell.outputs:
+            if png := o.get('data', {}).get('image/png'): o['data']['image/png'] = light_png(png)
     write_text(path, nb2str(nb))
 
-# %% ../nbs/15_site.ipynb #ecffd9d7
+# %% ../nbs/15_site.ipynb #56e19a14
+def light_png(
+    png:str,  # base64
+)->str:  # base64; the same where it has a palette or is smaller
+    "A picture with at most 256 colours: a third of the bytes, and no difference that an eye can see in a diagram"
+    from base64 import b64decode, b64encode
+    from io import BytesIO
+    from PIL import Image
+    data, out = b64decode(''.join(png)), BytesIO(); im = Image.open(BytesIO(data))
+    if im.mode == 'P': return png
+    im = im.convert('RGBA')
+    Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(out, 'png', optimize=True)
+    return png if len(data) <= len(out.getvalue()) else b64encode(out.getvalue()).decode() + '\n'
+
+# %% ../nbs/15_site.ipynb #3c407cda
+WAY = {'a vocabulary': dict(corpus='text', tokenizer='pieces', search='how many', vocab='tokenizer'),
+       'a model that reads it': dict(base='or your own', init='new rows', pack='tokens', pretrain='adapter'),
+       'a model that talks': dict(merge='model', sft='adapter', chat='model'),
+       'the proof': dict(generate='samples', evaluate='scores', report='one page')}
+
+def chain_svg()->str:  # SVG, 960 wide, readable on light and dark pages and on a phone
+    "The stages of a run, a row for each thing that is made, with what each of them leaves"
+    hues, out, w, h, gap, pitch = ('#2f6f9f', '#2e7d4f', '#a65f22', '#7a4f9a'), [], 210, 70, 40, 124
+    text = lambda x, y, s, size, fill, more='': f'<text x="{x}" y="{y}" font-size="{size}" fill="{fill}"{more}>{html.escape(s)}</text>'
+    for i, (row, stages) in enumerate(WAY.items()):
+        top = 42 + i * pitch
+        out.append(text(0 if not i else 128, top - 13, row, 25, '#808080', ' font-weight="600"'))
+        if i:  # from the end of the row above to the beginning of this one
+            end = (len(list(WAY.values())[i-1]) - 1) * (w + gap) + w/2
+            out.append(f'<path d="M{end} {top-54}V{top-42}H{w/2}V{top-5}" marker-end="url(#a)"/>')
+        for j, (name, product) in enumerate(stages.items()):
+            x = j * (w + gap)
+            if j: out.append(f'<path d="M{x-gap+4} {top+h/2}H{x-6}" marker-end="url(#a)"/>')
+            out.append(f'<rect x="{x}" y="{top}" width="{w}" height="{h}" rx="12" fill="{hues[i]}"/>')
+            middle = ' text-anchor="middle"'
+            out += [text(x + w/2, top + 33, name, 29, '#fff', middle + ' font-weight="600"'), text(x + w/2, top + 58, product, 22, '#fff', middle)]
+    head = '<marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="5" markerHeight="5" orient="auto"><path d="M0 0L8 4L0 8z" fill="#888" stroke="none"/></marker>'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 {42 + 3*pitch + h + 2}" role="img" font-family="system-ui, sans-serif" fill="none" stroke-width="3">'
+            f'<title>From a text to a chat model in fourteen stages</title><defs>{head}</defs><g stroke="#888" class="w">'
+            + ''.join(s for s in out if s.startswith('<path')) + '</g>' + ''.join(s for s in out if not s.startswith('<path')) + '</svg>\n')
+
+# %% ../nbs/15_site.ipynb #3f4b66f3
 def markdown(
     path:str|Path,  # .ipynb file
 )->str:  # GitHub-flavoured markdown
@@ -73,12 +119,14 @@ def _text(output:dict)->str:
     data = output.get('data', {})
     return ''.join(output.get('text', [])) or ''.join(data.get('text/markdown', data.get('text/plain', [])))
 
+# %% ../nbs/15_site.ipynb #f6ec701f
 def readme(
     root:str|Path='.',  # checkout of the project
 ):
-    "Write README.md from nbs/index.ipynb"
+    "Write README.md from nbs/index.ipynb, and its picture"
     root = checkout(root)
     text = re.sub(r'\]\((?!https?:|#)([\w.]+\.(?:ipynb|png|svg))', r'](nbs/\1', markdown(root/'nbs'/'index.ipynb'))
+    write_text(root/'nbs'/'chain.svg', chain_svg())
     write_text(root/'README.md', '<!-- made from nbs/index.ipynb by `cmixtral docs`; edit there -->\n\n' + text)
 
 def checkout(
@@ -90,21 +138,239 @@ def checkout(
             f'{root.name or root} has no settings.ini and nbs/; expected a checkout of the project; run this command in its top folder')
     return root
 
-# %% ../nbs/15_site.ipynb #c3809b9a
+# %% ../nbs/15_site.ipynb #24664ade
+COLAB_EXTRAS = {'02_tokenizer': 'lexicons', '03_search': 'lexicons', '04_vocab': 'lexicons', '07_pack': 'cluster', '13_evaluate': 'eval', '15_site': 'docs'}
+
+def colab_cells(
+    name:str,  # of a notebook, without .ipynb
+    url:str,   # of the repository
+)->list[dict]:  # two cells: a badge to see, and a hidden one that installs
+    "The way to Colab for one chapter"
+    extra = f'[{COLAB_EXTRAS[name]}]' if name in COLAB_EXTRAS else ''
+    badge = f'[![Open in Colab](colab.svg)](https://colab.research.google.com/github/{url.split("github.com/")[-1]}/blob/main/nbs/{name}.ipynb)'
+    setup = '\n'.join(['#| hide', '#| eval: false', '# On Colab, run this first; elsewhere it does nothing.', 'import sys',
+        f"if 'google.colab' in sys.modules: get_ipython().run_line_magic('pip', 'install -q \"cmixtral_nb{extra} @ git+{url}\"')"])
+    return [dict(cell_type='markdown', id='colab-badge', metadata={}, source=[badge]),
+            dict(cell_type='code', id='colab-setup', metadata={}, source=setup.splitlines(True), outputs=[], execution_count=None)]
+
+def colab(
+    *paths:str|Path,  # notebooks in nbs/ of a checkout
+):
+    "Put badge and set-up cell after the title of each notebook, or bring them up to date"
+    from execnb.nbio import dict2nb, nb2str
+    for p in map(Path, paths):
+        nb, url = read_json(p), _setting(checkout(p.resolve().parents[1]), 'git_url')
+        rest = [c for c in nb['cells'] if not c['id'].startswith('colab-')]
+        nb['cells'] = [rest[0], *colab_cells(p.stem, url), *rest[1:]]
+        write_text(p, nb2str(dict2nb(nb)))
+
+def _setting(root:Path, key:str)->str:
+    from configparser import ConfigParser
+    cfg = ConfigParser(delimiters=['=']); cfg.read(root/'settings.ini', encoding='utf-8')
+    return cfg['DEFAULT'][key]
+
+# %% ../nbs/15_site.ipynb #a6891167
+_least = 6  # letters; with fewer a text says nothing by itself, as in f'{self.prog}: {message}'
+
+def _says(text:str)->bool: return len(re.sub(r'‹[^›]*›|[\W\d_]', '', text)) >= _least
+
+def _texts(node, known:dict)->list[str]:
+    "The texts that an expression may give"
+    if isinstance(node, ast.Constant): return [node.value] if isinstance(node.value, str) else ['…']
+    if isinstance(node, ast.Starred): return _texts(node.value, known)
+    if isinstance(node, (ast.ListComp, ast.GeneratorExp)): return _texts(node.elt, known)
+    if isinstance(node, (ast.List, ast.Tuple)): return [t for e in node.elts for t in _texts(e, known)]
+    if isinstance(node, ast.IfExp): return _texts(node.body, known) + _texts(node.orelse, known)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
+        if isinstance(node.left, (ast.List, ast.ListComp)) or isinstance(node.op, ast.Mult): return _texts(node.left, known) + _texts(node.right, known)
+        return [a + b for a, b in itertools.product(_texts(node.left, known), _texts(node.right, known))]
+    if isinstance(node, ast.JoinedStr): return [''.join(p) for p in itertools.islice(itertools.product(*[_texts(v, known) for v in node.values]), 8)]
+    if not isinstance(node, ast.FormattedValue): return ['…']
+    if isinstance(node.value, ast.IfExp): return _texts(node.value, known)
+    if isinstance(node.value, ast.Name) and node.value.id in known: return known[node.value.id]
+    name = ast.unparse(node.value).removeprefix('self.')
+    return [f'‹{name}›' if re.fullmatch('[A-Za-z]{3,}', name) else '…']
+
+# %% ../nbs/15_site.ipynb #5cbb30fb
+def _sources(node, where:str)->list:
+    "Expressions in a syntax node that become the text of an error"
+    name = lambda n: getattr(n, 'id', '')
+    if isinstance(node, ast.Call):
+        if name(node.func) == 'require': return node.args[1:2]
+        if name(node.func) in ('StageError', 'ValueError'): return node.args
+        if getattr(node.func, 'attr', '') == 'append' and name(node.func.value) in ('faults', 'out' if 'fault' in where else 'faults'): return node.args
+    if isinstance(node, (ast.AugAssign, ast.Assign)) and any(name(t) == 'faults' for t in getattr(node, 'targets', [getattr(node, 'target', 0)])): return [node.value]
+    if isinstance(node, (ast.Return, ast.Yield)) and 'fault' in where and node.value is not None: return [node.value]
+    return []
+
+# %% ../nbs/15_site.ipynb #586b211d
+def _known(f)->dict:
+    "Names of a function that hold one text, or one of two"
+    out, given = {}, {a.arg for a in [*f.args.args, *f.args.kwonlyargs]}
+    for n in ast.walk(f):
+        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and isinstance(n.value, (ast.Constant, ast.JoinedStr, ast.BinOp, ast.IfExp)):
+            texts = _texts(n.value, {})
+            if all(re.search('[a-z]', re.sub('‹[^›]*›', '', t)) for t in texts) and (name := n.targets[0].id) not in out: out[name] = texts + [f'‹{name}›'] * (name in given)
+    return out
+
+def messages(
+    source:str,  # Python
+)->list[dict]:  # text, line, function; in the order of the source, each text once
+    "Every error message that the source can raise"
+    out, seen = [], set()
+    for f in [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]:
+        for node in ast.walk(f):
+            for text in [t for e in _sources(node, f.name) for t in _texts(e, _known(f))]:
+                text = re.sub('…+', '…', ' '.join(text.split()))
+                if not _says(text) or text in seen: continue
+                seen.add(text); out.append(dict(text=text, line=node.lineno, function=f.name))
+    return sorted(out, key=lambda m: m['line'])
+
+# %% ../nbs/15_site.ipynb #84cf8388
+def chapters(
+    root:Path|None=None,  # checkout; default: only the modules of the package
+)->dict[str, str]:  # module -> notebook, or "" where there is no checkout; in the order of the book
+    "The modules of the package"
+    modules = [p.stem for p in package_data('').glob('*.py') if not p.stem.startswith('_')]
+    books = {m: b.name for b in sorted((root/'nbs').glob('[0-9]*.ipynb')) for m in modules if re.fullmatch(rf'\d+\w?_{m}', b.stem)} if root else {}
+    return {m: books[m] for m in books} or dict.fromkeys(sorted(modules), '')
+
+def package_messages()->dict[str, list[dict]]:  # module -> messages
+    "Every error message of the package"
+    found = {m: messages((package_data('')/f'{m}.py').read_text(encoding='utf-8')) for m in chapters()}
+    return {m: ms for m, ms in found.items() if ms}
+
+# %% ../nbs/15_site.ipynb #3ed9e54f
+def _cell(text:str)->str: return text.replace('|', '\\|').replace('\n', ' ')
+def _code(text:str)->str: return f'`` {text} ``' if '`' in text else f'`{text}`' if text else ''
+def _table(head:list[str], rows:list[list[str]])->str:
+    line = lambda cs: '| ' + ' | '.join(map(_cell, cs)) + ' |'
+    return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)])
+
+def _here()->Path|None:  # the checkout around the current folder
+    return next((p for p in [Path.cwd(), *Path.cwd().parents] if (p/'settings.ini').is_file() and (p/'nbs').is_dir()), None)
+def _titles()->dict[str, tuple]:  # module -> (title, notebook)
+    root = _here()
+    return {m: (cells(root/'nbs'/b)[0]['source'].splitlines()[0].removeprefix('# ') if b else m, b) for m, b in chapters(root).items()}
+
+def messages_page()->str:  # markdown
+    "Every error message, chapter by chapter: what it says, and what to do"
+    found, parts = package_messages(), []
+    for m, (title, book) in _titles().items():
+        rows = []
+        for x in found.get(m, []):
+            said, _, remedy = x['text'].partition('; ')
+            rows.append([_code(said), _code(remedy)])
+        if rows: parts += [f'## {title}\n\n' + (f'From [{m}]({book}).\n\n' if book else '') + _table(['message', 'what to do'], rows)]
+    return '\n\n'.join(parts)
+
+# %% ../nbs/15_site.ipynb #a3bd9776
+def commands_page()->str:
+    "Every command with its options, as `--help` shows them"
+    from cmixtral_nb.pipeline import GROUPS, parser
+    parts = []
+    for group, names in GROUPS.items():
+        parts.append(f'## {group}')
+        for n in names:
+            p = parser(n)
+            words = lambda a: ' '.join([' / '.join(a.option_strings) or a.metavar, *([a.metavar] if a.option_strings and a.nargs != 0 and a.metavar else [])])
+            rows = [[f'`{words(a)}`' + (' *' if a.required else ''), a.help or ''] for a in p._actions if a.dest != 'help']
+            parts.append(f'### cmixtral {n}\n\n{p.description.splitlines()[0]}.\n\n' + _table(['option', 'meaning'], rows))
+    return '\n\n'.join(parts) + '\n\n\\* must be given'
+
+# %% ../nbs/15_site.ipynb #fd061434
+def exported(
+    source:str,  # Python, of a module
+)->list[dict]:  # name, signature, doc, line; in the order of the source
+    "The functions and classes in `__all__`, with the parameters that a call may give"
+    tree, out = ast.parse(source), []
+    names = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__'), [])
+    for n in tree.body:
+        if getattr(n, 'name', '') not in names: continue
+        init = next((x for x in n.body if getattr(x, 'name', '') == '__init__'), None) if isinstance(n, ast.ClassDef) else n
+        a = init.args if init else None
+        if a:
+            for x in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]: x.annotation = None
+            a.args = [x for x in a.args if x.arg != 'self']
+        out.append(dict(name=n.name, signature=f'{n.name}({ast.unparse(a) if a else ""})', doc=(ast.get_docstring(n) or '').split('\n')[0], line=n.lineno))
+    return out
+
+def api_page()->str:  # markdown
+    "The functions and classes of the package, module by module, linked to their chapter and their source"
+    url, parts = (_setting(root, 'git_url') if (root := _here()) else '.'), []
+    for m, (title, book) in _titles().items():
+        rows = [[f'[{x["name"]}]({book}#{x["name"].lower()}) `{x["signature"].removeprefix(x["name"])}`', x['doc'], f'[{x["line"]}]({url}/blob/main/cmixtral_nb/{m}.py#L{x["line"]})']
+                for x in exported((package_data('')/f'{m}.py').read_text(encoding='utf-8'))]
+        parts.append(f'## cmixtral_nb.{m}\n\n[{title}]({book})\n\n' + _table(['call', 'what it does', 'line'], rows))
+    return '\n\n'.join(parts)
+
+# %% ../nbs/15_site.ipynb #3f22cb18
+_mistral_7b = dict(model_type='mistral', vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+
+def gpu_page()->str:  # markdown
+    "Which GPU fits which stage, hours and disk, from the numbers of the plan"
+    from cmixtral_nb import plan as p
+    from cmixtral_nb.pipeline import _disk, plan_inputs, plan_of, read_recipe, tokens_of
+    rec = read_recipe('paper'); x, y = (plan_inputs(rec, s) for s in ('pretrain', 'sft'))
+    V, n, s = x['vocab_size'], tokens_of(rec), x['settings']
+    fit = lambda c, z, card, n: p.fit_text(c, z['settings'], card * 10**9, z['length'], z['vocab_size'], n_gpus=n)
+    short = lambda t: re.sub(r' even with .*', '', t).removeprefix('set ').replace('no setting makes it fit: ', 'no: at least ')
+    memory = [[f'{n} × {card} GB', *[short(fit(c, z, card, n)) for c, z in ((x['config'], x), (y['config'], y), (_mistral_7b, x))]] for card in p.CARDS for n in (1, 8)]
+    hours = [[g, f'{t["gpu_hours"]:,.0f}', f'{t["days"]:,.1f}', f'{t["gpu_hours"] / n * 1e9:,.0f}'] for g in ('B200', 'H100', 'A100', 'L40S', 'RTX 4090')
+             for t in [p.time_plan(x['config'], n, 8, p.PEAK_FLOPS[g], vocab_size=V, rank=s['rank'], rows=s['rows'], length=x['length'])]]
+    disk = _disk(rec, x, plan_of(rec)['trainable'], n)
+    gb = lambda four: p.frozen_bytes(x['config'], V, four) / 1e9
+    return '\n\n'.join([f'## To train\n\nRecipe `paper`: batch {s["batch"]} of {x["length"]:,} tokens, rank {s["rank"]}; chat: {y["length"]:,} tokens in a row. What must be set for it to fit:',
+        _table(['GPUs', 'pre-training, Mixtral-8x7B', 'chat, Mixtral-8x7B', 'pre-training, a Mistral-7B'], memory),
+        f'## How long\n\nHours for {n/1e9:.0f} billion tokens at 30% of the peak, and for each billion:', _table(['GPU', 'GPU hours', 'days on eight', 'GPU hours per billion tokens'], hours),
+        '## Disk\n\nWhat the stages of `paper` leave:', _table(['what', 'GB'], [[k, f'{v/1e9:,.1f}'] for k, v in disk.items()]),
+        f'## To use the model\n\nMixtral-8x7B with {V:,} pieces: {gb(True):.1f} GB of weights in 4 bits, {gb(False):.1f} GB in bfloat16, and a few GB for what it reads and writes.'])
+
+# %% ../nbs/15_site.ipynb #62e580b3
 def mathml(
     page:str,  # HTML
 )->str:  # HTML in which each formula is MathML, which browsers draw by themselves
     r"Replace `\(…\)` and `\[…\]` in elements of class math by MathML"
-    from html import unescape
     from latex2mathml.converter import convert
     def one(m):
-        tex = re.sub(r'^\\[(\[]|\\[)\]]$', '', unescape(re.sub('<[^>]+>', '', m[2])).strip())
+        tex = re.sub(r'^\\[(\[]|\\[)\]]$', '', html.unescape(re.sub('<[^>]+>', '', m[2])).strip())
         return convert(tex, display='block' if 'display' in m[1] else 'inline')
     return re.sub(r'<(?:span|div) class="(math[^"]*)"[^>]*>(.*?)</(?:span|div)>', one, page, flags=re.S)
 
-# %% ../nbs/15_site.ipynb #542292a2
+# %% ../nbs/15_site.ipynb #d1f40fae
+def _offline(page:str)->str:
+    "No script, style or font from elsewhere"
+    page = mathml(page)
+    return re.sub(r'<(script|link)[^>]*(?:src|href)="https?://[^"]*"[^>]*>(?:\s*</script>)?', '', page)
+
+# %% ../nbs/15_site.ipynb #4b0afba4
+_fetch = 'const r = await fetch(offset + "search.json");\n      index = await r.json();'  # in smalldocs 0.5.4, which is pinned for it
+_load = '''index = await new Promise((ok, no) => {
+        const s = document.createElement("script");
+        s.onload = () => ok(window.searchIndex); s.onerror = no; s.src = offset + "search.js";
+        document.head.append(s);
+      });'''
+
+def settle(
+    site:Path,  # folder of rendered pages, changed in place
+    base:str,   # published address, such as https://cmixtral.github.io/cmixtral_nb
+):
+    "Make a rendered site work from disk and under any path, without a request to anywhere else"
+    names = {p.name: re.sub(r'^\d+[a-z]?_', '', p.name) for p in site.glob('*.html')}
+    for p in [p for ext in ('html', 'json', 'xml') for p in site.glob(f'*.{ext}')]:
+        text = p.read_text(encoding='utf-8')
+        for old, new in names.items(): text = text.replace(old, new) if old != new else text
+        if p.suffix == '.html': text = re.sub(rf'href="{re.escape(base)}/([\w.-]+\.html)', r'href="\1', _offline(text))
+        write_text(p.with_name(names.get(p.name, p.name)), text)
+        if names.get(p.name, p.name) != p.name: p.unlink()
+    for p in site.rglob('*.css'): write_text(p, re.sub(r'@import\s+(?:url\(["\']?https?://[^)]*\)|["\']https?://[^"\']*["\'])[^;]*;', '', p.read_text(encoding='utf-8')))
+    if (site/'search.json').is_file():
+        write_text(site/'search.js', f'window.searchIndex = {(site/"search.json").read_text(encoding="utf-8")};\n')
+        for p in site.rglob('smalldocs.js'): write_text(p, p.read_text(encoding='utf-8').replace(_fetch, _load))
+
+# %% ../nbs/15_site.ipynb #c086e79d
 def docs(
-    root:Path='.',       # checkout of the project
+    root:str|Path='.',   # checkout of the project
     quarto:bool=None,    # use Quarto; default: where it is installed
 ):
     "Build README.md and the documentation site (_docs/index.html) from the notebooks"
@@ -115,10 +381,12 @@ def docs(
     _render(root, quarto)
     say('docs', f'{os.path.relpath(root/"_docs"/"index.html")} written from {len(list((root/"nbs").glob("*.ipynb")))} notebooks')
 
-# %% ../nbs/15_site.ipynb #88fbaa94
+# %% ../nbs/15_site.ipynb #c3956a6f
 _worker = '''
+import os
 import fastcore.docments as docments
-from nbdev.quarto import refresh_quarto_yml, nbdev_sidebar
+import nbdev.serve_drv as driver
+from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 signature = docments.signature
 def tolerant(f, **kw):
@@ -126,20 +394,26 @@ def tolerant(f, **kw):
     try: return signature(f, **kw)
     except NameError: return signature(f)
 docments.signature = tolerant
+root, one = os.getcwd(), driver.main
+def main(args):
+    os.chdir(root)  # chapters work in folders of their own
+    return one(args)
+driver.main = main
 if __name__ == "__main__":
-    refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(n_workers=0, force=True)
+    refresh_quarto_yml(); proc_nbs(n_workers=0, force=True)
 '''
 
+# %% ../nbs/15_site.ipynb #a2497750
 def _render(root:Path, quarto:bool):
     "Pages through nbdev, rendered in a folder that replaces _docs when it is complete"
     try: import latex2mathml, nbdev, smalldocs
-    except ImportError as e: raise StageError(f"{e.name} is not installed; run: pip install -e '.[dev]'") from None
+    except ImportError as e: raise StageError(f"{e.name} is not installed; run: pip install -e '.[docs]'") from None
     shutil.rmtree(root/'_proc', ignore_errors=True)
     renderer = ['quarto', 'render', '--no-cache'] if quarto else [sys.executable, '-m', 'smalldocs.cli', 'render', '--quiet', '.']
     for command, cwd in ([sys.executable, '-c', _worker], root), (renderer, root/'_proc'):
         out = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
         require(out.returncode == 0, f'the notebooks could not be made into pages: {_reason(out.stderr)}')
-    for page in (root/'_proc'/'_docs').rglob('*.html'): page.write_text(_offline(page.read_text(encoding='utf-8')), encoding='utf-8')
+    settle(root/'_proc'/'_docs', _setting(root, 'doc_host') + _setting(root, 'doc_baseurl'))
     shutil.rmtree(root/'_docs', ignore_errors=True)
     shutil.move(root/'_proc'/'_docs', root/'_docs')
     shutil.rmtree(root/'_proc')
@@ -148,18 +422,14 @@ def _reason(stderr:str)->str:
     lines = [l for l in stderr.strip().splitlines() if re.match(r'\w*(Error|Exception)', l)]
     return lines[0] if lines else stderr.strip()[-200:]
 
-def _offline(page:str)->str:
-    "No script, style or font from elsewhere"
-    page = mathml(page)
-    return re.sub(r'<(script|link)[^>]*(?:src|href)="https?://[^"]*"[^>]*>(?:\s*</script>)?', '', page)
-
-# %% ../nbs/15_site.ipynb #03e2d1dd
+# %% ../nbs/15_site.ipynb #388a9318
 def prepare(
-    root:Path='.',          # checkout of the project
+    root:str|Path='.',      # checkout of the project
     run:list[str]=None,     # notebooks to execute again, such as 03_search; "all" for each
     test:bool=True,         # run the tests
+    site:bool=False,        # build the site as well
 ):
-    "Export the modules, run the tests, clean the notebooks, write the README"
+    "Export the modules, clean the notebooks, write the README, run the tests"
     root = checkout(root)
     books = sorted((root/'nbs').glob('*.ipynb'))
     todo = [b for b in books if run and ('all' in run or b.stem in run)]
@@ -168,4 +438,5 @@ def prepare(
     for b in todo: python(f'from cmixtral_nb.site import execute; execute("nbs/{b.name}")')
     python('from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__()')
     readme(root)
+    if site: docs(root)
     if test: require(subprocess.run([sys.executable, '-m', 'pytest'], cwd=root).returncode == 0, 'tests failed; mend them before you commit')

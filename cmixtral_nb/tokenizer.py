@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['mark_ranges', 'run_pattern', 'find_runs', 'read_runs', 'count_runs', 'char_counts', 'frequent_chars', 'split_runs',
-           'read_model', 'train_pieces', 'Piece', 'kind_of', 'bpe_parts', 'token_totals', 'made_counts',
+__all__ = ['mark_ranges', 'mark_pattern', 'run_pattern', 'find_runs', 'read_runs', 'count_runs', 'char_counts', 'frequent_chars',
+           'split_runs', 'read_model', 'train_pieces', 'Piece', 'kind_of', 'bpe_parts', 'token_totals', 'made_counts',
            'describe_pieces', 'write_pieces', 'read_pieces', 'package_file', 'base_tokenizer_model', 'parse_shares',
            'lexicon_file', 'read_lexicon', 'Source', 'mass', 'mix_runs', 'run_sources', 'base_cutter', 'base_symbols',
            'from_symbols', 'tokenizer']
@@ -30,13 +30,18 @@ def mark_ranges()->str:  # the inside of a character class
     return ''.join(f'{re.escape(chr(g[0]))}-{re.escape(chr(g[-1]))}' for g in found)
 
 @functools.cache
+def mark_pattern()->re.Pattern:
+    "One mark"
+    return re.compile(f'[{mark_ranges()}]')
+
+@functools.cache
 def run_pattern(
     script:str='Han',  # names of scripts, with blanks between them
     marks:bool=True,   # one mark may stand in front
 )->re.Pattern:
     "A run: characters of a script, and perhaps one mark in front"
     own = script_pattern(script).pattern
-    return re.compile(f'[{mark_ranges()}]?{own}' if marks else own)
+    return re.compile(f'{mark_pattern().pattern}?{own}' if marks else own)
 
 def find_runs(
     text:str,            # one document
@@ -148,7 +153,7 @@ def split_runs(
     longest:int=256,      # characters; longer runs are cut
 )->Counter:  # run -> count
     "Cut the runs at every other character; a mark stays with what follows it"
-    keep, out = re.compile(f'[{mark_ranges()}]?[{"".join(map(re.escape, chars))}]{{1,{longest}}}'), Counter()
+    keep, out = re.compile(f'{mark_pattern().pattern}?[{"".join(map(re.escape, chars))}]{{1,{longest}}}'), Counter()
     for r, k in runs.items():
         for part in keep.findall(r): out[part] += k
     return out
@@ -248,7 +253,7 @@ def describe_pieces(
     runs:Path|Counter,  # what it was trained on: a file of runs, or run -> count
 )->list[Piece]:  # characters by count, then words in the order of their merges; no marks
     "The pieces of a trained model with their kinds and counts; without words that are never made"
-    normal, mark = sorted(_normal(model_file), key=lambda x: -x[1]), re.compile(f'[{mark_ranges()}]')
+    normal, mark = sorted(_normal(model_file), key=lambda x: -x[1]), mark_pattern()
     tokens = token_totals(runs.items() if isinstance(runs, Counter) else read_runs(runs), model_file)
     n = made_counts(tokens, [t for t, _ in normal if len(t) > 1])
     return sorted((Piece(t, s, kind_of(t), n[t]) for t, s in normal if not mark.fullmatch(t) and (n[t] or len(t) == 1)), key=_order)

@@ -295,6 +295,14 @@ def _certified(out:Path, base, new, lines:list[str], script:str)->dict:
             f'certificate: {l["check"]}: {l["failed"]:,} of {l["cases"]:,} failed, such as {l["examples"][0]}; append other pieces' for l in bad])
     return {l['check']: dict(cases=l['cases'], failed=l['failed']) for l in cert}
 
+# %% ../nbs/04_vocab.ipynb #718a224b
+def _write(out:Path, model, new:list[Piece], first:int, special:list):
+    "The tokenizer, and the table of what is new"
+    (out/'tokenizer.model').write_bytes(model.SerializeToString())
+    write_tokenizer(out/'tokenizer.model', out)
+    rows = [(i, p.piece, f'{model.pieces[i].score:.0f}', p.kind, p.count) for i, p in enumerate(new, first)] + [(*s[:2], 0, s[2], 0) for s in special]
+    write_text(out/'pieces.tsv', 'id\tpiece\tscore\tkind\tcount\n' + ''.join('\t'.join(map(str, r)) + '\n' for r in rows))
+
 # %% ../nbs/04_vocab.ipynb #d9097fd0
 @stage('tokenizer', inputs=('pieces', 'base', 'search', 'corpus'), check=_check, schema=2)
 def vocab(
@@ -329,13 +337,6 @@ def vocab(
         + f'certificate: {len(cert)} checks, {sum(l["cases"] for l in cert.values()):,} cases, none failed')
     return dict(n_base=first, n_pieces=len(new), n_chars=sum(p.kind == 'char' for p in new), n_special=len(special), n_vocab=len(model.pieces),
                 chars_per_token_base=old, chars_per_token=now, certificate=cert)
-
-def _write(out:Path, model, new:list[Piece], first:int, special:list):
-    "The tokenizer, and the table of what is new"
-    (out/'tokenizer.model').write_bytes(model.SerializeToString())
-    write_tokenizer(out/'tokenizer.model', out)
-    rows = [(i, p.piece, f'{model.pieces[i].score:.0f}', p.kind, p.count) for i, p in enumerate(new, first)] + [(*s[:2], 0, s[2], 0) for s in special]
-    write_text(out/'pieces.tsv', 'id\tpiece\tscore\tkind\tcount\n' + ''.join('\t'.join(map(str, r)) + '\n' for r in rows))
 
 # %% ../nbs/04_vocab.ipynb #9ffe1818
 def compare_tokenizers(

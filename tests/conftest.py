@@ -1,5 +1,6 @@
 "One micro run of the whole chain, shared by the tests that need real artifacts."
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,16 @@ def cli(capsys):
         return status, got.err.strip().splitlines()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    "The package as a user installs it: a folder with nothing but what the wheel holds (beside it, the wheel itself)"
+    tmp, root = tmp_path_factory.mktemp("wheel"), Path(__file__).parents[1]
+    shutil.copytree(root / "cmixtral_nb", tmp / "cmixtral_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in "settings.ini setup.py MANIFEST.in README.md LICENSE CHANGELOG.md".split():
+        shutil.copy(root / name, tmp)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."], cwd=tmp, check=True, capture_output=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", "site", *(tmp / "dist").glob("*.whl")], cwd=tmp, check=True, capture_output=True)
+    return tmp / "site"

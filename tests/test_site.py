@@ -1,0 +1,321 @@
+"The site as a reader meets it: built from a copy of the checkout, opened from disk and under a path, with a browser where there is one."
+import ast
+import functools
+import html
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from cmixtral_nb.artifact import StageError
+from cmixtral_nb.site import cells, chain_svg, checkout, docs, exported, messages, package_messages
+
+ROOT = Path(__file__).parents[1]
+NBS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
+MODULES = [p for p in sorted((ROOT / "cmixtral_nb").glob("*.py")) if not p.name.startswith("_")]
+TERMS = ["knee", "fingerprint", "perplexity", "NF4", "replay", "BOS", "certificate", "router", "held out", "no space left on device", "词表"]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+
+
+def page_of(notebook):
+    return re.sub(r"^\d+[a-z]?_", "", notebook) + ".html"
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The site, built by the command in a copy of the checkout"
+    tmp = tmp_path_factory.mktemp("book")
+    for name in "nbs", "cmixtral_nb":
+        shutil.copytree(ROOT / name, tmp / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "settings.ini", tmp)
+    code = "import sys; from cmixtral_nb.pipeline import main; sys.exit(main(['docs', '--no-quarto']))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp)})
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert "index.html" in out.stdout
+    return tmp / "_docs"
+
+
+class Page(HTMLParser):
+    "Ids, links, loaded files and text of a page"
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.loads, self.words, self.skip = set(), [], [], [], 0
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join("".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.ids |= {a[k] for k in ("id", "name") if a.get(k)}
+        if tag == "a" and a.get("href"):
+            self.links.append(a["href"])
+        if tag in ("script", "link", "img", "iframe", "source") and (ref := a.get("src") or (a.get("href") if tag == "link" else None)):
+            self.loads.append(ref)
+        self.skip += tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self.skip -= tag in ("script", "style")
+
+    def handle_data(self, data):
+        if not self.skip:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="session")
+def pages(site):
+    return {p.name: Page(p) for p in site.glob("*.html")}
+
+
+def test_each_notebook_has_a_page_that_the_sidebar_names(pages):
+    assert set(pages) == {page_of(n) for n in NBS}
+    for n in NBS:
+        assert page_of(n) in pages["contributing.html"].links, f"{n} is missing in nbs/_quarto.yml"
+
+
+def test_internal_links_and_anchors(pages, site):
+    for name, page in pages.items():
+        for link in page.links + page.loads:
+            u = urlsplit(link)
+            if u.scheme or link.startswith("//"):
+                continue
+            target = unquote(u.path) or name
+            assert (site / target).is_file(), f"{name}: {link}"
+            if u.fragment and target in pages:
+                assert unquote(u.fragment) in pages[target].ids, f"{name}: {link}"
+
+
+def test_no_link_to_the_published_pages_and_nothing_loaded_from_elsewhere(pages, site):
+    for name, page in pages.items():
+        assert not [x for x in page.links if "cmixtral.github.io" in x], name
+        assert not [x for x in page.loads if re.match(r"(https?:)?//", x)], name
+    for p in site.rglob("*.css"):
+        assert not re.search(r"@import[^;]*//|url\([\"']?(https?:)?//", p.read_text(encoding="utf-8")), p.name
+
+
+def test_every_error_message_stands_on_the_page(pages):
+    "Found here in another way: every piece of text inside a call of require or StageError"
+    said = pages["troubleshooting.html"].text
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in ("require", "StageError"):
+                continue
+            for arg in node.args[1:] if node.func.id == "require" else node.args:
+                texts = [ast.walk(arg)] if not isinstance(arg, ast.Name) else []
+                inside = {id(c) for v in ast.walk(arg) if isinstance(v, ast.FormattedValue) for c in ast.walk(v)}
+                for c in (c for t in texts for c in t if isinstance(c, ast.Constant) and isinstance(c.value, str) and id(c) not in inside):
+                    for part in c.value.split("; "):
+                        part = " ".join(part.split())
+                        assert len(re.sub(r"[\W\d_]", "", part)) < 6 or part in said, f"{path.name}:{node.lineno}: {part!r}"
+
+
+def test_what_the_command_says_is_on_the_page(pages, cli, tmp_path):
+    "Real errors: each line matches a message of the page, with anything where the page has … or ‹name›"
+    rows = [re.split(r"…|‹[^›]*›", m["text"]) for ms in package_messages().values() for m in ms]
+    known = [re.compile(".*".join(map(re.escape, r)) + "$") for r in rows]
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.toml").write_text("[vocab]\nn_pices = 3\n[pretrian]\n")
+    for args in (
+        ["corpus", "--sources", "zh=nothing.jsonl", "en", "--out", tmp_path / "o"],
+        ["corpus", "--sources", f"zh={tmp_path / 'empty.jsonl'}", "--out", tmp_path / "o"],
+        ["tokenizer", "--corpus", tmp_path / "none", "--out", tmp_path / "o", "--n-pieces", "0"],
+        ["vocab", "--pieces", tmp_path / "none", "--out", tmp_path / "o"],
+        ["init", "--model", tmp_path / "none", "--tokenizer", tmp_path, "--out", tmp_path / "o"],
+        ["merge", "--model", tmp_path / "none", "--adapter", tmp_path / "none", "--out", tmp_path / "o"],
+        ["generate", "--models", "x", "--out", tmp_path / "o"],
+        ["base", "--corpus", "builtin:en", "--hidden", "65", "--steps", "0", "--out", tmp_path / "o"],
+        ["run", tmp_path / "bad.toml"],
+        ["run", "nothing"],
+        ["status", tmp_path],
+        ["docs", "--root", tmp_path],
+        ["marge"],
+        ["merge", "--modle", "x"],
+    ):
+        status, err = cli(*args)
+        assert status == 2 and err, args
+        for line in err:
+            assert any(k.search(line) for k in known), line
+    said = pages["troubleshooting.html"].text
+    for parts in rows:
+        for part in (" ".join(q.split()) for p in parts for q in p.split("; ")):
+            assert part in said, part
+
+
+def test_messages_of_every_kind_are_read():
+    source = "def _faults(x):\n    yield f'{x}: no such thing'\ndef f():\n    faults.append('first fault' if a else 'second fault')\n    faults += ['third fault']\n"
+    assert [m["text"] for m in messages(source)] == ["…: no such thing", "first fault", "second fault", "third fault"]
+
+
+def test_commands_and_functions_stand_on_their_pages(pages):
+    from cmixtral_nb.pipeline import MODULES as COMMANDS
+    from cmixtral_nb.pipeline import parser
+
+    for c in COMMANDS:
+        assert f"cmixtral {c}" in pages["commands.html"].text
+        for option in (o for a in parser(c)._actions for o in a.option_strings if o not in ("-h", "--help")):
+            assert option in pages["commands.html"].text, option
+    links = set(pages["api.html"].links)
+    for path in MODULES:
+        for x in exported(path.read_text(encoding="utf-8")):
+            assert f"{path.stem}.html#{x['name'].lower()}" in links, x["name"]
+
+
+def test_the_gpu_page_says_what_plan_says(pages, cli):
+    assert cli("plan", "paper")[0] == 0
+    for line in cli.out.splitlines():
+        if m := re.match(r"(\d+) GB × (\d)\s+set (.*)", line):
+            assert m[3] in pages["gpu.html"].text.replace("“", '"').replace("”", '"'), line
+    assert pages["gpu.html"].text.count("fits") > 4
+
+
+def test_the_picture_is_the_one_that_is_drawn():
+    assert (ROOT / "nbs" / "chain.svg").read_text() == chain_svg()
+
+
+def test_docs_refuse_what_is_no_checkout(tmp_path, monkeypatch):
+    with pytest.raises(StageError, match="expected a checkout"):
+        checkout(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StageError, match="--no-quarto"):
+        docs(ROOT, quarto=True)
+
+
+def test_badges_are_those_that_colab_makes(tmp_path):
+    from cmixtral_nb.site import colab
+
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for n in NBS:
+        p = ROOT / "nbs" / f"{n}.ipynb"
+        if "colab-setup" not in p.read_text():
+            assert n in NO_BADGE, f"{n}; run: python -c \"from cmixtral_nb.site import colab; colab('nbs/{n}.ipynb')\""
+            continue
+        shutil.copy(p, tmp_path / "nbs")
+        colab(tmp_path / "nbs" / p.name)
+        assert (tmp_path / "nbs" / p.name).read_text() == p.read_text(), n
+        assert cells(p)[2]["flags"] >= {"hide", "eval"}
+
+
+# pages without anything to run; and the chapters that get their badge when their open branches are merged
+NO_BADGE = {"index", "zh", "gpu", "commands", "api", "troubleshooting", "from_seed", "glossary", "contributing"}
+NO_BADGE |= {n for n in NBS if "05" <= n[:2] <= "14"}
+
+
+class Browser:
+    "Pages in Chromium, with what they log and what they ask for"
+
+    def __init__(self, p):
+        self.browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        self.page = self.browser.new_page(viewport=dict(width=1280, height=900), color_scheme="light")
+        self.errors, self.asked = [], []
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("request", lambda r: self.asked.append(r.url))
+
+    def width(self):
+        return self.page.evaluate("document.documentElement.scrollWidth")
+
+    def background(self):
+        return sum(map(int, re.findall(r"\d+", self.page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]))
+
+    def find(self, term):
+        box = self.page.locator(".smalldocs-search input").first
+        box.fill(term)
+        self.page.wait_for_selector(".search-result, .search-none")
+        self.page.wait_for_timeout(200)
+        return self.page.locator(".search-result").all_inner_texts(), self.page.locator(".search-result").evaluate_all("a => a.map(x => x.href)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed")
+    with api.sync_playwright() as p:
+        b = Browser(p)
+        yield b
+        b.browser.close()
+
+
+def test_every_page_in_a_browser(browser, site, pages):
+    "From disk: no error, no request elsewhere, no page wider than the screen, light and dark"
+    browser.errors.clear(), browser.asked.clear()
+    for name in sorted(pages):
+        browser.page.set_viewport_size(dict(width=1280, height=900))
+        browser.page.emulate_media(color_scheme="light")
+        browser.page.goto((site / name).as_uri())
+        assert browser.width() <= 1280, name
+        assert browser.background() > 600, name
+        browser.page.set_viewport_size(dict(width=390, height=844))
+        browser.page.emulate_media(color_scheme="dark")
+        assert browser.width() <= 390, f"{name} is {browser.width()} pixels wide on a phone"
+        browser.page.wait_for_function("document.documentElement.classList.contains('quarto-dark') || true")
+        assert browser.background() < 200, name
+        broken = browser.page.evaluate("[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)")
+        assert not broken, (name, broken)
+    assert browser.errors == []
+    assert not [u for u in browser.asked if not u.startswith(("file:", "data:"))]
+
+
+def test_search_from_disk(browser, site, pages):
+    browser.errors.clear(), browser.asked.clear()
+    browser.page.set_viewport_size(dict(width=1280, height=900))
+    browser.page.goto((site / "index.html").as_uri())
+    for term in TERMS:
+        texts, links = browser.find(term)
+        found = [Path(unquote(urlsplit(u).path)).name for u in links]
+        assert term.lower() in pages[found[0]].text.lower(), (term, texts[:3])
+    browser.page.locator(".search-result").first.click()
+    browser.page.wait_for_load_state()
+    assert browser.page.url.startswith("file:") and "index.html" not in browser.page.url
+    assert browser.errors == []
+
+
+def test_under_a_path(browser, site):
+    "Served below /a/b/, as on a project page: the same links, the same search, nothing asked from the root"
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path):
+            return str(site / unquote(urlsplit(path).path).removeprefix("/a/b/")) if path.startswith("/a/b/") else "/nonexistent"
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}/a/b/"
+    try:
+        browser.errors.clear(), browser.asked.clear()
+        browser.page.goto(base + "index.html")
+        browser.page.click("text=for the impatient")
+        browser.page.wait_for_url(base + "quickstart.html")
+        assert browser.find("manifest")[0]
+        assert [u for u in browser.asked if not u.startswith((base, "data:"))] in ([], [base.replace("/a/b/", "/favicon.ico")])
+        assert [e for e in browser.errors if "favicon" not in e and "404" not in e] == []
+    finally:
+        server.shutdown()
+
+
+def test_scheme_can_be_switched_by_hand(browser, site):
+    browser.page.emulate_media(color_scheme="light")
+    browser.page.goto((site / "search.html").as_uri())
+    before = browser.background()
+    browser.page.click(".quarto-color-scheme-toggle")
+    browser.page.wait_for_timeout(200)
+    assert before > 600 > 200 > browser.background()
+    browser.page.click(".quarto-color-scheme-toggle")
+
+
+def test_formulas_are_drawn(browser, site):
+    browser.page.goto((site / "search.html").as_uri())
+    boxes = browser.page.locator("math").evaluate_all("m => m.map(x => x.getBoundingClientRect().height)")
+    assert len(boxes) > 3 and all(h > 8 for h in boxes)
+    assert "\\frac" not in html.unescape(browser.page.locator("main").inner_text())
