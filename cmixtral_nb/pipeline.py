@@ -59,7 +59,7 @@ STAGES = list(dict.fromkeys(s.stage for s in STEPS)) + ['report']
 
 # %% ../nbs/14_pipeline.ipynb #dd11ceb5
 MODULES = dict(corpus='corpus', tokenizer='tokenizer', search='search', vocab='vocab', base='mixtral', init='init', pack='pack',
-    pretrain='pretrain', merge='merge', sft='sft', generate='generate', chat='generate', export='serve', serve='serve', evaluate='evaluate',
+    pretrain='pretrain', merge='merge', sft='sft', generate='generate', chat='generate', export='serve', serve='serve', page='serve', evaluate='evaluate',
     efficiency='compare', compare='report', run='pipeline', plan='pipeline', status='pipeline', report='pipeline', card='pipeline', docs='site')
 
 def command(
@@ -597,7 +597,7 @@ class _Parser(argparse.ArgumentParser):
 # %% ../nbs/14_pipeline.ipynb #9fe167ee
 GROUPS = {'The whole way': ['run', 'plan', 'status', 'report'],
           'One stage': ['corpus', 'tokenizer', 'search', 'vocab', 'base', 'init', 'pack', 'pretrain', 'merge', 'sft', 'generate', 'evaluate', 'efficiency'],
-          'Use and read': ['chat', 'export', 'serve', 'compare', 'card', 'docs']}
+          'Use and read': ['chat', 'export', 'serve', 'page', 'compare', 'card', 'docs']}
 
 def overview()->str:
     "What `cmixtral --help` says: each command with the first line of its docstring"

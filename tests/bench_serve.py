@@ -119,7 +119,7 @@ def server(model, file, python, port=8123, seconds=60):
     log = open("serve.log", "w")
     job = subprocess.Popen([sys.executable, "-c", "from cmixtral_nb.pipeline import main; raise SystemExit(main())", "serve", "--model", file, "--port", str(port), "--python", python],
                            stdout=log, stderr=log, start_new_session=True)
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=0)
     plain = dict(model="chat", temperature=0, max_tokens=24, extra_body={} if Path(file, "config.json").is_file() else dict(repeat_penalty=1, top_k=0, min_p=0))
     try:
         for _ in range(180):
@@ -129,7 +129,7 @@ def server(model, file, python, port=8123, seconds=60):
             except Exception:
                 time.sleep(1)
         found = {}  # sixteen questions whose answers differ, those that end first
-        for t in [*[t[:1] for t in list(translations(2060))[2000:]], *questions(120)]:
+        for t in [*[t[:1] for t in list(translations(2040))[2000:]], *questions(60)]:
             if len(encode_prompt(tok, t)) < 200:
                 found.setdefault((got := generate_text(net, tok, t, 24, temperature=0))["text"].strip(), (got["stop"] != "end", t))
             if sum(not late for late, _ in found.values()) >= 16:

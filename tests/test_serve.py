@@ -11,7 +11,7 @@ import pytest
 from cmixtral_nb import serve as v
 from cmixtral_nb.artifact import StageError
 from cmixtral_nb.generate import encode_prompt
-from cmixtral_nb.sft import BEGIN, END, chat_template, form_of, write_chat_tokenizer
+from cmixtral_nb.sft import chat_template, form_of, write_chat_tokenizer
 from cmixtral_nb.vocab import base_tokenizer_model, load_tokenizer, write_tokenizer
 
 
@@ -175,4 +175,17 @@ def test_the_engines_command_runs_and_its_end_is_told(chat, tmp_path, capsys):
 def test_llama_cpp_reads_what_we_write(chat, tmp_path):
     a = v.export(chat, out=tmp_path/"o", to="gguf", outtype="f32", llama_cpp=os.environ["LLAMA_CPP"], python=os.environ["LLAMA_CPP_PYTHON"], n_tokens=4)
     assert a.stats["ids_equal"] == 8 and not a.stats["obeys"] and a.stats["answers_equal"] >= .98
-    assert BEGIN and END
+
+
+def test_what_keeps_the_page_from_opening(cli):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); s.listen()
+        with patch.object(v, "has_engine", lambda *a: False): status, err = cli("page", "--url", f"http://127.0.0.1:{port()}/v1", "--port", s.getsockname()[1])
+    assert status == 2 and len(err) == 4, err
+    for part in ('has no gradio; run: pip install "cmixtral_nb[serve]"', "has no openai", "is in use; take another with --port", "no server answers at"): assert any(part in e for e in err), part
+    assert err[-1].endswith("run: cmixtral serve")
+
+
+def test_the_page_sends_what_every_server_takes():
+    talk = v.page_talk([dict(role="user", content="q"), dict(role="assistant", content=[dict(type="text", text="a"), dict(type="text", text="b")]), dict(role="user", content="lost")], "m", "s")
+    assert talk == [dict(role="system", content="s"), dict(role="user", content="q"), dict(role="assistant", content="a\nb"), dict(role="user", content="m")]
