@@ -13,11 +13,14 @@ __all__ = ['task_files', 'leaves', 'split_tasks', 'read_member', 'csv_rows', 'he
 # %% ../nbs/13_evaluate.ipynb #6cdd06de
 import contextlib, csv, difflib, functools, hashlib, importlib.util, inspect, io, json, logging, os, re, shlex, sys, tempfile, zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 from .artifact import *
 from .corpus import corpus_langs, is_heldout, read_docs
 from .mixtral import document_bits, resolve_model
 from .qlora import load_model
 from .vocab import encode_plain, load_tokenizer
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 # %% ../nbs/13_evaluate.ipynb #bf593f80
 _families = {'ceval-valid': 'ceval', 'cmmlu': 'cmmlu', 'mmlu': 'mmlu/default', 'hellaswag': 'hellaswag'}  # name -> folder in lm_eval/tasks
