@@ -168,9 +168,10 @@ class Answers:
         path:Path=None,  # file to keep them in; None: in memory
     ):
         self.path, self.known, self.new, self.n_asked = path, {}, [], 0
-        lines = Path(path).read_bytes().split(b'\n')[:-1] if path and Path(path).is_file() else []
-        for l in lines: k, v = json.loads(l); self.known[k] = v
-        if lines: write_text(path, ''.join(l.decode() + '\n' for l in lines))
+        if path and Path(path).is_file():
+            lines = Path(path).read_bytes().split(b'\n')[:-1]
+            self.known = dict(map(json.loads, lines))
+            write_text(path, ''.join(l.decode() + '\n' for l in lines))
     def __contains__(self, what): return fingerprint(what) in self.known
     def __getitem__(self, what): return self.known[fingerprint(what)]
     def add(self, what, answer):

@@ -512,7 +512,8 @@ def render_report(
     if d['parameters']: parts.append(section('What was trained', _parameters(d)))
     if any(d['losses'].values()): parts.append(section('Training', figure(loss_figure(d['losses']))))
     if d['router_load']:
-        parts.append(section('Router load', '<p>Which share of the tokens each expert takes. Every row sums to one.</p>', figure(router_figure(d['router_load']))))
+        told = '<p>Which share of the tokens each expert takes. Every row sums to one.</p>'
+        parts.append(section('Router load', told, figure(router_figure(d['router_load']))))
     if (diff := d['merge']['logit_difference']) is not None:
         parts.append(section('Merge', f'<p>Merged into the {html.escape(str(d["merge"]["into"]))} weights; logits of the merged model differ from those '
             f'of base and adapter by <a href="#{anchor("merged")}">{diff:.1e}</a> of their size.</p>'))

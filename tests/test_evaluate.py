@@ -222,6 +222,16 @@ def test_interrupted_and_restarted_asks_nothing_twice(bench, tmp_path, model, co
     assert not (tmp_path/'parts'/'answers.jsonl').exists()
 
 
+@pytest.mark.parametrize('left,n', [('["a", 1]\n["b", [2, true]]\n["c', 2), ('["a', 0), ('', 0)])
+def test_a_line_that_was_cut_off_is_dropped(left, n, tmp_path):
+    (tmp_path/'a.jsonl').write_text(left)
+    a = ev.Answers(tmp_path/'a.jsonl')
+    assert len(a.known) == n and a.n_asked == 0
+    a.add(['q'], 3); a.flush(); a.add(['r'], 4)  # the second never reached the file
+    again = ev.Answers(tmp_path/'a.jsonl')
+    assert len(again.known) == n + 1 and again[['q']] == 3 and ['r'] not in again
+
+
 def test_answers_of_the_harness_are_never_asked_twice(bench, model, counted):
     lm, tok = ev.load_model(model, device='cpu'), ev.load_tokenizer(model)
     kept = ev.Answers()
