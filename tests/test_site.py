@@ -180,6 +180,23 @@ def test_the_picture_is_the_one_that_is_drawn():
     assert (ROOT / "nbs" / "chain.svg").read_text() == chain_svg()
 
 
+def test_commands_in_the_pages_exist():
+    "Each line `cmixtral ...` of a shell block names options that there are, and all that must be given"
+    import shlex
+
+    from cmixtral_nb.pipeline import parser
+
+    n = 0
+    for p in (ROOT / "nbs" / f"{s}.ipynb" for s in NBS if not s[0].isdigit()):
+        for block in re.findall(r"```sh\n(.*?)```", "\n".join(c["source"] for c in cells(p)), re.S):
+            for line in re.findall(r"^(?:torchrun .*--no-python )?cmixtral (.+)$", block, re.M):
+                words = shlex.split(line, comments=True)
+                got = vars(parser(words[0]).parse_args(words[1:]))
+                assert words[0] != "tokenizer" or got["n_chars"] <= got["n_pieces"], line  # what the first newcomer ran into
+                n += 1
+    assert n > 15
+
+
 def test_docs_refuse_what_is_no_checkout(tmp_path, monkeypatch):
     with pytest.raises(StageError, match="expected a checkout"):
         checkout(tmp_path)
