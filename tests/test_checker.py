@@ -5,12 +5,11 @@ import pytest
 from check_notebooks import CHAPTERS, NBS, faults, over_budget, survey
 
 # chapters with open branches of their own; each line is to go with its reason
-KNOWN = {("09_pretrain", "prints to standard error"): "bitsandbytes says once that it has no fast 4-bit kernel for this CPU"}
 
 
 @pytest.mark.parametrize("path", sorted(NBS.glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebook_has_no_fault(path):
-    assert [f for f in faults(path) if not any(path.stem == n and k in f for n, k in KNOWN)] == []
+    assert faults(path) == []
 
 
 def test_the_table_counts_every_chapter():
