@@ -396,7 +396,7 @@ def _talks(refs:list[str], tok, on_error, n_translations, length, valid_share)->
     "Conversations to train on, held-out ones, why others were dropped, and what was counted"
     counts, faults, train, valid, seen, n = Faults(), [], [], [], set(), dict(forms=Counter(), tokens=0, answers=0)
     for ref in refs:
-        forms, own, before = Counter(), Faults(), len(seen)
+        forms, own = Counter(), Faults()
         try: talks = list(read_conversations(ref, on_error, own, n_translations, forms))
         except StageError as e: faults += e.args; continue
         for talk in talks:
