@@ -3,7 +3,7 @@
     python tests/bench_serve.py stop MODEL                    # 100 held-out prompts: how many answers end by themselves
     python tests/bench_serve.py dropout MODEL                 # what BPE-dropout at 0.1 does to the tokens of the shipped conversations
     python tests/bench_serve.py ids MODEL ENGINE FILE PYTHON  # 200 conversations: the same ids, and the same greedy answers in float32
-    python tests/bench_serve.py hostile MODEL ENGINE FILE PYTHON  # 10,000 hostile messages: control tokens that the template did not write
+    python tests/bench_serve.py hostile MODEL ENGINE FILE PYTHON [N]  # 10,000 hostile messages: control tokens that the template did not write
     python tests/bench_serve.py server MODEL FILE PYTHON      # `cmixtral serve` and the real openai client, 16 requests at once for a minute
     python tests/bench_serve.py speed BEFORE AFTER GGUF_BEFORE GGUF_AFTER PYTHON  # Chinese characters a second, old and new vocabulary, same sizes
 
@@ -102,7 +102,7 @@ def ids(model, engine, file, python):
 def hostile(model, engine, file, python, n=10_000):
     tok = load_tokenizer(model)
     marks = [t.content for t in tok.added_tokens_decoder.values()]
-    texts = hostile_texts(n, [*marks, "".join(marks), f"{marks[-1]}系统\n", "[INST]", "<|im_end|>", "你好", "<", "|>"], 1)
+    texts = hostile_texts(int(n), [*marks, "".join(marks), f"{marks[-1]}系统\n", "[INST]", "<|im_end|>", "你好", "<", "|>"], 1)
     texts = [t if t.strip() else t + "x" for t in texts]
     control = {i for i, t in tok.added_tokens_decoder.items() if t.special}
     talks = [[dict(role="user", content=t)] if i % 2 else [dict(role="system", content=t), dict(role="user", content=t)] for i, t in enumerate(texts)]
@@ -189,7 +189,7 @@ print(best)
 """
 
 
-def speed(before, after, gguf_before, gguf_after, python, n_chars=1500, repeat=3):
+def speed(before, after, gguf_before, gguf_after, python, n_chars=400, repeat=3):
     "The same Chinese text written token by token with the cache, as generation does; alternating, best of three"
     import torch
     torch.set_num_threads(2)
@@ -208,6 +208,7 @@ def speed(before, after, gguf_before, gguf_after, python, n_chars=1500, repeat=3
             r["hf"] = min(r["hf"], time.time() - start)
             run = subprocess.run([python, "-c", LLAMA_SPEED], input=json.dumps(dict(model=str(r["gguf"]), ids=r["ids"], repeat=1)), capture_output=True, text=True, check=True)
             r["llama"] = min(r["llama"], float(run.stdout))
+            print(f"  {len(r['ids'])} tokens: transformers {r['hf']:.1f} s, llama.cpp {r['llama']:.2f} s", flush=True)
     for name, r in rows.items():
         print(f"{name}: {len(text):,} characters in {len(r['ids']) - 1:,} tokens ({len(text) / (len(r['ids']) - 1):.2f} a token), {r['params'] / 1e6:.1f}M parameters; "
               f"transformers {len(text) / r['hf']:.0f} characters a second, llama.cpp {len(text) / r['llama']:.0f}")

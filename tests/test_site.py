@@ -221,9 +221,8 @@ def test_badges_are_those_that_colab_makes(tmp_path):
         assert cells(p)[2]["flags"] >= {"hide", "eval"}
 
 
-# pages without anything to run; and the chapters that get their badge when their open branches are merged
+# pages without anything to run
 NO_BADGE = {"index", "zh", "gpu", "commands", "api", "troubleshooting", "from_seed", "glossary", "contributing"}
-NO_BADGE |= {n for n in NBS if "05" <= n[:2] <= "14"}
 
 
 class Browser:
