@@ -180,7 +180,7 @@ def server(model, file, python, port=8123, seconds=60):
 
 LLAMA_SPEED = """
 import json, sys, time, llama_cpp
-q = json.load(sys.stdin); m = llama_cpp.Llama(q['model'], n_ctx=2048, verbose=False, n_threads=2, logits_all=False); best = 9e9
+q = json.load(sys.stdin); m = llama_cpp.Llama(q['model'], n_ctx=2048, verbose=False, n_threads=q['threads']); best = 9e9
 for _ in range(q['repeat']):
     m.reset(); m.eval(q['ids'][:1]); start = time.time()
     for i in q['ids'][1:]: m.eval([i])
@@ -189,10 +189,10 @@ print(best)
 """
 
 
-def speed(before, after, gguf_before, gguf_after, python, n_chars=400, repeat=3):
-    "The same Chinese text written token by token with the cache, as generation does; alternating, best of three"
+def speed(before, after, gguf_before, gguf_after, python, n_chars=200, repeat=3, threads=1):
+    "The same Chinese text written token by token with the cache, as generation does; alternating, the best of three; one thread: on a busy machine more would wait for each other"
     import torch
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     text = "".join(p["content"] for t in translations(400) for m in [t[1]] for p in [m] if "\u4e00" <= p["content"][0] <= "\u9fff")[:n_chars]
     rows = {}
     for name, folder, gguf in (("before", before, gguf_before), ("after", after, gguf_after)):
@@ -206,7 +206,7 @@ def speed(before, after, gguf_before, gguf_after, python, n_chars=400, repeat=3)
                 for i in r["ids"][1:]:
                     cache = r["net"](input_ids=torch.tensor([[i]]), past_key_values=cache, use_cache=True).past_key_values
             r["hf"] = min(r["hf"], time.time() - start)
-            run = subprocess.run([python, "-c", LLAMA_SPEED], input=json.dumps(dict(model=str(r["gguf"]), ids=r["ids"], repeat=1)), capture_output=True, text=True, check=True)
+            run = subprocess.run([python, "-c", LLAMA_SPEED], input=json.dumps(dict(model=str(r["gguf"]), ids=r["ids"], repeat=1, threads=threads)), capture_output=True, text=True, check=True)
             r["llama"] = min(r["llama"], float(run.stdout))
             print(f"  {len(r['ids'])} tokens: transformers {r['hf']:.1f} s, llama.cpp {r['llama']:.2f} s", flush=True)
     for name, r in rows.items():
