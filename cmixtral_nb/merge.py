@@ -12,7 +12,7 @@ __all__ = ['FUSED', 'merge_weight', 'nf4_roundtrip', 'plain_name', 'is_linear', 
 
 # %% ../nbs/10_merge.ipynb #1dd5adb2
 import math, re, shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from .artifact import *
@@ -319,13 +319,20 @@ def plan_shards(
     if len(groups) == 1: return {'model.safetensors': groups[0]}
     return {f'model-{i:05d}-of-{len(groups):05d}.safetensors': g for i, g in enumerate(groups, 1)}
 
+def _mallopt(trim:int):
+    "How many bytes of freed memory glibc keeps; tensors below 32 MB come from it, and need no pages that must be cleared first"
+    import ctypes
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-3, 2**25); libc.mallopt(-1, trim); libc.malloc_trim(0)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
 @contextmanager
-def _threads(n:int):
-    "Each of our threads computes alone, so that they do not wait for each other's helpers"
+def _one_thread_each():
+    "Each of our threads computes alone, without helpers to wait for, and takes its next tensor from the memory of the last"
     import torch
-    was = torch.get_num_threads(); torch.set_num_threads(n)
+    was = torch.get_num_threads(); torch.set_num_threads(1); _mallopt(2**30)
     try: yield
-    finally: torch.set_num_threads(was)
+    finally: torch.set_num_threads(was); _mallopt(2**26)
 
 def _whole(path:Path, specs:list)->bool:
     "Whether a shard of an interrupted merge is complete and as planned"
@@ -474,6 +481,6 @@ def merge(
     plan = plan_shards(make.specs(), shard_bytes)
     _require_space(out, plan)
     todo, sums = [f for f, specs in plan.items() if not _whole(out/f, specs)], {}
-    with _threads(1), tqdm(total=sum(n_bytes(plan[f]) for f in todo), desc='merge', unit='B', unit_scale=True, disable=None) as bar:
+    with _one_thread_each(), tqdm(total=sum(n_bytes(plan[f]) for f in todo), desc='merge', unit='B', unit_scale=True, disable=None) as bar:
         for f in todo: sums[f] = write_tensors(out/f, plan[f], make, bar.update)
     return dict(_finish(src, adapters, out, make, check), sha256=sums)
