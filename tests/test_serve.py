@@ -162,11 +162,11 @@ def test_what_keeps_a_server_from_starting(cli, chat, tmp_path):
 
 
 def test_the_engines_command_runs_and_its_end_is_told(chat, tmp_path, capsys):
-    (tmp_path/"vllm").write_text(f"#!{sys.executable}\nimport sys; sys.exit(3 if '--max-model-len' in sys.argv else 0)"); (tmp_path/"vllm").chmod(0o755)
+    python = tmp_path/"python"; python.write_text(f"#!{sys.executable}\nimport sys; sys.exit(3 if '--max-model-len' in sys.argv else 0)"); python.chmod(0o755)
     with patch.object(v, "has_engine", lambda *a: True):
-        v.serve(chat, port=(p := port()), name="x", python=str(tmp_path/"python"))
-        assert capsys.readouterr().out.splitlines() == [f"serve: {tmp_path}/vllm serve {chat} --served-model-name x --host 127.0.0.1 --port {p}", f"serve: OpenAI-compatible at http://127.0.0.1:{p}/v1, model x"]
-        with pytest.raises(StageError, match="vllm ended with exit status 3"): v.serve(chat, port=port(), context=64, python=str(tmp_path/"python"))
+        v.serve(chat, port=(p := port()), name="x", python=str(python))
+        assert capsys.readouterr().out.splitlines() == [f"serve: {python} -m vllm.entrypoints.openai.api_server --model {chat} --served-model-name x --host 127.0.0.1 --port {p}", f"serve: OpenAI-compatible at http://127.0.0.1:{p}/v1, model x"]
+        with pytest.raises(StageError, match="vllm ended with exit status 3"): v.serve(chat, port=port(), context=64, python=str(python))
     words = v.serve_command(Path("a.gguf"), python="py")
     assert words[:3] == ["py", "-m", "llama_cpp.server"] and words[-2:] == ["--interrupt_requests", "False"] and words[words.index("--n_ctx") + 1] == "0"
 
