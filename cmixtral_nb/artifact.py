@@ -7,11 +7,12 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['StageError', 'require', 'fingerprint', 'sha256_file', 'input_fingerprint', 'write_text', 'write_json', 'read_json',
-           'Artifact', 'tokenizer_fingerprint', 'same_tokenizer', 'reset_peak', 'peak_bytes', 'versions',
+           'Artifact', 'tokenizer_fingerprint', 'same_tokenizer', 'reset_peak', 'peak_bytes', 'trim_memory', 'versions',
            'package_data', 'say', 'process_rank', 'world_size', 'meet', 'stage']
 
 # %% ../nbs/00_artifact.ipynb #ec98ff61
 import errno, functools, hashlib, inspect, json, os, platform, re, shutil, sys, time
+from contextlib import suppress
 from importlib import metadata, resources
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,6 +182,11 @@ def peak_bytes()->int:
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == 'darwin' else peak * 1024
+
+def trim_memory():
+    "Give freed memory back to the system, where the allocator of glibc would keep it"
+    import ctypes
+    with suppress(OSError, AttributeError): ctypes.CDLL('libc.so.6').malloc_trim(0)
 
 # %% ../nbs/00_artifact.ipynb #a333f6a6
 _packages = 'cmixtral_nb torch transformers peft bitsandbytes datasets tokenizers sentencepiece lm_eval'.split()

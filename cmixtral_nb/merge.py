@@ -324,7 +324,8 @@ def _mallopt(trim:int):
     import ctypes
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(-3, 2**25); libc.mallopt(-1, trim); libc.malloc_trim(0)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25); libc.mallopt(-1, trim)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    trim_memory()
 
 @contextmanager
 def _one_thread_each():

@@ -352,9 +352,7 @@ def _free():
     "Give memory of a finished stage back before the next one is measured"
     import gc; gc.collect()
     if 'torch' in sys.modules and sys.modules['torch'].cuda.is_available(): sys.modules['torch'].cuda.empty_cache()
-    try:
-        import ctypes; ctypes.CDLL('libc.so.6').malloc_trim(0)
-    except (OSError, AttributeError): pass
+    trim_memory()
 
 # %% ../nbs/14_pipeline.ipynb #6a98153a
 def run_states(

@@ -176,13 +176,8 @@ class _Weight:
     "A tensor of a checkpoint, read when it is asked for; not through a map of the file, whose pages would count as memory of this process"
     def __init__(self, file, name:str): self.file, self.name = file, name
     def __getitem__(self, i):
-        _give_back()
+        trim_memory()  # what the last matrix used in 16 bits
         return self.file.get_tensor(self.name)[i]
-
-def _give_back():
-    "Freed memory to the system: the allocator of glibc keeps what 16-bit matrices have used"
-    import ctypes
-    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL('libc.so.6').malloc_trim(0)
 
 def _quantise(folder:Path, config, dtype, **how):
     "A model whose matrices are read and quantised one after the other, never two in 16 bits in memory"
@@ -195,7 +190,7 @@ def _quantise(folder:Path, config, dtype, **how):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, dtype=dtype, quantization_config=_nf4(dtype),
             state_dict={n: _Weight(shards[f], n) for n, f in files.items()}, **how)
     if (folder/'generation_config.json').is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)
-    _give_back()
+    trim_memory()
     return model
 
 # %% ../nbs/08_qlora.ipynb #a3146925

@@ -4,8 +4,6 @@ import json
 import pytest
 from check_notebooks import CHAPTERS, NBS, faults, over_budget, survey
 
-# chapters with open branches of their own; each line is to go with its reason
-
 
 @pytest.mark.parametrize("path", sorted(NBS.glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebook_has_no_fault(path):
