@@ -10,11 +10,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # %% auto #0
-__all__ = ['MIXTRAL_8X7B', 'PLANNED', 'WIDTH', 'CUDA_BYTES', 'CARDS', 'PEAK_FLOPS', 'count_parameters', 'nf4_bytes',
-           'frozen_bytes', 'lora_parameters', 'row_parameters', 'optimiser_bytes', 'activation_bytes', 'memory_plan',
-           'plan_table', 'gpu_table', 'settings_plan', 'smallest_change', 'change_text', 'fit_text', 'fits_text',
-           'step_flops', 'time_plan', 'time_text', 'disk_plan', 'disk_text', 'available_bytes', 'gpu_bytes',
-           'plan_faults']
+__all__ = ['MIXTRAL_8X7B', 'CARDS', 'PEAK_FLOPS', 'count_parameters', 'nf4_bytes', 'frozen_bytes', 'lora_parameters',
+           'row_parameters', 'optimiser_bytes', 'activation_bytes', 'memory_plan', 'plan_table', 'gpu_table',
+           'settings_plan', 'smallest_change', 'change_text', 'fit_text', 'fits_text', 'step_flops', 'time_plan',
+           'time_text', 'disk_plan', 'disk_text', 'available_bytes', 'gpu_bytes', 'plan_faults']
 
 # %% ../nbs/05b_plan.ipynb #ee2dbf96
 import itertools, json, math, os, sys
@@ -26,7 +25,7 @@ from .mixtral import tensor_files
 # %% ../nbs/05b_plan.ipynb #b2ed90c5
 MIXTRAL_8X7B = dict(model_type='mixtral', vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=False)
-PLANNED = ('mixtral', 'mixtral_linear', 'mistral', 'llama')
+_PLANNED = ('mixtral', 'mixtral_linear', 'mistral', 'llama')
 
 def _config(config)->dict:
     "A configuration as a dict: from its name, an object, a dict, or a model folder"
@@ -37,7 +36,7 @@ def _config(config)->dict:
 def _numbers(config)->dict:
     "V, d, m, n layers, widths q and kv, E experts of which k are used (0 and 1: dense), tied, biases"
     c = _config(config); kind = c.get('model_type') or ('mixtral' if 'num_local_experts' in c else 'llama'); moe = 'mixtral' in kind
-    require(kind in PLANNED, f'model_type is {kind!r}, expected mixtral, mistral or llama; what other models need cannot be planned')
+    require(kind in _PLANNED, f'model_type is {kind!r}, expected mixtral, mistral or llama; what other models need cannot be planned')
     needed = ['vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads']
     missing = [k for k in needed + ['num_local_experts', 'num_experts_per_tok'] * moe if not c.get(k)]
     require(not missing, f'the configuration has no {", ".join(missing)}; expected a config.json of model_type {kind}')
@@ -64,7 +63,7 @@ def count_parameters(
     return dict(out, total=total, active=total - out['experts'] * (c['E'] - c['k']) // max(1, c['E']))
 
 # %% ../nbs/05b_plan.ipynb #c468eba4
-WIDTH = dict(float32=4, bfloat16=2, float16=2)  # bytes
+_WIDTH = dict(float32=4, bfloat16=2, float16=2)  # bytes
 
 def nf4_bytes(n:int)->int:
     "Bytes of a matrix of n weights in NF4 with double quantisation (QLoRA, section 3)"
@@ -73,7 +72,7 @@ def nf4_bytes(n:int)->int:
 
 def frozen_bytes(config, vocab_size:int=0, load_in_4bit:bool=True, dtype:str='bfloat16')->int:
     "Bytes of the weights before anything is trained: matrices in 4 bits or in `dtype`, router and norms in float32"
-    c, p, w = _numbers(config), count_parameters(config, vocab_size), WIDTH[dtype]
+    c, p, w = _numbers(config), count_parameters(config, vocab_size), _WIDTH[dtype]
     size = sum(times * ((nf4_bytes(a*b) if load_in_4bit else a*b*w) + a*c['bias'][part]*w) for part, a, b, times in _matrices(c))
     return size + (p['embedding'] + p['head']) * w + (p['router'] + p['norms']) * 4
 
@@ -99,7 +98,7 @@ def activation_bytes(
     dtype:str='bfloat16',  # what is computed in: bfloat16 on a GPU, float32 on a CPU
 )->dict:  # border: between two layers; kept: in a layer until its gradient is there; passing: gradients at work. Bytes for each token
     "What backward needs of a layer's forward pass"
-    c, w = _numbers(config), WIDTH[dtype]; d, m, q, k = (c[x] for x in ('d', 'm', 'q', 'k'))
+    c, w = _numbers(config), _WIDTH[dtype]; d, m, q, k = (c[x] for x in ('d', 'm', 'q', 'k'))
     shared = not dropout and w == 4  # else each LoRA has an input of its own: another mask, or a cast
     inputs = (1 if shared else 3)*d + q + k*((1 if shared else 2)*d + m)
     mask = 0 if not dropout else 1 if w == 2 else 4  # truth values on a GPU, float32 on a CPU
@@ -107,11 +106,11 @@ def activation_bytes(
     return dict(border=d*w, kept=8*d + 4*q*w + k*(3*m + d)*w + lora, passing=k*m*w)
 
 # %% ../nbs/05b_plan.ipynb #c6ebeaa8
-CUDA_BYTES = 10**9  # the context, the kernels, and gaps between blocks: an estimate
+_CUDA_BYTES = 10**9  # the context, the kernels, and gaps between blocks: an estimate
 
 def _held(config, vocab_size, rank, rows, n_old, load_in_4bit, optim, dtype, zero, n_gpus)->tuple[dict, dict]:
     "Trained parameters, and the bytes that stay from step to step"
-    V, w = vocab_size or _numbers(config)['V'], WIDTH[dtype]
+    V, w = vocab_size or _numbers(config)['V'], _WIDTH[dtype]
     t = dict(lora=lora_parameters(config, rank), rows=row_parameters(config, V, rows, n_old)); n = sum(t.values())
     share = n_gpus if zero else 1
     b = dict(bf16=2 * count_parameters(config, V)['total'], frozen=frozen_bytes(config, V, load_in_4bit, dtype), weights=4*n, gradients=4*n / share,
@@ -123,7 +122,7 @@ def _held(config, vocab_size, rank, rows, n_old, load_in_4bit, optim, dtype, zer
 
 def _passing(config, V, t, rank, rows, dtype, tokens, dropout, checkpointing)->dict:
     "The bytes that a step adds and gives back"
-    c, w, a = _numbers(config), WIDTH[dtype], activation_bytes(config, rank, dropout, dtype)
+    c, w, a = _numbers(config), _WIDTH[dtype], activation_bytes(config, rank, dropout, dtype)
     head = V * c['d'] * w
     b = dict(casts=2*(t['lora'] + (V*c['d'] if rows == 'all' else 0)) if w == 2 else 0, logits=4*V*tokens, logits_training=3 * 4*V*tokens)
     b['layer'] = (a['kept'] + a['passing']) * tokens
@@ -153,7 +152,7 @@ def memory_plan(
     V = vocab_size or _numbers(config)['V']
     t, b = _held(config, V, rank, rows, n_old, load_in_4bit, optim, dtype, zero, n_gpus)
     b |= _passing(config, V, t, rank, rows, dtype, batch * length, dropout, checkpointing)
-    b['cuda'] = CUDA_BYTES if WIDTH[dtype] == 2 else 0
+    b['cuda'] = _CUDA_BYTES if _WIDTH[dtype] == 2 else 0
     b['total'] = b['static'] + b['copies'] + b['peak'] + b['cuda']
     return dict(parameters=count_parameters(config, V), trainable=t, bytes={k: round(v) for k, v in b.items()})
 
@@ -280,6 +279,7 @@ def step_flops(
     attention = 2 * c['n'] * c['q'] * length  # two products of all pairs, without weights
     return 2 * (frozen * (again + 1) + (lora + attention) * (again + 2) + head * (2 if rows == 'none' else 3))
 
+# %% ../nbs/05b_plan.ipynb #cd413294
 PEAK_FLOPS = dict(B200=2250e12, H200=989e12, H100=989e12, A100=312e12, L40S=362e12, A10G=70e12, L4=121e12, V100=125e12, T4=65e12)  # dense, 16 bits; NVIDIA's data sheets
 PEAK_FLOPS |= {'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
