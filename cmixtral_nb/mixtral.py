@@ -136,19 +136,6 @@ def _header(specs:list)->bytes:
     return struct.pack('<Q', len(text)) + text
 
 # %% ../nbs/05_mixtral.ipynb #a28edbed
-def ahead(
-    pool:Executor,   # threads or processes
-    f,               # a function of one argument
-    items:Iterable,  # its arguments
-    waiting:int=2,   # results that may wait
-)->Iterator:
-    "f(x) for each x in order, while the pool makes the next ones"
-    jobs = deque()
-    for x in items:
-        jobs.append(pool.submit(f, x))
-        if len(jobs) > waiting: yield jobs.popleft().result()
-    while jobs: yield jobs.popleft().result()
-
 def _reserve(f, size:int):
     "Room for the whole file: a full disk says so before the first byte, and the disk writes in long runs"
     with suppress(AttributeError):  # a system without the call
@@ -162,6 +149,20 @@ def _to_disk(f, start:int, every:int=2**25)->int:  # where what is still to be s
     with suppress(AttributeError, OSError): os.posix_fadvise(f.fileno(), start, n, os.POSIX_FADV_DONTNEED)
     return start + n
 
+def ahead(
+    pool:Executor,   # threads or processes
+    f,               # a function of one argument
+    items:Iterable,  # its arguments
+    waiting:int=2,   # results that may wait
+)->Iterator:
+    "f(x) for each x in order, while the pool makes the next ones"
+    jobs = deque()
+    for x in items:
+        jobs.append(pool.submit(f, x))
+        if len(jobs) > waiting: yield jobs.popleft().result()
+    while jobs: yield jobs.popleft().result()
+
+# %% ../nbs/05_mixtral.ipynb #1eb69ae6
 def write_tensors(
     path:str|Path,  # file to write; seen only when whole
     specs:list,     # (name, dtype such as "BF16", shape) in the order of the file
@@ -301,6 +302,7 @@ def head_loss(
     "Cross entropy of `h @ W.T` without ever holding all its logits"
     return _head_loss_function().apply(h, W, labels, block)
 
+# %% ../nbs/05_mixtral.ipynb #f4551937
 def _head_loss_function():
     import torch
     class HeadLoss(torch.autograd.Function):
