@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['METHODS', 'TOKENIZER_FILES', 'piece_bytes', 'pieces_of', 'spell', 'new_tokens', 'Matrix', 'weighted_mean',
-           'script_of', 'n_chars', 'new_rows', 'row_tensors', 'Tokens', 'copy_config', 'copy_tokenizer',
-           'rewrite_shard', 'write_rows', 'grow', 'train_briefly', 'probe_methods', 'rank_methods', 'plot_probe',
-           'init']
+__all__ = ['METHODS', 'piece_bytes', 'pieces_of', 'spell', 'new_tokens', 'Matrix', 'weighted_mean', 'script_of', 'n_chars',
+           'new_rows', 'row_tensors', 'grow', 'copy_config', 'copy_tokenizer', 'rewrite_shard', 'write_rows',
+           'train_briefly', 'probe_methods', 'rank_methods', 'plot_probe', 'init']
 
 # %% ../nbs/06_init.ipynb #7ab2c463
 import os, re, shutil, tempfile, unicodedata
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from .artifact import *
 from .mixtral import *
-
-# %% ../nbs/06_init.ipynb #9587cba6
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
@@ -156,12 +153,17 @@ def row_tensors(
     "Names of the tensors with one row for each token"
     return [n for n in files if n.endswith(('embed_tokens.weight', 'wte.weight', 'lm_head.weight'))]
 
+def grow(W:Tensor, n_old:int, rows:Tensor)->Tensor:
+    "Old rows as they are, then the new ones; rows that padded the matrix give way"
+    import torch
+    return torch.cat([W[:n_old], rows, W[n_old + len(rows):]])
+
 def _check(model, tokenizer, method, transplant=False, **kw):
     "The model is whole, the tokenizer extends the model's own: nothing else need be known"
     if method not in METHODS: raise StageError(f'method {method!r} is unknown, expected one of {", ".join(METHODS)}')
     _tokens(resolve_model(model), tokenizer, transplant)
 
-class Tokens(NamedTuple):
+class _Tokens(NamedTuple):
     "Which rows a model gets"
     old:PreTrainedTokenizerBase  # the model's tokenizer
     new:PreTrainedTokenizerBase  # the tokenizer to give it
@@ -169,7 +171,8 @@ class Tokens(NamedTuple):
     pieces:list[str]             # tokens of the rows from there on
     taken:dict[int, int]         # of these, which are an old row as it is: place -> old id
 
-def _tokens(model:Path, tokenizer, transplant:bool=False)->Tokens:
+# %% ../nbs/06_init.ipynb #62196b00
+def _tokens(model:Path, tokenizer, transplant:bool=False)->_Tokens:
     "Old and new tokens; `StageError` where one does not follow from the other"
     from cmixtral_nb.vocab import load_tokenizer
     p = Path(getattr(tokenizer, 'path', tokenizer))
@@ -177,13 +180,13 @@ def _tokens(model:Path, tokenizer, transplant:bool=False)->Tokens:
     old, new = load_tokenizer(model), load_tokenizer(p)
     n_rows = read_json(model/'config.json').get('vocab_size', len(old))
     require(n_rows >= len(old), f'{model} has {n_rows:,} rows for {len(old):,} tokens; expected at least as many')
-    if transplant: return Tokens(old, new, 0, pieces_of(new), _taken(old, new))
+    if transplant: return _Tokens(old, new, 0, pieces_of(new), _taken(old, new))
     pieces = new_tokens(old, new)
     mend = f'run: cmixtral vocab --base {model} --out DIR'
     require(pieces is not None, f'{p} does not extend the tokenizer of {model}: the first {len(old):,} tokens differ; {mend}; '
         'or make all rows anew: cmixtral init --transplant')
     require(pieces, f'{p} has no token that {model} lacks, expected an extended tokenizer; {mend}')
-    return Tokens(old, new, len(old), pieces, {})
+    return _Tokens(old, new, len(old), pieces, {})
 
 def _taken(old, new)->dict[int, int]:
     "New id -> old id of tokens that both have, and of those that do the same"
@@ -198,7 +201,7 @@ def _link(src:Path, dst:Path):
     try: os.link(src.resolve(), dst)
     except OSError: shutil.copyfile(src, dst)
 
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja',
+_TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja',
                    'generation_config.json')  # the last names the tokens that end a text
 
 def copy_config(
@@ -213,7 +216,7 @@ def copy_config(
 
 def copy_tokenizer(folder:Path, out:Path):
     "The files of a tokenizer, as they are"
-    for n in TOKENIZER_FILES:
+    for n in _TOKENIZER_FILES:
         if (Path(folder)/n).is_file(): shutil.copyfile(Path(folder)/n, out/n)
 
 # %% ../nbs/06_init.ipynb #7dd542c5
@@ -257,6 +260,7 @@ def write_rows(
     return dict(n_old=t.keep, n_new=len(t.pieces), n_rows=len(next(iter(changed.values()))), n_taken=len(t.taken),
                 sub_tokens=round(sum(map(len, spelled)) / len(spelled), 3), norms=norms)
 
+# %% ../nbs/06_init.ipynb #752169ac
 def _write_model(src:Path, out:Path, files:dict, changed:dict):
     "The shards that change, links to the others, config and index"
     for shard in sorted(set(files.values())):
@@ -270,11 +274,6 @@ def _write_ids(out:Path, tok):
     ids = {f'{r}_token_id': getattr(tok, f'{r}_token_id') for r in ('bos', 'eos', 'pad', 'unk')}
     for f in (out/'config.json', out/'generation_config.json'):
         if f.is_file(): c = read_json(f); write_json(f, c | {k: v for k, v in ids.items() if k in c})
-
-def grow(W:Tensor, n_old:int, rows:Tensor)->Tensor:
-    "Old rows as they are, then the new ones; rows that padded the matrix give way"
-    import torch
-    return torch.cat([W[:n_old], rows, W[n_old + len(rows):]])
 
 # %% ../nbs/06_init.ipynb #7246445b
 def train_briefly(
@@ -296,6 +295,7 @@ def train_briefly(
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.); opt.step(); warm.step(); opt.zero_grad()
     net.eval()
 
+# %% ../nbs/06_init.ipynb #aa2bf9a8
 def probe_methods(
     model:Path,              # HF model folder, of a size that can be trained here
     tokenizer:Path,          # folder of the new tokenizer
@@ -338,6 +338,7 @@ def _probe_texts(tokenizer, corpus, n_chars:int, limit_chars:int)->tuple:
     random.Random(0).shuffle(docs)
     return tok, encode_plain(tok, docs), valid
 
+# %% ../nbs/06_init.ipynb #979b438f
 def rank_methods(
     rows:list[dict],  # of probe_methods
 )->list[dict]:  # the best first: method, mean and spread over seeds of the mean of all languages, and each language
