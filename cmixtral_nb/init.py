@@ -29,7 +29,9 @@ def _letters(tok)->dict|None:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     return bytes_to_unicode() if 'ByteLevel' in str(tok.backend_tokenizer.decoder) else None
 
-def piece_bytes(piece:str)->bytes:
+def piece_bytes(
+    piece:str,  # such as ▁the, or <0xE4><0xB8>
+)->bytes:
     "The UTF-8 bytes that a token in sentencepiece's writing stands for"
     return bytes(int(x, 16) for x in _BYTE.findall(piece)) if _BYTE.match(piece) else piece.replace('▁', ' ').encode()
 
@@ -153,7 +155,11 @@ def row_tensors(
     "Names of the tensors with one row for each token"
     return [n for n in files if n.endswith(('embed_tokens.weight', 'wte.weight', 'lm_head.weight'))]
 
-def grow(W:Tensor, n_old:int, rows:Tensor)->Tensor:
+def grow(
+    W:Tensor,     # (n_rows, d) embedding or lm_head
+    n_old:int,    # rows that stay where they are
+    rows:Tensor,  # (n_new, d)
+)->Tensor:  # (max(n_rows, n_old + n_new), d)
     "Old rows as they are, then the new ones; rows that padded the matrix give way"
     import torch
     return torch.cat([W[:n_old], rows, W[n_old + len(rows):]])

@@ -47,7 +47,12 @@ def small_config(
         bos_token_id=1, eos_token_id=2)
 
 # %% ../nbs/05_mixtral.ipynb #612d4bd3
-def by_expert(self, x:Tensor, index:Tensor, weights:Tensor)->Tensor:
+def by_expert(
+    self,            # the experts of a layer, in their fused tensors
+    x:Tensor,        # (n, d) hidden states
+    index:Tensor,    # (n, k) the experts of each token
+    weights:Tensor,  # (n, k) their weights
+)->Tensor:  # (n, d)
     "Forward of fused experts: sort tokens by expert, one matrix product for each, back in order"
     import torch, torch.nn.functional as F
     k = index.shape[-1]

@@ -65,28 +65,46 @@ def count_parameters(
 # %% ../nbs/05b_plan.ipynb #c468eba4
 _WIDTH = dict(float32=4, bfloat16=2, float16=2)  # bytes
 
-def nf4_bytes(n:int)->int:
+def nf4_bytes(
+    n:int,  # weights of the matrix
+)->int:
     "Bytes of a matrix of n weights in NF4 with double quantisation (QLoRA, section 3)"
     blocks = math.ceil(n / 64)
     return math.ceil(n / 2) + blocks + 4 * math.ceil(blocks / 256)
 
-def frozen_bytes(config, vocab_size:int=0, load_in_4bit:bool=True, dtype:str='bfloat16')->int:
+def frozen_bytes(
+    config:str|Path|dict|PreTrainedConfig,  # "mixtral" (8x7B), a model folder, or a configuration
+    vocab_size:int=0,        # after extension; 0: as configured
+    load_in_4bit:bool=True,  # else the matrices too are in `dtype`
+    dtype:str='bfloat16',    # of embedding and head
+)->int:
     "Bytes of the weights before anything is trained: matrices in 4 bits or in `dtype`, router and norms in float32"
     c, p, w = _numbers(config), count_parameters(config, vocab_size), _WIDTH[dtype]
     size = sum(times * ((nf4_bytes(a*b) if load_in_4bit else a*b*w) + a*c['bias'][part]*w) for part, a, b, times in _matrices(c))
     return size + (p['embedding'] + p['head']) * w + (p['router'] + p['norms']) * 4
 
-def lora_parameters(config, rank:int)->int:
+# %% ../nbs/05b_plan.ipynb #d90bc62a
+def lora_parameters(
+    config:str|Path|dict|PreTrainedConfig,  # "mixtral" (8x7B), a model folder, or a configuration
+    rank:int,  # r of the two thin matrices
+)->int:
     "LoRA of rank r on every matrix: r (in + out) parameters for each"
     return rank * sum(times * (a + b) for _, a, b, times in _matrices(_numbers(config)))
 
-def row_parameters(config, vocab_size:int=0, rows:str='all', n_old:int=0)->int:
+def row_parameters(
+    config:str|Path|dict|PreTrainedConfig,  # "mixtral" (8x7B), a model folder, or a configuration
+    vocab_size:int=0,  # after extension; 0: as configured
+    rows:str='all',    # which are trained: all, new, none
+    n_old:int=0,       # rows before extension, for rows="new"
+)->int:
     "Trained parameters of embedding and head; peft unties them where it copies both whole"
     require(rows in ('all', 'new', 'none'), f'rows is {rows!r}, expected all, new or none')
     c = _numbers(config); V = vocab_size or c['V']
     return c['d'] * {'all': 2*V, 'new': max(0, V - n_old) * (1 if c['tied'] else 2), 'none': 0}[rows]
 
-def optimiser_bytes(optim:str)->float:
+def optimiser_bytes(
+    optim:str,  # of transformers
+)->float:
     "Bytes of Adam's two moments for each trained parameter; in 8 bits each 256 share a constant"
     return 2 + 2 * 4/256 if '8bit' in optim else 8
 
