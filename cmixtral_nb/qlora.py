@@ -10,7 +10,7 @@ __all__ = ['ATTENTION', 'expert_bytes', 'quantised', 'route', 'mixtral_linear', 
            'save_4bit', 'save_stock', 'without_lora', 'add_lora', 'parameter_table', 'save_adapter']
 
 # %% ../nbs/08_qlora.ipynb #913eb517
-import contextlib, functools, os, re, sys, warnings
+import contextlib, functools, os, re, sys, warnings, weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
@@ -47,6 +47,27 @@ def quantised(model)->list[str]:  # names of modules
     return sorted({re.sub(r'^base_model\.model\.|\.base_layer$', '', name) for name, m in model.named_modules() if isinstance(m, Linear4bit)})
 
 # %% ../nbs/08_qlora.ipynb #8eabf1e6
+@functools.cache
+def _carry()->Callable:
+    "Rows to their experts, k copies of each, or back; the gradient is collected at the other end of the way, in a fixed order"
+    import torch
+    class Carry(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, there, back, k):
+            ctx.save_for_backward(back); ctx.k = k
+            return x.index_select(0, there // k)
+        @staticmethod
+        def backward(ctx, g):
+            g = g.index_select(0, *ctx.saved_tensors)
+            return g if ctx.k == 1 else g.view(-1, ctx.k, g.shape[1]).sum(1), None, None, None
+    return Carry.apply
+
+def _lower(x:Tensor)->Tensor:
+    "As autocast would have it at every matrix of every expert, but once"
+    import torch
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
 def route(
     experts,        # one callable for each expert, (n, d) -> (n, d)
     x:Tensor,       # (n, d) hidden states
@@ -58,11 +79,11 @@ def route(
     n, k = chosen.shape
     order = chosen.flatten().argsort(stable=True)               # positions, all of expert 0 first
     counts = chosen.flatten().bincount(minlength=len(experts)).tolist()
-    parts = x[order // k].split(counts)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(n*k, device=order.device))
+    parts = _carry()(_lower(x), order, back, k).split(counts)
     # In training an expert without tokens runs too: its LoRA then has a gradient of zeros, as DDP expects.
     y = torch.cat([f(p) if len(p) or f.training else p for f, p in zip(experts, parts)])
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(n*k, device=order.device))
-    return (y[back].view(n, k, -1) * weight[..., None]).sum(1).to(x.dtype)
+    return (_carry()(y, back, order, 1).view(n, k, -1) * weight[..., None]).sum(1).to(x.dtype)
 
 # %% ../nbs/08_qlora.ipynb #34758196
 def _experts_class():
@@ -257,9 +278,17 @@ def without_lora(model)->list[str]:  # names of modules
     bare = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(r'\.(experts|self_attn)\.', n) and not re.search('lora_|base_layer', n)]
     return bare + [n for n, p in model.named_parameters() if '.experts.' in n and p.ndim == 3 and 'lora_' not in n]
 
-def _trainables_float32(model):
+def _prepare(model):
+    "What is trained is held in float32. Under autocast a product casts its inputs itself, so peft need not cast what goes into LoRA as well"
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
     for p in model.parameters():
         if p.requires_grad and p.is_floating_point(): p.data = p.data.float()
+    layers = weakref.WeakSet(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    def cast(net, *_):
+        on = torch.is_autocast_enabled(net.device.type)
+        for m in layers: m.cast_input_dtype_enabled = not on
+    model.get_base_model().register_forward_pre_hook(cast)
 
 # %% ../nbs/08_qlora.ipynb #99707932
 def add_lora(
@@ -286,7 +315,7 @@ def add_lora(
     set_seed(seed)
     with quiet(): model = get_peft_model(model, config)
     model.peft_config['default'].base_model_name_or_path = ''  # else peft looks for it, on the hub too, at each checkpoint
-    _trainables_float32(model)
+    _prepare(model)
     if rank and (missed := without_lora(model)): raise StageError(f'LoRA is missing on {len(missed)} matrices, such as {missed[0]}')
     return model
 
@@ -357,5 +386,5 @@ def _put_adapter(model, p:Path, trainable:bool):
     if faults := [*[k for k in found.missing_keys if 'lora_' in k], *found.unexpected_keys]:
         raise StageError(f'{p} does not fit {name}: {len(faults)} matrices without a partner, such as {faults[0]}; give the model it was trained on')
     if not trainable: model.requires_grad_(False)
-    else: _trainables_float32(model)
+    else: _prepare(model)
     return model.eval()

@@ -493,8 +493,8 @@ def _check(corpus, lang='zh', n_pieces=0, n_chars=0, script='Han', lexicons=None
         faults.append(f'{p} has no {lang} text, it has {", ".join(langs)}; run: cmixtral corpus --sources {lang}=REF')
     for k, v in dict(n_pieces=n_pieces, max_chars=max_chars, memory_chars=memory_chars).items():
         if v < 1: faults.append(f'{k} is {v}, expected at least 1')
-    if n_chars < 0: faults.append(f'n_chars is {n_chars}, expected at least 0')
-    if n_chars > n_pieces > 0: faults.append(f'n_chars is {n_chars}, more than all {n_pieces} pieces; raise n_pieces or lower n_chars')
+    if (n_chars or 0) < 0: faults.append(f'n_chars is {n_chars}, expected at least 0')
+    if (n_chars or 0) > n_pieces > 0: faults.append(f'n_chars is {n_chars}, more than all {n_pieces} pieces; raise n_pieces or lower n_chars')
     if method not in ('bpe', 'continued'): faults.append(f'method is {method!r}, expected bpe or continued')
     needs = [lambda: script_pattern(script), lambda: [_opencc(n) for _, n in parse_shares(opencc, 'opencc')],
              lambda: [package_file('wordfreq', 'data', 'cmixtral_nb[lexicons]') if n == 'wordfreq' else
@@ -514,7 +514,7 @@ def tokenizer(
     script:str='Han',            # script of the pieces, by its Unicode name; several with blanks between them
     marks:bool=True,             # a piece may begin with one punctuation mark or blank
     n_pieces:int=40000,          # candidates: single characters and merges together
-    n_chars:int=8000,            # single characters among them, the most frequent; 0: all that occur
+    n_chars:int=None,            # single characters among them, the most frequent; None: a fifth of n_pieces; 0: all that occur
     max_chars:int=16,            # longest piece, in characters
     limit_chars:int=0,           # characters of text to read; 0: all
     lexicons:list[str]=None,     # word lists to mix in, "SHARE:NAME" each: jieba, wordfreq, or a file of word<TAB>count
@@ -527,7 +527,7 @@ def tokenizer(
     "Train candidate pieces on the runs of one script"
     mixed, stats = _training_runs(corpus_texts(corpus, lang, limit_chars=limit_chars), out, script, marks, workers, lexicons, opencc, lang, memory_chars)
     require(mixed, f'{corpus} holds no {script} characters; give another corpus, or run: cmixtral tokenizer --script SCRIPT')
-    counts = char_counts(mixed, script); n_all, chars = len(counts), frequent_chars(counts, n_chars)
+    counts = char_counts(mixed, script); n_all, chars = len(counts), frequent_chars(counts, n_pieces // 5 if n_chars is None else n_chars)
     require(len(chars) <= n_pieces, f'the text has {len(chars):,} different characters, more than {n_pieces:,} pieces; raise n_pieces or set n_chars')
     mixed = split_runs(mixed, chars)
     pieces = _train(mixed, out, n_pieces, max_chars, workers, script, method, base)

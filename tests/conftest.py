@@ -11,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+
 MICRO = """
 name = "micro"
 
@@ -123,3 +126,24 @@ def wheel(tmp_path_factory):
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."], cwd=tmp, check=True, capture_output=True)
     subprocess.run([*pip, "install", "--no-deps", "--target", "site", *(tmp / "dist").glob("*.whl")], cwd=tmp, check=True, capture_output=True)
     return tmp / "site"
+
+
+@pytest.fixture(scope="module")  # not of the session: while it is open, no other test could use asyncio
+def chromium():
+    api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed")
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def watched(browser, width=1280, height=900, scheme="light"):
+    "An empty page that keeps what it says in the console (`said`) and what it asks for (`asked`)"
+    page = browser.new_page(viewport=dict(width=width, height=height), color_scheme=scheme)
+    page.said, page.asked = [], []
+    page.on("console", lambda m: page.said.append(m.text))
+    page.on("pageerror", lambda e: page.said.append(str(e)))
+    page.on("request", lambda r: page.asked.append(r.url))
+    return page

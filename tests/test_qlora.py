@@ -1,5 +1,5 @@
 "What the chapter 08_qlora does not show: adapters that do not belong, other architectures, growing rows"
-import json, logging
+import gc, json, logging, weakref
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from cmixtral_nb.artifact import StageError, write_json
@@ -171,3 +171,27 @@ def test_rows_alone(here, tmp_path, rows):
     merged = load_model(merge(here/'model', tmp_path/'rows', out=tmp_path/'merged', device='cpu'))
     with torch.no_grad(): torch.testing.assert_close(merged(IDS).logits, m(IDS).logits, rtol=1e-5, atol=1e-6)
     with pytest.raises(StageError, match='nothing would be trained'): add_lora(load_model(here/'model'), rank=0, rows='none')
+
+
+def trained(m):
+    "Loss and gradients of a step under autocast"
+    with torch.autocast('cpu', torch.bfloat16): loss = m.train()(IDS, labels=IDS).loss
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in m.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize('bits', [16, 4])
+def test_under_autocast_lora_casts_nothing_and_computes_the_same(here, bits):
+    def net(): return load_model(here/'model', adapter=here/'adapter', load_in_4bit=bits == 4, dtype='bfloat16', trainable=True)
+    m, plain = net(), net()
+    plain.get_base_model()._forward_pre_hooks.clear()  # as peft does it: inputs of LoRA to float32, which autocast undoes
+    (loss, grads), (want, expected) = trained(m), trained(plain)
+    lora = m.base_model.model.model.layers[0].self_attn.q_proj
+    assert not lora.cast_input_dtype_enabled and loss == want
+    assert all(torch.equal(grads[n], g) for n, g in expected.items()) and len(grads) > 30
+    if bits == 16: return  # without autocast norms in float32 and matrices in 16 bits do not go together
+    with torch.no_grad(): m.eval().generate(input_ids=IDS, max_new_tokens=1, do_sample=False)
+    assert lora.cast_input_dtype_enabled
+    seen = weakref.ref(lora); del lora
+    m = m.unload(); gc.collect()
+    assert seen() is None  # nothing holds what was taken off

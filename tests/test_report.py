@@ -6,38 +6,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import watched
 
 from cmixtral_nb import report as rp
 from cmixtral_nb.compare import change, changes, load_evaluation, measures, named, sentence
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no chromium")
-    with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield b
-        b.close()
-
 
 def opened(browser, path, width, scheme):
-    page = browser.new_page(viewport=dict(width=width, height=844), color_scheme=scheme)
-    page.said, page.asked = [], []
-    page.on("console", lambda m: page.said.append(m.text))
-    page.on("pageerror", lambda e: page.said.append(str(e)))
-    page.on("request", lambda r: page.asked.append(r.url))
+    page = watched(browser, width, 844, scheme)
     page.goto(Path(path).resolve().as_uri())
     return page
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_report_in_a_browser(micro, browser, width, scheme):
-    page = opened(browser, micro[0] / "report.html", width, scheme)
+def test_the_report_in_a_browser(micro, chromium, width, scheme):
+    page = opened(chromium, micro[0] / "report.html", width, scheme)
     assert page.said == [] and len(page.asked) == 1  # the file itself
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -49,8 +33,8 @@ def test_the_report_in_a_browser(micro, browser, width, scheme):
     page.close()
 
 
-def test_tables_sort_and_numbers_lead_to_manifests(micro, browser):
-    page = opened(browser, micro[0] / "report.html", 1280, "light")
+def test_tables_sort_and_numbers_lead_to_manifests(micro, chromium):
+    page = opened(chromium, micro[0] / "report.html", 1280, "light")
     column = "[...document.querySelectorAll('#stages ~ .wide table')][0]"
     cells = lambda: page.evaluate(f"[...{column}.tBodies[0].rows].map(r => Number(r.cells[2].dataset.v))")
     before = cells()

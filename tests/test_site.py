@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from conftest import watched
 
 from cmixtral_nb.artifact import StageError
 from cmixtral_nb.site import cells, chain_svg, checkout, docs, exported, messages, package_messages
@@ -22,8 +23,6 @@ ROOT = Path(__file__).parents[1]
 NBS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
 MODULES = [p for p in sorted((ROOT / "cmixtral_nb").glob("*.py")) if not p.name.startswith("_")]
 TERMS = ["knee", "fingerprint", "perplexity", "NF4", "replay", "BOS", "certificate", "router", "held out", "no space left on device", "词表"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 
 
 def page_of(notebook):
@@ -228,13 +227,9 @@ NO_BADGE = {"index", "zh", "gpu", "commands", "api", "troubleshooting", "from_se
 class Browser:
     "Pages in Chromium, with what they log and what they ask for"
 
-    def __init__(self, p):
-        self.browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        self.page = self.browser.new_page(viewport=dict(width=1280, height=900), color_scheme="light")
-        self.errors, self.asked = [], []
-        self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
-        self.page.on("request", lambda r: self.asked.append(r.url))
+    def __init__(self, chromium):
+        self.page = watched(chromium)
+        self.errors, self.asked = self.page.said, self.page.asked
 
     def width(self):
         return self.page.evaluate("document.documentElement.scrollWidth")
@@ -251,14 +246,8 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("Chromium is not installed")
-    with api.sync_playwright() as p:
-        b = Browser(p)
-        yield b
-        b.browser.close()
+def browser(chromium):
+    return Browser(chromium)
 
 
 def test_every_page_in_a_browser(browser, site, pages):

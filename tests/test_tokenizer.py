@@ -151,6 +151,11 @@ def test_fewer_merges_than_asked_for_is_no_error(here):
     assert p.stats["n_chars"] == 2 and [q.piece for q in read_pieces(p)] == ["中", "国", "中国", "，中国", "▁中国"]
 
 
+def test_a_fifth_of_the_pieces_are_characters_unless_said(here, cli):
+    assert cli("tokenizer", "--corpus", "a.txt", "--out", "fifth", "--n-pieces", 60)[0] == 0
+    assert sum(q.kind == "char" for q in read_pieces("fifth")) == 12
+
+
 def test_very_long_runs_are_not_lost(here):
     (here / "long.txt").write_text("中国人民" * 5000, encoding="utf-8")
     p = tokenizer("long.txt", out="p", n_pieces=20, n_chars=0)
