@@ -46,7 +46,7 @@ def quantised(model)->list[str]:  # names of modules
     from bitsandbytes.nn import Linear4bit
     return sorted({re.sub(r'^base_model\.model\.|\.base_layer$', '', name) for name, m in model.named_modules() if isinstance(m, Linear4bit)})
 
-# %% ../nbs/08_qlora.ipynb #8eabf1e6
+# %% ../nbs/08_qlora.ipynb #6f5f2cb1
 @functools.cache
 def _carry()->Callable:
     "Rows to their experts, k copies of each, or back; the gradient is collected at the other end of the way, in a fixed order"
@@ -68,6 +68,7 @@ def _lower(x:Tensor)->Tensor:
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
+# %% ../nbs/08_qlora.ipynb #8eabf1e6
 def route(
     experts,        # one callable for each expert, (n, d) -> (n, d)
     x:Tensor,       # (n, d) hidden states
