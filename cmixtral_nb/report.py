@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['svg', 'plain_svg', 'loss_figure', 'router_figure', 'Cell', 'anchor', 'table', 'page', 'section', 'change_table',
            'verdict_list', 'text_section', 'exam_section', 'efficiency_section', 'sample_section', 'manifest_section',
-           'unlike', 'compare', 'compare_page', 'data_licences', 'model_card']
+           'unlike', 'compare', 'data_licences', 'model_card']
 
 # %% ../nbs/13c_report.ipynb #c06a603f
 import html, io, json, re
@@ -91,6 +91,7 @@ def _cell(tag:str, v, cls:str)->str:
         if v.source: text = f'<a href="#{anchor(v.source)}">{text}</a>'
     return f'<{tag} class="{cls}"{extra}>{text}</{tag}>'
 
+# %% ../nbs/13c_report.ipynb #255f1489
 def table(
     head:list[str],      # column titles; those that begin with # hold numbers
     rows:list[list],     # cells, escaped here; a `Cell` links to its manifest
@@ -291,14 +292,14 @@ def compare(
     rows = changes(ask)
     require(rows and any(len(r['models']) > 1 for r in rows), f'nothing to compare: {", ".join(map(str, ask.values()))} share no measure')
     write_json(out/'compare.json', dict(models={n: str(r) for n, r in refs.items()}, rows=rows, verdicts=verdicts(rows), unlike=unlike(ask)))
-    write_text(out/'compare.html', compare_page(ask, rows, written))
+    write_text(out/'compare.html', _compare_page(ask, rows, written))
     for s in unlike(ask): say('compare', f'asked differently: {s}')
     for n, sentences in verdicts(rows).items():
         for s in sentences: say(n, s)
     say('compare', f'{out/"compare.html"}')
 
 # %% ../nbs/13c_report.ipynb #c289641a
-def compare_page(
+def _compare_page(
     evaluations:dict,  # name -> evaluation folder or file
     rows:list[dict],   # from `changes`
     samples:Path=None, # folder of samples
