@@ -81,7 +81,9 @@ class Cell(str):
         self = super().__new__(cls, text); self.source, self.sort, self.cls_ = source, sort, cls_
         return self
 
-def anchor(folder:str)->str: return 'm-' + re.sub(r'[^\w-]', '-', str(folder))
+def anchor(folder:str)->str:
+    "Where the manifest of a folder stands in the page"
+    return 'm-' + re.sub(r'[^\w-]', '-', str(folder))
 
 def _cell(tag:str, v, cls:str)->str:
     text, extra = html.escape(str(v)), ''
@@ -120,6 +122,7 @@ def page(
             f'<body>\n{body}\n<script>{script}</script></body></html>\n')
 
 def section(title:str, *parts:str)->str:
+    "A heading that links can lead to, and what stands below it; empty parts are left out"
     return f'<h2 id="{anchor(title.lower())[2:]}">{html.escape(title)}</h2>' + '\n'.join(p for p in parts if p)
 
 # %% ../nbs/13c_report.ipynb #c183a5ba
