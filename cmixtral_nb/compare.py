@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['EXAMS', 'LANGUAGES', 'CHANCE', 'COLOURS', 'load_evaluation', 'measures', 'value_of', 'change', 'changes', 'verdict',
-           'sentence', 'percent', 'verdicts', 'gain_figure', 'named', 'token_table', 'speed_table', 'writing_speed',
-           'efficiency', 'efficiency_text']
+__all__ = ['EXAMS', 'LANGUAGES', 'load_evaluation', 'measures', 'value_of', 'change', 'changes', 'verdict', 'sentence', 'percent',
+           'verdicts', 'gain_figure', 'named', 'token_table', 'speed_table', 'writing_speed', 'efficiency_text',
+           'efficiency']
 
 # %% ../nbs/13b_compare.ipynb #b06fb23b
 import json, math, time
@@ -96,6 +96,7 @@ def _spread(rows, f, n=1000)->dict:
     low, high = np.quantile(f(bootstrap(rows, n)), [.025, .975])
     return dict(low=float(low), high=float(high))
 
+# %% ../nbs/13b_compare.ipynb #ade96644
 def change(
     a:dict, b:dict,  # the same measure of two models
     n:int=1000,      # drawings
@@ -111,7 +112,7 @@ def change(
     return dict(change=d, low=d - e, high=d + e, n=None, paired=False)
 
 # %% ../nbs/13b_compare.ipynb #b1626943
-CHANCE = dict.fromkeys(EXAMS, 0.25)  # four answers
+_CHANCE = dict.fromkeys(EXAMS, 0.25)  # four answers
 
 def changes(
     evaluations:dict,  # name -> what `load_evaluation` takes; the first is the base
@@ -133,7 +134,7 @@ def verdict(
     name:str,  # of a model
 )->str:  # gained, lost, not shown, guessing
     "What may be said of a change"
-    m, chance = row['models'][name], CHANCE.get(row['key'].split('/')[0])
+    m, chance = row['models'][name], _CHANCE.get(row['key'].split('/')[0])
     first = next(iter(row['models'].values()))
     if chance and all(x['low'] is not None and x['low'] <= chance <= x['high'] for x in (first, m)): return 'guessing'
     if m['change_low'] is None or m['change_low'] <= 0 <= m['change_high']: return 'not shown'
@@ -171,7 +172,7 @@ def verdicts(
     return {n: [sentence(r, n, names[0]) for r in rows if r['kind'] in ('language', 'exam') and n in r['models']] for n in names[1:]}
 
 # %% ../nbs/13b_compare.ipynb #b232be64
-COLOURS = ['#d1495b', '#3a7ca5', '#2a9d5c', '#8a5fbf', '#c98a1b']
+_COLOURS = ['#d1495b', '#3a7ca5', '#2a9d5c', '#8a5fbf', '#c98a1b']
 
 def gain_figure(
     rows:list[dict],  # from `changes`
@@ -181,7 +182,7 @@ def gain_figure(
     from matplotlib.figure import Figure
     langs = [r for r in rows if r['kind'] == 'language']; labels = labels or {}
     fig = Figure(figsize=(9, 2.9), layout='constrained'); axes = fig.subplots(1, max(1, len(langs)), squeeze=False)[0]
-    for ax, r, c in zip(axes, langs, COLOURS):
+    for ax, r, c in zip(axes, langs, _COLOURS):
         names, vs = list(r['models']), list(r['models'].values())
         lo, hi = ([abs(v['value'] - v[k]) if v[k] is not None else 0 for v in vs] for k in ('low', 'high'))
         ax.errorbar(range(len(vs)), [v['value'] for v in vs], (lo, hi), color=c, marker='o', ms=5, capsize=4, lw=1.5)
@@ -231,6 +232,7 @@ def token_table(
                 tokens_per_doc=n / len(docs), change=n / first - 1))
     return out
 
+# %% ../nbs/13b_compare.ipynb #d95882c7
 def speed_table(
     tokenizers:dict[str, Path],  # from `named`
     texts:list[str],             # documents
@@ -263,6 +265,23 @@ def writing_speed(
         if i: tokens.append(r['n_tokens'] / s); chars.append(len(r['text']) / s)  # the first only warms up
     return dict(tokens_per_second=float(np.mean(tokens)), tokens_per_second_std=float(np.std(tokens)),
         chars_per_second=float(np.mean(chars)), chars_per_second_std=float(np.std(chars)), n_prompts=len(tokens))
+
+# %% ../nbs/13b_compare.ipynb #b3516d20
+def efficiency_text(
+    res:dict,  # what efficiency.json holds
+)->str:  # markdown
+    "The tables of efficiency for people"
+    line = lambda cells: '| ' + ' | '.join(map(str, cells)) + ' |'
+    def table(head, rows): return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)])
+    out = [table(['text', 'tokenizer', 'documents', 'characters', 'tokens', 'against the first', 'characters per token', 'tokens per document'],
+        [[r['domain'], r['tokenizer'], r['n_docs'], f'{r["n_chars"]:,}', f'{r["n_tokens"]:,}', f'{r["change"]:+.1%}', f'{r["chars_per_token"]:.3f}',
+            f'{r["tokens_per_doc"]:.1f}'] for r in res['tokens']]),
+        table(['tokenizer', 'form', 'encode, MB/s', 'decode, MB/s'],
+        [[r['tokenizer'], r['form'], f'{r["encode"]:.2f}', f'{r["decode"]:.2f}'] for r in res['speed']])]
+    if res['writing']: out.append(table(['model', 'tokens per second', 'characters per second', 'prompts', 'device'],
+        [[n, *(f'{r[f"{k}_per_second"]:.1f} ± {r[f"{k}_per_second_std"]:.1f}' for k in ('tokens', 'chars')), r['n_prompts'], f'{r["device"]}, {r["dtype"]}']
+            for n, r in res['writing'].items()]))
+    return '\n\n'.join(out) + '\n'
 
 # %% ../nbs/13b_compare.ipynb #b3443ec4
 def _check(tokenizers=None, models=None, corpus=None, domains=None, new_tokens=1, **_):
@@ -304,20 +323,3 @@ def efficiency(
     zh = [r for r in res['tokens'] if r['domain'] == next(iter(docs))]
     say('efficiency', f'{zh[0]["domain"]}: ' + ', '.join(f'{r["tokenizer"]} {r["n_tokens"]:,} tokens ({r["change"]:+.1%})' for r in zh))
     return dict(n_tokenizers=len(toks), n_domains=len(docs), writing=res['writing'])
-
-# %% ../nbs/13b_compare.ipynb #b3516d20
-def efficiency_text(
-    res:dict,  # what efficiency.json holds
-)->str:  # markdown
-    "The tables of efficiency for people"
-    line = lambda cells: '| ' + ' | '.join(map(str, cells)) + ' |'
-    def table(head, rows): return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)])
-    out = [table(['text', 'tokenizer', 'documents', 'characters', 'tokens', 'against the first', 'characters per token', 'tokens per document'],
-        [[r['domain'], r['tokenizer'], r['n_docs'], f'{r["n_chars"]:,}', f'{r["n_tokens"]:,}', f'{r["change"]:+.1%}', f'{r["chars_per_token"]:.3f}',
-            f'{r["tokens_per_doc"]:.1f}'] for r in res['tokens']]),
-        table(['tokenizer', 'form', 'encode, MB/s', 'decode, MB/s'],
-        [[r['tokenizer'], r['form'], f'{r["encode"]:.2f}', f'{r["decode"]:.2f}'] for r in res['speed']])]
-    if res['writing']: out.append(table(['model', 'tokens per second', 'characters per second', 'prompts', 'device'],
-        [[n, *(f'{r[f"{k}_per_second"]:.1f} ± {r[f"{k}_per_second_std"]:.1f}' for k in ('tokens', 'chars')), r['n_prompts'], f'{r["device"]}, {r["dtype"]}']
-            for n, r in res['writing'].items()]))
-    return '\n\n'.join(out) + '\n'

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['task_files', 'leaves', 'split_tasks', 'read_member', 'csv_rows', 'hellaswag_row', 'read_rows', 'write_task',
-           'write_tasks', 'hub_datasets', 'Answers', 'run_lm_eval', 'categories', 'subject_table', 'heldout_docs',
-           'heldout_texts', 'domain_docs', 'eval_docs', 'bootstrap', 'bpb_results', 'tables_text', 'evaluate']
+__all__ = ['task_files', 'leaves', 'split_tasks', 'csv_rows', 'hellaswag_row', 'read_rows', 'write_tasks', 'hub_datasets',
+           'Answers', 'run_lm_eval', 'categories', 'subject_table', 'heldout_docs', 'heldout_texts', 'domain_docs',
+           'eval_docs', 'bootstrap', 'bpb_results', 'tables_text', 'evaluate']
 
 # %% ../nbs/13_evaluate.ipynb #6cdd06de
 import contextlib, csv, difflib, functools, hashlib, importlib.util, inspect, io, json, logging, os, re, shlex, sys, tempfile, zipfile
@@ -43,7 +43,6 @@ def leaves(
     else: members = [k for k, f in files.items() if f'"tag": "{name}"' in f.read_text()]
     return [leaf for m in members for leaf in leaves(m, files)]
 
-# %% ../nbs/13_evaluate.ipynb #8b61aeb1
 def split_tasks(
     tasks,  # "bpb,cmmlu", a list of such, or None for bpb
 )->list[str]:
@@ -62,7 +61,7 @@ def _family(task:str)->tuple[str,str]:  # ('cmmlu', 'agronomy')
     family = next(f for f in _families if task == f or task.startswith(f + '_'))
     return family, task[len(family)+1:]
 
-def read_member(
+def _read_member(
     data:Path,  # folder with ceval.zip, or ceval/
     name:str,   # such as "ceval/val/law_val.csv"
 )->str|None:  # None where it is missing
@@ -115,7 +114,7 @@ def read_rows(
     if family == 'hellaswag':
         found = {s: next(iter(sorted(data.glob(f'hellaswag_{n}.jsonl*'))), None) for s, n in dict(validation='val', train='train').items()}
         return {s: f and [hellaswag_row(json.loads(l)) for l in _text(f).splitlines()] for s, f in found.items()}
-    texts = {s: read_member(data, name.format(subject)) for s, name in _splits[family].items()}
+    texts = {s: _read_member(data, name.format(subject)) for s, name in _splits[family].items()}
     return {s: t if t is None else csv_rows(t, family) for s, t in texts.items()}
 
 def _text(f:Path)->str:
@@ -123,7 +122,7 @@ def _text(f:Path)->str:
     return {'.xz': lzma, '.gz': gzip, '.bz2': bz2}.get(f.suffix, io).open(f, 'rt', encoding='utf-8').read()
 
 # %% ../nbs/13_evaluate.ipynb #552f56d6
-def write_task(
+def _write_task(
     task:str,     # a leaf
     files:dict,   # from `task_files`
     rows:dict,    # split -> rows
@@ -147,7 +146,7 @@ def write_tasks(
     "Everything that lm-eval needs to know to run `names` on local files"
     import yaml
     files = task_files()
-    for leaf in dict.fromkeys(l for n in names for l in leaves(n, files)): write_task(leaf, files, read_rows(data, leaf), folder)
+    for leaf in dict.fromkeys(l for n in names for l in leaves(n, files)): _write_task(leaf, files, read_rows(data, leaf), folder)
     for g in (f for f in files.values() if f.name.startswith('_') and f.suffix == '.yaml'):
         write_text(folder/g.name, yaml.safe_dump(dict(include=str(g))))
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['CHAIN', 'STEPS', 'STAGES', 'MODULES', 'NAMES', 'GROUPS', 'Step', 'command', 'nearest', 'anno_type', 'fits',
-           'type_name', 'recipe_file', 'read_recipe', 'arguments', 'check_recipe', 'preflight', 'settings',
-           'plan_inputs', 'plan_of', 'tokens_of', 'plan', 'run', 'run_states', 'status', 'unchanged', 'report_data',
-           'render_report', 'report', 'card', 'parser', 'overview', 'main']
+           'read_recipe', 'arguments', 'check_recipe', 'preflight', 'settings', 'plan_inputs', 'plan_of', 'tokens_of',
+           'plan', 'run', 'run_states', 'status', 'unchanged', 'report_data', 'render_report', 'report', 'card',
+           'parser', 'overview', 'main']
 
-# %% ../nbs/14_pipeline.ipynb #401b8bf2
+# %% ../nbs/14_pipeline.ipynb #810d2542
 import argparse, difflib, html, inspect, json, logging, os, re, sys, tomllib, warnings
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-
-# %% ../nbs/14_pipeline.ipynb #810d2542
 from .artifact import *
 from .compare import LANGUAGES, changes, gain_figure, percent, verdicts
 from .corpus import corpus_langs
@@ -32,7 +30,6 @@ class Step:
     folder: str               # inside the run's folder
     inputs: dict = field(default_factory=dict)  # parameter -> folder of an earlier step
     fixed: dict = field(default_factory=dict)   # parameter -> value that this place demands
-
 CHAIN = ('base', 'model', 'adapter', 'merged', 'chat')  # the models of a run, in order of birth
 STEPS = [
     Step('corpus',    'corpus',    'corpus'),
@@ -49,8 +46,7 @@ STEPS = [
     Step('generate',  'generate',  'samples',   dict(models=['base', 'merged', 'chat'])),
     Step('evaluate',  'evaluate',  'evaluation/base',    dict(model='base', corpus='corpus')),
     Step('evaluate',  'evaluate',  'evaluation/model',   dict(model='model', corpus='corpus')),
-    Step('evaluate',  'evaluate',  'evaluation/adapter', dict(model='model', adapter='adapter', corpus='corpus'),
-         dict(load_in_4bit=True, tasks=['bpb'])),
+    Step('evaluate',  'evaluate',  'evaluation/adapter', dict(model='model', adapter='adapter', corpus='corpus'), dict(load_in_4bit=True, tasks=['bpb'])),
     Step('evaluate',  'evaluate',  'evaluation/merged',  dict(model='merged', corpus='corpus')),
     Step('evaluate',  'evaluate',  'evaluation/chat',    dict(model='chat', corpus='corpus')),
     Step('efficiency', 'efficiency', 'efficiency',       dict(models=['base', 'merged'], corpus='corpus')),
@@ -77,6 +73,14 @@ def nearest(
     hit = difflib.get_close_matches(name, list(names), 1, .5)
     return f', did you mean {hit[0]!r}?' if hit else ''
 
+class _Parser(argparse.ArgumentParser):
+    "One line for an error, with the nearest option"
+    def error(self, message):
+        if message.startswith('unrecognized arguments: -'):
+            found = message.split()[2].split('=')[0]
+            message = f'unknown option {found}' + nearest(found, [o for a in self._actions for o in a.option_strings])
+        raise StageError(f'{self.prog}: {message}; run: {self.prog} --help')
+
 # %% ../nbs/14_pipeline.ipynb #d8580bb4
 _types = {'str': str, 'int': int, 'float': float, 'bool': bool, 'Path': str, 'list[str]': [str], 'list[int]': [int], 'list[float]': [float]}
 
@@ -92,11 +96,9 @@ def fits(value, typ)->bool:
     if isinstance(typ, list): return isinstance(value, list) and all(fits(v, typ[0]) for v in value)
     if typ is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, typ) and (typ is bool or not isinstance(value, bool))
+def _type_name(typ)->str: return f'list of {typ[0].__name__}' if isinstance(typ, list) else typ.__name__
 
-def type_name(typ)->str: return f'list of {typ[0].__name__}' if isinstance(typ, list) else typ.__name__
-
-# %% ../nbs/14_pipeline.ipynb #fc9cb628
-def recipe_file(recipe:str)->Path:
+def _recipe_file(recipe:str)->Path:
     "The TOML file of that name, else the shipped recipe of that name; it need not exist"
     return Path(recipe) if Path(recipe).is_file() else package_data(f'recipes/{recipe}.toml')
 
@@ -104,7 +106,7 @@ def read_recipe(
     recipe:str,  # name of a shipped recipe, or a TOML file
 )->dict:  # tables as they stand in the file, with "name"
     "Read a recipe; `StageError` where there is none or it is not TOML"
-    path = recipe_file(recipe)
+    path = _recipe_file(recipe)
     names = sorted(p.stem for p in package_data('recipes').glob('*.toml'))
     require(path.is_file(), f'{recipe}: no such recipe; expected a TOML file or one of {", ".join(names)}')
     try: out = tomllib.loads(path.read_text(encoding='utf-8'))
@@ -146,7 +148,7 @@ def check_recipe(
         for k, v in table.items():
             if k not in params or k in ('out', 'force'): faults.append(f'[{name}] unknown key {k!r}{nearest(k, params)}')
             elif not fits(v, typ := anno_type(params[k].annotation)):
-                faults.append(f'[{name}] {k} = {json.dumps(v, ensure_ascii=False)}: expected {type_name(typ)}')
+                faults.append(f'[{name}] {k} = {json.dumps(v, ensure_ascii=False)}: expected {_type_name(typ)}')
     for s in _steps({k: v for k, v in recipe.items() if isinstance(v, dict)}):
         params, got = inspect.signature(command(s.command)).parameters, arguments(s, recipe, Path())
         faults += [f'[{s.command}] {k} is missing: give it, or add the table [{_maker(s.inputs.get(k))}] that makes it'
@@ -181,13 +183,6 @@ def _evaluate_faults(recipe:dict)->list[str]:
     t = recipe.get('evaluate', {}); names = [n for n in split_tasks(t.get('tasks')) if n != 'bpb']
     return [f'[evaluate] {f}' for f in _task_faults(names, t.get('data'), t.get('shots', 0))] if names else []
 
-def _hub_fault(kind:str, ref:str)->str:
-    "Why a repository of the hub cannot be had now, or nothing"
-    from huggingface_hub import HfApi
-    try: HfApi().repo_info(ref, repo_type=kind, timeout=10)
-    except Exception as e: return f'{ref}: not to be had from the hub ({type(e).__name__})'
-    return ''
-
 # %% ../nbs/14_pipeline.ipynb #96d5150d
 def preflight(
     recipe:dict,           # as read and checked
@@ -211,6 +206,13 @@ def _memory_faults(recipe:dict, commands:set)->list[str]:
         faults += plan_faults(p['config'], p['settings'], p['length'], p['vocab_size'], p['settings'].get('device') or device,
             world_size(), stage=stage, recipe=recipe['name'])
     return sorted(faults)
+
+def _hub_fault(kind:str, ref:str)->str:
+    "Why a repository of the hub cannot be had now, or nothing"
+    from huggingface_hub import HfApi
+    try: HfApi().repo_info(ref, repo_type=kind, timeout=10)
+    except Exception as e: return f'{ref}: not to be had from the hub ({type(e).__name__})'
+    return ''
 
 # %% ../nbs/14_pipeline.ipynb #ff380a39
 def settings(
@@ -322,7 +324,7 @@ def run(
     force:bool=False,   # make the stages anew even where they are up to date
 )->Path:  # folder of the run
     "Run a recipe from the corpus to the report"
-    rec, text = read_recipe(recipe), recipe_file(recipe).read_text(encoding='utf-8')
+    rec, text = read_recipe(recipe), _recipe_file(recipe).read_text(encoding='utf-8')
     if faults := check_recipe(rec): raise StageError(*faults)
     out = Path(out or f'runs/{rec["name"]}')
     steps, todo = _steps(rec), _select(_steps(rec), from_, to)
@@ -401,6 +403,15 @@ def unchanged(
     n = sum(x != y for x, y in zip(a, b))
     return dict(n_docs=len(texts), n_changed=n, share=n/max(1, len(texts)))
 
+def _vocabulary(out:Path)->dict:
+    "Size of the vocabulary and what it did to English"
+    from cmixtral_nb.corpus import corpus_texts
+    if not ((out/'tokenizer').is_dir() and (out/'corpus').is_dir()): return {}
+    before = out/'base' if (out/'base').is_dir() else None
+    stats = _stats(out/'tokenizer')
+    english = unchanged(before, out/'tokenizer', list(corpus_texts(out/'corpus', 'en', 'valid'))) if before else {}
+    return dict(stats, english_ids_changed=english)
+
 # %% ../nbs/14_pipeline.ipynb #eac04e96
 def report_data(
     out:Path,  # folder of a run
@@ -430,23 +441,6 @@ def _manifests(out:Path, n_files:int=20)->dict:
 def _stats(folder:Path)->dict:
     return read_json(folder/'manifest.json')['stats'] if (folder/'manifest.json').is_file() else {}
 
-def _vocabulary(out:Path)->dict:
-    "Size of the vocabulary and what it did to English"
-    from cmixtral_nb.corpus import corpus_texts
-    if not ((out/'tokenizer').is_dir() and (out/'corpus').is_dir()): return {}
-    before = out/'base' if (out/'base').is_dir() else None
-    stats = _stats(out/'tokenizer')
-    english = unchanged(before, out/'tokenizer', list(corpus_texts(out/'corpus', 'en', 'valid'))) if before else {}
-    return dict(stats, english_ids_changed=english)
-
-# %% ../nbs/14_pipeline.ipynb #d662fa3e
-def _gain(d:dict)->dict:
-    "The numbers of the first screen: each a ratio of two measured values"
-    b, c = d['bits_per_byte'], d['characters_per_token']
-    ratio = lambda t, x, y, l: t[x][l] / t[y][l] if x in t and y in t else None
-    return dict(characters_per_token_zh=ratio(c, 'model', 'base', 'zh'), bits_per_byte_zh_of_init=ratio(b, 'adapter', 'model', 'zh'),
-        bits_per_byte_en_of_base=ratio(b, 'adapter', 'base', 'en'), bits_per_byte_zh_merged_of_adapter=ratio(b, 'merged', 'adapter', 'zh'))
-
 # %% ../nbs/14_pipeline.ipynb #0c19a7d8
 NAMES = dict(base='base', model='after init', adapter='after pre-training', merged='after merge', chat='chat')
 
@@ -457,7 +451,6 @@ def _best(rows:list[dict], key:str)->tuple:
 
 def _span(m)->str: return '' if not m or m['change_low'] is None else f' ({percent(m["change_low"], m["change"])} to {percent(m["change_high"], m["change"])})'
 
-# %% ../nbs/14_pipeline.ipynb #280d2eba
 def _tile(number, text, source=''):
     number = html.escape(str(number))
     return f'<div class="tile"><b>{f"<a href=#{anchor(source)}>{number}</a>" if source else number}</b>{html.escape(text)}</div>'
@@ -492,6 +485,13 @@ def _how(d:dict)->str:
     "Parameters of the samples, in words"
     p = d['manifests'].get('samples', {}).get('params', {})
     return f'Up to {p["max_new_tokens"]} tokens, temperature {p["temperature"]}, top-p {p["top_p"]}, seed {p["seed"]} and counting on.' if p else ''
+
+def _gain(d:dict)->dict:
+    "The numbers of the first screen: each a ratio of two measured values"
+    b, c = d['bits_per_byte'], d['characters_per_token']
+    ratio = lambda t, x, y, l: t[x][l] / t[y][l] if x in t and y in t else None
+    return dict(characters_per_token_zh=ratio(c, 'model', 'base', 'zh'), bits_per_byte_zh_of_init=ratio(b, 'adapter', 'model', 'zh'),
+        bits_per_byte_en_of_base=ratio(b, 'adapter', 'base', 'en'), bits_per_byte_zh_merged_of_adapter=ratio(b, 'merged', 'adapter', 'zh'))
 
 # %% ../nbs/14_pipeline.ipynb #d14e0001
 def render_report(
@@ -581,17 +581,8 @@ def parser(
             p.add_argument(k, default=None if need else v.default, **many, **{**kw, 'metavar': k.upper()}); continue
         p.add_argument('--' + k.strip('_').replace('_', '-'), dest=k, default=None if need else v.default, required=need, **kw)
     return p
-
 def _shown(v): return ' '.join(map(str, v)) if isinstance(v, (list, tuple)) else v
 def _metavar(typ, k): return {int: 'N', float: 'X'}.get(typ[0] if isinstance(typ, list) else typ, 'DIR' if k == 'out' else k.strip('_').upper())
-
-class _Parser(argparse.ArgumentParser):
-    "One line for an error, with the nearest option"
-    def error(self, message):
-        if message.startswith('unrecognized arguments: -'):
-            found = message.split()[2].split('=')[0]
-            message = f'unknown option {found}' + nearest(found, [o for a in self._actions for o in a.option_strings])
-        raise StageError(f'{self.prog}: {message}; run: {self.prog} --help')
 
 # %% ../nbs/14_pipeline.ipynb #9fe167ee
 GROUPS = {'The whole way': ['run', 'plan', 'status', 'report'],
@@ -606,7 +597,6 @@ def overview()->str:
     return '\n\n'.join([f'cmixtral {__version__}: teach a base language model a new language cheaply\n\nusage: cmixtral COMMAND [OPTIONS]', *parts,
         'cmixtral COMMAND --help shows the options of a command. Start with: cmixtral run'])
 
-# %% ../nbs/14_pipeline.ipynb #fad5a6e8
 def _quiet(argv:list[str]):
     "No warnings of libraries between the lines, and no network unless something on the command line is a hub id"
     for k, v in dict(TRANSFORMERS_VERBOSITY='error', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='true',
@@ -620,6 +610,7 @@ def _quiet(argv:list[str]):
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     if not sys.warnoptions: warnings.simplefilter('ignore')
 
+# %% ../nbs/14_pipeline.ipynb #fad5a6e8
 def main(
     argv:list[str]=None,  # arguments; default: those of the process
 )->int:  # exit status: 0, 2 for a fault, 130 when interrupted

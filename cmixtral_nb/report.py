@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['svg', 'plain_svg', 'loss_figure', 'router_figure', 'Cell', 'anchor', 'table', 'page', 'section', 'change_table',
            'verdict_list', 'text_section', 'exam_section', 'efficiency_section', 'sample_section', 'manifest_section',
-           'unlike', 'compare', 'compare_page', 'data_licences', 'model_card']
+           'unlike', 'compare', 'data_licences', 'model_card']
 
 # %% ../nbs/13c_report.ipynb #c06a603f
 import html, io, json, re
@@ -81,7 +81,9 @@ class Cell(str):
         self = super().__new__(cls, text); self.source, self.sort, self.cls_ = source, sort, cls_
         return self
 
-def anchor(folder:str)->str: return 'm-' + re.sub(r'[^\w-]', '-', str(folder))
+def anchor(folder:str)->str:
+    "Where the manifest of a folder stands in the page"
+    return 'm-' + re.sub(r'[^\w-]', '-', str(folder))
 
 def _cell(tag:str, v, cls:str)->str:
     text, extra = html.escape(str(v)), ''
@@ -91,6 +93,7 @@ def _cell(tag:str, v, cls:str)->str:
         if v.source: text = f'<a href="#{anchor(v.source)}">{text}</a>'
     return f'<{tag} class="{cls}"{extra}>{text}</{tag}>'
 
+# %% ../nbs/13c_report.ipynb #255f1489
 def table(
     head:list[str],      # column titles; those that begin with # hold numbers
     rows:list[list],     # cells, escaped here; a `Cell` links to its manifest
@@ -119,6 +122,7 @@ def page(
             f'<body>\n{body}\n<script>{script}</script></body></html>\n')
 
 def section(title:str, *parts:str)->str:
+    "A heading that links can lead to, and what stands below it; empty parts are left out"
     return f'<h2 id="{anchor(title.lower())[2:]}">{html.escape(title)}</h2>' + '\n'.join(p for p in parts if p)
 
 # %% ../nbs/13c_report.ipynb #c183a5ba
@@ -291,14 +295,14 @@ def compare(
     rows = changes(ask)
     require(rows and any(len(r['models']) > 1 for r in rows), f'nothing to compare: {", ".join(map(str, ask.values()))} share no measure')
     write_json(out/'compare.json', dict(models={n: str(r) for n, r in refs.items()}, rows=rows, verdicts=verdicts(rows), unlike=unlike(ask)))
-    write_text(out/'compare.html', compare_page(ask, rows, written))
+    write_text(out/'compare.html', _compare_page(ask, rows, written))
     for s in unlike(ask): say('compare', f'asked differently: {s}')
     for n, sentences in verdicts(rows).items():
         for s in sentences: say(n, s)
     say('compare', f'{out/"compare.html"}')
 
 # %% ../nbs/13c_report.ipynb #c289641a
-def compare_page(
+def _compare_page(
     evaluations:dict,  # name -> evaluation folder or file
     rows:list[dict],   # from `changes`
     samples:Path=None, # folder of samples

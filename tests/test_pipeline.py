@@ -118,3 +118,13 @@ def test_an_exam_without_questions_is_missed_before_the_first_step(tmp_path, cli
     assert err == ["StageError: [evaluate] unknown task 'ceval-vaild', did you mean 'ceval-valid'?",
         "StageError: [evaluate] mmlu: where are the questions? give their folder with --data, or --data hub"]
     assert [i for t, k, i in _hub_ids(read_recipe("paper")) if k == "data"] == ["ceval/ceval-exam", "haonan-li/cmmlu", "cais/mmlu", "Rowan/hellaswag"]
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path, cli):
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[vocab\n")
+    status, err = cli("run", broken, "--out", tmp_path / "run")
+    assert status == 2 and "broken.toml: not valid TOML" in err[0]
+    status, err = cli("run", "none", "--out", tmp_path / "run")
+    assert (status, err) == (2, ["StageError: none: no such recipe; expected a TOML file or one of paper, tiny"])
+    assert not (tmp_path / "run").exists()
