@@ -15,7 +15,7 @@ import json, math, time
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
-from .evaluate import bootstrap, categories, eval_docs
+from .evaluate import bootstrap, categories, eval_docs, letters
 from .generate import PROMPTS, generate_text, parse_models
 from .mixtral import resolve_model
 from .qlora import load_model
@@ -46,12 +46,13 @@ def _of_text(name, kind, docs):
     return dict(name=name, kind=kind, lower_is_better=True, n=len(docs), rows={(d['domain'], d['id']): (d['bits'], d['n_bytes']) for d in docs})
 
 def _of_exam(name, kind, qs, m='acc'):
-    return dict(name=name, kind=kind, lower_is_better=False, n=len(qs), rows={(q['task'], q['hash'], q['id']): (q[m], 1) for q in qs})
+    letter = next(iter(letters(qs).values()), {})
+    return dict(letter, name=name, kind=kind, lower_is_better=False, n=len(qs), rows={(q['task'], q['hash'], q['id']): (q[m], 1) for q in qs})
 
 # %% ../nbs/13b_compare.ipynb #b128a64d
 def measures(
     ev:dict,  # from `load_evaluation`
-)->dict[str, dict]:  # key -> name, kind (language, domain, exam, part), lower_is_better, n, and rows or value with stderr
+)->dict[str, dict]:  # key -> name, kind (language, domain, exam, part), lower_is_better, n, and rows or value with stderr; exams: see `letters`
     "What an evaluation measured: bits per byte of languages and domains, accuracy of exams and their parts"
     out, docs, qs = {}, ev['documents'], ev['questions']
     for l in dict.fromkeys(d['lang'] for d in docs): out[l] = _of_text(LANGUAGES.get(l, l), 'language', [d for d in docs if d['lang'] == l])
@@ -82,13 +83,13 @@ def _bare_measures(results:dict)->dict:
 def value_of(
     m:dict,  # one of `measures`
     n:int=1000,  # drawings
-)->dict:  # value, low, high: 95%; None where nothing is known of the spread
+)->dict:  # value, low, high: 95%; None where nothing is known of the spread; letter, share, accuracy as in `letters`
     "A measure with its interval"
     if 'rows' not in m:
         e = m['stderr']; known = isinstance(e, float)
         return dict(value=m['value'], low=m['value'] - 1.96 * e if known else None, high=m['value'] + 1.96 * e if known else None)
     rows = list(m['rows'].values()); a, b = map(sum, zip(*rows))
-    return dict(value=float(a / b), **_spread(rows, lambda s: s[:, 0] / s[:, 1], n))
+    return dict(value=float(a / b), **_spread(rows, lambda s: s[:, 0] / s[:, 1], n), **{k: m[k] for k in ('letter', 'share', 'accuracy') if k in m})
 
 def _spread(rows, f, n=1000)->dict:
     import numpy as np
@@ -136,7 +137,8 @@ def verdict(
     "What may be said of a change"
     m, chance = row['models'][name], _CHANCE.get(row['key'].split('/')[0])
     first = next(iter(row['models'].values()))
-    if chance and all(x['low'] is not None and x['low'] <= chance <= x['high'] for x in (first, m)): return 'guessing'
+    floor = lambda x: max(chance, x.get('accuracy', 0))  # what its favourite letter alone would score
+    if chance and all(x['low'] is not None and x['low'] <= floor(x) for x in (first, m)): return 'guessing'
     if m['change_low'] is None or m['change_low'] <= 0 <= m['change_high']: return 'not shown'
     return 'gained' if (m['change'] < 0) == row['lower_is_better'] else 'lost'
 
@@ -158,7 +160,8 @@ def sentence(
     if m['change_low'] is None: return f'{what}; its spread is not known' + (f' ({n} {unit})' if n else '')
     what += f' ({span()}, 95%' + (f' over {n:,} {unit})' if n else ', not paired)')
     ends = {'gained': 'a gain', 'lost': 'a loss', 'guessing': 'both guess', 'not shown': 'no difference is shown'}
-    return f'{what}: {ends[m["verdict"]]}'
+    repeats = f'; {name} gives {m["letter"]} to {m["share"]:.0%} of them' if m.get('share', 0) >= .9 else ''
+    return f'{what}: {ends[m["verdict"]]}{repeats}'
 
 def percent(x:float, like:float=None)->str:
     "A share with its sign; below one per cent with a digit more, as its neighbour `like` has it"

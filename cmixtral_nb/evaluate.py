@@ -7,11 +7,12 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['task_files', 'leaves', 'split_tasks', 'csv_rows', 'hellaswag_row', 'read_rows', 'write_tasks', 'hub_datasets',
-           'Answers', 'run_lm_eval', 'categories', 'subject_table', 'heldout_docs', 'heldout_texts', 'domain_docs',
-           'eval_docs', 'bootstrap', 'bpb_results', 'tables_text', 'evaluate']
+           'Answers', 'run_lm_eval', 'categories', 'subject_table', 'letters', 'heldout_docs', 'heldout_texts',
+           'domain_docs', 'eval_docs', 'bootstrap', 'bpb_results', 'tables_text', 'evaluate']
 
 # %% ../nbs/13_evaluate.ipynb #6cdd06de
 import contextlib, csv, difflib, functools, hashlib, importlib.util, inspect, io, json, logging, os, re, shlex, sys, tempfile, zipfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 from .artifact import *
@@ -150,7 +151,6 @@ def write_tasks(
     for g in (f for f in files.values() if f.name.startswith('_') and f.suffix == '.yaml'):
         write_text(folder/g.name, yaml.safe_dump(dict(include=str(g))))
 
-# %% ../nbs/13_evaluate.ipynb #fc88855b
 def hub_datasets(
     tasks:list[str],  # tasks and groups
 )->list[str]:  # hub ids
@@ -300,6 +300,19 @@ def subject_table(
             parts = {c: [q for s in subjects if c in categories(s) for q in by[s]] for c in (_stem, _hum, _soc, 'Other', 'China specific')}
             mean = dict(of('mean of subjects', mine), value=sum(r['value'] for r in each) / len(each), stderr=sum(r['stderr']**2 for r in each)**.5 / len(each))
             out += [of('all questions', mine)] + ([mean, *(of(c, qs) for c, qs in parts.items() if qs), *each] if family != 'hellaswag' else [])
+    return out
+
+# %% ../nbs/13_evaluate.ipynb #l3tt3r01
+def letters(
+    questions:list[dict],  # task; chosen and target, from 0 to 3: one for each question
+)->dict:  # benchmark -> letter that is chosen most, share of the questions that get it, accuracy of giving it to all, n
+    "Does a model answer the questions, or does it repeat a letter?"
+    by, out = {}, {}
+    for q in questions:
+        if 'chosen' in q: by.setdefault(_family(q['task'])[0], []).append(q)
+    for family, qs in by.items():
+        most, n = Counter(q['chosen'] for q in qs).most_common(1)[0]
+        if family != 'hellaswag': out[family] = dict(letter='ABCD'[most], share=n / len(qs), accuracy=sum(q['target'] == most for q in qs) / len(qs), n=len(qs))
     return out
 
 # %% ../nbs/13_evaluate.ipynb #4248e0e6
@@ -475,6 +488,7 @@ def _repeat(args:dict, out:Path)->str:
 def tables_text(
     table:list[dict],  # from `subject_table`
     results:dict,      # from `bpb_results`, or with it in it
+    chosen:dict=None,  # from `letters`
 )->str:  # markdown
     "The results for people"
     line = lambda *cells: '| ' + ' | '.join(map(str, cells)) + ' |'
@@ -484,14 +498,21 @@ def tables_text(
     texts = [line(d, r['n_docs'], f'{r["n_bytes"]:,}', f'{r["bits_per_byte"]:.4f}' + (f' ± {e:.4f}' if (e := r['bits_per_byte_stderr']) else ''),
         f'{r["bits_per_char"]:.4f}', f'{r["chars_per_token"]:.3f}', f'{r["tokens_per_doc"]:.1f}') for d, r in bits.items()]
     out = [[*head('benchmark', 'part', 'metric', 'questions', 'accuracy ± standard error'), *exams]] if exams else []
+    out += [[f'{f}: {c["letter"]} is the answer to {c["share"]:.0%} of {c["n"]:,} questions; {c["letter"]} to all of them would score {100 * c["accuracy"]:.2f}']
+        for f, c in (chosen or {}).items()]
     if texts: out.append([*head('text', 'documents', 'bytes', 'bits per byte ± standard error', 'bits per character', 'characters per token',
         'tokens per document'), *texts])
     return '\n\n'.join('\n'.join(t) for t in out) + '\n'
 
+def _choice(r:dict)->dict:
+    "Number of the likeliest answer and of the right one"
+    likely, t = [x[0] for x in r['filtered_resps']], r['target']
+    return dict(chosen=max(range(len(likely)), key=likely.__getitem__), target='ABCD'.index(t) if t in tuple('ABCD') else int(t))
+
 def _harness_results(res:dict, out:Path, samples:bool, shots:int):
     "Write every question with what became of it; what the context could not hold is said"
     rows = res.pop('samples', {})
-    questions = [dict(task=t, id=r['doc_id'], hash=r['doc_hash'][:16], **{m: r[m] for m in ('acc', 'acc_norm') if m in r}) for t in rows for r in rows[t]]
+    questions = [dict(task=t, id=r['doc_id'], hash=r['doc_hash'][:16], **{m: r[m] for m in ('acc', 'acc_norm') if m in r}, **_choice(r)) for t in rows for r in rows[t]]
     n = res['n_long']
     require(not n or shots, f'{n} questions with their answers are longer than the context of the model; leave the task out, or take another model')
     if n: say('evaluate', f'{n} prompts are longer than the context of the model: lm-eval cuts off their beginning, the examples first')
@@ -533,17 +554,19 @@ def evaluate(
         docs = _ask_bits(lm, tok, eval_docs(corpus, n_chars, domains), length, batch, answers)
         write_text(out/'documents.jsonl', ''.join(json.dumps(d, ensure_ascii=False) + '\n' for d in docs))
         res['results'] |= bpb_results(docs)
-    _write_results(res, subject_table(questions), names, args, lm, out)
+    _write_results(dict(res, table=subject_table(questions), letters=letters(questions)), names, args, lm, out)
     return dict(results={t: res['results'][t] for t in names if t in res['results']}, n_asked=answers.n_asked, tokenizer=tokenizer_fingerprint(home))
 
 # %% ../nbs/13_evaluate.ipynb #6f1d4ae2
-def _write_results(res:dict, table:list[dict], names:list[str], args:dict, model, out:Path):
+def _write_results(res:dict, names:list[str], args:dict, model, out:Path):
     "results.json and tables.md; the answers are in them now"
     config = {k: v for k, v in args.items() if k not in ('model', 'data', 'corpus', 'adapter', 'out')}
-    write_json(out/'results.json', dict(res, table=table, config=dict(config, dtype=str(model.dtype).removeprefix('torch.'), device=model.device.type),
+    write_json(out/'results.json', dict(res, config=dict(config, dtype=str(model.dtype).removeprefix('torch.'), device=model.device.type),
         packages=versions(), command=_repeat(args, out)))
-    write_text(out/'tables.md', tables_text(table, res['results']))
+    write_text(out/'tables.md', tables_text(res['table'], res['results'], res['letters']))
     for t in (n for n in names if n in res['results']):
         shown = {k.removesuffix(',none'): v for k, v in res['results'][t].items() if isinstance(v, float) and 'stderr' not in k and not k.startswith('tokens')}
         say('evaluate', f'{t} ' + ', '.join(f'{k} {v:.4f}' for k, v in shown.items()))
+    for f, c in res['letters'].items():
+        if c['share'] >= .9: say('evaluate', f'{f}: {c["letter"]} is the answer to {c["share"]:.0%} of the questions; to all of them it would score {c["accuracy"]:.4f}')
     (out/'answers.jsonl').unlink(missing_ok=True)

@@ -259,6 +259,20 @@ def test_the_table_says_what_lm_eval_says(bench, tmp_path, model):
     assert row['all questions', 'acc_norm']['value'] == r['results']['hellaswag']['acc_norm,none']
 
 
+def test_the_letters_are_those_of_the_likelihoods(bench, tmp_path, model, capsys):
+    "Letters as in C-Eval, numbers as in MMLU; HellaSwag has none"
+    a = ev.evaluate(model, tasks=[GEO, 'mmlu_anatomy', 'hellaswag'], data=bench, samples=True, out=tmp_path/'a')
+    r, said = json.loads((a/'results.json').read_text()), capsys.readouterr().out
+    qs, samples = ([json.loads(l) for l in (a/f'{f}.jsonl').read_text().splitlines()] for f in ('questions', 'samples'))
+    for q, x in zip(qs, samples, strict=True):
+        assert (q['task'], q['id']) == (x['task'], x['doc_id']) and q['acc'] == (q['chosen'] == q['target'])
+    assert {q['target'] for q in qs if q['task'] == GEO} == {0, 1, 2} and [q['target'] for q in qs if 'mmlu' in q['task']] == [2, 0]
+    assert r['letters'] == ev.letters(qs) and set(r['letters']) == {'ceval-valid', 'mmlu'}
+    for f, c in r['letters'].items():
+        assert f"{f}: {c['letter']} is the answer to {c['share']:.0%} of {c['n']} questions" in (a/'tables.md').read_text()
+        assert (f"{f}: {c['letter']} is the answer" in said) == (c['share'] >= .9)
+
+
 def reference_bits(model, tok, text, length):
     "Bits per byte's numerator in twenty lines of its own: one token at a time, half a window of context at least"
     import torch

@@ -109,6 +109,23 @@ def test_compare_evaluations_and_models(micro, tmp_path, cli, monkeypatch):
     assert "compare: asked differently: n_chars: base 2000, other 600" in cli.out and "Asked differently" in (tmp_path / "two" / "compare.html").read_text()
 
 
+def test_a_favourite_letter_is_no_knowledge():
+    "70 of 208 right by always saying C, the share of C in the first questions of each subject of C-Eval: above chance, and yet nothing"
+    right = [0] * 40 + [1] * 50 + [2] * 70 + [3] * 48
+
+    def model(chosen):
+        qs = [dict(task="ceval-valid_law", id=i, hash=str(i), acc=float(c == t), chosen=c, target=t) for i, (c, t) in enumerate(zip(chosen, right, strict=True))]
+        return dict(results={}, documents=[], questions=qs)
+
+    knows = [t if i % 2 else (t + i) % 4 for i, t in enumerate(right)]
+    row = changes(dict(a=model([0] * 208), c=model([2] * 208), k=model(knows)))[0]
+    assert row["models"]["c"]["low"] > 0.25 and row["models"]["c"]["change_low"] > 0  # by the numbers alone it would be a gain
+    assert [row["models"][n]["verdict"] for n in "ck"] == ["guessing", "gained"]
+    assert sentence(row, "c").endswith(": both guess; c gives C to 100% of them") and sentence(row, "k").endswith(": a gain")
+    old = dict(results={}, documents=[], questions=[{k: v for k, v in q.items() if k not in ("chosen", "target")} for q in model([2] * 208)["questions"]])
+    assert measures(old)["ceval-valid"]["n"] == 208 and "letter" not in measures(old)["ceval-valid"]
+
+
 @pytest.mark.parametrize("refs, want", [
     (["{r}/base"], "1 model to compare, expected two or more"),
     (["{r}/base", "{r}/base"], "two models are called 'base'; give them names, such as base2="),
