@@ -167,7 +167,7 @@ def to_gguf(
         'sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), p))', str(first), str(out)], f'{first.name} cannot be quantised')
     first.unlink()
 
-# %% ../nbs/12b_serve.ipynb #a731ded5
+# %% ../nbs/12b_serve.ipynb #cb5e0f25
 def link_model(
     model:Path,  # folder
     out:Path,    # folder
