@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FUSED', 'merge_weight', 'nf4_roundtrip', 'plain_name', 'is_linear', 'expert_pair', 'AdapterFile', 'Adapter',
-           'both_layouts', 'adapter_faults', 'ModelAndAdapters', 'Parts', 'Merger', 'plan_shards', 'logit_difference',
-           'streamed', 'merge']
+__all__ = ['FUSED', 'merge_weight', 'nf4_roundtrip', 'plain_name', 'is_linear', 'expert_pair', 'Adapter', 'both_layouts',
+           'adapter_faults', 'Merger', 'plan_shards', 'logit_difference', 'streamed', 'merge']
 
 # %% ../nbs/10_merge.ipynb #1dd5adb2
 import math, re, shutil
@@ -18,8 +17,6 @@ from pathlib import Path
 from .artifact import *
 from .mixtral import *
 from .init import *
-
-# %% ../nbs/10_merge.ipynb #bd357552
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +71,17 @@ def is_linear(
     "Whether 4-bit training held this weight in 4 bits: every nn.Linear but the head and the router"
     return len(shape) == 2 and name.endswith('.weight') and not re.search(r'(embed_tokens|wte|lm_head|\.gate)\.weight$', name)
 
+def _adapter_folder(folder:str|Path)->Path:
+    "The folder of a PEFT adapter, if it is one that can be read without running what is in it"
+    p = Path(getattr(folder, 'path', folder))
+    require(p.is_dir(), f'{p} does not exist; expected a PEFT adapter; run: cmixtral pretrain --out {p}')
+    require((p/'adapter_config.json').is_file(), f'{p} is not an adapter: it has no adapter_config.json; run: cmixtral pretrain --out DIR')
+    if not (p/'adapter_model.safetensors').is_file():
+        pickled = sorted(f.name for f in p.glob('adapter_model.*'))
+        raise StageError(f'{p}: {pickled[0]} is a pickle, which can run any code when opened; expected adapter_model.safetensors' if pickled
+                         else f'{p}: adapter_model.safetensors is missing; expected a PEFT adapter')
+    return p
+
 # %% ../nbs/10_merge.ipynb #e059edcc
 FUSED = dict(w1=('gate_up_proj', 0), w3=('gate_up_proj', 1), w2=('down_proj', None))  # parameter that holds a matrix of an expert; which half of its rows
 _EXPERT = re.compile(r'(.*\.experts)\.(\d+)\.(w[123])\.weight')
@@ -91,16 +99,10 @@ def expert_pair(
     return A, B if half is None else B.chunk(2)[half]
 
 # %% ../nbs/10_merge.ipynb #a87903f9
-class AdapterFile:
+class _AdapterFile:
     "A PEFT adapter on disk, its tensors sorted by what they do and read when they are needed"
     def __init__(self, folder:str|Path):
-        self.path = p = Path(getattr(folder, 'path', folder))
-        require(p.is_dir(), f'{p} does not exist; expected a PEFT adapter; run: cmixtral pretrain --out {p}')
-        require((p/'adapter_config.json').is_file(), f'{p} is not an adapter: it has no adapter_config.json; run: cmixtral pretrain --out DIR')
-        if not (p/'adapter_model.safetensors').is_file():
-            pickled = sorted(f.name for f in p.glob('adapter_model.*'))
-            raise StageError(f'{p}: {pickled[0]} is a pickle, which can run any code when opened; expected adapter_model.safetensors' if pickled
-                             else f'{p}: adapter_model.safetensors is missing; expected a PEFT adapter')
+        self.path = p = _adapter_folder(folder)
         self.config, self.head = read_json(p/'adapter_config.json'), read_header(p/'adapter_model.safetensors')
         self.manifest = read_json(p/'manifest.json') if (p/'manifest.json').is_file() else {}
         self.files = dict.fromkeys(self.head, p/'adapter_model.safetensors')
@@ -127,7 +129,7 @@ class AdapterFile:
     def shape(self, key:str)->list[int]: return self.head[key]['shape']
 
 # %% ../nbs/10_merge.ipynb #90483818
-class Adapter(AdapterFile):
+class Adapter(_AdapterFile):
     "What an adapter does to each weight"
     def rank_alpha(self, name:str)->tuple:  # (r, alpha)
         "Rank and alpha of one weight, with peft's patterns"
@@ -164,7 +166,43 @@ def both_layouts(
             out |= {f'{module}.{e}.{w}.weight': [s[1] // (1 if half is None else 2), s[2]] for e in range(s[0]) for w, half in parts}
     return out
 
+# %% ../nbs/10_merge.ipynb #eac2eb37
+def _row_ids(a:Adapter, plain:str)->list[int]:
+    "Which rows `trainable_token_indices` names for one weight"
+    ids = a.config.get('trainable_token_indices') or []
+    if isinstance(ids, dict): ids = next((v for k, v in ids.items() if re.search(rf'(^|\.){k}\.weight$', plain)), [])
+    return ids
+
+def _pair_faults(a:Adapter, name:str, ab:dict, shape)->list[str]:
+    "What is wrong with one pair of LoRA matrices"
+    if shape is None: return [f'{a.path}: the model has no {name}; give the model the adapter was trained on']
+    if set(ab) != {'A', 'B'}: return [f'{a.path}: {name} has only lora_{"".join(ab)}']
+    A, B = a.shape(ab['A']), a.shape(ab['B'])
+    n = a.rank_alpha(name)[0] * shape[0] if len(shape) == 3 else A[0]
+    if [B[0], A[1]] == list(shape)[-2:] and A[0] == B[1] == n: return []
+    if A[0] != n: return [f'{a.path}: LoRA of {name} has {A[0]} ranks, expected {n}: rank {n // shape[0]} for each of {shape[0]} experts']
+    return [f'{a.path}: LoRA of {name} makes {[B[0], A[1]]}, the model has {list(shape)[-2:]}; give the model it was trained on']
+
+def _row_faults(a:Adapter, name:str, size:list, shape)->list[str]:
+    "What is wrong with single rows of one weight"
+    if shape is None: return [f'{a.path}: the model has no {name}; give the model the adapter was trained on']
+    ids = _row_ids(a, name)
+    if size == [len(ids), *shape[1:]] and max(ids, default=0) < shape[0]: return []
+    return [f'{a.path}: {size} rows of {name} for {len(ids)} ids up to {max(ids, default=0)}, the model has {list(shape)}; give the model it was trained on']
+
 # %% ../nbs/10_merge.ipynb #0960098a
+def _whole_faults(a:Adapter, shapes:dict)->list[str]:
+    "What is wrong with matrices that an adapter brings whole"
+    p, out, is_head = a.path, [], lambda n: n.endswith(('embed_tokens.weight', 'lm_head.weight'))
+    for name, key in a.whole.items():
+        s, t = a.shape(key), shapes.get(name)
+        if t is None and not name.endswith('lm_head.weight'): out.append(f'{p}: the model has no {name}')
+        elif t and (s[1:] != t[1:] or (s[0] < t[0] if is_head(name) else s[0] != t[0])): out.append(f'{p}: {name} is {s}, the model has {t}')
+    sizes, heads = {a.shape(k)[0] for n, k in a.whole.items() if is_head(n)}, [n for n in shapes if is_head(n)]
+    grown = any(n in a.whole and a.shape(a.whole[n])[0] != shapes[n][0] for n in heads)
+    if len(sizes) > 1 or grown and any(n not in a.whole for n in heads): out.append(f'{p}: embedding and head have different numbers of rows')
+    return out
+
 def adapter_faults(
     adapter:Adapter,       # the adapter
     shapes:dict,           # plain name -> shape, of the model
@@ -184,44 +222,8 @@ def adapter_faults(
     out += _whole_faults(a, shapes)
     return out if len(out) <= 4 else out[:4] + [f'{p}: {len(out) - 4} more faults']
 
-# %% ../nbs/10_merge.ipynb #eac2eb37
-def _pair_faults(a:Adapter, name:str, ab:dict, shape)->list[str]:
-    "What is wrong with one pair of LoRA matrices"
-    if shape is None: return [f'{a.path}: the model has no {name}; give the model the adapter was trained on']
-    if set(ab) != {'A', 'B'}: return [f'{a.path}: {name} has only lora_{"".join(ab)}']
-    A, B = a.shape(ab['A']), a.shape(ab['B'])
-    n = a.rank_alpha(name)[0] * shape[0] if len(shape) == 3 else A[0]
-    if [B[0], A[1]] == list(shape)[-2:] and A[0] == B[1] == n: return []
-    if A[0] != n: return [f'{a.path}: LoRA of {name} has {A[0]} ranks, expected {n}: rank {n // shape[0]} for each of {shape[0]} experts']
-    return [f'{a.path}: LoRA of {name} makes {[B[0], A[1]]}, the model has {list(shape)[-2:]}; give the model it was trained on']
-
-def _row_faults(a:Adapter, name:str, size:list, shape)->list[str]:
-    "What is wrong with single rows of one weight"
-    if shape is None: return [f'{a.path}: the model has no {name}; give the model the adapter was trained on']
-    ids = _row_ids(a, name)
-    if size == [len(ids), *shape[1:]] and max(ids, default=0) < shape[0]: return []
-    return [f'{a.path}: {size} rows of {name} for {len(ids)} ids up to {max(ids, default=0)}, the model has {list(shape)}; give the model it was trained on']
-
-def _whole_faults(a:Adapter, shapes:dict)->list[str]:
-    "What is wrong with matrices that an adapter brings whole"
-    p, out, is_head = a.path, [], lambda n: n.endswith(('embed_tokens.weight', 'lm_head.weight'))
-    for name, key in a.whole.items():
-        s, t = a.shape(key), shapes.get(name)
-        if t is None and not name.endswith('lm_head.weight'): out.append(f'{p}: the model has no {name}')
-        elif t and (s[1:] != t[1:] or (s[0] < t[0] if is_head(name) else s[0] != t[0])): out.append(f'{p}: {name} is {s}, the model has {t}')
-    sizes, heads = {a.shape(k)[0] for n, k in a.whole.items() if is_head(n)}, [n for n in shapes if is_head(n)]
-    grown = any(n in a.whole and a.shape(a.whole[n])[0] != shapes[n][0] for n in heads)
-    if len(sizes) > 1 or grown and any(n not in a.whole for n in heads): out.append(f'{p}: embedding and head have different numbers of rows')
-    return out
-
-def _row_ids(a:Adapter, plain:str)->list[int]:
-    "Which rows `trainable_token_indices` names for one weight"
-    ids = a.config.get('trainable_token_indices') or []
-    if isinstance(ids, dict): ids = next((v for k, v in ids.items() if re.search(rf'(^|\.){k}\.weight$', plain)), [])
-    return ids
-
 # %% ../nbs/10_merge.ipynb #a8f0fd90
-class ModelAndAdapters:
+class _ModelAndAdapters:
     "What lies on disk: a model and the adapters for it"
     def __init__(self, model:Path, adapters:list[Adapter], into:str='original', rounding:str='peft', device:str='cpu'):
         self.files, self.adapters, self.into, self.rounding, self.device = tensor_files(model), adapters, into, rounding, device
@@ -248,7 +250,7 @@ class ModelAndAdapters:
 _EMBED = 'model.embed_tokens.weight'
 
 # %% ../nbs/10_merge.ipynb #fcbbe5f2
-class Parts(ModelAndAdapters):
+class _Parts(_ModelAndAdapters):
     "What each weight of the merged model is made of"
     def read(self, plain:str)->Tensor:
         "A weight of the model, dequantised where it was in 4 bits; of fused experts the part that belongs to one matrix; for a tied head the embedding"
@@ -274,7 +276,7 @@ class Parts(ModelAndAdapters):
         return [pair[:3] for a in self.start(plain)[1] if (pair := a.pair(plain))]
 
 # %% ../nbs/10_merge.ipynb #b585c49a
-class Merger(Parts):
+class Merger(_Parts):
     "How each tensor of the merged model is made, none before it is asked for"
     def add(self, a:Adapter, plain:str, W:Tensor, dtype)->Tensor:
         "One adapter added to one tensor"
@@ -335,11 +337,6 @@ def _one_thread_each():
     try: yield
     finally: torch.set_num_threads(was); _mallopt(2**26)
 
-def _whole(path:Path, specs:list)->bool:
-    "Whether a shard of an interrupted merge is complete and as planned"
-    try: return path.is_file() and {n: (t['dtype'], list(t['shape'])) for n, t in read_header(path).items()} == {n: (d, list(s)) for n, d, s in specs}
-    except StageError: return False
-
 # %% ../nbs/10_merge.ipynb #1aedb17d
 _TEXTS = ['The river rises in the mountains and', 'To install the package, run the following command:', '人工智能正在改变', '春眠不觉晓，处处闻']
 
@@ -360,6 +357,11 @@ def logit_difference(
             worst, top = max(worst, (za - zb)[..., :n].abs().max().item()), max(top, za.abs().max().item())
     return worst / top
 
+def _follow(routes:dict, name:str, router, x, found):
+    "Hook of a router: it takes the experts that are noted under its name, or notes its own"
+    chosen, p = routes.setdefault(name, found[2]), found[0].float().softmax(-1)
+    return found[0], (p := p.gather(-1, chosen)) / p.sum(-1, keepdim=True), chosen
+
 # %% ../nbs/10_merge.ipynb #cc32302e
 def streamed(
     folder:Path,          # model folder, for its config.json
@@ -379,12 +381,9 @@ def streamed(
         y = torch.cat([F.linear(x, w.float()) for w in W.split(max(16, 2**18 // W.shape[1]))], -1)
         for A, B, scale in pairs(name + '.weight'): y += scale * F.linear(F.linear(x, A.float()), B.float())
         return y if bias is None else y + weight(name + '.bias').float()
-    def follow(name, router, x, found):
-        chosen, p = routes.setdefault(name, found[2]), found[0].float().softmax(-1)
-        return found[0], (p := p.gather(-1, chosen)) / p.sum(-1, keepdim=True), chosen
     with init_empty_weights(include_buffers=False): net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, m in net.named_modules():
-        if type(m).__name__ == 'MixtralTopKRouter': m.register_forward_hook(partial(follow, name))
+        if type(m).__name__ == 'MixtralTopKRouter': m.register_forward_hook(partial(_follow, routes, name))
         if isinstance(m, torch.nn.Linear): m.forward = partial(linear, name, m.bias)
         elif isinstance(m, torch.nn.Embedding): m.forward = lambda ids, name=name: weight(name + '.weight')[ids].float()
         else:
@@ -441,13 +440,18 @@ def _check(model, adapter, into, rounding='peft', out=None, shard_bytes=1, **kw)
     for a in found: faults += [f'{a.path}: {k} holds NaN or infinity; train it again' for k in a.head if not _finite(a.tensor(k))][:5]
     if faults: raise StageError(*faults)
 
+# %% ../nbs/10_merge.ipynb #66a90a54
+def _whole(path:Path, specs:list)->bool:
+    "Whether a shard of an interrupted merge is complete and as planned"
+    try: return path.is_file() and {n: (t['dtype'], list(t['shape'])) for n, t in read_header(path).items()} == {n: (d, list(s)) for n, d, s in specs}
+    except StageError: return False
+
 def _require_space(out:Path, plan:dict):
     "Refuse before the first byte if the disk cannot hold the result"
     need = sum(n_bytes(specs) for f, specs in plan.items() if not _whole(out/f, specs)) + 10_000_000
     free = shutil.disk_usage(out).free
     require(need <= free, f'{out}: the merged model needs {need/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; free some, or choose another --out')
 
-# %% ../nbs/10_merge.ipynb #66a90a54
 def _finish(src:Path, adapters:list, out:Path, make:Merger, check:bool)->dict:
     "Configuration, tokenizer and index beside the weights; the check; what was done"
     files, specs = tensor_files(out, check_index=False), make.specs()

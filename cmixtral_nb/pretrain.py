@@ -7,8 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['router_load', 'param_groups', 'cosine', 'write_log', 'read_log', 'checkpoints', 'drop_half_written',
-           'flops_per_token', 'log_speed', 'Numbered', 'trainer', 'training_arguments', 'zero_config', 'full_precision',
-           'pretrain']
+           'flops_per_token', 'log_speed', 'Numbered', 'trainer', 'training_arguments', 'full_precision', 'pretrain']
 
 # %% ../nbs/09_pretrain.ipynb #b608af06
 import json, math, os, shutil, sys, time
@@ -68,6 +67,23 @@ def cosine(
     if step < first: return 0.
     if step - first < warmup: return (step - first) / warmup
     return max(0., .5 * (1 + math.cos(math.pi * (step - first - warmup) / max(1, steps - first - warmup))))
+
+# %% ../nbs/09_pretrain.ipynb #e724dcb3
+class _TwoRates:
+    "Part of a Trainer: the groups of `param_groups`, each with its own `cosine`"
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            cls, kw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = param_groups(self.model, self.args.learning_rate, self.rows_lr)
+            self.optimizer = cls(groups, **kw)
+        return self.optimizer
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        import torch
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer; warmup = self.args.get_warmup_steps(num_training_steps)
+            rates = [partial(cosine, steps=num_training_steps, warmup=warmup, first=0 if g['rows'] else self.rows_steps) for g in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        return self.lr_scheduler
 
 # %% ../nbs/09_pretrain.ipynb #b93b9ced
 def write_log(
@@ -134,6 +150,27 @@ class Numbered:
     def __getitems__(self, ids:list[int]): return [*zip(ids, self.rows.__getitems__(ids) if hasattr(self.rows, '__getitems__') else [self.rows[i] for i in ids])]
     def collate(self, f): return lambda examples: dict(f([e for _, e in examples]), row=[i for i, _ in examples])
 
+# %% ../nbs/09_pretrain.ipynb #c033d15b
+class _Watched:
+    "Part of a Trainer: reads in order if asked, ends at the first loss that is no number, evaluates with `measure`"
+    n_tokens = 0  # that this process has read
+    def _get_train_sampler(self, *a):
+        import torch
+        return torch.utils.data.SequentialSampler(self.train_dataset) if self.ordered else super()._get_train_sampler(*a)
+    def training_step(self, model, inputs, *a, **kw):
+        import torch
+        row = inputs.pop('row'); self.n_tokens += inputs['input_ids'].numel()
+        loss = super().training_step(model, inputs, *a, **kw)
+        require(torch.isfinite(loss), f'loss is {loss.item()} at step {self.state.global_step + 1}, rows {", ".join(map(str, row))}; '
+            f'lower --lr (now {self.args.learning_rate:g}) or --rows-lr (now {self.rows_lr:g})')
+        if self.state.global_step < self.rows_steps:  # no gradient, no moments
+            for n, p in self.model.named_parameters(): p.grad = None if 'lora_' in n else p.grad
+        return loss
+    def evaluate(self, *a, **kw):
+        found = self.measure(); self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
 # %% ../nbs/09_pretrain.ipynb #8740df31
 def _keeper(log:Path, count):
     "Marks whole checkpoints and keeps the logs on disk up to date"
@@ -166,38 +203,10 @@ def trainer(
     rows_steps:int=0,   # first steps, in which only the rows are trained
 )->Trainer:
     "transformers' Trainer with two learning rates, evaluation in bits per byte and an end at the first loss that is no number"
-    import torch
     from transformers import PrinterCallback, Trainer
-    class OurTrainer(Trainer):
-        n_tokens = 0  # that this process has read
-        def _get_train_sampler(self, *a):
-            return torch.utils.data.SequentialSampler(self.train_dataset) if ordered else super()._get_train_sampler(*a)
-        def create_optimizer(self, model=None):
-            if self.optimizer is None:
-                cls, kw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-                groups = param_groups(self.model, self.args.learning_rate, rows_lr)
-                self.optimizer = cls(groups, **kw)
-            return self.optimizer
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            if self.lr_scheduler is None:
-                optimizer = optimizer or self.optimizer; warmup = self.args.get_warmup_steps(num_training_steps)
-                rates = [partial(cosine, steps=num_training_steps, warmup=warmup, first=0 if g['rows'] else rows_steps) for g in optimizer.param_groups]
-                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-            return self.lr_scheduler
-        def training_step(self, model, inputs, *a, **kw):
-            row = inputs.pop('row'); self.n_tokens += inputs['input_ids'].numel()
-            loss = super().training_step(model, inputs, *a, **kw)
-            require(torch.isfinite(loss), f'loss is {loss.item()} at step {self.state.global_step + 1}, rows {", ".join(map(str, row))}; '
-                f'lower --lr (now {self.args.learning_rate:g}) or --rows-lr (now {rows_lr:g})')
-            if self.state.global_step < rows_steps:  # no gradient, no moments
-                for n, p in self.model.named_parameters(): p.grad = None if 'lora_' in n else p.grad
-            return loss
-        def evaluate(self, *a, **kw):
-            found = measure(); self.log(found)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-            return found
-    rows = Numbered(rows)
-    run = OurTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=rows.collate(collate))
+    own = dict(rows_lr=rows_lr, rows_steps=rows_steps, ordered=ordered, measure=staticmethod(measure))
+    rows, cls = Numbered(rows), type('OurTrainer', (_TwoRates, _Watched, Trainer), own)
+    run = cls(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=rows.collate(collate))
     run.remove_callback(PrinterCallback); run.add_callback(_keeper(log, lambda: run.n_tokens))
     if process_rank() == 0 and (board := _tensorboard(log.parent/'logs')): run.add_callback(board)
     return run
@@ -221,14 +230,14 @@ def training_arguments(
     from transformers import TrainingArguments
     gpu = device != 'cpu'
     if zero:
-        if process_rank() == 0: write_json(out.parent/'deepspeed.json', zero_config())
-        kw['deepspeed'] = zero_config()
+        if process_rank() == 0: write_json(out.parent/'deepspeed.json', _zero_config())
+        kw['deepspeed'] = _zero_config()
     if gpu if checkpointing is None else checkpointing: kw.update(gradient_checkpointing=True, gradient_checkpointing_kwargs={'use_reentrant': False})
     return TrainingArguments(output_dir=str(out), use_cpu=not gpu, bf16=gpu, report_to='none', disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False, logging_nan_inf_filter=False, logging_first_step=True, eval_strategy='steps', save_strategy='steps',
         save_total_limit=2, dataloader_pin_memory=gpu, weight_decay=0., ddp_find_unused_parameters=False, **kw)
 
-def zero_config()->dict:
+def _zero_config()->dict:
     "ZeRO-2 (arXiv 1910.02054): every process holds all weights, but only its part of gradients and optimiser"
     return dict(zero_optimization=dict(stage=2, overlap_comm=True, contiguous_gradients=True, reduce_bucket_size=int(5e7)), gradient_clipping='auto', bf16=dict(enabled='auto'),
         train_micro_batch_size_per_gpu='auto', gradient_accumulation_steps='auto', zero_allow_untested_optimizer=True)

@@ -131,6 +131,14 @@ def our_answers(
         return net.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=n_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])[0, len(ids):].tolist()
     with torch.no_grad(): return [answer(encode_prompt(tok, t)) for t in talks]
 
+# %% ../nbs/12b_serve.ipynb #e9ece279
+def _run(command:list[str], fault:str):
+    "Run a program; what it says is shown where somebody looks on, else kept for the fault"
+    look = sys.stderr.isatty()
+    run = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=None if look else subprocess.PIPE, text=True, env=dict(os.environ, HF_HUB_OFFLINE='1'))
+    why = next((l.strip() for l in reversed((run.stderr or '').splitlines()) if l.strip()), f'exit status {run.returncode}')
+    require(run.returncode == 0, f'{fault} ({why[:200]})')
+
 # %% ../nbs/12b_serve.ipynb #5487cb5d
 OUTTYPES = ('f32', 'f16', 'bf16', 'q8_0', 'q4_k_m')
 
@@ -159,14 +167,7 @@ def to_gguf(
         'sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), p))', str(first), str(out)], f'{first.name} cannot be quantised')
     first.unlink()
 
-# %% ../nbs/12b_serve.ipynb #e9ece279
-def _run(command:list[str], fault:str):
-    "Run a program; what it says is shown where somebody looks on, else kept for the fault"
-    look = sys.stderr.isatty()
-    run = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=None if look else subprocess.PIPE, text=True, env=dict(os.environ, HF_HUB_OFFLINE='1'))
-    why = next((l.strip() for l in reversed((run.stderr or '').splitlines()) if l.strip()), f'exit status {run.returncode}')
-    require(run.returncode == 0, f'{fault} ({why[:200]})')
-
+# %% ../nbs/12b_serve.ipynb #cb5e0f25
 def link_model(
     model:Path,  # folder
     out:Path,    # folder
@@ -319,6 +320,16 @@ def page_talk(
     while talk and talk[-1]['role'] != 'assistant': talk.pop()
     return [*([dict(role='system', content=system)] if system else []), *talk, dict(role='user', content=message)]
 
+def _page_faults(url:str, host:str, port:int):
+    from urllib.request import urlopen
+    faults = [f'this Python has no {p}; run: pip install "cmixtral_nb[serve]"' for p in ('gradio', 'openai') if not has_engine(sys.executable, p)]
+    if not 0 < port < 65536: faults.append(f'port is {port}, expected 1 to 65535')
+    elif not port_free(host, port): faults.append(f'port {port} of {host} is in use; take another with --port')
+    try: urlopen(url.rstrip('/') + '/models', timeout=5).close()
+    except (OSError, ValueError) as e: faults.append(f'no server answers at {url} ({getattr(e, "reason", e)}); run: cmixtral serve')
+    if faults: raise StageError(*faults)
+
+# %% ../nbs/12b_serve.ipynb #96d248a3
 def page(
     url:str='http://127.0.0.1:8000/v1',  # of the server
     name:str='chat',       # what the server calls the model
@@ -341,13 +352,3 @@ def page(
                 if part.choices: said += part.choices[0].delta.content or ''; yield said
         except OpenAIError as e: raise gr.Error(str(e)[:300]) from None
     gr.ChatInterface(answer, title=name).launch(server_name=host, server_port=port, quiet=True, footer_links=[])
-
-# %% ../nbs/12b_serve.ipynb #96d248a3
-def _page_faults(url:str, host:str, port:int):
-    from urllib.request import urlopen
-    faults = [f'this Python has no {p}; run: pip install "cmixtral_nb[serve]"' for p in ('gradio', 'openai') if not has_engine(sys.executable, p)]
-    if not 0 < port < 65536: faults.append(f'port is {port}, expected 1 to 65535')
-    elif not port_free(host, port): faults.append(f'port {port} of {host} is in use; take another with --port')
-    try: urlopen(url.rstrip('/') + '/models', timeout=5).close()
-    except (OSError, ValueError) as e: faults.append(f'no server answers at {url} ({getattr(e, "reason", e)}); run: cmixtral serve')
-    if faults: raise StageError(*faults)

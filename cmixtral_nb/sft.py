@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FORMS', 'BEGIN', 'END', 'ROLES', 'PAD', 'Form', 'chat_template', 'chat_tokenizer', 'form_of', 'write_chat_tokenizer',
+__all__ = ['FORMS', 'BEGIN', 'END', 'PAD', 'Form', 'chat_template', 'chat_tokenizer', 'form_of', 'write_chat_tokenizer',
            'encode_chat', 'ColouredTokens', 'decode_chat', 'to_messages', 'Faults', 'read_conversations',
            'translations', 'BPE', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat', 'answer_bits', 'sft']
 
@@ -37,7 +37,7 @@ class Form(NamedTuple):
 FORMS = dict(
     huozi=Form('<|beginofutterance|>', '<|endofutterance|>', dict(system='系统', user='用户', assistant='助手')),
     chatml=Form('<|im_start|>', '<|im_end|>', dict(system='system', user='user', assistant='assistant')))
-BEGIN, END, ROLES = FORMS['huozi']
+BEGIN, END = FORMS['huozi'][:2]
 PAD = '<|pad|>'
 
 # %% ../nbs/11_sft.ipynb #6c3dca3d
@@ -288,6 +288,7 @@ class BPE:
     def _bytes(self, t:str)->list[int]:
         return [self.spell[f'<0x{b:02X}>'] for b in t.encode()] if self.spell else [self.sp.unk_id()]
 
+# %% ../nbs/11_sft.ipynb #aae17d01
 def dropout_encoder(
     bpe:BPE,      # of the model
     p:float,      # each merge is skipped with this probability
@@ -424,7 +425,6 @@ def _chat_stats(net, run, log, train, valid, counts, n, folder, out)->dict:
         dropped=dict(counts), sources=n['forms'], n_tokens=n['tokens'], n_answer_tokens=n['answers'], loss=dict(first=losses[0], last=losses[-1]), bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
         parameters=parameter_table(net), quantised=quantised(net), quantised_dtype=str(net.dtype).removeprefix('torch.'))
 
-# %% ../nbs/11_sft.ipynb #7c053456
 def _bpe(folder:Path)->BPE:
     import sentencepiece as spm
     return BPE(spm.SentencePieceProcessor(model_file=str(folder/'tokenizer.model')))
