@@ -16,9 +16,8 @@ def test_the_table_counts_every_chapter():
         assert 0 <= s["tested"] <= 100 and set(s["unshown"]) <= set(s["unshown"] + s["untested"])
 
 
-@pytest.mark.parametrize("name", ["00_artifact", "01_corpus", "02_tokenizer", "03_search", "04_vocab", "15_site"])
+@pytest.mark.parametrize("name", [p.stem for p in CHAPTERS])
 def test_names_are_shown_and_tested_and_outputs_are_light(name):
-    "What the other chapters still owe is in the table"
     assert not {w.split()[0] for w in over_budget(survey(NBS / f"{name}.ipynb"))} & {"cells", "words", "median", "row", "shown", "tested", "kB"}
 
 
