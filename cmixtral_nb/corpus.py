@@ -11,7 +11,7 @@ __all__ = ['open_text', 'doc_files', 'read_docs', 'clean', 'lang_script', 'scrip
            'text_batches']
 
 # %% ../nbs/01_corpus.ipynb #ac2c803a
-import bz2, functools, glob, gzip, hashlib, io, itertools, json, lzma, re, unicodedata
+import bz2, functools, glob, gzip, hashlib, io, itertools, json, lzma, math, re, unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -270,6 +270,8 @@ def _check(sources, valid_share=0., on_error='skip', min_share=0., **_):
     if faults: raise StageError(*faults)
 
 # %% ../nbs/01_corpus.ipynb #2a3c499c
+_few = 2_000  # characters of held-out text: below, a number made of them says little
+
 def _require_text(lang:str, refs:list[str], n:dict, drops:Counter, valid_share:float):
     "Refuse a corpus that later stages cannot use"
     where, why = ', '.join(refs), ', '.join(f'{v:,} {k}' for k, v in sorted(drops.items())) or 'the sources hold no document'
@@ -281,7 +283,7 @@ def _require_text(lang:str, refs:list[str], n:dict, drops:Counter, valid_share:f
     require(n['train']['n_docs'], f'all {n_docs:,} {lang} documents are held out at valid_share={valid_share}; lower it: cmixtral corpus --valid-share')
     require(n['valid']['n_docs'] or not valid_share,
         f'none of {n_docs:,} {lang} documents is held out at valid_share={valid_share}; '
-        f'raise it, to {min(.5, 5/n_docs):.2g} say: cmixtral corpus --valid-share')
+        f'raise it, to {min(.5, 5/n_docs):.2g} say: cmixtral corpus --valid-share' + (' (in a text file a blank line ends a document)' if n_docs < 5 else ''))
 
 def _split(rows, lang:str, out:Path, limit_chars:int)->dict:
     "Write {lang}.train.jsonl and {lang}.valid.jsonl; what they hold"
@@ -339,6 +341,8 @@ def corpus(
         stats[lang] = dict(both, train=dict(n['train']), valid=dict(n['valid']), dropped=dict(drops))
         say('corpus', f'{lang}: {both["n_docs"]:,} documents, {both["n_chars"]:,} characters, {n["valid"]["n_docs"]:,} documents held out; dropped: '
             + (', '.join(f'{v:,} {k}' for k, v in drops.items()) or 'none'))
+        if valid_share and n['valid']['n_chars'] < _few: say('corpus', f'{lang}: {n["valid"]["n_chars"]:,} characters are held out, too few to judge a vocabulary '
+            f'or a model by; give --valid-share {min(.5, math.ceil(100 * _few / both["n_chars"]) / 100):g} or more')
     return stats
 
 # %% ../nbs/01_corpus.ipynb #2c5ae4ac

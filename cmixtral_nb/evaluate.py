@@ -504,22 +504,6 @@ def tables_text(
         'tokens per document'), *texts])
     return '\n\n'.join('\n'.join(t) for t in out) + '\n'
 
-def _choice(r:dict)->dict:
-    "Number of the likeliest answer and of the right one"
-    likely, t = [x[0] for x in r['filtered_resps']], r['target']
-    return dict(chosen=max(range(len(likely)), key=likely.__getitem__), target='ABCD'.index(t) if t in tuple('ABCD') else int(t))
-
-def _harness_results(res:dict, out:Path, samples:bool, shots:int):
-    "Write every question with what became of it; what the context could not hold is said"
-    rows = res.pop('samples', {})
-    questions = [dict(task=t, id=r['doc_id'], hash=r['doc_hash'][:16], **{m: r[m] for m in ('acc', 'acc_norm') if m in r}, **_choice(r)) for t in rows for r in rows[t]]
-    n = res['n_long']
-    require(not n or shots, f'{n} questions with their answers are longer than the context of the model; leave the task out, or take another model')
-    if n: say('evaluate', f'{n} prompts are longer than the context of the model: lm-eval cuts off their beginning, the examples first')
-    if questions: write_text(out/'questions.jsonl', ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions))
-    if samples: write_text(out/'samples.jsonl', ''.join(json.dumps(dict(task=t, **r), ensure_ascii=False, default=str) + '\n' for t in rows for r in rows[t]))
-    return questions
-
 # %% ../nbs/13_evaluate.ipynb #27dc9539
 @stage('evaluation', inputs=('model', 'data', 'corpus', 'adapter', 'domains'), ignore=('batch', 'device'), schema=2, resumable=True, check=_check)
 def evaluate(
@@ -558,6 +542,22 @@ def evaluate(
     return dict(results={t: res['results'][t] for t in names if t in res['results']}, n_asked=answers.n_asked, tokenizer=tokenizer_fingerprint(home))
 
 # %% ../nbs/13_evaluate.ipynb #6f1d4ae2
+def _choice(r:dict)->dict:
+    "Number of the likeliest answer and of the right one"
+    likely, t = [x[0] for x in r['filtered_resps']], r['target']
+    return dict(chosen=max(range(len(likely)), key=likely.__getitem__), target='ABCD'.index(t) if t in tuple('ABCD') else int(t))
+
+def _harness_results(res:dict, out:Path, samples:bool, shots:int):
+    "Write every question with what became of it; what the context could not hold is said"
+    rows = res.pop('samples', {})
+    questions = [dict(task=t, id=r['doc_id'], hash=r['doc_hash'][:16], **{m: r[m] for m in ('acc', 'acc_norm') if m in r}, **_choice(r)) for t in rows for r in rows[t]]
+    n = res['n_long']
+    require(not n or shots, f'{n} questions with their answers are longer than the context of the model; leave the task out, or take another model')
+    if n: say('evaluate', f'{n} prompts are longer than the context of the model: lm-eval cuts off their beginning, the examples first')
+    if questions: write_text(out/'questions.jsonl', ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions))
+    if samples: write_text(out/'samples.jsonl', ''.join(json.dumps(dict(task=t, **r), ensure_ascii=False, default=str) + '\n' for t in rows for r in rows[t]))
+    return questions
+
 def _write_results(res:dict, names:list[str], args:dict, model, out:Path):
     "results.json and tables.md; the answers are in them now"
     config = {k: v for k, v in args.items() if k not in ('model', 'data', 'corpus', 'adapter', 'out')}

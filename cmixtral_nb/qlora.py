@@ -280,16 +280,40 @@ def without_lora(model)->list[str]:  # names of modules
     return bare + [n for n, p in model.named_parameters() if '.experts.' in n and p.ndim == 3 and 'lora_' not in n]
 
 def _prepare(model):
-    "What is trained is held in float32. Under autocast a product casts its inputs itself, so peft need not cast what goes into LoRA as well"
+    "What is trained is held in float32. Under autocast a product casts its inputs itself, so LoRA need not cast them, and is added in one operation"
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
     for p in model.parameters():
         if p.requires_grad and p.is_floating_point(): p.data = p.data.float()
-    layers = weakref.WeakSet(m for m in model.modules() if isinstance(m, BaseTunerLayer))
-    def cast(net, *_):
+    layers, mine = weakref.WeakSet(m for m in model.modules() if isinstance(m, BaseTunerLayer)), _at_once()
+    def choose(net, *_):
         on = torch.is_autocast_enabled(net.device.type)
-        for m in layers: m.cast_input_dtype_enabled = not on
-    model.get_base_model().register_forward_pre_hook(cast)
+        for m in layers:
+            m.cast_input_dtype_enabled = not on
+            for a in getattr(m, 'lora_A', ()):
+                if m.lora_variant.setdefault(a, mine) is mine and not on: del m.lora_variant[a]  # peft's own line
+    model.get_base_model().register_forward_pre_hook(choose)
+
+# %% ../nbs/08_qlora.ipynb #at0nce01
+@functools.cache
+def _at_once():
+    "LoRA's product, scaled and added to the frozen matrix's in one operation; as a variant of LoRA, which peft calls in place of its own line"
+    import torch
+    from peft.tuners.lora.layer import LoraVariant
+    class AtOnce(LoraVariant):
+        @staticmethod
+        def forward(module, active_adapter, x, result, **kw):
+            h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+            B, scale = module.lora_B[active_adapter], module.scaling[active_adapter]
+            if B.bias is not None: return result + B(h) * scale
+            return torch.addmm(result.flatten(0, -2), h.flatten(0, -2), B.weight.T, alpha=scale).view(result.shape)
+        @staticmethod
+        def merge_safe(module, active_adapter, orig_weight): return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        @staticmethod
+        def merge_unsafe(module, active_adapter, orig_weight): orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        @staticmethod
+        def unmerge(module, active_adapter, orig_weight): return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+    return AtOnce()
 
 # %% ../nbs/08_qlora.ipynb #99707932
 def add_lora(
@@ -348,7 +372,6 @@ def save_adapter(
     write_json(Path(out)/'adapter_config.json', config)
     (Path(out)/'README.md').unlink(missing_ok=True)
 
-# %% ../nbs/08_qlora.ipynb #b0f6c8cb
 def _check_adapter(adapter, path, folder:Path)->Path:
     "A PEFT adapter in safetensors that belongs to this model, or `StageError`"
     from safetensors import SafetensorError, safe_open

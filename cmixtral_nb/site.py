@@ -49,6 +49,7 @@ def execute(
         os.chdir(path.parent)
         for cell, s in zip(nb.cells, skip):
             if s: continue
+            if cell.cell_type == 'code': cell.outputs = []  # a cell that says nothing any more
             shell.cell(cell)
             require(not shell.exc, f'{path.name}: {type(shell.exc).__name__}: {shell.exc} in the cell that begins {cell.source[:60]!r}')
     finally: os.chdir(here)

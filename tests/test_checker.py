@@ -1,8 +1,9 @@
 "What no notebook may have, and that the checker sees it; the table and the budgets: python tests/check_notebooks.py"
 import json
+import re
 
 import pytest
-from check_notebooks import CHAPTERS, NBS, faults, over_budget, survey
+from check_notebooks import BUDGET, CHAPTERS, NBS, body, cells, faults, over_budget, survey
 
 
 @pytest.mark.parametrize("path", sorted(NBS.glob("*.ipynb")), ids=lambda p: p.stem)
@@ -19,6 +20,15 @@ def test_the_table_counts_every_chapter():
 @pytest.mark.parametrize("name", [p.stem for p in CHAPTERS])
 def test_names_are_shown_and_tested_and_outputs_are_light(name):
     assert not {w.split()[0] for w in over_budget(survey(NBS / f"{name}.ipynb"))} & {"cells", "words", "median", "row", "shown", "tested", "kB"}
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_long_cell_of_the_package_has_its_reason_beside_it(path):
+    cs = cells(path)
+    for i, c in enumerate(cs):
+        if "export" in c["flags"] and len(body(c).splitlines()) > BUDGET["export"][1]:
+            beside = " ".join(next((x["text"] for x in part if x["cell_type"] == "markdown"), "") for part in (cs[i::-1], cs[i:]))
+            assert re.search(r"\b(long|longer|whole|cannot be cut)\b", beside), c["text"][:200]
 
 
 def notebook(tmp_path, *cells):

@@ -251,7 +251,7 @@ def test_all_faults_at_once(here):
     ([], .1, "no zh document is left (the sources hold no document)"),
     ([{"text": "only English here, page after page"}], .1, "no zh text, expected documents with Han characters (1 another script)"),
     ([{"text": "短"}], .1, "no zh document is left (1 too short)"),
-    (ROWS[:2], .000001, "none of 2 zh documents is held out at valid_share=1e-06; raise it, to 0.5 say"),
+    (ROWS[:2], .000001, "none of 2 zh documents is held out at valid_share=1e-06; raise it, to 0.5 say: cmixtral corpus --valid-share (in a text file a blank line ends a document)"),
     (ROWS[:2], .999999, "all 2 zh documents are held out")])
 def test_corpora_that_nothing_can_use(here, rows, share, words):
     jsonl(here / "a.jsonl", rows)

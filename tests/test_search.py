@@ -197,6 +197,19 @@ def test_all_faults_at_once(tmp_path):
         assert words in str(e.value)
 
 
+def test_little_text_to_judge_by_is_said(tmp_path, cli):
+    "A text file of one's own, where one document in a thousand is held out"
+    with open(tmp_path / "my.txt", "w", encoding="utf-8") as f:
+        f.writelines(f"第{i}篇文章，讲词表的扩充和词汇。{chr(0x4E00 + i)}\n\n" for i in range(3000))
+    assert cli("corpus", "--sources", f"zh={tmp_path}/my.txt", "--out", tmp_path / "c")[0] == 0
+    assert "characters are held out, too few to judge a vocabulary or a model by; give --valid-share 0.0" in " ".join(cli.out.split())
+    assert cli("tokenizer", "--corpus", tmp_path / "c", "--n-pieces", 200, "--out", tmp_path / "p")[0] == 0
+    cli("search", "--pieces", tmp_path / "p", "--corpus", tmp_path / "c", "--out", tmp_path / "s")
+    assert "characters are few to judge by; give more with --domains, or run: cmixtral corpus --valid-share SHARE" in cli.out
+    assert cli("corpus", "--sources", f"zh={tmp_path}/my.txt", "--valid-share", 0.2, "--out", tmp_path / "d")[0] == 0
+    assert "too few" not in cli.out
+
+
 def test_nothing_held_out_and_nothing_to_cut(made, tmp_path):
     d, _, pieces = made
     with open(tmp_path / "a.jsonl", "w", encoding="utf-8") as f:
@@ -204,7 +217,7 @@ def test_nothing_held_out_and_nothing_to_cut(made, tmp_path):
     c = corpus([f"zh={tmp_path}/a.jsonl"], out=tmp_path / "c", valid_share=0, min_chars=5)
     with pytest.raises(StageError, match="has no held-out zh text; run: cmixtral corpus --valid-share 0.01"):
         search(pieces, c, out=tmp_path / "s")
-    with pytest.raises(StageError, match="has no en text, it has zh"):
+    with pytest.raises(StageError, match="has no en text, it has zh; give --lang zh, or run: cmixtral corpus --sources en=REF"):
         search(pieces, c, out=tmp_path / "s", lang="en")
     (tmp_path / "en.txt").write_text("no Han at all")
     with pytest.raises(StageError, match="has no Han characters; run: cmixtral corpus"):

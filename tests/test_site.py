@@ -3,6 +3,7 @@ import ast
 import functools
 import html
 import http.server
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from conftest import watched
 
 from cmixtral_nb.artifact import StageError
-from cmixtral_nb.site import cells, chain_svg, checkout, docs, exported, messages, package_messages
+from cmixtral_nb.site import cells, chain_svg, checkout, docs, execute, exported, messages, package_messages
 
 ROOT = Path(__file__).parents[1]
 NBS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
@@ -218,6 +219,15 @@ def test_badges_are_those_that_colab_makes(tmp_path):
         colab(tmp_path / "nbs" / p.name)
         assert (tmp_path / "nbs" / p.name).read_text() == p.read_text(), n
         assert cells(p)[2]["flags"] >= {"hide", "eval"}
+
+
+def test_a_cell_that_says_nothing_any_more_keeps_no_output(tmp_path):
+    said = [dict(output_type="stream", name="stdout", text=["old\n"])]
+    code = [("x = 1", {}), ("print(x)", {}), ("#| slow\nprint(2)", {})]
+    rows = [dict(cell_type="code", id=str(i), source=[t], outputs=said, execution_count=None, metadata=m) for i, (t, m) in enumerate(code)]
+    (tmp_path / "a.ipynb").write_text(json.dumps(dict(cells=rows, metadata={}, nbformat=4, nbformat_minor=5)))
+    execute(tmp_path / "a.ipynb")
+    assert ["".join(o["text"]) for c in cells(tmp_path / "a.ipynb") for o in c["outputs"]] == ["1\n", "old\n"]  # the slow cell did not run
 
 
 # pages without anything to run

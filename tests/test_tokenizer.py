@@ -333,7 +333,7 @@ def test_reads_a_corpus(here):
     c = corpus(["zh=a.jsonl"], out="c", valid_share=.2)
     p = tokenizer(c, out="p", n_pieces=60, n_chars=0)
     assert p.manifest["inputs"]["corpus"]["fingerprint"] == c.fingerprint
-    with pytest.raises(StageError, match="c has no en text, it has zh; run: cmixtral corpus --sources en=REF"):
+    with pytest.raises(StageError, match="c has no en text, it has zh; give --lang zh, or run: cmixtral corpus --sources en=REF"):
         tokenizer(c, out="q", lang="en")
 
 
