@@ -537,6 +537,10 @@ def report(
     say('report', f'{out/"report.html"}')
 
 # %% ../nbs/14_pipeline.ipynb #d14e0003
+def _conversations(sft:dict)->tuple:
+    "What a chat model was tuned on, by the manifest of its adapter: files, and whether translations were among them"
+    return (sft['inputs'].get('conversations', {}).get('path', ['builtin']), sft['params']['n_translations'] > 0) if sft else (None, False)
+
 def card(
     run:Path,                    # folder of a run
     model:str='chat',            # which of its models: base, model, merged, chat
@@ -554,8 +558,8 @@ def card(
     base, ref = rec.get('init', {}).get('model'), run/'evaluation'/model/'results.json'
     about = f'`{model}` of the run `{rec["name"]}`, made with cmixtral_nb: ' + (rec.get('about') or 'a base language model taught a new language.')
     text = model_card(dict(name=name or f'{rec["name"]}-{model}', model=model, base_model=base if base and not Path(base).exists() else None, licence=licence,
-        languages=corpus_langs(run/'corpus'), about=about, manifests=made, rows=d['changes'], licences=data_licences(rec.get('corpus', {}).get('sources', [])),
-        speed={k: _rows(run/k/'logs'/'speed.jsonl') for k in ('adapter', 'sft')}, commands=[read_json(ref)['command']] if ref.is_file() else []))
+        languages=corpus_langs(run/'corpus'), about=about, manifests=made, rows=d['changes'],
+        licences=data_licences(rec.get('corpus', {}).get('sources', []), *_conversations(made.get('sft'))), speed={k: _rows(run/k/'logs'/'speed.jsonl') for k in ('adapter', 'sft')}, commands=[read_json(ref)['command']] if ref.is_file() else []))
     out = Path(out or run/'cards'/f'{model}.md'); out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text); say('card', f'{out}')
 

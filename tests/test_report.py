@@ -92,6 +92,10 @@ def test_the_card_of_a_run(micro, cli):
     assert {r.dataset_type: r.metric_value for r in c.data.eval_results} == {k: pytest.approx(v, abs=1e-4) for k, v in want.items()}
     for part in "CC-BY-SA-3.0", "rank 4", "on cpu", "300 pieces appended", "cmixtral evaluate --model ../merged", "instruction":
         assert (part in c.text) == (part != "instruction"), part
+    assert "CC0-1.0" not in c.text and cli("card", micro[0])[0] == 0  # the chat model has read conversations as well
+    chat = (micro[0] / "cards" / "chat.md").read_text()
+    for part in "| conversations, hand-written | CC0-1.0 |", "| translations, debian:cataclysm-dda-data | CC-BY-SA-3.0 |", "instruction tuning":
+        assert part in chat, part
     shutil.rmtree(micro[0] / "cards")
     status, err = cli("card", micro[0], "--model", "mreged")
     assert (status, err) == (2, ["StageError: unknown model 'mreged', did you mean 'merged'?; expected one of base, model, merged, chat"])
