@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
 CHAPTERS = sorted(NBS.glob("[0-9]*.ipynb"))
 BUDGET = dict(cells=(40, 70), words=(800, 1800), lines=(150, 300), median=(3, 5), export=(1, 30), row=(0, 4), shown=(80, 100), tested=(60, 100), kB=(0, 150))
+PRIVATE = set(re.findall(r"^(?:def|class) (_\w+)", "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "cmixtral_nb").glob("*.py")), re.M))
 HOME = r"/home/|/root/|/tmp/|/Users/|C:\\|hf_[A-Za-z]{20}|it/s\]"
 
 
@@ -79,6 +80,9 @@ def faults(path):
         out.append("no outputs are saved; run: cmixtral docs, or execute() of 15_site")
     for i, c in enumerate(cs):
         if c["cell_type"] != "code":
+            if m := re.search(r"`(_[A-Za-z]\w*)`", c["text"]):
+                if m[1] in PRIVATE:
+                    out.append(f"cell {i}: {m[0]} in prose becomes a link, and a private name has no place to lead to")
             continue
         if re.search(r"^\s*[!%]\s*pip install", c["text"], re.M) and "hide" not in c["flags"]:
             out.append(f"cell {i}: pip install")
