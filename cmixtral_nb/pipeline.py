@@ -538,8 +538,8 @@ def report(
 
 # %% ../nbs/14_pipeline.ipynb #d14e0003
 def _conversations(sft:dict)->tuple:
-    "What a chat model was tuned on, by the manifest of its adapter: files, and whether translations were among them"
-    return (sft['inputs'].get('conversations', {}).get('path', ['builtin']), sft['params']['n_translations'] > 0) if sft else (None, False)
+    "What a chat model was tuned on, by the manifest of its adapter: files or builtin, and how many of builtin's translations"
+    return (sft['inputs'].get('conversations', {}).get('path', ['builtin']), sft['params']['n_translations']) if sft else ()
 
 def card(
     run:Path,                    # folder of a run

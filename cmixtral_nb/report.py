@@ -324,20 +324,24 @@ def _compare_page(
 # %% ../nbs/13c_report.ipynb #c3222a05
 def data_licences(
     sources:list[str],              # of a corpus: "LANG=REF"
-    conversations:list[str]=None,   # of instruction tuning
-    translations:bool=False,        # were shipped translations among them?
+    conversations:list[str]=None,   # of instruction tuning: files, builtin
+    n_translations:int=0,           # that it took of builtin
 )->dict[str, str]:  # source -> licence
     "Licences of the text that ships; of other text nothing is known here"
     out, unknown = {}, 'not known: ask its owners'
     for ref in (s.partition('=')[2] for s in sources):
         out |= {r['source']: r.get('licence', 'not named') for r in read_docs(ref)} if ref.startswith('builtin:') else {ref: unknown}
-    for ref in conversations or []:
-        rows = map(json.loads, package_data('data/conversations.jsonl').read_text(encoding='utf-8').splitlines()) if ref.startswith('builtin') else ()
-        out |= {f'conversations, {r["source"]}': r['licence'] for r in rows} or {ref: unknown}
     game = 'debian:cataclysm-dda-data'  # the translations are its texts in two languages
-    if translations: out[f'translations, {game}'] = next(r['licence'] for r in read_docs('builtin:zh') if r['source'] == game)
+    for ref in conversations or []:
+        if not ref.startswith('builtin'): out[ref] = unknown
+        if ref in ('builtin', 'builtin:handwritten'):
+            rows = map(json.loads, package_data('data/conversations.jsonl').read_text(encoding='utf-8').splitlines())
+            out |= {f'conversations, {r["source"]}': r['licence'] for r in rows}
+        if ref in ('builtin', 'builtin:translation') and n_translations:
+            out[f'translations, {game}'] = next(r['licence'] for r in read_docs('builtin:zh') if r['source'] == game)
     return out
 
+# %% ../nbs/13c_report.ipynb #facts001
 def _facts(head:list[str], rows:list)->str:
     line = lambda cells: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
     return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)])
