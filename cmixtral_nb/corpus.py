@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['open_text', 'doc_files', 'read_docs', 'clean', 'lang_script', 'script_ranges', 'script_pattern', 'script_share',
-           'Deduplicator', 'is_heldout', 'clean_docs', 'parse_sources', 'corpus', 'corpus_langs', 'corpus_texts',
-           'text_batches']
+__all__ = ['FEW_CHARS', 'open_text', 'doc_files', 'read_docs', 'clean', 'lang_script', 'script_ranges', 'script_pattern',
+           'script_share', 'Deduplicator', 'is_heldout', 'clean_docs', 'parse_sources', 'corpus', 'corpus_langs',
+           'lang_faults', 'corpus_texts', 'text_batches']
 
 # %% ../nbs/01_corpus.ipynb #ac2c803a
 import bz2, functools, glob, gzip, hashlib, io, itertools, json, lzma, math, re, unicodedata
@@ -270,7 +270,7 @@ def _check(sources, valid_share=0., on_error='skip', min_share=0., **_):
     if faults: raise StageError(*faults)
 
 # %% ../nbs/01_corpus.ipynb #2a3c499c
-_few = 2_000  # characters of held-out text: below, a number made of them says little
+FEW_CHARS = 2_000  # of held-out text: below, a number made of them says little
 
 def _require_text(lang:str, refs:list[str], n:dict, drops:Counter, valid_share:float):
     "Refuse a corpus that later stages cannot use"
@@ -341,8 +341,8 @@ def corpus(
         stats[lang] = dict(both, train=dict(n['train']), valid=dict(n['valid']), dropped=dict(drops))
         say('corpus', f'{lang}: {both["n_docs"]:,} documents, {both["n_chars"]:,} characters, {n["valid"]["n_docs"]:,} documents held out; dropped: '
             + (', '.join(f'{v:,} {k}' for k, v in drops.items()) or 'none'))
-        if valid_share and n['valid']['n_chars'] < _few: say('corpus', f'{lang}: {n["valid"]["n_chars"]:,} characters are held out, too few to judge a vocabulary '
-            f'or a model by; give --valid-share {min(.5, math.ceil(100 * _few / both["n_chars"]) / 100):g} or more')
+        if valid_share and n['valid']['n_chars'] < FEW_CHARS: say('corpus', f'{lang}: {n["valid"]["n_chars"]:,} characters are held out, too few to judge a vocabulary '
+            f'or a model by; give --valid-share {min(.5, math.ceil(100 * FEW_CHARS / both["n_chars"]) / 100):g} or more')
     return stats
 
 # %% ../nbs/01_corpus.ipynb #2c5ae4ac
@@ -351,6 +351,15 @@ def corpus_langs(
 )->list[str]:  # language codes; empty where the folder is no corpus
     "The languages of a corpus"
     return sorted(f.name.split('.')[0] for f in Path(getattr(corpus, 'path', corpus)).glob('*.train.jsonl'))
+
+def lang_faults(
+    corpus:Artifact|str|Path,  # a corpus folder, or text of any other form, whose language nobody knows
+    lang:str,                  # language code
+)->list[str]:
+    "What is wrong where a corpus has no text in a language"
+    p = Path(getattr(corpus, 'path', corpus)); langs = corpus_langs(p)
+    if not langs or lang in langs: return []
+    return [f'{p} has no {lang} text, it has {", ".join(langs)}; give --lang {langs[0]}, or run: cmixtral corpus --sources {lang}=REF']
 
 def corpus_texts(
     corpus:Artifact|str|Path,  # a corpus folder, or anything that `read_docs` reads

@@ -100,9 +100,8 @@ def heldout(
     "Held-out text by domain; `StageError` where there is none"
     p = Path(getattr(corpus, 'path', corpus))
     require(p.exists(), f'{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}')
-    langs = corpus_langs(p)
-    if langs:
-        require(lang in langs, f'{p} has no {lang} text, it has {", ".join(langs)}; give --lang {langs[0]}, or run: cmixtral corpus --sources {lang}=REF')
+    if faults := lang_faults(p, lang): raise StageError(*faults)
+    if langs := corpus_langs(p):
         require((p/f'{lang}.valid.jsonl').stat().st_size, f'{p} has no held-out {lang} text; run: cmixtral corpus --valid-share 0.01')
     out = _by_source(read_docs(p/f'{lang}.valid.jsonl' if langs else p), limit_chars)
     for d in domains or []:
@@ -364,7 +363,7 @@ def search(
     candidates, have = read_pieces(pieces, script), base_pieces(base_file, script)
     texts = {d: h for d, t in heldout(corpus, lang, limit_chars, domains).items() if (h := read_heldout(t, base_file, script)).n_sentences}
     require(texts, f'{corpus}: the held-out {lang} text has no {script} characters; run: cmixtral corpus --sources {lang}=REF')
-    if (n := sum(h.n_chars for h in texts.values())) < 2_000:
+    if (n := sum(h.n_chars for h in texts.values())) < FEW_CHARS:
         say('search', f'{n:,} characters are few to judge by; give more with --domains, or run: cmixtral corpus --valid-share SHARE')
     grid = default_grid(candidates, have)
     rows = search_table(candidates, have, texts, _numbers('totals', totals, 1, []) or grid[0], _numbers('chars', chars, 0, []) or grid[1], width)

@@ -489,8 +489,7 @@ def from_symbols(
 def _check(corpus, lang='zh', n_pieces=0, n_chars=0, script='Han', lexicons=None, opencc=None, method='bpe', base='mixtral', max_chars=1, memory_chars=1, **_):
     faults, p = [], Path(str(corpus))
     if not p.exists(): faults.append(f'{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}')
-    elif (langs := corpus_langs(p)) and lang not in langs:
-        faults.append(f'{p} has no {lang} text, it has {", ".join(langs)}; give --lang {langs[0]}, or run: cmixtral corpus --sources {lang}=REF')
+    faults += lang_faults(p, lang)
     for k, v in dict(n_pieces=n_pieces, max_chars=max_chars, memory_chars=memory_chars).items():
         if v < 1: faults.append(f'{k} is {v}, expected at least 1')
     if (n_chars or 0) < 0: faults.append(f'n_chars is {n_chars}, expected at least 0')

@@ -80,9 +80,8 @@ def faults(path):
         out.append("no outputs are saved; run: cmixtral docs, or execute() of 15_site")
     for i, c in enumerate(cs):
         if c["cell_type"] != "code":
-            if m := re.search(r"`(_[A-Za-z]\w*)`", c["text"]):
-                if m[1] in PRIVATE:
-                    out.append(f"cell {i}: {m[0]} in prose becomes a link, and a private name has no place to lead to")
+            for name in sorted(PRIVATE & set(re.findall(r"`(_[A-Za-z]\w*)`", c["text"]))):
+                out.append(f"cell {i}: `{name}` in prose becomes a link, and a private name has no place to lead to")
             continue
         if re.search(r"^\s*[!%]\s*pip install", c["text"], re.M) and "hide" not in c["flags"]:
             out.append(f"cell {i}: pip install")

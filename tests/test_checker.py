@@ -55,7 +55,7 @@ def says(text, name="stdout"):
         ("plt.plot(x)", PICTURE, {}, "without labels"),
         ("!pip install torch", says("ok"), {}, "pip install"),
         ("1", says("1"), dict(execution_count=3), "execution count"),
-        ("sorted by `_seal` of the first chapter", [], dict(cell_type="markdown"), "a private name"),
+        ("into `_docs`, sorted by `_seal` of the first chapter", [], dict(cell_type="markdown"), "a private name"),
     ],
 )
 def test_each_fault_is_seen(tmp_path, source, outputs, more, fault):
