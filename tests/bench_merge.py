@@ -1,9 +1,10 @@
 """By hand: memory and time of a merge as the checkpoint grows, beside peft's and beside a plain copy; and what a kill -9 leaves.
 
-    python tests/bench_merge.py grow DIR        # synthetic Mixtrals of 1, 2, 4, 8 GB in DIR: peak memory and time of each merge
-    python tests/bench_merge.py peft DIR        # 2 GB: peft's merge_and_unload on the per-expert model, side by side
-    python tests/bench_merge.py kill DIR        # 20 kills at random moments of a small merge
+python tests/bench_merge.py grow DIR        # synthetic Mixtrals of 1, 2, 4, 8 GB in DIR: peak memory and time of each merge
+python tests/bench_merge.py peft DIR        # 2 GB: peft's merge_and_unload on the per-expert model, side by side
+python tests/bench_merge.py kill DIR        # 20 kills at random moments of a small merge
 """
+
 import os
 import random
 import shutil
@@ -14,7 +15,15 @@ import time
 from pathlib import Path
 
 RANK = int(os.environ.get("RANK", 16))
-NUMBERS = dict(hidden_size=1024, intermediate_size=3584, num_attention_heads=16, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2, vocab_size=32000)
+NUMBERS = dict(
+    hidden_size=1024,
+    intermediate_size=3584,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    vocab_size=32000,
+)
 LAYERS = {1: 5, 2: 11, 4: 22, 8: 45}
 
 PEFT = """
@@ -32,51 +41,104 @@ merge(sys.argv[1], sys.argv[2], out=sys.argv[3], into="original", check="check" 
 
 
 def specs_of(layers, numbers):
-    d, m, kv = numbers["hidden_size"], numbers["intermediate_size"], numbers["hidden_size"] * numbers["num_key_value_heads"] // numbers["num_attention_heads"]
+    d, m, kv = (
+        numbers["hidden_size"],
+        numbers["intermediate_size"],
+        numbers["hidden_size"] * numbers["num_key_value_heads"] // numbers["num_attention_heads"],
+    )
     V, E = numbers["vocab_size"], numbers["num_local_experts"]
     out = {"model.embed_tokens.weight": [V, d], "lm_head.weight": [V, d], "model.norm.weight": [d]}
     for i in range(layers):
         p = f"model.layers.{i}."
-        out |= {p + f"self_attn.{n}_proj.weight": s for n, s in dict(q=[d, d], k=[kv, d], v=[kv, d], o=[d, d]).items()}
-        out |= {p + "input_layernorm.weight": [d], p + "post_attention_layernorm.weight": [d], p + "block_sparse_moe.gate.weight": [E, d]}
-        out |= {p + f"block_sparse_moe.experts.{e}.{w}.weight": [d, m] if w == "w2" else [m, d] for e in range(E) for w in ("w1", "w2", "w3")}
+        out |= {
+            p + f"self_attn.{n}_proj.weight": s
+            for n, s in dict(q=[d, d], k=[kv, d], v=[kv, d], o=[d, d]).items()
+        }
+        out |= {
+            p + "input_layernorm.weight": [d],
+            p + "post_attention_layernorm.weight": [d],
+            p + "block_sparse_moe.gate.weight": [E, d],
+        }
+        out |= {
+            p + f"block_sparse_moe.experts.{e}.{w}.weight": [d, m] if w == "w2" else [m, d]
+            for e in range(E)
+            for w in ("w1", "w2", "w3")
+        }
     return out
 
 
 def make(folder, layers, numbers=NUMBERS, shard_bytes=1_000_000_000, rank=RANK):
     "A Mixtral of random bfloat16 weights and an adapter on all of its attention and experts, written tensor by tensor"
     import torch
+
     from cmixtral_nb.artifact import write_json
-    from cmixtral_nb.merge import plan_shards, plain_name
+    from cmixtral_nb.merge import plain_name, plan_shards
     from cmixtral_nb.mixtral import tensor_files, write_index, write_tensors
 
     model, adapter = folder / "model", folder / "adapter"
     model.mkdir(parents=True)
     adapter.mkdir()
     shapes, g = specs_of(layers, numbers), torch.Generator().manual_seed(0)
-    tensor = lambda n: torch.ones(shapes[n]).bfloat16() if "norm" in n else (torch.randn(shapes[n], generator=g) * 0.02).bfloat16()
+    tensor = lambda n: (
+        torch.ones(shapes[n]).bfloat16()
+        if "norm" in n
+        else (torch.randn(shapes[n], generator=g) * 0.02).bfloat16()
+    )
     for f, specs in plan_shards([(n, "BF16", s) for n, s in shapes.items()], shard_bytes).items():
         write_tensors(model / f, specs, tensor)
     files = tensor_files(model, check_index=False)
     if len(set(files.values())) > 1:
         write_index(model, files)
-    write_json(model / "config.json", dict(numbers, num_hidden_layers=layers, architectures=["MixtralForCausalLM"], model_type="mixtral", rms_norm_eps=1e-5,
-        rope_theta=1e6, max_position_embeddings=4096, hidden_act="silu", tie_word_embeddings=False, dtype="bfloat16", bos_token_id=1, eos_token_id=2))
+    write_json(
+        model / "config.json",
+        dict(
+            numbers,
+            num_hidden_layers=layers,
+            architectures=["MixtralForCausalLM"],
+            model_type="mixtral",
+            rms_norm_eps=1e-5,
+            rope_theta=1e6,
+            max_position_embeddings=4096,
+            hidden_act="silu",
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    )
     lora = {}
     for n, s in shapes.items():
         if "_proj" in n or ".experts." in n:
             base = "base_model.model." + plain_name(n).removesuffix("weight")
             lora |= {base + "lora_A.weight": [rank, s[1]], base + "lora_B.weight": [s[0], rank]}
-    write_tensors(adapter / "adapter_model.safetensors", [(n, "F32", s) for n, s in lora.items()], lambda n: torch.randn(lora[n], generator=g) * 0.01)
+    write_tensors(
+        adapter / "adapter_model.safetensors",
+        [(n, "F32", s) for n, s in lora.items()],
+        lambda n: torch.randn(lora[n], generator=g) * 0.01,
+    )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
-    write_json(adapter / "adapter_config.json", dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=targets))
+    write_json(
+        adapter / "adapter_config.json",
+        dict(
+            peft_type="LORA",
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=targets,
+        ),
+    )
     return model, adapter
 
 
 def measure(code, *args):
     "Seconds and peak resident bytes of a fresh process"
     start = time.time()
-    p = subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error"))
+    p = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error"),
+    )
     err = p.stderr.read()
     _, status, usage = os.wait4(p.pid, 0)
     assert status == 0, err.decode()[-2000:]
@@ -105,8 +167,11 @@ def grow(folder, sizes):
         os.sync()
         plain, durable = copy(model, here / "copy")
         seconds, peak = measure(OURS, model, adapter, here / "out")
-        print(f"{n / 1e9:.2f} GB, rank {RANK}: merge {seconds:.1f} s, peak {peak / 1e6:,.0f} MB; cp {plain:.1f} s, with fsync {durable:.1f} s; "
-              f"merge/cp {seconds / plain:.1f}, merge/(cp with fsync) {seconds / durable:.2f}", flush=True)
+        print(
+            f"{n / 1e9:.2f} GB, rank {RANK}: merge {seconds:.1f} s, peak {peak / 1e6:,.0f} MB; cp {plain:.1f} s, with fsync {durable:.1f} s; "
+            f"merge/cp {seconds / plain:.1f}, merge/(cp with fsync) {seconds / durable:.2f}",
+            flush=True,
+        )
         shutil.rmtree(here / "out")
         seconds, peak = measure(OURS, model, adapter, here / "out", "check")
         print(f"    with the check: {seconds:.1f} s, peak {peak / 1e6:,.0f} MB", flush=True)
@@ -115,6 +180,7 @@ def grow(folder, sizes):
 
 def beside_peft(folder):
     import torch
+
     from cmixtral_nb.merge import plain_name
     from cmixtral_nb.mixtral import load_tensor, tensor_files
 
@@ -125,10 +191,15 @@ def beside_peft(folder):
     for i in range(2):  # in turn, so that a busy moment hits both
         theirs.append(measure(PEFT, model, adapter, here / f"theirs{i}"))
         ours.append(measure(OURS, model, adapter, here / f"ours{i}"))
-    a, b = ({plain_name(n): (f, n) for n in f} for f in (tensor_files(here / "ours0"), tensor_files(here / "theirs0")))
+    a, b = (
+        {plain_name(n): (f, n) for n in f}
+        for f in (tensor_files(here / "ours0"), tensor_files(here / "theirs0"))
+    )
     same = sum(torch.equal(load_tensor(*a[n]), load_tensor(*b[n])) for n in a)
     (t, m), (tp, mp) = (tuple(min(x[i] for x in runs) for i in (0, 1)) for runs in (ours, theirs))
-    print(f"rank {RANK}: ours {t:.1f} s, {m / 1e6:,.0f} MB; peft {tp:.1f} s, {mp / 1e6:,.0f} MB; time {t / tp:.2f} of peft's, peak {m / mp:.0%}")
+    print(
+        f"rank {RANK}: ours {t:.1f} s, {m / 1e6:,.0f} MB; peft {tp:.1f} s, {mp / 1e6:,.0f} MB; time {t / tp:.2f} of peft's, peak {m / mp:.0%}"
+    )
     print(f"{same} of {len(a)} tensors bitwise equal, peft has {len(b)}")
     shutil.rmtree(here)
 
@@ -139,8 +210,18 @@ def kill(folder, n=20, seed=0):
     from cmixtral_nb.merge import merge
 
     here, rng = Path(folder) / "kill", random.Random(seed)
-    model, adapter = make(here, 2, dict(NUMBERS, hidden_size=256, intermediate_size=512, vocab_size=2000), 1_000_000)
-    job = lambda out: merge(model, adapter, out=here / out, into="original", check=False, device="cpu", shard_bytes=1_000_000)
+    model, adapter = make(
+        here, 2, dict(NUMBERS, hidden_size=256, intermediate_size=512, vocab_size=2000), 1_000_000
+    )
+    job = lambda out: merge(
+        model,
+        adapter,
+        out=here / out,
+        into="original",
+        check=False,
+        device="cpu",
+        shard_bytes=1_000_000,
+    )
     want = job("whole").fingerprint
     start = time.time()
     job("warm")
@@ -161,7 +242,9 @@ def kill(folder, n=20, seed=0):
             Artifact.load(out, verify=True)
             whole += 1
         assert job(f"out{i}").fingerprint == want and not tmp.exists()
-    print(f"{killed} of {n} runs killed ({whole} of all were already whole); {kept} shards of the dead were used again; all {n} results bitwise equal")
+    print(
+        f"{killed} of {n} runs killed ({whole} of all were already whole); {kept} shards of the dead were used again; all {n} results bitwise equal"
+    )
     shutil.rmtree(here)
 
 

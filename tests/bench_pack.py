@@ -7,6 +7,7 @@
 DATA is anything that `cmixtral corpus` reads; without it the shipped Chinese is repeated. WORK is a folder for the files.
 The runs that are compared take turns, so that what else the machine does meets both; the ratios are medians over the turns.
 """
+
 import io
 import json
 import multiprocessing as mp
@@ -35,7 +36,11 @@ def text(work: Path, data: str, n_bytes: float, docs: int = 10**9) -> Path:
     name = work / f"corpus-{n_bytes / 1e6:g}-{docs}"
     if not (name / "zh.valid.jsonl").exists():
         name.mkdir(parents=True, exist_ok=True)
-        have = [r["text"] for r in read_docs(data) if not any(c in r["text"] for c in ("<s>", "</s>", "<unk>"))]
+        have = [
+            r["text"]
+            for r in read_docs(data)
+            if not any(c in r["text"] for c in ("<s>", "</s>", "<unk>"))
+        ]
         random.Random(0).shuffle(have)
         with open(name / "zh.train.jsonl", "w", encoding="utf-8") as f:
             for i, t in enumerate(cycle(have)):
@@ -57,8 +62,14 @@ def _raw(corpus, folder, part, n_parts, barrier, queue):
     if n_parts > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
+
     tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    texts = [json.loads(line)["text"] for line in (corpus / "zh.train.jsonl").read_text(encoding="utf-8").splitlines()[part::n_parts]]
+    texts = [
+        json.loads(line)["text"]
+        for line in (corpus / "zh.train.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()[part::n_parts]
+    ]
     barrier.wait()
     start, cpu = time.perf_counter(), time.process_time()
     for i in range(0, len(texts), 500):
@@ -70,7 +81,10 @@ def raw(corpus, folder, workers):
     "Wall and processor seconds of `encode_batch` alone: texts in memory, tokenizer loaded, results thrown away"
     ctx = mp.get_context("spawn")
     barrier, queue = ctx.Barrier(workers), ctx.Queue()
-    jobs = [ctx.Process(target=_raw, args=(corpus, folder, k, workers, barrier, queue)) for k in range(workers)]
+    jobs = [
+        ctx.Process(target=_raw, args=(corpus, folder, k, workers, barrier, queue))
+        for k in range(workers)
+    ]
     for j in jobs:
         j.start()
     found = [queue.get() for _ in jobs]
@@ -80,7 +94,9 @@ def raw(corpus, folder, workers):
 
 
 def _cpu():
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
 
 
 def ours(corpus, folder, out, workers, mix="1:zh"):
@@ -98,38 +114,57 @@ def speed(work, data, megabytes=60):
     for workers in (1, 2):
         ratios = []
         for turn in range(TURNS):
-            pair = [lambda: raw(corpus, folder, workers), lambda: ours(corpus, folder, work / "out", workers)]
+            pair = [
+                lambda: raw(corpus, folder, workers),
+                lambda: ours(corpus, folder, work / "out", workers),
+            ]
             first = turn % 2
             found = {first: pair[first]()}
             found[1 - first] = pair[1 - first]()
             a = found[1][2]
             ratios.append([found[0][i] / found[1][i] for i in (0, 1)])
-            print(f"  {workers} processes, turn {turn + 1}: encode_batch {found[0][0]:.1f} s ({found[0][1]:.1f} s of processor), "
-                  f"pack {found[1][0]:.1f} s ({found[1][1]:.1f} s), {a.stats['n_tokens'] / found[1][0]:,.0f} tokens/s", flush=True)
+            print(
+                f"  {workers} processes, turn {turn + 1}: encode_batch {found[0][0]:.1f} s ({found[0][1]:.1f} s of processor), "
+                f"pack {found[1][0]:.1f} s ({found[1][1]:.1f} s), {a.stats['n_tokens'] / found[1][0]:,.0f} tokens/s",
+                flush=True,
+            )
         wall, cpu = (statistics.median(r[i] for r in ratios) for i in (0, 1))
-        print(f"{workers} processes, {megabytes} MB: pack runs at {wall:.0%} of the speed of encode_batch; by processor time {cpu:.0%}", flush=True)
+        print(
+            f"{workers} processes, {megabytes} MB: pack runs at {wall:.0%} of the speed of encode_batch; by processor time {cpu:.0%}",
+            flush=True,
+        )
 
 
 def seed_maps(path, tok, length, cache, out, n_proc):
     "The seed's data/preprocess_datasets.py: one map that encodes, one that joins by sum(lists, [])"
     from datasets import disable_progress_bars, load_dataset
+
     disable_progress_bars()
 
     def group(examples):
         joined = {k: sum(examples[k], []) for k in examples}
         total = len(joined["input_ids"]) // length * length
-        result = {k: [t[i : i + length] for i in range(0, total, length)] for k, t in joined.items()}
+        result = {
+            k: [t[i : i + length] for i in range(0, total, length)] for k, t in joined.items()
+        }
         result["labels"] = result["input_ids"].copy()
         return result
 
     raw_rows = load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache))
-    encoded = raw_rows.map(lambda e: tok(e["text"]), batched=True, batch_size=3000, num_proc=n_proc, remove_columns=raw_rows.column_names)
+    encoded = raw_rows.map(
+        lambda e: tok(e["text"]),
+        batched=True,
+        batch_size=3000,
+        num_proc=n_proc,
+        remove_columns=raw_rows.column_names,
+    )
     encoded.map(group, batched=True, num_proc=n_proc).save_to_disk(str(out))
     return encoded
 
 
 def seed(work, data, docs=4000):
     import numpy as np
+
     corpus, folder = text(work, data, 1e12, docs), tokenizer(work)
     tok, ratios = load_tokenizer(folder), []
     for turn in range(2):
@@ -143,15 +178,29 @@ def seed(work, data, docs=4000):
         got = flat[flat != a.stats["eos"]]
         equal = np.array_equal(got, want[: len(got)]) and len(want) - len(got) < 2048
         ratios.append(seconds / mine)
-        print(f"  turn {turn + 1}: the seed {seconds:.1f} s, pack {mine:.1f} s, {'equal' if equal else 'DIFFERENT'} tokens ({len(want):,}, without EOS)", flush=True)
-    print(f"{docs} documents: pack is {statistics.median(ratios):.0f} times as fast as the seed's two maps", flush=True)
+        print(
+            f"  turn {turn + 1}: the seed {seconds:.1f} s, pack {mine:.1f} s, {'equal' if equal else 'DIFFERENT'} tokens ({len(want):,}, without EOS)",
+            flush=True,
+        )
+    print(
+        f"{docs} documents: pack is {statistics.median(ratios):.0f} times as fast as the seed's two maps",
+        flush=True,
+    )
 
 
 def peak(corpus, folder, out):
     "Print peak bytes of this process and of its largest worker, and the tokens packed; half of the text is repeated"
     reset_peak()
     a = ours(Path(corpus), Path(folder), Path(out), 2, "1.5:zh")[2]
-    print(json.dumps([peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, a.stats["n_tokens"]]))
+    print(
+        json.dumps(
+            [
+                peak_bytes(),
+                resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+                a.stats["n_tokens"],
+            ]
+        )
+    )
 
 
 def memory(work, data):
@@ -159,8 +208,15 @@ def memory(work, data):
     for megabytes in (50, 100, 200, 400):
         corpus = text(work, data, megabytes * 1e6)
         run = [sys.executable, __file__, "peak", str(corpus), str(folder), str(work / "out")]
-        here, worker, n = json.loads(subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
-        print(f"{megabytes} MB of text, {n:,} tokens: peak {here / 1e6:,.0f} MB, and {worker / 1e6:,.0f} MB in the larger of two workers", flush=True)
+        here, worker, n = json.loads(
+            subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[
+                -1
+            ]
+        )
+        print(
+            f"{megabytes} MB of text, {n:,} tokens: peak {here / 1e6:,.0f} MB, and {worker / 1e6:,.0f} MB in the larger of two workers",
+            flush=True,
+        )
         shutil.rmtree(corpus)
 
 

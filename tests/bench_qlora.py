@@ -1,9 +1,10 @@
 """By hand: what 4-bit experts save when a checkpoint of 2 GB is loaded, and what a training step costs beside stock transformers and peft.
 
-    python tests/bench_qlora.py load DIR     # peak memory of loading, bytes of each expert parameter; stock load_in_4bit beside it
-    python tests/bench_qlora.py step         # milliseconds per step, in turn: stock fused experts in bfloat16, ours in bfloat16, ours in 4 bits;
-                                             # at 1,024 and at 2,048 tokens a step
+python tests/bench_qlora.py load DIR     # peak memory of loading, bytes of each expert parameter; stock load_in_4bit beside it
+python tests/bench_qlora.py step         # milliseconds per step, in turn: stock fused experts in bfloat16, ours in bfloat16, ours in 4 bits;
+                                         # at 1,024 and at 2,048 tokens a step
 """
+
 import shutil
 import statistics
 import subprocess
@@ -32,11 +33,16 @@ def load(folder):
     model, _ = make(here, LAYERS[2])
     n = sum(f.stat().st_size for f in model.glob("*.safetensors"))
     for how in ("ours", "stock"):
-        p = subprocess.run([sys.executable, "-c", LOAD, how, str(model)], capture_output=True, text=True)
+        p = subprocess.run(
+            [sys.executable, "-c", LOAD, how, str(model)], capture_output=True, text=True
+        )
         assert not p.returncode, p.stderr[-2000:]
         before, peak, bytes_per = map(float, p.stdout.split())
-        print(f"{how:5} load_in_4bit of {n / 1e9:.2f} GB: peak {peak / 1e6:,.0f} MB, {peak / n:.2f} of the checkpoint, {before / 1e6:,.0f} MB of it "
-              f"the libraries; experts {bytes_per:.3f} bytes per parameter", flush=True)
+        print(
+            f"{how:5} load_in_4bit of {n / 1e9:.2f} GB: peak {peak / 1e6:,.0f} MB, {peak / n:.2f} of the checkpoint, {before / 1e6:,.0f} MB of it "
+            f"the libraries; experts {bytes_per:.3f} bytes per parameter",
+            flush=True,
+        )
     shutil.rmtree(here)
 
 
@@ -52,13 +58,40 @@ def models():
 
     tmp = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
-    MixtralForCausalLM(MixtralConfig(vocab_size=2000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-        num_local_experts=8)).bfloat16().save_pretrained(tmp)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], target_parameters=["gate_up_proj", "down_proj"])
+    MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=2000,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            num_local_experts=8,
+        )
+    ).bfloat16().save_pretrained(tmp)
+    lora = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["gate_up_proj", "down_proj"],
+    )
     stock = get_peft_model(MixtralForCausalLM.from_pretrained(tmp, dtype=torch.bfloat16), lora)
-    ours = {bits: add_lora(load_model(tmp, load_in_4bit=bits == 4, dtype="bfloat16", device="cpu", trainable=True), 16, 32, 0.0, "none") for bits in (16, 4)}
+    ours = {
+        bits: add_lora(
+            load_model(tmp, load_in_4bit=bits == 4, dtype="bfloat16", device="cpu", trainable=True),
+            16,
+            32,
+            0.0,
+            "none",
+        )
+        for bits in (16, 4)
+    }
     shutil.rmtree(tmp)
-    return {"stock, fused experts, bfloat16": stock, "ours, bfloat16": ours[16], "ours, 4 bits": ours[4]}
+    return {
+        "stock, fused experts, bfloat16": stock,
+        "ours, bfloat16": ours[16],
+        "ours, 4 bits": ours[4],
+    }
 
 
 def step(batch, length=256, turns=7):
@@ -66,8 +99,13 @@ def step(batch, length=256, turns=7):
 
     nets, found = models(), {}
     x = torch.randint(0, 2000, (batch, length), generator=torch.Generator().manual_seed(0))
-    opts = {k: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4) for k, m in nets.items()}
-    for turn in range(turns + 1):  # in turn, so that a busy moment hits all; the first does not count
+    opts = {
+        k: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4)
+        for k, m in nets.items()
+    }
+    for turn in range(
+        turns + 1
+    ):  # in turn, so that a busy moment hits all; the first does not count
         for name, net in nets.items():
             net.train()
             start = time.perf_counter()
@@ -82,7 +120,9 @@ def step(batch, length=256, turns=7):
     stock, bf16, four = median
     for k, v in median.items():
         print(f"{k:32}{1000 * v:8.0f} ms per step of {batch} x {length} tokens")
-    print(f"ours in bfloat16 / stock {ratio(bf16, stock):.2f}; ours in 4 bits / ours in bfloat16 {ratio(four, bf16):.2f}; 4 bits / stock {ratio(four, stock):.2f}")
+    print(
+        f"ours in bfloat16 / stock {ratio(bf16, stock):.2f}; ours in 4 bits / ours in bfloat16 {ratio(four, bf16):.2f}; 4 bits / stock {ratio(four, stock):.2f}"
+    )
 
 
 if __name__ == "__main__":

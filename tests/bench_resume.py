@@ -1,8 +1,9 @@
 """By hand: training killed at random steps and resumed, compared with one that was left alone; and several processes compared with one.
 
-    python tests/bench_resume.py kill WORK [N]      # N kills (5) with one process and with two: weights, optimiser, order of the rows
-    python tests/bench_resume.py processes WORK     # two gloo processes, and DeepSpeed ZeRO-2 where it is installed, against one: losses
+python tests/bench_resume.py kill WORK [N]      # N kills (5) with one process and with two: weights, optimiser, order of the rows
+python tests/bench_resume.py processes WORK     # two gloo processes, and DeepSpeed ZeRO-2 where it is installed, against one: losses
 """
+
 import importlib.util
 import json
 import os
@@ -13,7 +14,18 @@ import sys
 from pathlib import Path
 
 STEPS = 20
-ARGS = dict(rank=4, alpha=8, steps=STEPS, lr=1e-3, warmup=0.1, eval_every=10, save_every=4, log_every=1, eval_chars=100, device="cpu")
+ARGS = dict(
+    rank=4,
+    alpha=8,
+    steps=STEPS,
+    lr=1e-3,
+    warmup=0.1,
+    eval_every=10,
+    save_every=4,
+    log_every=1,
+    eval_chars=100,
+    device="cpu",
+)
 
 WORKER = """
 import json, os, shutil, signal, sys
@@ -46,24 +58,53 @@ p.pretrain(out=out, **args)
 def make(work):
     import torch
     from transformers import MixtralForCausalLM
+
     from cmixtral_nb.mixtral import small_config
     from cmixtral_nb.pack import pack
     from cmixtral_nb.vocab import base_tokenizer_model, write_tokenizer
 
     torch.manual_seed(0)
-    MixtralForCausalLM(small_config(hidden=32, layers=1, intermediate=64, heads=2)).save_pretrained(work / "model")
+    MixtralForCausalLM(small_config(hidden=32, layers=1, intermediate=64, heads=2)).save_pretrained(
+        work / "model"
+    )
     write_tokenizer(base_tokenizer_model("mixtral"), work / "model")
-    (work / "zh.jsonl").write_text("\n".join(json.dumps({"text": f"第{i}篇，词表扩充。" * 3}) for i in range(400)))
-    pack(work / "zh.jsonl", work / "model", work / "tokens", mix=["zh"], length=32, valid_share=0.05)
+    (work / "zh.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"第{i}篇，词表扩充。" * 3}) for i in range(400))
+    )
+    pack(
+        work / "zh.jsonl", work / "model", work / "tokens", mix=["zh"], length=32, valid_share=0.05
+    )
     (work / "worker.py").write_text(WORKER)
 
 
 def train(work, out, processes=1, kill_at=0, **kw):
     "Exit status of a training run, in one process or in several of torchrun"
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
+    )
     args = json.dumps(dict(ARGS, model=str(work / "model"), tokens=str(work / "tokens"), **kw))
-    env = dict(os.environ, OMP_NUM_THREADS="1", KILL_AT=str(kill_at), ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
-    p = subprocess.run([*start, str(work / "worker.py"), args, str(work / out), str(work / f"{out}.order")], env=env, capture_output=True, text=True)
+    env = dict(
+        os.environ,
+        OMP_NUM_THREADS="1",
+        KILL_AT=str(kill_at),
+        ACCELERATE_USE_CPU="true",
+        HF_HUB_OFFLINE="1",
+    )
+    p = subprocess.run(
+        [*start, str(work / "worker.py"), args, str(work / out), str(work / f"{out}.order")],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     if not kill_at and p.returncode:
         sys.exit(p.stderr[-3000:])
     return p.returncode
@@ -76,7 +117,11 @@ def state(work, out, processes):
 
     last = work / out / "checkpoints" / f"checkpoint-{STEPS}"
     orders = [(work / f"{out}.order.{r}").read_text().splitlines() for r in range(processes)]
-    return load_file(work / out / "adapter_model.safetensors"), torch.load(last / "optimizer.pt", weights_only=True)["state"], orders
+    return (
+        load_file(work / out / "adapter_model.safetensors"),
+        torch.load(last / "optimizer.pt", weights_only=True)["state"],
+        orders,
+    )
 
 
 def kill(work, n=5, seed=0):
@@ -89,27 +134,59 @@ def kill(work, n=5, seed=0):
         for i in range(n):
             at, out = rng.randrange(1, STEPS), f"killed{processes}-{i}"
             assert train(work, out, processes, at, batch=4 // processes) not in (0, 2)
-            first = max((int(p.name.split("-")[1]) for p in (work / f"{out}.tmp/checkpoints").glob("checkpoint-*") if (p / "complete").exists()), default=0)
+            first = max(
+                (
+                    int(p.name.split("-")[1])
+                    for p in (work / f"{out}.tmp/checkpoints").glob("checkpoint-*")
+                    if (p / "complete").exists()
+                ),
+                default=0,
+            )
             for r in range(processes):
                 (work / f"{out}.order.{r}").unlink()
             train(work, out, processes, batch=4 // processes)
             w, m, o = state(work, out, processes)
-            assert all(torch.equal(w[k], weights[k]) for k in weights) and w.keys() == weights.keys()
-            assert all(torch.equal(m[k][x], moments[k][x]) for k in moments for x in ("exp_avg", "exp_avg_sq", "step"))
-            assert [x[-(STEPS - first):] for x in o] == [x[-(STEPS - first):] for x in orders], "another order"
-            assert (work / out / "log.jsonl").read_text() == (work / f"whole{processes}" / "log.jsonl").read_text()
-            print(f"{processes} process(es), killed in step {at + 1}, gone on from step {first}: weights, optimiser, log and order of the rows are the same bits", flush=True)
+            assert (
+                all(torch.equal(w[k], weights[k]) for k in weights) and w.keys() == weights.keys()
+            )
+            assert all(
+                torch.equal(m[k][x], moments[k][x])
+                for k in moments
+                for x in ("exp_avg", "exp_avg_sq", "step")
+            )
+            assert [x[-(STEPS - first) :] for x in o] == [x[-(STEPS - first) :] for x in orders], (
+                "another order"
+            )
+            assert (work / out / "log.jsonl").read_text() == (
+                work / f"whole{processes}" / "log.jsonl"
+            ).read_text()
+            print(
+                f"{processes} process(es), killed in step {at + 1}, gone on from step {first}: weights, optimiser, log and order of the rows are the same bits",
+                flush=True,
+            )
 
 
 def processes(work):
     log = lambda out: [json.loads(x) for x in (work / out / "log.jsonl").read_text().splitlines()]
     train(work, "one", 1, batch=4, dropout=0, aux=0)
-    runs = {"two processes": dict(), **({"two processes, ZeRO-2": dict(zero=2)} if importlib.util.find_spec("deepspeed") else {})}
+    runs = {
+        "two processes": dict(),
+        **(
+            {"two processes, ZeRO-2": dict(zero=2)} if importlib.util.find_spec("deepspeed") else {}
+        ),
+    }
     for name, kw in runs.items():
         out = name.replace(" ", "").replace(",", "")
         train(work, out, 2, batch=2, dropout=0, aux=0, **kw)
-        worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(log("one"), log(out), strict=True) if "loss" in a)
-        print(f"{name}: the loss differs by at most {worst:.0e} over {STEPS} steps from one process with the same batch", flush=True)
+        worst = max(
+            abs(a["loss"] - b["loss"])
+            for a, b in zip(log("one"), log(out), strict=True)
+            if "loss" in a
+        )
+        print(
+            f"{name}: the loss differs by at most {worst:.0e} over {STEPS} steps from one process with the same batch",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@
 DATA has zh/*.jsonl.xz, sft/alpaca*.jsonl.xz to train on, and tokenizers/chinese-llama-2.tokenizer.model.
 WORK may hold heldout/NAME.txt, one document a line: the domains to judge by. Without them the held-out part of DATA judges.
 """
+
 import itertools
 import json
 import lzma
@@ -22,9 +23,27 @@ from pathlib import Path
 
 from cmixtral_nb.artifact import StageError, write_json
 from cmixtral_nb.corpus import corpus, read_docs
-from cmixtral_nb.search import base_pieces, growth, heldout, prefix_counts, read_heldout, run_model, search, select_pieces, token_counts
+from cmixtral_nb.search import (
+    base_pieces,
+    growth,
+    heldout,
+    prefix_counts,
+    read_heldout,
+    run_model,
+    search,
+    select_pieces,
+    token_counts,
+)
 from cmixtral_nb.tokenizer import base_tokenizer_model, read_pieces, tokenizer
-from cmixtral_nb.vocab import certify, chars_per_token, encode_plain, hostile_texts, load_tokenizer, processor, vocab
+from cmixtral_nb.vocab import (
+    certify,
+    chars_per_token,
+    encode_plain,
+    hostile_texts,
+    load_tokenizer,
+    processor,
+    vocab,
+)
 
 BASE = base_tokenizer_model()
 MIXED = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])
@@ -42,30 +61,52 @@ def training_corpus(data: Path, work: Path):
     "The Chinese of DATA, the Alpaca answers among it"
     alpaca = work / "alpaca.jsonl"
     if not alpaca.exists():
-        with lzma.open(next((data / "sft").glob("alpaca*.jsonl.xz")), "rt", encoding="utf-8") as f, open(alpaca, "w", encoding="utf-8") as g:
+        with (
+            lzma.open(next((data / "sft").glob("alpaca*.jsonl.xz")), "rt", encoding="utf-8") as f,
+            open(alpaca, "w", encoding="utf-8") as g,
+        ):
             for r in map(json.loads, f):
-                g.write(json.dumps({"text": "\n".join(filter(None, (r["instruction"], r["input"], r["output"])))}, ensure_ascii=False) + "\n")
+                g.write(
+                    json.dumps(
+                        {
+                            "text": "\n".join(
+                                filter(None, (r["instruction"], r["input"], r["output"]))
+                            )
+                        },
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
     return corpus([f"zh={data}/zh", f"zh={alpaca}"], out=work / "corpus", valid_share=0.005)
 
 
 def domains(work: Path, corpus_folder):
     "Held-out text to judge by"
-    own = {f.stem: [t for t in f.read_text(encoding="utf-8").splitlines() if t] for f in sorted((work / "heldout").glob("*.txt"))}
+    own = {
+        f.stem: [t for t in f.read_text(encoding="utf-8").splitlines() if t]
+        for f in sorted((work / "heldout").glob("*.txt"))
+    }
     return own or heldout(corpus_folder, "zh", 300_000)
 
 
 def show(name, rates, reference, seconds):
     ratio = {d: rates[d] / reference[d] for d in rates}
     mean = sum(rates.values()) / len(rates)
-    print(f"{name:20} {mean:.4f} characters per token, {mean / (sum(reference.values()) / len(reference)):.4f} of hfl's, worst domain "
-          f"{min(ratio.values()):.3f} ({min(ratio, key=ratio.get)}), {seconds:.0f} s", flush=True)
+    print(
+        f"{name:20} {mean:.4f} characters per token, {mean / (sum(reference.values()) / len(reference)):.4f} of hfl's, worst domain "
+        f"{min(ratio.values()):.3f} ({min(ratio, key=ratio.get)}), {seconds:.0f} s",
+        flush=True,
+    )
 
 
 def compare(data, work):
     c = training_corpus(data, work)
     texts = domains(work, c)
     hfl, mixtral = processor(data / "tokenizers/chinese-llama-2.tokenizer.model"), processor(BASE)
-    rate = {n: {d: chars_per_token(sp, t) for d, t in texts.items()} for n, sp in (("hfl 55,296", hfl), ("Mixtral", mixtral))}
+    rate = {
+        n: {d: chars_per_token(sp, t) for d, t in texts.items()}
+        for n, sp in (("hfl 55,296", hfl), ("Mixtral", mixtral))
+    }
     for n in list(rate):
         show(n, rate[n], rate["hfl 55,296"], 0)
     for name, (how, n_chars) in RECIPES.items():
@@ -78,9 +119,14 @@ def compare(data, work):
     n_chars = {d: sum(map(len, t)) for d, t in texts.items()}
     for n in rate:
         fewer = 1 - sum(1 / rate["ours"][d] for d in texts) / sum(1 / rate[n][d] for d in texts)
-        print(f"{n:20} ours takes {fewer:6.1%} fewer tokens for a character; " + " ".join(f"{d} {rate[n][d]:.3f}" for d in texts))
+        print(
+            f"{n:20} ours takes {fewer:6.1%} fewer tokens for a character; "
+            + " ".join(f"{d} {rate[n][d]:.3f}" for d in texts)
+        )
     write_json(work / "compare.json", dict(rate=rate, n_chars=n_chars))
-    print(f"ours against Mixtral: {math.fsum(rate['ours'].values()) / math.fsum(rate['Mixtral'].values()):.3f}")
+    print(
+        f"ours against Mixtral: {math.fsum(rate['ours'].values()) / math.fsum(rate['Mixtral'].values()):.3f}"
+    )
 
 
 def grid(data, work):
@@ -88,52 +134,107 @@ def grid(data, work):
     c = training_corpus(data, work)
     chars, totals, limit = [4451, 5435, 6414, 7434], list(range(11_000, 41_001, 2000)), 10_000_000
     start = time.time()
-    p = tokenizer(c, out=work / "grid-pieces", n_pieces=48_000, n_chars=7434, limit_chars=limit, force=True)
+    p = tokenizer(
+        c, out=work / "grid-pieces", n_pieces=48_000, n_chars=7434, limit_chars=limit, force=True
+    )
     trained = time.time() - start
-    s = search(p, corpus=c, out=work / "grid-search", chars=chars, totals=totals, limit_chars=300_000, force=True)
+    s = search(
+        p,
+        corpus=c,
+        out=work / "grid-search",
+        chars=chars,
+        totals=totals,
+        limit_chars=300_000,
+        force=True,
+    )
     ours = time.time() - start
-    print(f"one training {trained:.1f} s and the search of {s.stats['n_tried']} vocabularies {ours - trained:.1f} s", flush=True)
+    print(
+        f"one training {trained:.1f} s and the search of {s.stats['n_tried']} vocabularies {ours - trained:.1f} s",
+        flush=True,
+    )
     texts = [t for d in heldout(c, "zh", 300_000).values() for t in d]
     h, bad, n, base, each = read_heldout(texts, BASE), 0, 0, base_pieces(BASE), 0.0
     for k in chars:
         steps = growth(read_pieces(p), base, k)
         for t, counts in prefix_counts(steps, base, h, totals).items():
-            bad, n = bad + (counts != token_counts(run_model(base, [s.piece for s in steps[:t]]), h)), n + 1
-    print(f"{bad} of {n} points differ from the vocabulary that is built for them alone", flush=True)
+            bad, n = (
+                bad + (counts != token_counts(run_model(base, [s.piece for s in steps[:t]]), h)),
+                n + 1,
+            )
+    print(
+        f"{bad} of {n} points differ from the vocabulary that is built for them alone", flush=True
+    )
     for i, (k, t) in enumerate(itertools.product(chars, totals), 1):
         start = time.time()
-        one = tokenizer(c, out=work / "grid-one", n_pieces=t + 1456, n_chars=k, limit_chars=limit, force=True)
+        one = tokenizer(
+            c, out=work / "grid-one", n_pieces=t + 1456, n_chars=k, limit_chars=limit, force=True
+        )
         run_model(base, select_pieces(read_pieces(one), base, t, k)).encode(texts)
         each += time.time() - start
-        print(f"{i} trained one by one: {each:.0f} s, {each / i * n / ours:.1f} times as long in all", flush=True)
+        print(
+            f"{i} trained one by one: {each:.0f} s, {each / i * n / ours:.1f} times as long in all",
+            flush=True,
+        )
 
 
 def languages(work):
     "Text made of wordfreq's words, each as often as it is"
     from wordfreq import get_frequency_dict
-    for lang, script in dict(ko="Hangul", ru="Cyrillic", ja="Han Kana", hi="Devanagari", ar="Arabic", en="Latin").items():
+
+    for lang, script in dict(
+        ko="Hangul", ru="Cyrillic", ja="Han Kana", hi="Devanagari", ar="Arabic", en="Latin"
+    ).items():
         words, rng = get_frequency_dict(lang, "small"), random.Random(0)
-        docs = [("" if lang == "ja" else " ").join(rng.choices(list(words), list(words.values()), k=60)) + "." for _ in range(2500)]
+        docs = [
+            ("" if lang == "ja" else " ").join(rng.choices(list(words), list(words.values()), k=60))
+            + "."
+            for _ in range(2500)
+        ]
         (work / f"{lang}.txt").write_text("\n\n".join(docs), encoding="utf-8")
         for method in ("bpe", "continued"):
-            p = tokenizer(work / f"{lang}.txt", out=work / f"{lang}-{method}", lang=lang, script=script, n_pieces=6000, n_chars=2500, method=method)
+            p = tokenizer(
+                work / f"{lang}.txt",
+                out=work / f"{lang}-{method}",
+                lang=lang,
+                script=script,
+                n_pieces=6000,
+                n_chars=2500,
+                method=method,
+            )
             try:
-                v = vocab(p, out=work / f"{lang}-{method}-tokenizer", n_pieces=2000, script=script, limit_chars=100_000)
-                print(lang, method, *(f"{chars_per_token(processor(m), docs):.3f}" for m in (BASE, v / "tokenizer.model")), "characters per token")
+                v = vocab(
+                    p,
+                    out=work / f"{lang}-{method}-tokenizer",
+                    n_pieces=2000,
+                    script=script,
+                    limit_chars=100_000,
+                )
+                print(
+                    lang,
+                    method,
+                    *(
+                        f"{chars_per_token(processor(m), docs):.3f}"
+                        for m in (BASE, v / "tokenizer.model")
+                    ),
+                    "characters per token",
+                )
             except StageError as e:
                 print(lang, method, e)
 
 
 def memory(data, work):
     import multiprocessing as mp
+
     texts = [r["text"] for f in sorted((data / "zh").glob("*.xz")) for r in read_docs(f)]
     for mb in (50, 100, 200):
         f, n, k = work / f"text-{mb}.jsonl", 0, 0
         with open(f, "w", encoding="utf-8") as g:
-            while n < mb * 1e6:  # the same documents again, each time in another order and cut elsewhere, so that runs repeat but rarely
+            while (
+                n < mb * 1e6
+            ):  # the same documents again, each time in another order and cut elsewhere, so that runs repeat but rarely
                 for i in range(len(texts)):
                     t = texts[(i * 7919 + k) % len(texts)]
-                    t = t[k * 3:] + t[:k * 3]
+                    t = t[k * 3 :] + t[: k * 3]
                     g.write(json.dumps({"text": t}, ensure_ascii=False) + "\n")
                     n += len(t.encode())
                     if n >= mb * 1e6:
@@ -148,13 +249,23 @@ def _measured(f, out, mb):
     start = time.time()
     tokenizer(f, out=out, force=True)
     s = time.time() - start
-    own, children = (resource.getrusage(w).ru_maxrss / 1e6 for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"{mb} MB: {s:.0f} s, {mb / s:.2f} MB/s, peak {own:.2f} GB, and {children:.2f} GB in the largest process that counts", flush=True)
+    own, children = (
+        resource.getrusage(w).ru_maxrss / 1e6
+        for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    print(
+        f"{mb} MB: {s:.0f} s, {mb / s:.2f} MB/s, peak {own:.2f} GB, and {children:.2f} GB in the largest process that counts",
+        flush=True,
+    )
 
 
 def strings(n, tokenizer_dir, seed=0):
     pieces = [p.piece for p in read_pieces(tokenizer_dir)]
-    real = [r["text"] for ref in ("builtin:zh", "builtin:en") for r, _ in zip(read_docs(ref), range(4000), strict=False)]
+    real = [
+        r["text"]
+        for ref in ("builtin:zh", "builtin:en")
+        for r, _ in zip(read_docs(ref), range(4000), strict=False)
+    ]
     return hostile_texts(n, pieces, seed, real)
 
 
@@ -169,18 +280,24 @@ def certificate(work, n):
             if line["failed"]:
                 print(line["check"], line["examples"])
         done += len(some)
-        print(f"{done:,} strings, {time.time() - start:.0f} s, failed: {sum(bad.values())}", flush=True)
+        print(
+            f"{done:,} strings, {time.time() - start:.0f} s, failed: {sum(bad.values())}",
+            flush=True,
+        )
     print(bad)
 
 
 def llama(work, python):
     import subprocess
+
     folder, out = work / "ours/tokenizer", work / "llama.json"
     texts = strings(10_000, folder, seed=7)
     write_json(out, texts)
     ids = [processor(folder / "tokenizer.model").encode(t) for t in texts]
-    code = ("import json,sys,llama_cpp;m=llama_cpp.Llama(model_path=sys.argv[1],vocab_only=True,verbose=False);"
-            "t=json.load(open(sys.argv[2]));json.dump([m.tokenize(x.encode(),add_bos=False,special=False) for x in t],open(sys.argv[2]+'.ids','w'))")
+    code = (
+        "import json,sys,llama_cpp;m=llama_cpp.Llama(model_path=sys.argv[1],vocab_only=True,verbose=False);"
+        "t=json.load(open(sys.argv[2]));json.dump([m.tokenize(x.encode(),add_bos=False,special=False) for x in t],open(sys.argv[2]+'.ids','w'))"
+    )
     subprocess.run([python, "-c", code, str(work / "vocab.gguf"), str(out)], check=True)
     theirs = json.loads(Path(f"{out}.ids").read_text())
     bad = [(t, a, b) for t, a, b in zip(texts, ids, theirs, strict=True) if a != b]
@@ -192,8 +309,15 @@ if __name__ == "__main__":
     what, *args = sys.argv[1:] or [""]
     if what not in ("compare", "grid", "languages", "memory", "certificate", "llama"):
         sys.exit(__doc__)
-    Path(args[-1] if what in ("compare", "memory", "grid") else args[0]).mkdir(parents=True, exist_ok=True)
+    Path(args[-1] if what in ("compare", "memory", "grid") else args[0]).mkdir(
+        parents=True, exist_ok=True
+    )
     try:
-        globals()[what](*[int(a) if a.isdecimal() else a if what == "llama" and i == 1 else Path(a) for i, a in enumerate(args)])
+        globals()[what](
+            *[
+                int(a) if a.isdecimal() else a if what == "llama" and i == 1 else Path(a)
+                for i, a in enumerate(args)
+            ]
+        )
     except StageError as e:
         sys.exit("\n".join(e.args))

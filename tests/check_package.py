@@ -4,6 +4,7 @@
 
 --lowest installs the lowest versions that settings.ini allows instead of the newest (with uv). It prints what it measured and
 leaves the environment behind, in a folder that it names."""
+
 import argparse
 import os
 import re
@@ -15,7 +16,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORTS = {"import cmixtral_nb": "import cmixtral_nb", "cmixtral --help": "from cmixtral_nb.pipeline import main; main(['--help'])", "an empty Python": "pass"}
+IMPORTS = {
+    "import cmixtral_nb": "import cmixtral_nb",
+    "cmixtral --help": "from cmixtral_nb.pipeline import main; main(['--help'])",
+    "an empty Python": "pass",
+}
 
 
 def sh(*args, **kw):
@@ -34,34 +39,96 @@ def seconds(python, code, cwd, n=7):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--extras", default="")
-    p.add_argument("--torch", default="torch==2.13.0", help="installed first, so that no other build is fetched")
+    p.add_argument(
+        "--torch",
+        default="torch==2.13.0",
+        help="installed first, so that no other build is fetched",
+    )
     p.add_argument("--lowest", action="store_true")
-    p.add_argument("--run", action="store_true", help="run the tiny recipe with the installed package")
+    p.add_argument(
+        "--run", action="store_true", help="run the tiny recipe with the installed package"
+    )
     a = p.parse_args()
-    requirements = (ROOT / "settings.ini").read_text(encoding="utf-8").split("\nrequirements = ")[1].split("\n")[0].split()
+    requirements = (
+        (ROOT / "settings.ini")
+        .read_text(encoding="utf-8")
+        .split("\nrequirements = ")[1]
+        .split("\n")[0]
+        .split()
+    )
     tmp = Path(tempfile.mkdtemp(prefix="cmixtral-package-"))
-    shutil.copytree(ROOT, tmp / "src", ignore=shutil.ignore_patterns(".git", "runs", "_docs", "_proc", "__pycache__", ".venv", "build", "dist"))
+    shutil.copytree(
+        ROOT,
+        tmp / "src",
+        ignore=shutil.ignore_patterns(
+            ".git", "runs", "_docs", "_proc", "__pycache__", ".venv", "build", "dist"
+        ),
+    )
     sh(sys.executable, "-m", "venv", tmp / "venv")
     python = tmp / "venv" / "bin" / "python"
-    sh(python, "-m", "pip", "-q", "install", "build", "setuptools", "wheel", *(["uv"] if a.lowest else []))
-    sh(python, "-m", "build", "-q", "--no-isolation" if a.lowest else "-q", "-o", tmp / "dist", tmp / "src", stdout=subprocess.DEVNULL)
+    sh(
+        python,
+        "-m",
+        "pip",
+        "-q",
+        "install",
+        "build",
+        "setuptools",
+        "wheel",
+        *(["uv"] if a.lowest else []),
+    )
+    sh(
+        python,
+        "-m",
+        "build",
+        "-q",
+        "--no-isolation" if a.lowest else "-q",
+        "-o",
+        tmp / "dist",
+        tmp / "src",
+        stdout=subprocess.DEVNULL,
+    )
     for f in sorted((tmp / "dist").iterdir()):
         print(f"{f.name}: {f.stat().st_size / 1e6:.2f} MB")
     whl = str(next((tmp / "dist").glob("*.whl"))) + (f"[{a.extras}]" if a.extras else "")
     start = time.perf_counter()
     sh(python, "-m", "pip", "-q", "install", a.torch)
     if a.lowest:  # torch stays as it is: an older one would be another build
-        (tmp / "floor.txt").write_text("\n".join(r for r in requirements if not r.startswith("torch")) + "\n")
+        (tmp / "floor.txt").write_text(
+            "\n".join(r for r in requirements if not r.startswith("torch")) + "\n"
+        )
         (tmp / "over.txt").write_text(a.torch + "\n")
-        sh(python, "-m", "uv", "pip", "install", "-q", "--python", python, "--resolution", "lowest-direct", "--override", tmp / "over.txt", "-r", tmp / "floor.txt")
+        sh(
+            python,
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "-q",
+            "--python",
+            python,
+            "--resolution",
+            "lowest-direct",
+            "--override",
+            tmp / "over.txt",
+            "-r",
+            tmp / "floor.txt",
+        )
         sh(python, "-m", "uv", "pip", "install", "-q", "--python", python, "--no-deps", whl)
     else:
         sh(python, "-m", "pip", "-q", "install", whl)
     print(f"installed in {time.perf_counter() - start:.0f} s")
     wanted = {re.match(r"[\w.-]+", r)[0].lower() for r in requirements}
-    have = subprocess.run([python, "-m", "pip", "list", "--format", "freeze"], capture_output=True, text=True, check=True).stdout.split()
+    have = subprocess.run(
+        [python, "-m", "pip", "list", "--format", "freeze"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     print("with", *[h for h in have if h.split("==")[0].lower().replace("_", "-") in wanted])
     empty = tmp / "empty"
     empty.mkdir()
@@ -71,7 +138,12 @@ def main():
     sh(cmixtral, "--version", cwd=empty)
     if a.run:
         start = time.perf_counter()
-        sh(cmixtral, "run", cwd=empty, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+        sh(
+            cmixtral,
+            "run",
+            cwd=empty,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
         print(f"cmixtral run: {time.perf_counter() - start:.0f} s")
     print("left behind:", tmp)
 

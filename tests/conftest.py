@@ -1,4 +1,5 @@
 "One micro run of the whole chain, shared by the tests that need real artifacts."
+
 import os
 import shutil
 import subprocess
@@ -11,8 +12,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 MICRO = """
 name = "micro"
@@ -86,7 +97,14 @@ new_tokens = 4
 def cmixtral(*args, cwd=None, env=None, code="", timeout=600):
     "Run the command in a process of its own; `code` runs before it (to inject a fault)"
     run = f"{code}\nimport sys\nfrom cmixtral_nb.pipeline import main\nsys.exit(main())"
-    return subprocess.run([sys.executable, "-c", run, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})
+    return subprocess.run(
+        [sys.executable, "-c", run, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -119,16 +137,30 @@ def cli(capsys):
 def wheel(tmp_path_factory):
     "The package as a user installs it: a folder with nothing but what the wheel holds (beside it, the wheel itself)"
     tmp, root = tmp_path_factory.mktemp("wheel"), Path(__file__).parents[1]
-    shutil.copytree(root / "cmixtral_nb", tmp / "cmixtral_nb", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in "settings.ini setup.py MANIFEST.in README.md LICENSE CHANGELOG.md".split():
+    shutil.copytree(
+        root / "cmixtral_nb", tmp / "cmixtral_nb", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ["settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]:
         shutil.copy(root / name, tmp)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."], cwd=tmp, check=True, capture_output=True)
-    subprocess.run([*pip, "install", "--no-deps", "--target", "site", *(tmp / "dist").glob("*.whl")], cwd=tmp, check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."],
+        cwd=tmp,
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", "site", *(tmp / "dist").glob("*.whl")],
+        cwd=tmp,
+        check=True,
+        capture_output=True,
+    )
     return tmp / "site"
 
 
-@pytest.fixture(scope="module")  # not of the session: while it is open, no other test could use asyncio
+@pytest.fixture(
+    scope="module"
+)  # not of the session: while it is open, no other test could use asyncio
 def chromium():
     api = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM:

@@ -1,4 +1,5 @@
 "What no notebook may have, and that the checker sees it; the table and the budgets: python tests/check_notebooks.py"
+
 import json
 import re
 
@@ -19,7 +20,15 @@ def test_the_table_counts_every_chapter():
 
 @pytest.mark.parametrize("name", [p.stem for p in CHAPTERS])
 def test_names_are_shown_and_tested_and_outputs_are_light(name):
-    assert not {w.split()[0] for w in over_budget(survey(NBS / f"{name}.ipynb"))} & {"cells", "words", "median", "row", "shown", "tested", "kB"}
+    assert not {w.split()[0] for w in over_budget(survey(NBS / f"{name}.ipynb"))} & {
+        "cells",
+        "words",
+        "median",
+        "row",
+        "shown",
+        "tested",
+        "kB",
+    }
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -27,13 +36,30 @@ def test_a_long_cell_of_the_package_has_its_reason_beside_it(path):
     cs = cells(path)
     for i, c in enumerate(cs):
         if "export" in c["flags"] and len(body(c).splitlines()) > BUDGET["export"][1]:
-            beside = " ".join(next((x["text"] for x in part if x["cell_type"] == "markdown"), "") for part in (cs[i::-1], cs[i:]))
+            beside = " ".join(
+                next((x["text"] for x in part if x["cell_type"] == "markdown"), "")
+                for part in (cs[i::-1], cs[i:])
+            )
             assert re.search(r"\b(long|longer|whole|cannot be cut)\b", beside), c["text"][:200]
 
 
 def notebook(tmp_path, *cells):
     path = tmp_path / "09_x.ipynb"
-    path.write_text(json.dumps(dict(cells=[dict(dict(cell_type="code", id=str(i), source=[s], outputs=o, execution_count=None), **more) for i, (s, o, more) in enumerate(cells)])))
+    path.write_text(
+        json.dumps(
+            dict(
+                cells=[
+                    dict(
+                        dict(
+                            cell_type="code", id=str(i), source=[s], outputs=o, execution_count=None
+                        ),
+                        **more,
+                    )
+                    for i, (s, o, more) in enumerate(cells)
+                ]
+            )
+        )
+    )
     return path
 
 
@@ -55,7 +81,12 @@ def says(text, name="stdout"):
         ("plt.plot(x)", PICTURE, {}, "without labels"),
         ("!pip install torch", says("ok"), {}, "pip install"),
         ("1", says("1"), dict(execution_count=3), "execution count"),
-        ("into `_docs`, sorted by `_seal` of the first chapter", [], dict(cell_type="markdown"), "a private name"),
+        (
+            "into `_docs`, sorted by `_seal` of the first chapter",
+            [],
+            dict(cell_type="markdown"),
+            "a private name",
+        ),
     ],
 )
 def test_each_fault_is_seen(tmp_path, source, outputs, more, fault):
@@ -63,5 +94,9 @@ def test_each_fault_is_seen(tmp_path, source, outputs, more, fault):
 
 
 def test_what_is_right_is_no_fault(tmp_path):
-    good = ("def show(): ax.set(xlabel='step', ylabel='loss')", [], {}), ("show()", PICTURE, {}), ("try_it()", says("StageError: no such file", "stderr"), {})
+    good = (
+        ("def show(): ax.set(xlabel='step', ylabel='loss')", [], {}),
+        ("show()", PICTURE, {}),
+        ("try_it()", says("StageError: no such file", "stderr"), {}),
+    )
     assert faults(notebook(tmp_path, *good)) == []

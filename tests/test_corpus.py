@@ -1,4 +1,5 @@
 "Reading, cleaning and splitting text: bad inputs, edge cases, properties."
+
 import bz2
 import gzip
 import json
@@ -10,14 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmixtral_nb.artifact import StageError
-from cmixtral_nb.corpus import (Deduplicator, clean, clean_docs, corpus, corpus_langs, corpus_texts, doc_files,
-                                is_heldout, lang_script, parse_sources, read_docs, script_pattern, script_share)
+from cmixtral_nb.corpus import (
+    Deduplicator,
+    clean,
+    clean_docs,
+    corpus,
+    corpus_langs,
+    corpus_texts,
+    doc_files,
+    is_heldout,
+    lang_script,
+    parse_sources,
+    read_docs,
+    script_pattern,
+    script_share,
+)
 
 ROWS = [{"text": f"第{i}篇文章，讲词表扩充。", "source": "a"} for i in range(40)]
 
 
 def jsonl(path, rows):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -33,19 +49,33 @@ def here(tmp_path, monkeypatch):
 
 # ---- forms
 
+
 def test_every_form_gives_the_same_texts(here):
     data = jsonl(here / "a.jsonl", ROWS).read_bytes()
-    for name, opener in {"b.jsonl.gz": gzip.open, "b.jsonl.xz": lzma.open, "b.jsonl.bz2": bz2.open}.items():
+    for name, opener in {
+        "b.jsonl.gz": gzip.open,
+        "b.jsonl.xz": lzma.open,
+        "b.jsonl.bz2": bz2.open,
+    }.items():
         with opener(name, "wb") as f:
             f.write(data)
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     with pa.output_stream("b.jsonl.zst", compression="zstd") as f:
         f.write(data)
     pq.write_table(pa.Table.from_pylist(ROWS), "b.parquet")
     (here / "b.txt").write_text("\n\n\n".join(r["text"] for r in ROWS) + "\n", encoding="utf-8")
     want = [r["text"] for r in ROWS]
-    for name in ("a.jsonl", "b.jsonl.gz", "b.jsonl.xz", "b.jsonl.bz2", "b.jsonl.zst", "b.parquet", "b.txt"):
+    for name in (
+        "a.jsonl",
+        "b.jsonl.gz",
+        "b.jsonl.xz",
+        "b.jsonl.bz2",
+        "b.jsonl.zst",
+        "b.parquet",
+        "b.txt",
+    ):
         assert texts(name) == want, name
 
 
@@ -78,7 +108,15 @@ def test_builtin_parallel_keeps_both_sides():
 
 # ---- bad lines
 
-BAD = [b'{"text": "good"}', b'{"text": "cut', b'{"text": "\xd6\xd0"}', b'["text"]', b'{"text": 7}', b'{"title": "x"}', b'{"text": "last"}']
+BAD = [
+    b'{"text": "good"}',
+    b'{"text": "cut',
+    b'{"text": "\xd6\xd0"}',
+    b'["text"]',
+    b'{"text": 7}',
+    b'{"title": "x"}',
+    b'{"text": "last"}',
+]
 
 
 def test_bad_lines_are_counted(here):
@@ -88,8 +126,15 @@ def test_bad_lines_are_counted(here):
     assert n == {"invalid JSON": 1, "invalid UTF-8": 1, "no text": 3}
 
 
-@pytest.mark.parametrize("i, words", [(1, "r.jsonl:1: invalid JSON"), (2, "r.jsonl:1: invalid UTF-8 (byte 0xd6 at column 10)"),
-                                      (3, 'r.jsonl:1: expected an object with a string under "text"'), (4, "under \"text\"")])
+@pytest.mark.parametrize(
+    "i, words",
+    [
+        (1, "r.jsonl:1: invalid JSON"),
+        (2, "r.jsonl:1: invalid UTF-8 (byte 0xd6 at column 10)"),
+        (3, 'r.jsonl:1: expected an object with a string under "text"'),
+        (4, 'under "text"'),
+    ],
+)
 def test_stop_names_the_line(here, i, words):
     (here / "r.jsonl").write_bytes(BAD[i])
     with pytest.raises(StageError) as e:
@@ -104,7 +149,9 @@ def test_deeply_nested_json_is_a_bad_line(here):
 
 @pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.xz"])
 def test_truncated_archive(here, name):
-    data = {"cut.jsonl.gz": gzip.compress, "cut.jsonl.xz": lzma.compress}[name](jsonl(here / "a", ROWS).read_bytes())
+    data = {"cut.jsonl.gz": gzip.compress, "cut.jsonl.xz": lzma.compress}[name](
+        jsonl(here / "a", ROWS).read_bytes()
+    )
     (here / name).write_bytes(data[:-40])
     with pytest.raises(StageError, match="cannot be read to its end .*; copy or download it again"):
         texts(name)
@@ -117,9 +164,17 @@ def test_not_what_its_name_says(here, name):
         texts(name)
 
 
-@pytest.mark.parametrize("ref, words", [
-    ("none.jsonl", "none.jsonl: no such file"), ("*.parquet", "no such file"), ("builtin:fr", "no such corpus, expected builtin:zh"),
-    ("hub:", "names no data set"), ("a.pdf", "a.pdf: unknown form, expected .jsonl"), ("empty", "empty: holds no file of the forms")])
+@pytest.mark.parametrize(
+    "ref, words",
+    [
+        ("none.jsonl", "none.jsonl: no such file"),
+        ("*.parquet", "no such file"),
+        ("builtin:fr", "no such corpus, expected builtin:zh"),
+        ("hub:", "names no data set"),
+        ("a.pdf", "a.pdf: unknown form, expected .jsonl"),
+        ("empty", "empty: holds no file of the forms"),
+    ],
+)
 def test_references_that_cannot_be_read(here, ref, words):
     (here / "a.pdf").write_text("x")
     (here / "empty").mkdir()
@@ -135,17 +190,26 @@ def test_on_error_must_be_known(here):
 
 # ---- the hub, without a network
 
+
 def test_hub_reference_is_taken_apart(monkeypatch):
     import datasets
+
     seen = {}
 
     def load(ident, config, **kw):
         seen.update(kw, ident=ident, config=config)
         return iter([{"content": "甲"}, {"content": None}])
+
     monkeypatch.setattr(datasets, "load_dataset", load)
     n = Counter()
     assert texts("hub:org/name:sub@data/2022*#content", counts=n) == ["甲"]
-    assert seen == dict(ident="org/name", config="sub", data_files="data/2022*", split="train", streaming=True) and n["no text"] == 1
+    assert (
+        seen
+        == dict(
+            ident="org/name", config="sub", data_files="data/2022*", split="train", streaming=True
+        )
+        and n["no text"] == 1
+    )
 
 
 def test_hub_failure_is_one_line(monkeypatch):
@@ -153,13 +217,18 @@ def test_hub_failure_is_one_line(monkeypatch):
 
     def load(*a, **kw):
         raise ConnectionError("no\nroute")
+
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(StageError) as e:
         texts("hub:org/name")
-    assert str(e.value) == "hub:org/name: ConnectionError: no route; check the id, the network and HF_HUB_OFFLINE"
+    assert (
+        str(e.value)
+        == "hub:org/name: ConnectionError: no route; check the id, the network and HF_HUB_OFFLINE"
+    )
 
 
 # ---- cleaning, scripts, repetition, split
+
 
 @given(st.text(max_size=200))
 @settings(max_examples=200, deadline=None)
@@ -169,15 +238,21 @@ def test_clean_is_idempotent_and_encodable(t):
     c.encode("utf-8")
 
 
-@given(st.text(alphabet=st.characters(min_codepoint=0x4e00, max_codepoint=0x9fff), min_size=1, max_size=50))
+@given(
+    st.text(
+        alphabet=st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=1, max_size=50
+    )
+)
 def test_clean_leaves_chinese_alone(t):
     assert clean(t) == t and script_share(t, "Han") == 1
 
 
 def test_scripts():
-    assert lang_script("zh-Hant") == "Han" and lang_script("en") == "Latin" and lang_script("xx") == ""
+    assert (
+        lang_script("zh-Hant") == "Han" and lang_script("en") == "Latin" and lang_script("xx") == ""
+    )
     assert script_pattern("Han Kana").fullmatch("日本のカナ")
-    assert script_share("日本 ab", "Han") == .5 and script_share("12 !", "Han") == 0
+    assert script_share("日本 ab", "Han") == 0.5 and script_share("12 !", "Han") == 0
     with pytest.raises(StageError, match="script 'Elvish' is unknown, expected Han, Kana"):
         script_pattern("Elvish")
 
@@ -193,7 +268,10 @@ def test_deduplicator_equals_a_set_of_normal_forms(docs):
 
 def test_paragraphs_stand_once():
     long, n = "这是一段足够长的文字，" * 5, Counter()
-    rows = [{"text": f"{h}\n{long}", "source": "s"} for h in ("第一页的标题在这里", "第二页的标题也在这里")] + [{"text": long, "source": "s"}]
+    rows = [
+        {"text": f"{h}\n{long}", "source": "s"}
+        for h in ("第一页的标题在这里", "第二页的标题也在这里")
+    ] + [{"text": long, "source": "s"}]
     out = list(clean_docs(rows, "zh", n, min_chars=5))
     assert [r["text"] for r in out] == [f"第一页的标题在这里\n{long}", "第二页的标题也在这里"]
     assert n == {"repeated paragraph": 2, "only repeated paragraphs": 1}
@@ -207,16 +285,20 @@ def test_larger_share_only_adds(t, a, b):
 
 
 def test_split_does_not_depend_on_the_order():
-    one = {r["text"]: r["split"] for r in clean_docs(ROWS, "zh", valid_share=.3)}
-    two = {r["text"]: r["split"] for r in clean_docs(ROWS[::-1], "zh", valid_share=.3)}
+    one = {r["text"]: r["split"] for r in clean_docs(ROWS, "zh", valid_share=0.3)}
+    two = {r["text"]: r["split"] for r in clean_docs(ROWS[::-1], "zh", valid_share=0.3)}
     assert one == two and set(one.values()) == {"train", "valid"}
 
 
 # ---- the stage
 
+
 def test_corpus_counts_and_reads_back(here, capsys):
-    jsonl(here / "a.jsonl", ROWS + ROWS[:3] + [{"text": "短"}, {"text": "an English page of some length"}])
-    c = corpus(["zh=a.jsonl"], out="c", valid_share=.2)
+    jsonl(
+        here / "a.jsonl",
+        ROWS + ROWS[:3] + [{"text": "短"}, {"text": "an English page of some length"}],
+    )
+    c = corpus(["zh=a.jsonl"], out="c", valid_share=0.2)
     s = c.stats["zh"]
     assert s["dropped"] == {"repeated document": 3, "too short": 1, "another script": 1}
     assert s["n_docs"] == 40 and s["train"]["n_docs"] + s["valid"]["n_docs"] == 40
@@ -224,35 +306,66 @@ def test_corpus_counts_and_reads_back(here, capsys):
     both = [*corpus_texts(c, "zh"), *corpus_texts(c, "zh", "valid")]
     assert sorted(both) == sorted(r["text"] for r in ROWS) and corpus_langs(c) == ["zh"]
     assert "3 repeated document" in capsys.readouterr().out
-    assert set(json.loads((here / "c/zh.train.jsonl").read_text().splitlines()[0])) == {"text", "source"}
+    assert set(json.loads((here / "c/zh.train.jsonl").read_text().splitlines()[0])) == {
+        "text",
+        "source",
+    }
 
 
 def test_corpus_key_sees_the_contents_of_its_sources(here, capsys):
     f = jsonl(here / "a.jsonl", ROWS)
-    a = corpus(["zh=a.jsonl"], out="c", valid_share=.2)
-    assert corpus(["zh=a.jsonl"], out="c", valid_share=.2).key == a.key and "up to date" in capsys.readouterr().out
+    a = corpus(["zh=a.jsonl"], out="c", valid_share=0.2)
+    assert (
+        corpus(["zh=a.jsonl"], out="c", valid_share=0.2).key == a.key
+        and "up to date" in capsys.readouterr().out
+    )
     jsonl(f, ROWS[:-1])
     with pytest.raises(StageError, match="input files .*--force"):
-        corpus(["zh=a.jsonl"], out="c", valid_share=.2)
+        corpus(["zh=a.jsonl"], out="c", valid_share=0.2)
 
 
 def test_all_faults_at_once(here):
     with pytest.raises(StageError) as e:
-        corpus(["zh=none.jsonl", "oops", "EN=builtin:en", "en=builtin:xx"], out="c", valid_share=1.5, on_error="no", min_share=2)
+        corpus(
+            ["zh=none.jsonl", "oops", "EN=builtin:en", "en=builtin:xx"],
+            out="c",
+            valid_share=1.5,
+            on_error="no",
+            min_share=2,
+        )
     assert len(e.value.args) == 7 and not (here / "c").exists() and not (here / "c.tmp").exists()
-    for words in ("none.jsonl: no such file", "source 'oops': expected LANG=REF", "source 'EN=builtin:en'", "builtin:xx: no such corpus",
-                  "valid_share is 1.5, expected at least 0", "on_error is 'no', expected skip or stop", "min_share is 2, expected 0 to 1"):
+    for words in (
+        "none.jsonl: no such file",
+        "source 'oops': expected LANG=REF",
+        "source 'EN=builtin:en'",
+        "builtin:xx: no such corpus",
+        "valid_share is 1.5, expected at least 0",
+        "on_error is 'no', expected skip or stop",
+        "min_share is 2, expected 0 to 1",
+    ):
         assert words in str(e.value)
     with pytest.raises(StageError, match="no sources, expected LANG=REF"):
         parse_sources([])
 
 
-@pytest.mark.parametrize("rows, share, words", [
-    ([], .1, "no zh document is left (the sources hold no document)"),
-    ([{"text": "only English here, page after page"}], .1, "no zh text, expected documents with Han characters (1 another script)"),
-    ([{"text": "短"}], .1, "no zh document is left (1 too short)"),
-    (ROWS[:2], .000001, "none of 2 zh documents is held out at valid_share=1e-06; raise it, to 0.5 say: cmixtral corpus --valid-share (in a text file a blank line ends a document)"),
-    (ROWS[:2], .999999, "all 2 zh documents are held out")])
+@pytest.mark.parametrize(
+    "rows, share, words",
+    [
+        ([], 0.1, "no zh document is left (the sources hold no document)"),
+        (
+            [{"text": "only English here, page after page"}],
+            0.1,
+            "no zh text, expected documents with Han characters (1 another script)",
+        ),
+        ([{"text": "短"}], 0.1, "no zh document is left (1 too short)"),
+        (
+            ROWS[:2],
+            0.000001,
+            "none of 2 zh documents is held out at valid_share=1e-06; raise it, to 0.5 say: cmixtral corpus --valid-share (in a text file a blank line ends a document)",
+        ),
+        (ROWS[:2], 0.999999, "all 2 zh documents are held out"),
+    ],
+)
 def test_corpora_that_nothing_can_use(here, rows, share, words):
     jsonl(here / "a.jsonl", rows)
     with pytest.raises(StageError) as e:
@@ -272,7 +385,10 @@ def test_limits_and_languages(here):
     c = corpus(["zh=a.jsonl"], out="c", valid_share=0, limit_chars=100)
     assert 100 <= c.stats["zh"]["train"]["n_chars"] < 120
     assert len(list(corpus_texts(c, "zh", limit_chars=20))) == 2
-    with pytest.raises(StageError, match="c has no train text in en, it has zh; run: cmixtral corpus --sources en=REF"):
+    with pytest.raises(
+        StageError,
+        match="c has no train text in en, it has zh; run: cmixtral corpus --sources en=REF",
+    ):
         list(corpus_texts(c, "en"))
     assert [*corpus_texts("a.jsonl", "zh")] == [r["text"] for r in ROWS]
     assert [p.name for p in doc_files("builtin:zh")] == ["zh.jsonl.xz"]
@@ -280,9 +396,18 @@ def test_limits_and_languages(here):
 
 def test_attribution_names_every_source_that_ships():
     from cmixtral_nb.artifact import package_data
+
     text = package_data("data/ATTRIBUTION.md").read_text(encoding="utf-8")
-    n = Counter((name, r["source"], r["licence"].split("/")[0]) for name in ("zh", "en") for r in read_docs(f"builtin:{name}"))
-    n["parallel", "cataclysm-dda-data", "CC-BY-SA-3.0"] = sum(1 for _ in read_docs("builtin:parallel"))
+    n = Counter(
+        (name, r["source"], r["licence"].split("/")[0])
+        for name in ("zh", "en")
+        for r in read_docs(f"builtin:{name}")
+    )
+    n["parallel", "cataclysm-dda-data", "CC-BY-SA-3.0"] = sum(
+        1 for _ in read_docs("builtin:parallel")
+    )
     for (name, source, licence), k in n.items():
-        row = next(l for l in text.splitlines() if l.startswith(f"| {name}.jsonl.xz") and source in l)
+        row = next(
+            l for l in text.splitlines() if l.startswith(f"| {name}.jsonl.xz") and source in l
+        )
         assert f"| {k:,} |" in row and row.endswith(f"| {licence} |"), row

@@ -1,5 +1,12 @@
 "What the chapter on evaluation does not show: broken files, other forms, interruption, and lm-eval's own result"
-import gzip, json, lzma, math, os, shlex, zipfile
+
+import gzip
+import json
+import lzma
+import math
+import os
+import shlex
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -7,98 +14,150 @@ import pytest
 from cmixtral_nb import evaluate as ev
 from cmixtral_nb.artifact import StageError
 
-pytest.importorskip('lm_eval')
-GEO = 'ceval-valid_high_school_geography'
-HEAD = 'id,question,A,B,C,D,answer'
-VAL = ['0,"中国的首都是____，\n请选择。",上海,北京,广州,成都,B', '1,最高的山峰是____。,泰山,黄山,珠穆朗玛峰,华山,C', '2,长江流入____。,东海,"黄海,或渤海",南海,渤海,A']
-DEV = ['0,最长的河流是____。,长江,黄河,珠江,淮河,A,解释', '1,地球绕____转。,月亮,太阳,火星,木星,B,解释']
+pytest.importorskip("lm_eval")
+GEO = "ceval-valid_high_school_geography"
+HEAD = "id,question,A,B,C,D,answer"
+VAL = [
+    '0,"中国的首都是____，\n请选择。",上海,北京,广州,成都,B',
+    "1,最高的山峰是____。,泰山,黄山,珠穆朗玛峰,华山,C",
+    '2,长江流入____。,东海,"黄海,或渤海",南海,渤海,A',
+]
+DEV = [
+    "0,最长的河流是____。,长江,黄河,珠江,淮河,A,解释",
+    "1,地球绕____转。,月亮,太阳,火星,木星,B,解释",
+]
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    d = tmp_path_factory.mktemp('bench')
-    with zipfile.ZipFile(d/'ceval.zip', 'w') as z:
-        z.writestr('val/high_school_geography_val.csv', '\ufeff' + '\n'.join([HEAD, *VAL]))
-        z.writestr('dev/high_school_geography_dev.csv', '\n'.join([HEAD + ',explanation', *DEV]))
-    with zipfile.ZipFile(d/'mmlu.zip', 'w') as z:
-        for s in ('test', 'dev'): z.writestr(f'{s}/anatomy_{s}.csv', '"One, two?",1,2,3,4,C\nThree?,a,b,"c, d",e,A\n')
-    rows = [dict(ctx='Shoes: A man sits. he', label=1, endings=['runs.', 'ties a shoe.', 'sings.', 'eats.']),
-            dict(ctx='Food: How to cook rice. Wash it. you', label=0, endings=['Boil it.', 'Sell it.', 'Paint it.', 'Sing it.'])]
-    (d/'hellaswag_val.jsonl.xz').write_bytes(lzma.compress('\n'.join(map(json.dumps, rows)).encode()))
+    d = tmp_path_factory.mktemp("bench")
+    with zipfile.ZipFile(d / "ceval.zip", "w") as z:
+        z.writestr("val/high_school_geography_val.csv", "\ufeff" + "\n".join([HEAD, *VAL]))
+        z.writestr("dev/high_school_geography_dev.csv", "\n".join([HEAD + ",explanation", *DEV]))
+    with zipfile.ZipFile(d / "mmlu.zip", "w") as z:
+        for s in ("test", "dev"):
+            z.writestr(f"{s}/anatomy_{s}.csv", '"One, two?",1,2,3,4,C\nThree?,a,b,"c, d",e,A\n')
+    rows = [
+        dict(
+            ctx="Shoes: A man sits. he",
+            label=1,
+            endings=["runs.", "ties a shoe.", "sings.", "eats."],
+        ),
+        dict(
+            ctx="Food: How to cook rice. Wash it. you",
+            label=0,
+            endings=["Boil it.", "Sell it.", "Paint it.", "Sing it."],
+        ),
+    ]
+    (d / "hellaswag_val.jsonl.xz").write_bytes(
+        lzma.compress("\n".join(map(json.dumps, rows)).encode())
+    )
     return d
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def model(tmp_path_factory):
     import torch
     from transformers import MixtralForCausalLM
+
     from cmixtral_nb.mixtral import small_config
     from cmixtral_nb.vocab import base_tokenizer_model, write_tokenizer
+
     torch.manual_seed(0)
-    d = write_tokenizer(base_tokenizer_model('mixtral'), tmp_path_factory.mktemp('model'))
-    MixtralForCausalLM(small_config(64, 1, 4, 2, 128, 4, 2, 32000, 1024, 0.)).save_pretrained(d)
+    d = write_tokenizer(base_tokenizer_model("mixtral"), tmp_path_factory.mktemp("model"))
+    MixtralForCausalLM(small_config(64, 1, 4, 2, 128, 4, 2, 32000, 1024, 0.0)).save_pretrained(d)
     return d
 
 
 def faults(*a, **kw):
-    with pytest.raises(StageError) as e: ev.evaluate(*a, **kw)
+    with pytest.raises(StageError) as e:
+        ev.evaluate(*a, **kw)
     return str(e.value)
 
 
 def test_rows_keep_quotes_and_lines(bench):
     r = ev.read_rows(bench, GEO)
-    assert r['val'][0]['question'] == '中国的首都是____，\n请选择。' and r['val'][2]['B'] == '黄海,或渤海'
-    assert r['dev'][0].keys() == r['val'][0].keys()  # datasets wants the same columns
-    assert ev.read_rows(bench, 'mmlu_anatomy')['test'] == [dict(question='One, two?', choices=list('1234'), answer=2),
-                                                            dict(question='Three?', choices=['a', 'b', 'c, d', 'e'], answer=0)]
+    assert (
+        r["val"][0]["question"] == "中国的首都是____，\n请选择。"
+        and r["val"][2]["B"] == "黄海,或渤海"
+    )
+    assert r["dev"][0].keys() == r["val"][0].keys()  # datasets wants the same columns
+    assert ev.read_rows(bench, "mmlu_anatomy")["test"] == [
+        dict(question="One, two?", choices=list("1234"), answer=2),
+        dict(question="Three?", choices=["a", "b", "c, d", "e"], answer=0),
+    ]
 
 
 def test_an_unpacked_folder_is_as_good(bench, tmp_path):
-    zipfile.ZipFile(bench/'ceval.zip').extractall(tmp_path/'ceval')
+    zipfile.ZipFile(bench / "ceval.zip").extractall(tmp_path / "ceval")
     assert ev.read_rows(tmp_path, GEO) == ev.read_rows(bench, GEO)
 
 
 def test_hellaswag_forms(bench, tmp_path):
-    a, b = ev.read_rows(bench, 'hellaswag')['validation']
-    assert (a['ctx_a'], a['ctx_b']) == ('A man sits.', 'he') and b['ctx_b'] == ''
-    (tmp_path/'hellaswag_val.jsonl.gz').write_bytes(gzip.compress(json.dumps(a).encode()))
-    (tmp_path/'hellaswag_train.jsonl').write_text(json.dumps(b))
-    assert ev.read_rows(tmp_path, 'hellaswag') == dict(validation=[a], train=[b])
+    a, b = ev.read_rows(bench, "hellaswag")["validation"]
+    assert (a["ctx_a"], a["ctx_b"]) == ("A man sits.", "he") and b["ctx_b"] == ""
+    (tmp_path / "hellaswag_val.jsonl.gz").write_bytes(gzip.compress(json.dumps(a).encode()))
+    (tmp_path / "hellaswag_train.jsonl").write_text(json.dumps(b))
+    assert ev.read_rows(tmp_path, "hellaswag") == dict(validation=[a], train=[b])
 
 
 def test_every_fault_at_once(bench, tmp_path, model):
-    text = faults(tmp_path/'none', tasks='helaswag,cmmlu', data=bench, shots=-1, batch=-1, out=tmp_path/'out')
+    text = faults(
+        tmp_path / "none",
+        tasks="helaswag,cmmlu",
+        data=bench,
+        shots=-1,
+        batch=-1,
+        out=tmp_path / "out",
+    )
     assert len(text.splitlines()) == 5
-    for part in ('shots is -1', 'batch is -1', "unknown task 'helaswag', did you mean 'hellaswag'?", 'cmmlu.zip: no such file', 'none'): assert part in text
+    for part in (
+        "shots is -1",
+        "batch is -1",
+        "unknown task 'helaswag', did you mean 'hellaswag'?",
+        "cmmlu.zip: no such file",
+        "none",
+    ):
+        assert part in text
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('name,content,want', [
-    ('ceval.zip', b'not a zip', 'cannot be read (BadZipFile'),
-    ('hellaswag_val.jsonl', b'{"ctx": "a", ', 'cannot be read (JSONDecodeError'),
-    ('hellaswag_val.jsonl', b'{"ctx": "a"}', 'no column endings, label; expected ctx'),
-    ('hellaswag_val.jsonl', b'', 'has no validation questions'),
-    ('hellaswag_val.jsonl.xz', lzma.compress(b'{}')[:-9], 'cannot be read')])
+@pytest.mark.parametrize(
+    "name,content,want",
+    [
+        ("ceval.zip", b"not a zip", "cannot be read (BadZipFile"),
+        ("hellaswag_val.jsonl", b'{"ctx": "a", ', "cannot be read (JSONDecodeError"),
+        ("hellaswag_val.jsonl", b'{"ctx": "a"}', "no column endings, label; expected ctx"),
+        ("hellaswag_val.jsonl", b"", "has no validation questions"),
+        ("hellaswag_val.jsonl.xz", lzma.compress(b"{}")[:-9], "cannot be read"),
+    ],
+)
 def test_broken_benchmarks(name, content, want, tmp_path, model):
-    (tmp_path/name).write_bytes(content)
-    text = faults(model, tasks=GEO if 'ceval' in name else 'hellaswag', data=tmp_path, out=tmp_path/'out')
+    (tmp_path / name).write_bytes(content)
+    text = faults(
+        model, tasks=GEO if "ceval" in name else "hellaswag", data=tmp_path, out=tmp_path / "out"
+    )
     assert want in text and len(text.splitlines()) == 1
 
 
 def test_other_requests_that_cannot_be(bench, tmp_path, model, monkeypatch):
-    assert 'give their folder with --data' in faults(model, tasks=GEO, out=tmp_path/'o')
-    assert 'no such folder' in faults(model, tasks=GEO, data=tmp_path/'no', out=tmp_path/'o')
-    assert 'has no adapter_config.json' in faults(model, adapter=bench, out=tmp_path/'o')
-    assert '1 other' not in faults(model, tasks='mmlu_virology', data=bench, out=tmp_path/'o')
-    assert 'is not a corpus' in faults(model, corpus=bench, out=tmp_path/'o')
-    monkeypatch.setattr(ev, 'task_files', dict)
-    assert "pip install 'cmixtral_nb[eval]'" in faults(model, tasks='mmlu', data=bench, out=tmp_path/'o')
+    assert "give their folder with --data" in faults(model, tasks=GEO, out=tmp_path / "o")
+    assert "no such folder" in faults(model, tasks=GEO, data=tmp_path / "no", out=tmp_path / "o")
+    assert "has no adapter_config.json" in faults(model, adapter=bench, out=tmp_path / "o")
+    assert "1 other" not in faults(model, tasks="mmlu_virology", data=bench, out=tmp_path / "o")
+    assert "is not a corpus" in faults(model, corpus=bench, out=tmp_path / "o")
+    monkeypatch.setattr(ev, "task_files", dict)
+    assert "pip install 'cmixtral_nb[eval]'" in faults(
+        model, tasks="mmlu", data=bench, out=tmp_path / "o"
+    )
 
 
 def test_the_four_benchmarks_have_all_their_tasks():
     files = ev.task_files()
-    assert [len(set(ev.leaves(n, files))) for n in ('ceval-valid', 'cmmlu', 'mmlu', 'hellaswag')] == [52, 67, 57, 1]
-    assert ev._top(['mmlu', 'mmlu_anatomy', 'mmlu_stem', 'hellaswag']) == ['mmlu', 'hellaswag']
+    assert [
+        len(set(ev.leaves(n, files))) for n in ("ceval-valid", "cmmlu", "mmlu", "hellaswag")
+    ] == [52, 67, 57, 1]
+    assert ev._top(["mmlu", "mmlu_anatomy", "mmlu_stem", "hellaswag"]) == ["mmlu", "hellaswag"]
 
 
 def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
@@ -106,226 +165,381 @@ def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
     import yaml
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
+
     rows = ev.read_rows(bench, GEO)
-    for s in rows: (tmp_path/f'{s}.jsonl').write_text('\n'.join(json.dumps(r) for r in rows[s]))
-    (tmp_path/'t.yaml').write_text(yaml.safe_dump(dict(include=str(ev.task_files()[GEO]), task='theirs', dataset_path='json', dataset_name=None,
-        dataset_kwargs=dict(data_files={s: str(tmp_path/f'{s}.jsonl') for s in rows}, cache_dir=str(tmp_path/'cache')))))
-    theirs = simple_evaluate(model='hf', model_args=dict(pretrained=str(model), dtype='float32'), device='cpu', tasks=['theirs'], num_fewshot=2,
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), log_samples=True, bootstrap_iters=0)
-    ours = ev.run_lm_eval(ev.load_model(model, device='cpu'), ev.load_tokenizer(model), [GEO], bench, shots=2, samples=True)
-    get = lambda r, t: [x[0][0] for s in r['samples'][t] for x in s['resps']]
-    assert get(ours, GEO) == pytest.approx(get(theirs, 'theirs'), abs=1e-4)
-    assert ours['results'][GEO]['acc,none'] == theirs['results']['theirs']['acc,none']
-    assert [s['arguments'] for s in ours['samples'][GEO]] == [s['arguments'] for s in theirs['samples']['theirs']]
+    for s in rows:
+        (tmp_path / f"{s}.jsonl").write_text("\n".join(json.dumps(r) for r in rows[s]))
+    (tmp_path / "t.yaml").write_text(
+        yaml.safe_dump(
+            dict(
+                include=str(ev.task_files()[GEO]),
+                task="theirs",
+                dataset_path="json",
+                dataset_name=None,
+                dataset_kwargs=dict(
+                    data_files={s: str(tmp_path / f"{s}.jsonl") for s in rows},
+                    cache_dir=str(tmp_path / "cache"),
+                ),
+            )
+        )
+    )
+    theirs = simple_evaluate(
+        model="hf",
+        model_args=dict(pretrained=str(model), dtype="float32"),
+        device="cpu",
+        tasks=["theirs"],
+        num_fewshot=2,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    ours = ev.run_lm_eval(
+        ev.load_model(model, device="cpu"),
+        ev.load_tokenizer(model),
+        [GEO],
+        bench,
+        shots=2,
+        samples=True,
+    )
+    get = lambda r, t: [x[0][0] for s in r["samples"][t] for x in s["resps"]]
+    assert get(ours, GEO) == pytest.approx(get(theirs, "theirs"), abs=1e-4)
+    assert ours["results"][GEO]["acc,none"] == theirs["results"]["theirs"]["acc,none"]
+    assert [s["arguments"] for s in ours["samples"][GEO]] == [
+        s["arguments"] for s in theirs["samples"]["theirs"]
+    ]
 
 
 def test_hellaswag_prompt_is_the_published_one(bench, model):
-    r = ev.run_lm_eval(ev.load_model(model, device='cpu'), ev.load_tokenizer(model), ['hellaswag'], bench, samples=True)
-    first = [s['arguments'] for s in r['samples']['hellaswag']][0]
-    assert 'Shoes: A man sits. He' in str(first) and 'ties a shoe.' in str(first)
+    r = ev.run_lm_eval(
+        ev.load_model(model, device="cpu"),
+        ev.load_tokenizer(model),
+        ["hellaswag"],
+        bench,
+        samples=True,
+    )
+    first = [s["arguments"] for s in r["samples"]["hellaswag"]][0]
+    assert "Shoes: A man sits. He" in str(first) and "ties a shoe." in str(first)
 
 
 def zipped(folder, name, files):
-    with zipfile.ZipFile(folder/name, 'w') as z:
-        for k, v in files.items(): z.writestr(k, v)
+    with zipfile.ZipFile(folder / name, "w") as z:
+        for k, v in files.items():
+            z.writestr(k, v)
 
 
-@pytest.mark.parametrize('val,want', [
-    ('id,question,A,B,C,D\n0,q,1,2,3,4', 'no column answer; expected question, A, B, C, D, answer'),
-    (HEAD + '\n0,q,1,2,3', 'row 1 has 5 columns, expected 7'),
-    (HEAD + '\n0,q,1,2,3,4,B\n1,q,1,2,3,4,E', "row 2 has the answer 'E', expected A, B, C or D"),
-    (HEAD, 'has no val questions')])
+@pytest.mark.parametrize(
+    "val,want",
+    [
+        (
+            "id,question,A,B,C,D\n0,q,1,2,3,4",
+            "no column answer; expected question, A, B, C, D, answer",
+        ),
+        (HEAD + "\n0,q,1,2,3", "row 1 has 5 columns, expected 7"),
+        (
+            HEAD + "\n0,q,1,2,3,4,B\n1,q,1,2,3,4,E",
+            "row 2 has the answer 'E', expected A, B, C or D",
+        ),
+        (HEAD, "has no val questions"),
+    ],
+)
 def test_a_broken_table_names_its_column_or_row(val, want, tmp_path, model):
-    zipped(tmp_path, 'ceval.zip', {'val/high_school_geography_val.csv': val, 'dev/high_school_geography_dev.csv': '\n'.join([HEAD, *DEV])})
-    text = faults(model, tasks=GEO, data=tmp_path, out=tmp_path/'out')
+    zipped(
+        tmp_path,
+        "ceval.zip",
+        {
+            "val/high_school_geography_val.csv": val,
+            "dev/high_school_geography_dev.csv": "\n".join([HEAD, *DEV]),
+        },
+    )
+    text = faults(model, tasks=GEO, data=tmp_path, out=tmp_path / "out")
     assert want in text and len(text.splitlines()) == 1
 
 
 def test_more_shots_than_examples_and_no_template(bench, tmp_path, model):
-    assert 'has 2 solved examples for 3 shots' in faults(model, tasks=GEO, data=bench, shots=3, out=tmp_path/'o')
-    assert 'has no chat template; leave out --chat' in faults(model, tasks=GEO, data=bench, chat=True, out=tmp_path/'o')
-    assert "dtype is 'int4', expected auto, float32" in faults(model, dtype='int4', out=tmp_path/'o')
-    assert 'length is 1, expected at least 2' in faults(model, length=1, out=tmp_path/'o')
+    assert "has 2 solved examples for 3 shots" in faults(
+        model, tasks=GEO, data=bench, shots=3, out=tmp_path / "o"
+    )
+    assert "has no chat template; leave out --chat" in faults(
+        model, tasks=GEO, data=bench, chat=True, out=tmp_path / "o"
+    )
+    assert "dtype is 'int4', expected auto, float32" in faults(
+        model, dtype="int4", out=tmp_path / "o"
+    )
+    assert "length is 1, expected at least 2" in faults(model, length=1, out=tmp_path / "o")
 
 
 def copy_of(model, folder, **config):
     import shutil
+
     shutil.copytree(model, folder)
-    c = json.loads((folder/'config.json').read_text())
-    (folder/'config.json').write_text(json.dumps({**c, **config}))
+    c = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**c, **config}))
     return folder
 
 
 def test_model_and_tokenizer_of_different_sizes(tmp_path, model):
-    small = copy_of(model, tmp_path/'small', vocab_size=31000)
-    text = faults(small, out=tmp_path/'o')
-    assert 'has a tokenizer of 32,000 tokens' in text and 'a model of 31,000 rows; run: cmixtral init' in text and len(text.splitlines()) == 1
-    (tmp_path/'small'/'tokenizer.json').unlink()
-    assert 'has no tokenizer.json; run: cmixtral vocab' in faults(small, out=tmp_path/'o')
+    small = copy_of(model, tmp_path / "small", vocab_size=31000)
+    text = faults(small, out=tmp_path / "o")
+    assert (
+        "has a tokenizer of 32,000 tokens" in text
+        and "a model of 31,000 rows; run: cmixtral init" in text
+        and len(text.splitlines()) == 1
+    )
+    (tmp_path / "small" / "tokenizer.json").unlink()
+    assert "has no tokenizer.json; run: cmixtral vocab" in faults(small, out=tmp_path / "o")
 
 
 def test_questions_longer_than_the_context(bench, tmp_path, model, capsys):
-    short = copy_of(model, tmp_path/'short', max_position_embeddings=70)
-    text = faults(short, tasks=GEO, data=bench, out=tmp_path/'o', device='cpu')
-    assert 'questions with their answers are longer than the context of the model; leave the task out' in text and not (tmp_path/'o').exists()
-    ev.evaluate(short, tasks=GEO, data=bench, shots=2, out=tmp_path/'o', device='cpu')
-    assert '12 prompts are longer than the context of the model: lm-eval cuts off their beginning' in capsys.readouterr().out
-    assert json.loads((tmp_path/'o'/'results.json').read_text())['n_long'] == 12
-    tiny = copy_of(model, tmp_path/'tiny', max_position_embeddings=2)
-    assert 'an answer of 4 tokens' in faults(tiny, tasks='hellaswag', data=bench, out=tmp_path/'o2', device='cpu')
+    short = copy_of(model, tmp_path / "short", max_position_embeddings=70)
+    text = faults(short, tasks=GEO, data=bench, out=tmp_path / "o", device="cpu")
+    assert (
+        "questions with their answers are longer than the context of the model; leave the task out"
+        in text
+        and not (tmp_path / "o").exists()
+    )
+    ev.evaluate(short, tasks=GEO, data=bench, shots=2, out=tmp_path / "o", device="cpu")
+    assert (
+        "12 prompts are longer than the context of the model: lm-eval cuts off their beginning"
+        in capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["n_long"] == 12
+    tiny = copy_of(model, tmp_path / "tiny", max_position_embeddings=2)
+    assert "an answer of 4 tokens" in faults(
+        tiny, tasks="hellaswag", data=bench, out=tmp_path / "o2", device="cpu"
+    )
 
 
 def test_text_to_measure_on(tmp_path, model):
-    (tmp_path/'empty.txt').write_text('\n\n')
-    assert 'is empty, expected held-out text' in faults(model, domains=[f'zh/empty={tmp_path}/empty.txt'], out=tmp_path/'o')
-    assert 'expected LANG/NAME=REF' in faults(model, domains=['news=a.txt'], out=tmp_path/'o')
-    assert 'no such file' in faults(model, domains=['zh/news=a.txt'], out=tmp_path/'o')
-    (tmp_path/'c').mkdir()
-    for lang, text in dict(zh='', en='{"text": "a"}\n').items():
-        for split in 'train', 'valid': (tmp_path/'c'/f'{lang}.{split}.jsonl').write_text(text)
-    (tmp_path/'c'/'manifest.json').write_text(json.dumps(dict(kind='corpus', files={}, fingerprint='x')))
-    assert faults(model, corpus=tmp_path/'c', out=tmp_path/'o').startswith('no held-out text in zh in')
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "is empty, expected held-out text" in faults(
+        model, domains=[f"zh/empty={tmp_path}/empty.txt"], out=tmp_path / "o"
+    )
+    assert "expected LANG/NAME=REF" in faults(model, domains=["news=a.txt"], out=tmp_path / "o")
+    assert "no such file" in faults(model, domains=["zh/news=a.txt"], out=tmp_path / "o")
+    (tmp_path / "c").mkdir()
+    for lang, text in dict(zh="", en='{"text": "a"}\n').items():
+        for split in "train", "valid":
+            (tmp_path / "c" / f"{lang}.{split}.jsonl").write_text(text)
+    (tmp_path / "c" / "manifest.json").write_text(
+        json.dumps(dict(kind="corpus", files={}, fingerprint="x"))
+    )
+    assert faults(model, corpus=tmp_path / "c", out=tmp_path / "o").startswith(
+        "no held-out text in zh in"
+    )
 
 
 @pytest.fixture
 def counted(monkeypatch):
     "Counts forward passes; the next one after `stop` is a Ctrl-C"
     load, seen = ev.load_model, dict(n=0, stop=None)
+
     def loading(*a, **kw):
-        m = load(*a, **kw); forward = m.forward
+        m = load(*a, **kw)
+        forward = m.forward
+
         def call(*a, **kw):
-            if seen['n'] == seen['stop']: raise KeyboardInterrupt
-            seen['n'] += 1
+            if seen["n"] == seen["stop"]:
+                raise KeyboardInterrupt
+            seen["n"] += 1
             return forward(*a, **kw)
+
         m.forward = call
         return m
-    monkeypatch.setattr(ev, 'load_model', loading)
+
+    monkeypatch.setattr(ev, "load_model", loading)
     return seen
 
 
 def test_interrupted_and_restarted_asks_nothing_twice(bench, tmp_path, model, counted):
-    args = dict(tasks=[GEO, 'mmlu_anatomy', 'hellaswag', 'bpb'], data=bench, shots=1, batch=2, length=64, n_chars=1500, samples=True, device='cpu')
-    ev.evaluate(model, out=tmp_path/'whole', **args)
-    whole, n = counted['n'], 0
+    args = dict(
+        tasks=[GEO, "mmlu_anatomy", "hellaswag", "bpb"],
+        data=bench,
+        shots=1,
+        batch=2,
+        length=64,
+        n_chars=1500,
+        samples=True,
+        device="cpu",
+    )
+    ev.evaluate(model, out=tmp_path / "whole", **args)
+    whole, n = counted["n"], 0
     for stop in (2, 5, whole - 1):  # in the first task, at half, in the bits per byte
         counted.update(n=n, stop=stop)
-        with pytest.raises(KeyboardInterrupt): ev.evaluate(model, out=tmp_path/'parts', **args)
-        n = counted['n']
-        lines = (tmp_path/'parts.tmp'/'answers.jsonl').read_text()
-        (tmp_path/'parts.tmp'/'answers.jsonl').write_text(lines + '["cut o')  # what a kill can leave
+        with pytest.raises(KeyboardInterrupt):
+            ev.evaluate(model, out=tmp_path / "parts", **args)
+        n = counted["n"]
+        lines = (tmp_path / "parts.tmp" / "answers.jsonl").read_text()
+        (tmp_path / "parts.tmp" / "answers.jsonl").write_text(
+            lines + '["cut o'
+        )  # what a kill can leave
     counted.update(n=n, stop=None)
-    ev.evaluate(model, out=tmp_path/'parts', **args)
-    redone = counted['n'] - whole  # of bits per byte: the domain that was begun
+    ev.evaluate(model, out=tmp_path / "parts", **args)
+    redone = counted["n"] - whole  # of bits per byte: the domain that was begun
     assert 0 <= redone <= 2
-    for f in 'results.json', 'tables.md', 'questions.jsonl', 'documents.jsonl', 'samples.jsonl':
-        assert (tmp_path/'parts'/f).read_bytes() == (tmp_path/'whole'/f).read_bytes(), f
-    assert not (tmp_path/'parts'/'answers.jsonl').exists()
+    for f in "results.json", "tables.md", "questions.jsonl", "documents.jsonl", "samples.jsonl":
+        assert (tmp_path / "parts" / f).read_bytes() == (tmp_path / "whole" / f).read_bytes(), f
+    assert not (tmp_path / "parts" / "answers.jsonl").exists()
 
 
-@pytest.mark.parametrize('left,n', [('["a", 1]\n["b", [2, true]]\n["c', 2), ('["a', 0), ('', 0)])
+@pytest.mark.parametrize("left,n", [('["a", 1]\n["b", [2, true]]\n["c', 2), ('["a', 0), ("", 0)])
 def test_a_line_that_was_cut_off_is_dropped(left, n, tmp_path):
-    (tmp_path/'a.jsonl').write_text(left)
-    a = ev.Answers(tmp_path/'a.jsonl')
+    (tmp_path / "a.jsonl").write_text(left)
+    a = ev.Answers(tmp_path / "a.jsonl")
     assert len(a.known) == n and a.n_asked == 0
-    a.add(['q'], 3); a.flush(); a.add(['r'], 4)  # the second never reached the file
-    again = ev.Answers(tmp_path/'a.jsonl')
-    assert len(again.known) == n + 1 and again[['q']] == 3 and ['r'] not in again
+    a.add(["q"], 3)
+    a.flush()
+    a.add(["r"], 4)  # the second never reached the file
+    again = ev.Answers(tmp_path / "a.jsonl")
+    assert len(again.known) == n + 1 and again[["q"]] == 3 and ["r"] not in again
 
 
 def test_answers_of_the_harness_are_never_asked_twice(bench, model, counted):
-    lm, tok = ev.load_model(model, device='cpu'), ev.load_tokenizer(model)
+    lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
     kept = ev.Answers()
-    whole = ev.run_lm_eval(lm, tok, [GEO, 'hellaswag'], bench, batch=1, samples=True, answers=kept)
-    n, asked = counted['n'], kept.n_asked
-    half = ev.Answers(); half.known = dict(list(kept.known.items())[:asked // 2])
-    counted['n'] = 0
-    assert ev.run_lm_eval(lm, tok, [GEO, 'hellaswag'], bench, batch=1, samples=True, answers=half) == whole
-    assert half.n_asked == asked - asked // 2 and 0 < counted['n'] < n
+    whole = ev.run_lm_eval(lm, tok, [GEO, "hellaswag"], bench, batch=1, samples=True, answers=kept)
+    n, asked = counted["n"], kept.n_asked
+    half = ev.Answers()
+    half.known = dict(list(kept.known.items())[: asked // 2])
+    counted["n"] = 0
+    assert (
+        ev.run_lm_eval(lm, tok, [GEO, "hellaswag"], bench, batch=1, samples=True, answers=half)
+        == whole
+    )
+    assert half.n_asked == asked - asked // 2 and 0 < counted["n"] < n
 
 
 def test_the_command_in_the_results_repeats_them(bench, tmp_path, model, cli, monkeypatch):
-    a = ev.evaluate(model, tasks=[GEO, 'bpb'], data=bench, shots=1, length=64, n_chars=500, out=tmp_path/'a')
-    r = json.loads((a/'results.json').read_text())
-    assert r['packages']['lm_eval'] and r['config']['shots'] == 1 and r['versions'][GEO]
+    a = ev.evaluate(
+        model, tasks=[GEO, "bpb"], data=bench, shots=1, length=64, n_chars=500, out=tmp_path / "a"
+    )
+    r = json.loads((a / "results.json").read_text())
+    assert r["packages"]["lm_eval"] and r["config"]["shots"] == 1 and r["versions"][GEO]
     monkeypatch.chdir(tmp_path)
-    assert cli(*shlex.split(r['command'])[1:])[0] == 0
-    assert (tmp_path/'again'/'results.json').read_text() == (a/'results.json').read_text()
+    assert cli(*shlex.split(r["command"])[1:])[0] == 0
+    assert (tmp_path / "again" / "results.json").read_text() == (a / "results.json").read_text()
 
 
 def test_the_table_says_what_lm_eval_says(bench, tmp_path, model):
-    r = json.loads((ev.evaluate(model, tasks=[GEO, 'hellaswag'], data=bench, out=tmp_path/'a')/'results.json').read_text())
-    row = {(x['part'], x['metric']): x for x in r['table']}
-    assert row['high_school_geography', 'acc']['value'] == row['mean of subjects', 'acc']['value'] == r['results'][GEO]['acc,none']
-    assert row['all questions', 'acc_norm']['value'] == r['results']['hellaswag']['acc_norm,none']
+    r = json.loads(
+        (
+            ev.evaluate(model, tasks=[GEO, "hellaswag"], data=bench, out=tmp_path / "a")
+            / "results.json"
+        ).read_text()
+    )
+    row = {(x["part"], x["metric"]): x for x in r["table"]}
+    assert (
+        row["high_school_geography", "acc"]["value"]
+        == row["mean of subjects", "acc"]["value"]
+        == r["results"][GEO]["acc,none"]
+    )
+    assert row["all questions", "acc_norm"]["value"] == r["results"]["hellaswag"]["acc_norm,none"]
 
 
 def test_the_letters_are_those_of_the_likelihoods(bench, tmp_path, model, capsys):
     "Letters as in C-Eval, numbers as in MMLU; HellaSwag has none"
-    a = ev.evaluate(model, tasks=[GEO, 'mmlu_anatomy', 'hellaswag'], data=bench, samples=True, out=tmp_path/'a')
-    r, said = json.loads((a/'results.json').read_text()), capsys.readouterr().out
-    qs, samples = ([json.loads(l) for l in (a/f'{f}.jsonl').read_text().splitlines()] for f in ('questions', 'samples'))
+    a = ev.evaluate(
+        model,
+        tasks=[GEO, "mmlu_anatomy", "hellaswag"],
+        data=bench,
+        samples=True,
+        out=tmp_path / "a",
+    )
+    r, said = json.loads((a / "results.json").read_text()), capsys.readouterr().out
+    qs, samples = (
+        [json.loads(l) for l in (a / f"{f}.jsonl").read_text().splitlines()]
+        for f in ("questions", "samples")
+    )
     for q, x in zip(qs, samples, strict=True):
-        assert (q['task'], q['id']) == (x['task'], x['doc_id']) and q['acc'] == (q['chosen'] == q['target'])
-    assert {q['target'] for q in qs if q['task'] == GEO} == {0, 1, 2} and [q['target'] for q in qs if 'mmlu' in q['task']] == [2, 0]
-    assert r['letters'] == ev.letters(qs) and set(r['letters']) == {'ceval-valid', 'mmlu'}
-    for f, c in r['letters'].items():
-        assert f"{f}: {c['letter']} is the answer to {c['share']:.0%} of {c['n']} questions" in (a/'tables.md').read_text()
-        assert (f"{f}: {c['letter']} is the answer" in said) == (c['share'] >= .9)
+        assert (q["task"], q["id"]) == (x["task"], x["doc_id"]) and q["acc"] == (
+            q["chosen"] == q["target"]
+        )
+    assert {q["target"] for q in qs if q["task"] == GEO} == {0, 1, 2} and [
+        q["target"] for q in qs if "mmlu" in q["task"]
+    ] == [2, 0]
+    assert r["letters"] == ev.letters(qs) and set(r["letters"]) == {"ceval-valid", "mmlu"}
+    for f, c in r["letters"].items():
+        assert (
+            f"{f}: {c['letter']} is the answer to {c['share']:.0%} of {c['n']} questions"
+            in (a / "tables.md").read_text()
+        )
+        assert (f"{f}: {c['letter']} is the answer" in said) == (c["share"] >= 0.9)
 
 
 def reference_bits(model, tok, text, length):
     "Bits per byte's numerator in twenty lines of its own: one token at a time, half a window of context at least"
     import torch
-    ids = [tok.bos_token_id, *tok(text, add_special_tokens=False)['input_ids']]
-    bits, start, end = 0., 0, min(length, len(ids) - 1)
+
+    ids = [tok.bos_token_id, *tok(text, add_special_tokens=False)["input_ids"]]
+    bits, start, end = 0.0, 0, min(length, len(ids) - 1)
     for i in range(1, len(ids)):
         if i > end:
             end = min(end + length // 2, len(ids) - 1)
             start = end - length
-        with torch.no_grad(): logits = model(torch.tensor([ids[start:i]])).logits[0, -1].double()
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[start:i]])).logits[0, -1].double()
         bits += (logits.exp().sum().log() - logits[ids[i]]).item() / math.log(2)
     return bits
 
 
 def test_bits_per_byte_equals_a_reference_for_any_batch(model):
     from cmixtral_nb.mixtral import bits_per_byte
-    lm, tok = ev.load_model(model, device='cpu'), ev.load_tokenizer(model)
-    docs = [t[:120] for t in ev.heldout_texts('zh', n_chars=400) + ev.heldout_texts('en', n_chars=400)] + ['x', '汉']
+
+    lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
+    docs = [
+        t[:120] for t in ev.heldout_texts("zh", n_chars=400) + ev.heldout_texts("en", n_chars=400)
+    ] + ["x", "汉"]
     want = sum(reference_bits(lm, tok, t, 16) for t in docs) / sum(len(t.encode()) for t in docs)
     for batch in 1, 3, 8:
-        assert bits_per_byte(lm, tok, docs, 16, batch, stride=8)['bits_per_byte'] == pytest.approx(want, rel=1e-6)
+        assert bits_per_byte(lm, tok, docs, 16, batch, stride=8)["bits_per_byte"] == pytest.approx(
+            want, rel=1e-6
+        )
     parts = [bits_per_byte(lm, tok, p, 16, 8, 8) for p in (docs[:2], docs[2:5], docs[5:])]
-    assert sum(p['bits_per_byte'] * p['n_bytes'] for p in parts) / sum(p['n_bytes'] for p in parts) == pytest.approx(want, rel=1e-6)
+    assert sum(p["bits_per_byte"] * p["n_bytes"] for p in parts) / sum(
+        p["n_bytes"] for p in parts
+    ) == pytest.approx(want, rel=1e-6)
 
 
 def test_a_uniform_model_pays_log_V_for_each_token(model):
-    import torch
     from cmixtral_nb.mixtral import bits_per_byte
-    lm, tok = ev.load_model(model, device='cpu'), ev.load_tokenizer(model)
+
+    lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
     lm.lm_head.weight.data.zero_()
-    r = bits_per_byte(lm, tok, ['一二三 and four', 'five'], 8, 2, 4)
-    assert r['bits_per_byte'] == pytest.approx(math.log2(32000) * r['n_tokens'] / r['n_bytes'], rel=1e-6)
-    with pytest.raises(StageError, match='the tokenizer gives the id .*, the model has 300 rows'):
-        lm.config.vocab_size = 300; bits_per_byte(lm, tok, ['汉字'])
+    r = bits_per_byte(lm, tok, ["一二三 and four", "five"], 8, 2, 4)
+    assert r["bits_per_byte"] == pytest.approx(
+        math.log2(32000) * r["n_tokens"] / r["n_bytes"], rel=1e-6
+    )
+    with pytest.raises(StageError, match="the tokenizer gives the id .*, the model has 300 rows"):
+        lm.config.vocab_size = 300
+        bits_per_byte(lm, tok, ["汉字"])
 
 
 def test_windows_roll_as_in_lm_eval():
-    from hypothesis import given, strategies as st
+    from hypothesis import given
+    from hypothesis import strategies as st
     from lm_eval.utils import get_rolling_token_windows
+
     from cmixtral_nb.mixtral import windows
 
     @given(st.lists(st.integers(3, 99), max_size=60), st.integers(1, 20), st.data())
     def check(ids, length, data):
         stride = data.draw(st.integers(1, length))
-        assert windows(ids, length, 1, stride) == list(get_rolling_token_windows(ids, 1, length, length - stride + 1))
+        assert windows(ids, length, 1, stride) == list(
+            get_rolling_token_windows(ids, 1, length, length - stride + 1)
+        )
+
     check()
 
 
-@pytest.mark.skipif('CMIXTRAL_DATA' not in os.environ, reason='CMIXTRAL_DATA is not set')
+@pytest.mark.skipif("CMIXTRAL_DATA" not in os.environ, reason="CMIXTRAL_DATA is not set")
 def test_the_real_files():
-    data, files = Path(os.environ.get('CMIXTRAL_DATA', '.'))/'eval', ev.task_files()
+    data, files = Path(os.environ.get("CMIXTRAL_DATA", ".")) / "eval", ev.task_files()
     n = lambda name, split: sum(len(ev.read_rows(data, t)[split]) for t in ev.leaves(name, files))
-    assert (n('ceval-valid', 'val'), n('cmmlu', 'test'), n('mmlu', 'test'), n('mmlu', 'dev')) == (1346, 11582, 14042, 285)
-    rows = ev.read_rows(data, 'hellaswag')['validation']
-    assert len(rows) == 10042 and sum(r['ctx_b'] != '' for r in rows) == 3235
-    assert not ev._task_faults(['ceval-valid', 'cmmlu', 'mmlu', 'hellaswag'], data)
+    assert (n("ceval-valid", "val"), n("cmmlu", "test"), n("mmlu", "test"), n("mmlu", "dev")) == (
+        1346,
+        11582,
+        14042,
+        285,
+    )
+    rows = ev.read_rows(data, "hellaswag")["validation"]
+    assert len(rows) == 10042 and sum(r["ctx_b"] != "" for r in rows) == 3235
+    assert not ev._task_faults(["ceval-valid", "cmmlu", "mmlu", "hellaswag"], data)

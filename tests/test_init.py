@@ -1,292 +1,574 @@
 "06_init: checkpoints of other shapes, what is linked, what is refused"
-import os, shutil
 
-import pytest, torch
-from hypothesis import given, settings, strategies as st
+import os
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralForCausalLM,
+)
 
-from cmixtral_nb.artifact import Artifact, StageError, input_fingerprint, read_json, write_json
+from cmixtral_nb.artifact import StageError, input_fingerprint, read_json, write_json
 from cmixtral_nb.corpus import corpus
 from cmixtral_nb.init import *
 from cmixtral_nb.mixtral import *
 from cmixtral_nb.tokenizer import Piece, base_tokenizer_model
 from cmixtral_nb.vocab import extend_model, load_tokenizer, write_tokenizer
 
-OLD = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), '▁', *'abc中国大']
-NEW = ['中国', '中国大', '龙']
+OLD = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abc中国大"]
+NEW = ["中国", "中国大", "龙"]
+
 
 def write_tok(path, vocab):
-    merges = [(a, b) for t in vocab if len(t) > 1 and t[0] != '<' for a, b in [(t[:-1], t[-1])]]
-    t = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(vocab)}, merges=merges, unk_token='<unk>', byte_fallback=True, fuse_unk=True))
-    t.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
-    t.add_special_tokens(['<unk>', '<s>', '</s>'])
-    path.mkdir(exist_ok=True); t.save(str(path/'tokenizer.json'))
-    write_json(path/'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<s>', eos_token='</s>', unk_token='<unk>'))
+    merges = [(a, b) for t in vocab if len(t) > 1 and t[0] != "<" for a, b in [(t[:-1], t[-1])]]
+    t = Tokenizer(
+        models.BPE(
+            vocab={p: i for i, p in enumerate(vocab)},
+            merges=merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    t.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    t.add_special_tokens(["<unk>", "<s>", "</s>"])
+    path.mkdir(exist_ok=True)
+    t.save(str(path / "tokenizer.json"))
+    write_json(
+        path / "tokenizer_config.json",
+        dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        ),
+    )
     return path
 
+
 @pytest.fixture
-def tok(tmp_path): return write_tok(tmp_path/'tok', OLD + NEW)
+def tok(tmp_path):
+    return write_tok(tmp_path / "tok", OLD + NEW)
+
 
 @pytest.fixture
 def model(tmp_path):
     torch.manual_seed(0)
-    p = write_tok(tmp_path/'model', OLD)
-    net = MixtralForCausalLM(small_config(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=len(OLD))).bfloat16()
-    net.save_pretrained(p, max_shard_size='20KB')
+    p = write_tok(tmp_path / "model", OLD)
+    net = MixtralForCausalLM(
+        small_config(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=len(OLD))
+    ).bfloat16()
+    net.save_pretrained(p, max_shard_size="20KB")
     return p
 
-def all_tensors(p): return {n: load_tensor(f, n) for f in [tensor_files(p)] for n in f}
+
+def all_tensors(p):
+    return {n: load_tensor(f, n) for f in [tensor_files(p)] for n in f}
+
 
 def test_rows_by_hand(model, tok, tmp_path):
-    a = init(model, tok, out=tmp_path/'out')
+    a = init(model, tok, out=tmp_path / "out")
     was, now = all_tensors(model), all_tensors(a.path)
     ids = {p: i for i, p in enumerate(OLD)}
-    spelled = [[ids['中'], ids['国']], [ids['中'], ids['国'], ids['大']], [ids[f'<0x{b:02X}>'] for b in '龙'.encode()]]
-    for n in ('model.embed_tokens.weight', 'lm_head.weight'):
+    spelled = [
+        [ids["中"], ids["国"]],
+        [ids["中"], ids["国"], ids["大"]],
+        [ids[f"<0x{b:02X}>"] for b in "龙".encode()],
+    ]
+    for n in ("model.embed_tokens.weight", "lm_head.weight"):
         want = torch.stack([was[n][s].float().mean(0).bfloat16() for s in spelled])
         assert torch.equal(now[n], torch.cat([was[n], want]))
-    assert all(torch.equal(was[n], now[n]) for n in was if 'layers' in n)
-    assert (a.stats['n_old'], a.stats['n_new'], a.stats['n_rows']) == (len(OLD), 3, len(OLD) + 3)
+    assert all(torch.equal(was[n], now[n]) for n in was if "layers" in n)
+    assert (a.stats["n_old"], a.stats["n_new"], a.stats["n_rows"]) == (len(OLD), 3, len(OLD) + 3)
+
 
 def test_transformers_loads_the_result(model, tok, tmp_path):
-    a = init(model, tok, out=tmp_path/'out')
+    a = init(model, tok, out=tmp_path / "out")
     net, info = AutoModelForCausalLM.from_pretrained(a.path, output_loading_info=True)
     assert net.config.vocab_size == net.get_input_embeddings().weight.shape[0] == len(OLD) + 3
-    assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
 
 def test_index_and_fingerprint_of_the_tokenizer(model, tok, tmp_path):
-    a = init(model, tok, out=tmp_path/'out')
-    index = read_json(a/INDEX)
-    assert index['metadata']['total_size'] == sum(t.numel() * t.element_size() for t in all_tensors(a.path).values())
-    assert index['metadata']['total_parameters'] == sum(t.numel() for t in all_tensors(a.path).values())
-    assert index['weight_map'].keys() == read_json(model/INDEX)['weight_map'].keys()
+    a = init(model, tok, out=tmp_path / "out")
+    index = read_json(a / INDEX)
+    assert index["metadata"]["total_size"] == sum(
+        t.numel() * t.element_size() for t in all_tensors(a.path).values()
+    )
+    assert index["metadata"]["total_parameters"] == sum(
+        t.numel() for t in all_tensors(a.path).values()
+    )
+    assert index["weight_map"].keys() == read_json(model / INDEX)["weight_map"].keys()
     from cmixtral_nb.artifact import tokenizer_fingerprint
-    assert a.manifest['tokenizer'] == tokenizer_fingerprint(tok) != tokenizer_fingerprint(model)
+
+    assert a.manifest["tokenizer"] == tokenizer_fingerprint(tok) != tokenizer_fingerprint(model)
+
 
 def test_source_is_untouched_and_most_shards_are_links(model, tok, tmp_path):
     before = input_fingerprint(model)
-    a = init(model, tok, out=tmp_path/'out')
-    same = [f.name for f in model.glob('*.safetensors') if os.path.samefile(f, a/f.name)]
-    holds_rows = {tensor_files(model)[n].name for n in ('model.embed_tokens.weight', 'lm_head.weight')}
-    assert set(same) == {f.name for f in model.glob('*.safetensors')} - holds_rows and same
+    a = init(model, tok, out=tmp_path / "out")
+    same = [f.name for f in model.glob("*.safetensors") if os.path.samefile(f, a / f.name)]
+    holds_rows = {
+        tensor_files(model)[n].name for n in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    assert set(same) == {f.name for f in model.glob("*.safetensors")} - holds_rows and same
     assert input_fingerprint(model) == before
 
+
 def test_copies_where_links_are_impossible(model, tok, tmp_path, monkeypatch):
-    def no(*a): raise OSError('cross-device link')
-    monkeypatch.setattr(os, 'link', no)
-    a = init(model, tok, out=tmp_path/'out')
-    assert not any(os.path.samefile(f, a/f.name) for f in model.glob('*.safetensors'))
+    def no(*a):
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(os, "link", no)
+    a = init(model, tok, out=tmp_path / "out")
+    assert not any(os.path.samefile(f, a / f.name) for f in model.glob("*.safetensors"))
     assert resolve_model(a.path)
 
+
 def test_tied_model(tok, tmp_path):
-    p = write_tok(tmp_path/'tied', OLD)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(OLD), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=2, tie_word_embeddings=True)).save_pretrained(p)
-    a = init(p, tok, out=tmp_path/'out')
+    p = write_tok(tmp_path / "tied", OLD)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(OLD),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    ).save_pretrained(p)
+    a = init(p, tok, out=tmp_path / "out")
     net = AutoModelForCausalLM.from_pretrained(a.path)
-    assert net.lm_head.weight is net.model.embed_tokens.weight and len(net.lm_head.weight) == len(OLD) + 3
+    assert (
+        net.lm_head.weight is net.model.embed_tokens.weight
+        and len(net.lm_head.weight) == len(OLD) + 3
+    )
 
-LLAMA = dict(vocab_size=len(OLD), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
 
-@pytest.mark.parametrize('tied', [True, False])
-@pytest.mark.parametrize('kind', ['llama', 'mistral', 'mixtral'])
+LLAMA = dict(
+    vocab_size=len(OLD),
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "mixtral"])
 def test_any_model_with_embedding_and_head(tok, tmp_path, kind, tied):
-    config = dict(llama=lambda: LlamaConfig(**LLAMA), mistral=lambda: MistralConfig(**LLAMA, sliding_window=None),
-                  mixtral=lambda: small_config(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=len(OLD)))[kind]()
+    config = dict(
+        llama=lambda: LlamaConfig(**LLAMA),
+        mistral=lambda: MistralConfig(**LLAMA, sliding_window=None),
+        mixtral=lambda: small_config(
+            hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=len(OLD)
+        ),
+    )[kind]()
     config.tie_word_embeddings = tied
-    net = dict(llama=LlamaForCausalLM, mistral=MistralForCausalLM, mixtral=MixtralForCausalLM)[kind](config).eval()
-    net.save_pretrained(write_tok(tmp_path/'m', OLD), max_shard_size='20KB')
-    wide, info = AutoModelForCausalLM.from_pretrained(init(tmp_path/'m', tok, out=tmp_path/'out').path, output_loading_info=True)
+    net = dict(llama=LlamaForCausalLM, mistral=MistralForCausalLM, mixtral=MixtralForCausalLM)[
+        kind
+    ](config).eval()
+    net.save_pretrained(write_tok(tmp_path / "m", OLD), max_shard_size="20KB")
+    wide, info = AutoModelForCausalLM.from_pretrained(
+        init(tmp_path / "m", tok, out=tmp_path / "out").path, output_loading_info=True
+    )
     x = torch.tensor([[1, 261, 262, 263]])
-    with torch.no_grad(): a, b = net(x).logits, wide.eval()(x).logits
-    assert type(wide) is type(net) and b.shape[-1] == len(OLD) + 3 and not info['missing_keys']
-    assert torch.allclose(a, b[..., :len(OLD)], atol=1e-6) and (wide.lm_head.weight is wide.get_input_embeddings().weight) == tied
+    with torch.no_grad():
+        a, b = net(x).logits, wide.eval()(x).logits
+    assert type(wide) is type(net) and b.shape[-1] == len(OLD) + 3 and not info["missing_keys"]
+    assert (
+        torch.allclose(a, b[..., : len(OLD)], atol=1e-6)
+        and (wide.lm_head.weight is wide.get_input_embeddings().weight) == tied
+    )
 
-@pytest.mark.parametrize('padding', [1, 3, 10])
+
+@pytest.mark.parametrize("padding", [1, 3, 10])
 def test_rows_that_padded_the_matrix_give_way(tok, tmp_path, padding):
-    p = write_tok(tmp_path/'padded', OLD)
-    MixtralForCausalLM(small_config(hidden=8, layers=1, intermediate=8, heads=2, kv_heads=1, vocab_size=len(OLD) + padding)).save_pretrained(p)
-    a = init(p, tok, out=tmp_path/'out')
+    p = write_tok(tmp_path / "padded", OLD)
+    MixtralForCausalLM(
+        small_config(
+            hidden=8, layers=1, intermediate=8, heads=2, kv_heads=1, vocab_size=len(OLD) + padding
+        )
+    ).save_pretrained(p)
+    a = init(p, tok, out=tmp_path / "out")
     n = max(len(OLD) + padding, len(OLD) + 3)
-    assert a.stats['n_rows'] == n == AutoModelForCausalLM.from_pretrained(a.path).lm_head.weight.shape[0]
+    assert (
+        a.stats["n_rows"]
+        == n
+        == AutoModelForCausalLM.from_pretrained(a.path).lm_head.weight.shape[0]
+    )
+
 
 def test_methods_and_seed(model, tok, tmp_path):
-    a, b, c = (init(model, tok, out=tmp_path/f'n{i}', method='normal', seed=s) for i, s in enumerate((1, 1, 2)))
+    a, b, c = (
+        init(model, tok, out=tmp_path / f"n{i}", method="normal", seed=s)
+        for i, s in enumerate((1, 1, 2))
+    )
     assert a.fingerprint == b.fingerprint != c.fingerprint
+
 
 # a model with the real tokenizer, extended by words and by characters that Mixtral lacks
 
-WORDS = ['中国', '人工智能', '的时候', '我觉得', '图书馆', '词表', '语言模型', '龘', '鑫鑫', '因为', '天下无难事']
+WORDS = [
+    "中国",
+    "人工智能",
+    "的时候",
+    "我觉得",
+    "图书馆",
+    "词表",
+    "语言模型",
+    "龘",
+    "鑫鑫",
+    "因为",
+    "天下无难事",
+]
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    p = tmp_path_factory.mktemp('real')
-    new = extend_model(base_tokenizer_model(), [Piece(w, 0., 'word', 1) for w in WORDS])
-    (p/'new.model').write_bytes(new.SerializeToString())
-    return write_tokenizer(base_tokenizer_model(), p/'old'), write_tokenizer(p/'new.model', p/'new')
+    p = tmp_path_factory.mktemp("real")
+    new = extend_model(base_tokenizer_model(), [Piece(w, 0.0, "word", 1) for w in WORDS])
+    (p / "new.model").write_bytes(new.SerializeToString())
+    return write_tokenizer(base_tokenizer_model(), p / "old"), write_tokenizer(
+        p / "new.model", p / "new"
+    )
+
 
 def the_seeds_rows(old, new, W):
     "The seed's way, token by token: decode, encode with all that the old tokenizer adds, sum, divide (models/init_embeddings.py)"
     rows = []
     for n in range(len(old), len(new)):
-        ids = old(new.decode([n]))['input_ids']
+        ids = old(new.decode([n]))["input_ids"]
         rows.append(sum(W[i] for i in ids) / len(ids))
     return torch.stack(rows)
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('method', ['seed', 'mean'])
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["seed", "mean"])
 def test_rows_equal_a_loop(real, tmp_path, method, dtype):
-    model, old, new = tmp_path/'m', *map(load_tokenizer, real)
-    shutil.copytree(real[0], model); torch.manual_seed(0)
-    MixtralForCausalLM(small_config(hidden=64, layers=1, intermediate=16, heads=2, kv_heads=1)).to(dtype).save_pretrained(model)
-    a = init(model, real[1], out=tmp_path/'out', method=method)
+    model, old, new = tmp_path / "m", *map(load_tokenizer, real)
+    shutil.copytree(real[0], model)
+    torch.manual_seed(0)
+    MixtralForCausalLM(small_config(hidden=64, layers=1, intermediate=16, heads=2, kv_heads=1)).to(
+        dtype
+    ).save_pretrained(model)
+    a = init(model, real[1], out=tmp_path / "out", method=method)
     was, now = all_tensors(model), all_tensors(a.path)
-    for n in ('model.embed_tokens.weight', 'lm_head.weight'):
-        W, rows = was[n], now[n][len(old):]
-        if method == 'mean': want = torch.stack([W[x].float().mean(0) for x in spell(old, WORDS)]).to(dtype)
-        else: want = the_seeds_rows(old, new, W.float()).to(dtype)  # summed in float32, rounded once
+    for n in ("model.embed_tokens.weight", "lm_head.weight"):
+        W, rows = was[n], now[n][len(old) :]
+        if method == "mean":
+            want = torch.stack([W[x].float().mean(0) for x in spell(old, WORDS)]).to(dtype)
+        else:
+            want = the_seeds_rows(old, new, W.float()).to(dtype)  # summed in float32, rounded once
         assert len(rows) == len(WORDS) and torch.equal(rows, want)
-        if method == 'seed':  # the seed's own sum of bfloat16 rows rounds after each of them
-            off = (rows.float() - the_seeds_rows(old, new, W).float()).abs().max() / W.float().abs().max()
+        if method == "seed":  # the seed's own sum of bfloat16 rows rounds after each of them
+            off = (
+                rows.float() - the_seeds_rows(old, new, W).float()
+            ).abs().max() / W.float().abs().max()
             assert off == 0 if dtype == torch.float32 else off < 2**-7
+
 
 def test_mean_and_seed_spell_differently(real):
     old = load_tokenizer(real[0])
-    ours, seeds = spell(old, WORDS), spell(old, WORDS, 'seed')
-    assert all(s[0] == old.bos_token_id and old.convert_ids_to_tokens(s[1]) == '▁' and s[2:] == o for o, s in zip(ours, seeds, strict=True))
+    ours, seeds = spell(old, WORDS), spell(old, WORDS, "seed")
+    assert all(
+        s[0] == old.bos_token_id and old.convert_ids_to_tokens(s[1]) == "▁" and s[2:] == o
+        for o, s in zip(ours, seeds, strict=True)
+    )
+
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=6))
 def test_mean_rows_lie_between_their_parts(spellings):
-    W = torch.arange(50.).view(10, 5)
+    W = torch.arange(50.0).view(10, 5)
     R = new_rows(W, spellings)
-    for r, s in zip(R, spellings, strict=True): assert (r >= W[s].amin(0) - 1e-4).all() and (r <= W[s].amax(0) + 1e-4).all()
+    for r, s in zip(R, spellings, strict=True):
+        assert (r >= W[s].amin(0) - 1e-4).all() and (r <= W[s].amax(0) + 1e-4).all()
+
 
 # a tokenizer that shares nothing with the model's
+
 
 @pytest.fixture
 def byte_level(tmp_path):
     "A byte-level tokenizer in the manner of GPT-2, and a tied Llama that has it"
-    t = Tokenizer(models.BPE()); t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    t.train_from_iterator(['the cat, a b c 中', '中国 的 a cat', '你 佈 佉 住'] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=['<|end|>', '<|go|>'],
-                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    p = tmp_path/'bytes'; p.mkdir(); t.save(str(p/'tokenizer.json'))
-    write_json(p/'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', eos_token='<|end|>', bos_token='<|go|>', unk_token='<|end|>'))
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    t.train_from_iterator(
+        ["the cat, a b c 中", "中国 的 a cat", "你 佈 佉 住"] * 9,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|end|>", "<|go|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    p = tmp_path / "bytes"
+    p.mkdir()
+    t.save(str(p / "tokenizer.json"))
+    write_json(
+        p / "tokenizer_config.json",
+        dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            eos_token="<|end|>",
+            bos_token="<|go|>",
+            unk_token="<|end|>",
+        ),
+    )
     torch.manual_seed(0)
-    net = LlamaForCausalLM(LlamaConfig(**dict(LLAMA, vocab_size=len(load_tokenizer(p)) + 20), tie_word_embeddings=True, bos_token_id=1, eos_token_id=0))
-    net.generation_config.eos_token_id = 0; net.save_pretrained(p)
+    net = LlamaForCausalLM(
+        LlamaConfig(
+            **dict(LLAMA, vocab_size=len(load_tokenizer(p)) + 20),
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=0,
+        )
+    )
+    net.generation_config.eos_token_id = 0
+    net.save_pretrained(p)
     return p
 
-def test_transplant_from_bytes(byte_level, tok, tmp_path):
-    a = init(byte_level, tok, out=tmp_path/'out', transplant=True)
-    W, R = (all_tensors(p)['model.embed_tokens.weight'] for p in (byte_level, a.path))
-    old, vocab = load_tokenizer(byte_level), OLD + NEW
-    row = lambda t: R[vocab.index(t)]; text_rows = lambda t: W[old.encode(t, add_special_tokens=False)]
-    assert len(R) == len(vocab) == a.stats['n_rows'] and a.stats['n_old'] == 0
-    for t in 'abc中': assert len(text_rows(t)) == 1 and torch.equal(row(t), text_rows(t)[0])
-    for t in ('大', '龙', '中国大'): assert len(text_rows(t)) > 1 and torch.equal(row(t), text_rows(t).mean(0))
-    assert torch.equal(row('▁'), text_rows(' ')[0]) and torch.equal(row('<0x0A>'), text_rows('\n')[0])
-    assert torch.equal(row('<0xE4>'), W[old.get_vocab()['ä']])
-    assert torch.equal(row('<s>'), W[1]) and torch.equal(row('</s>'), W[0]) and torch.equal(row('<unk>'), W[0])
-    assert all(torch.equal(x, all_tensors(a.path)[n]) for n, x in all_tensors(byte_level).items() if 'layers' in n)
 
-@pytest.mark.parametrize('method', METHODS)
+def test_transplant_from_bytes(byte_level, tok, tmp_path):
+    a = init(byte_level, tok, out=tmp_path / "out", transplant=True)
+    W, R = (all_tensors(p)["model.embed_tokens.weight"] for p in (byte_level, a.path))
+    old, vocab = load_tokenizer(byte_level), OLD + NEW
+    row = lambda t: R[vocab.index(t)]
+    text_rows = lambda t: W[old.encode(t, add_special_tokens=False)]
+    assert len(R) == len(vocab) == a.stats["n_rows"] and a.stats["n_old"] == 0
+    for t in "abc中":
+        assert len(text_rows(t)) == 1 and torch.equal(row(t), text_rows(t)[0])
+    for t in ("大", "龙", "中国大"):
+        assert len(text_rows(t)) > 1 and torch.equal(row(t), text_rows(t).mean(0))
+    assert torch.equal(row("▁"), text_rows(" ")[0]) and torch.equal(
+        row("<0x0A>"), text_rows("\n")[0]
+    )
+    assert torch.equal(row("<0xE4>"), W[old.get_vocab()["ä"]])
+    assert (
+        torch.equal(row("<s>"), W[1])
+        and torch.equal(row("</s>"), W[0])
+        and torch.equal(row("<unk>"), W[0])
+    )
+    assert all(
+        torch.equal(x, all_tensors(a.path)[n])
+        for n, x in all_tensors(byte_level).items()
+        if "layers" in n
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_transplanted_model_loads(byte_level, tok, tmp_path, method):
-    a = init(byte_level, tok, out=tmp_path/'out', transplant=True, method=method)
+    a = init(byte_level, tok, out=tmp_path / "out", transplant=True, method=method)
     net, info = AutoModelForCausalLM.from_pretrained(a.path, output_loading_info=True)
-    assert not info['missing_keys'] and not info['mismatched_keys'] and net.lm_head.weight is net.model.embed_tokens.weight
-    assert net.config.vocab_size == len(net.lm_head.weight) == len(OLD + NEW) and net.lm_head.weight.isfinite().all()
-    for c in (net.config, net.generation_config): assert (c.bos_token_id, c.eos_token_id) == (1, 2)
-    W = all_tensors(byte_level)['model.embed_tokens.weight']
-    assert torch.equal(net.lm_head.weight[OLD.index('中')], W[load_tokenizer(byte_level).encode('中', add_special_tokens=False)[0]])
+    assert (
+        not info["missing_keys"]
+        and not info["mismatched_keys"]
+        and net.lm_head.weight is net.model.embed_tokens.weight
+    )
+    assert (
+        net.config.vocab_size == len(net.lm_head.weight) == len(OLD + NEW)
+        and net.lm_head.weight.isfinite().all()
+    )
+    for c in (net.config, net.generation_config):
+        assert (c.bos_token_id, c.eos_token_id) == (1, 2)
+    W = all_tensors(byte_level)["model.embed_tokens.weight"]
+    assert torch.equal(
+        net.lm_head.weight[OLD.index("中")],
+        W[load_tokenizer(byte_level).encode("中", add_special_tokens=False)[0]],
+    )
+
 
 def test_transplant_to_bytes(byte_level, model, tmp_path):
-    a = init(model, byte_level, out=tmp_path/'out', transplant=True)
-    W, R = (all_tensors(p)['lm_head.weight'] for p in (model, a.path))
-    new = load_tokenizer(byte_level).get_vocab(); row = lambda t: R[new[t]]; old = lambda *ts: W[[OLD.index(t) for t in ts]].float().mean(0).bfloat16()
-    assert torch.equal(row('ä¸Ń'), old('中')) and torch.equal(row('ä'), old('<0xE4>')) and torch.equal(row('Ġ'), old('▁'))
-    assert torch.equal(row('Ġcat'), old('▁', 'c', 'a', '<0x74>')) and torch.equal(row('ä½'), old('<0xE4>', '<0xBD>'))
-    assert torch.equal(row('<|go|>'), old('<s>')) and len(R) == len(new)
+    a = init(model, byte_level, out=tmp_path / "out", transplant=True)
+    W, R = (all_tensors(p)["lm_head.weight"] for p in (model, a.path))
+    new = load_tokenizer(byte_level).get_vocab()
+    row = lambda t: R[new[t]]
+    old = lambda *ts: W[[OLD.index(t) for t in ts]].float().mean(0).bfloat16()
+    assert (
+        torch.equal(row("ä¸Ń"), old("中"))
+        and torch.equal(row("ä"), old("<0xE4>"))
+        and torch.equal(row("Ġ"), old("▁"))
+    )
+    assert torch.equal(row("Ġcat"), old("▁", "c", "a", "<0x74>")) and torch.equal(
+        row("ä½"), old("<0xE4>", "<0xBD>")
+    )
+    assert torch.equal(row("<|go|>"), old("<s>")) and len(R) == len(new)
+
 
 def test_transplant_of_an_extension_is_the_extension(model, tok, tmp_path):
-    a, b = (init(model, tok, out=tmp_path/f't{t}', transplant=t) for t in (False, True))
-    assert all(torch.equal(x, y) for x, y in zip(all_tensors(a.path).values(), all_tensors(b.path).values(), strict=True))
-    assert b.stats['n_taken'] == len(OLD)
+    a, b = (init(model, tok, out=tmp_path / f"t{t}", transplant=t) for t in (False, True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(all_tensors(a.path).values(), all_tensors(b.path).values(), strict=True)
+    )
+    assert b.stats["n_taken"] == len(OLD)
+
 
 def test_tokens_are_read_from_either_writing(byte_level, tok):
     a, b = pieces_of(load_tokenizer(byte_level)), pieces_of(load_tokenizer(tok))
-    assert b == OLD + NEW and {'中', '▁cat', '▁', '<0xE4>', '<0xE4><0xBD>'} <= set(a)
-    assert piece_bytes('<0xE4><0xB8>') == b'\xe4\xb8' and piece_bytes('▁a中') == ' a中'.encode()
-    assert n_chars('<0xE4><0xB8>') == 2/3 and n_chars('<0xE4>') == 1/3 and n_chars('中国') == 2
+    assert b == OLD + NEW and {"中", "▁cat", "▁", "<0xE4>", "<0xE4><0xBD>"} <= set(a)
+    assert piece_bytes("<0xE4><0xB8>") == b"\xe4\xb8" and piece_bytes("▁a中") == " a中".encode()
+    assert n_chars("<0xE4><0xB8>") == 2 / 3 and n_chars("<0xE4>") == 1 / 3 and n_chars("中国") == 2
+
 
 def test_probe_of_a_transplant(byte_level, tok, tmp_path):
-    c = corpus(['zh=builtin:zh', 'en=builtin:en'], out=tmp_path/'c', limit_chars=150_000, valid_share=.3)
-    rows = probe_methods(byte_level, tok, c.path, ['mean', 'average'], seeds=1, steps=0, limit_chars=1000, transplant=True)
-    assert [r['method'] for r in rows] == ['mean', 'average'] and all(1 < r[l] < 20 for r in rows for l in ('en', 'zh'))
+    c = corpus(
+        ["zh=builtin:zh", "en=builtin:en"], out=tmp_path / "c", limit_chars=150_000, valid_share=0.3
+    )
+    rows = probe_methods(
+        byte_level,
+        tok,
+        c.path,
+        ["mean", "average"],
+        seeds=1,
+        steps=0,
+        limit_chars=1000,
+        transplant=True,
+    )
+    assert [r["method"] for r in rows] == ["mean", "average"] and all(
+        1 < r[l] < 20 for r in rows for l in ("en", "zh")
+    )
+
 
 # what it refuses; nothing is written
+
 
 @pytest.fixture
 def refuses(tmp_path):
     def check(match, *a, **kw):
-        with pytest.raises(StageError, match=match) as e: init(*a, **kw, out=tmp_path/'no')
-        assert not (tmp_path/'no').exists() and not (tmp_path/'no.tmp').exists() and 'Traceback' not in str(e.value)
+        with pytest.raises(StageError, match=match) as e:
+            init(*a, **kw, out=tmp_path / "no")
+        assert (
+            not (tmp_path / "no").exists()
+            and not (tmp_path / "no.tmp").exists()
+            and "Traceback" not in str(e.value)
+        )
+
     return check
 
+
 def test_refused_inputs(refuses, model, tok, tmp_path):
-    refuses("method 'best' is unknown, expected one of mean, seed, first, asymmetric, average, normal", model, tok, method='best')
-    refuses('none does not exist; expected a tokenizer; run: cmixtral vocab --out', model, tmp_path/'none')
-    refuses('none does not exist; expected an HF model folder', tmp_path/'none', tok)
-    refuses('holds no tokenizer.json', model, (tmp_path/'empty').mkdir() or tmp_path/'empty')
-    refuses('has no token that .* lacks, expected an extended tokenizer; run: cmixtral vocab', model, model)
-    refuses('does not extend the tokenizer of .*: the first 266 tokens differ; run: cmixtral vocab .*; or make all rows anew: cmixtral init --transplant', model, write_tok(tmp_path/'x', OLD[::-1] + NEW))
+    refuses(
+        "method 'best' is unknown, expected one of mean, seed, first, asymmetric, average, normal",
+        model,
+        tok,
+        method="best",
+    )
+    refuses(
+        "none does not exist; expected a tokenizer; run: cmixtral vocab --out",
+        model,
+        tmp_path / "none",
+    )
+    refuses("none does not exist; expected an HF model folder", tmp_path / "none", tok)
+    refuses("holds no tokenizer.json", model, (tmp_path / "empty").mkdir() or tmp_path / "empty")
+    refuses(
+        "has no token that .* lacks, expected an extended tokenizer; run: cmixtral vocab",
+        model,
+        model,
+    )
+    refuses(
+        "does not extend the tokenizer of .*: the first 266 tokens differ; run: cmixtral vocab .*; or make all rows anew: cmixtral init --transplant",
+        model,
+        write_tok(tmp_path / "x", OLD[::-1] + NEW),
+    )
+
 
 def test_model_without_its_tokenizer(refuses, model, tok):
-    (model/'tokenizer.json').unlink()
-    refuses('holds no tokenizer.json', model, tok)
+    (model / "tokenizer.json").unlink()
+    refuses("holds no tokenizer.json", model, tok)
+
 
 def test_fewer_rows_than_tokens(refuses, model, tok, tmp_path):
-    write_tok(model, OLD + ['国大'])
-    refuses('has 266 rows for 267 tokens', model, write_tok(tmp_path/'y', OLD + ['国大'] + NEW))
+    write_tok(model, OLD + ["国大"])
+    refuses("has 266 rows for 267 tokens", model, write_tok(tmp_path / "y", OLD + ["国大"] + NEW))
+
 
 def test_truncated_shard(refuses, model, tok):
-    s = sorted(model.glob('*.safetensors'))[0]
+    s = sorted(model.glob("*.safetensors"))[0]
     s.write_bytes(s.read_bytes()[:-1])
-    refuses('is truncated', model, tok)
+    refuses("is truncated", model, tok)
+
 
 def test_full_disk(refuses, model, tok, monkeypatch):
     import errno
     import sys
-    def full(*a): raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(sys.modules['cmixtral_nb.init'], 'write_tensors', full)
-    refuses('no space left on device', model, tok)
+
+    def full(*a):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["cmixtral_nb.init"], "write_tensors", full)
+    refuses("no space left on device", model, tok)
+
 
 # the probe
 
+
 def test_methods_are_ranked_by_the_mean_of_the_languages():
-    rows = [dict(method=m, seed=s, en=e, zh=z) for m, s, e, z in (('a', 0, 1., 4.), ('a', 1, 2., 4.), ('b', 0, 1., 3.), ('b', 1, 1., 3.))]
+    rows = [
+        dict(method=m, seed=s, en=e, zh=z)
+        for m, s, e, z in (
+            ("a", 0, 1.0, 4.0),
+            ("a", 1, 2.0, 4.0),
+            ("b", 0, 1.0, 3.0),
+            ("b", 1, 1.0, 3.0),
+        )
+    ]
     first, second = rank_methods(rows)
-    assert first == dict(method='b', mean=2., spread=0., en=1., zh=3.)
-    assert (second['method'], second['mean'], second['en']) == ('a', 2.75, 1.5) and abs(second['spread'] - .5**.5 / 2) < 1e-12
+    assert first == dict(method="b", mean=2.0, spread=0.0, en=1.0, zh=3.0)
+    assert (second["method"], second["mean"], second["en"]) == ("a", 2.75, 1.5) and abs(
+        second["spread"] - 0.5**0.5 / 2
+    ) < 1e-12
+
 
 def test_the_probe_decides(model, tok, tmp_path):
-    c = corpus(['zh=builtin:zh', 'en=builtin:en'], out=tmp_path/'c', limit_chars=150_000, valid_share=.3)
-    a = init(model, tok, out=tmp_path/'probed', probe=c.path, steps=2, seeds=2)
-    ranked = a.stats['probe']
-    assert a.stats['method'] == ranked[0]['method'] and [r['mean'] for r in ranked] == sorted(r['mean'] for r in ranked)
-    assert {r['method'] for r in ranked} == set(METHODS) and len((a/'probe.tsv').read_text().splitlines()) == 1 + 2 * len(METHODS)
-    b = init(model, tok, out=tmp_path/'plain', method=a.stats['method'])
-    assert all(torch.equal(x, y) for x, y in zip(all_tensors(a.path).values(), all_tensors(b.path).values(), strict=True))
+    c = corpus(
+        ["zh=builtin:zh", "en=builtin:en"], out=tmp_path / "c", limit_chars=150_000, valid_share=0.3
+    )
+    a = init(model, tok, out=tmp_path / "probed", probe=c.path, steps=2, seeds=2)
+    ranked = a.stats["probe"]
+    assert a.stats["method"] == ranked[0]["method"] and [r["mean"] for r in ranked] == sorted(
+        r["mean"] for r in ranked
+    )
+    assert {r["method"] for r in ranked} == set(METHODS) and len(
+        (a / "probe.tsv").read_text().splitlines()
+    ) == 1 + 2 * len(METHODS)
+    b = init(model, tok, out=tmp_path / "plain", method=a.stats["method"])
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(all_tensors(a.path).values(), all_tensors(b.path).values(), strict=True)
+    )
+
 
 def test_a_probe_needs_held_out_text(refuses, model, tok, tmp_path):
-    (tmp_path/'a.txt').write_text('no corpus')
-    refuses('is no corpus, expected one with held-out text; run: cmixtral corpus', model, tok, probe=tmp_path/'a.txt')
+    (tmp_path / "a.txt").write_text("no corpus")
+    refuses(
+        "is no corpus, expected one with held-out text; run: cmixtral corpus",
+        model,
+        tok,
+        probe=tmp_path / "a.txt",
+    )
+
 
 def test_a_brief_training_lowers_the_loss(model):
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     x = torch.randint(3, len(OLD), (4, 16), generator=torch.Generator().manual_seed(0))
     before = net(input_ids=x, labels=x).loss.item()
     train_briefly(net, x, steps=20, lr=1e-2)
-    assert net(input_ids=x, labels=x).loss.item() < before - .5
+    assert net(input_ids=x, labels=x).loss.item() < before - 0.5

@@ -1,5 +1,6 @@
 """Each notebook is a test: it runs top to bottom in a process of its own, without its slow and GPU cells, in an empty folder and
 against the installed wheel, so that nothing of the checkout can help it. Figures that it draws must have their axes labelled."""
+
 import os
 import shutil
 import subprocess
@@ -44,7 +45,13 @@ sys.exit(not ok or bool(faults))
 def run(path, site, folder):
     shutil.copy(path, folder)
     env = {**os.environ, "PYTHONPATH": str(site)}
-    return subprocess.run([sys.executable, "-c", RUN, str(folder / path.name), str(site)], capture_output=True, text=True, cwd=folder, env=env)
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(folder / path.name), str(site)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=env,
+    )
 
 
 @pytest.mark.parametrize("path", sorted(NBS.glob("*.ipynb")), ids=lambda p: p.stem)
@@ -53,11 +60,37 @@ def test_notebook(path, wheel, tmp_path):
     assert out.returncode == 0, out.stderr[-3000:]
 
 
-@pytest.mark.parametrize("source, says", [("1/0", "ZeroDivisionError"), ("import matplotlib.pyplot as plt\nfig, ax = plt.subplots(); ax.plot([1, 2]); fig.savefig('a.png')", "no label on y")])
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("1/0", "ZeroDivisionError"),
+        (
+            "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(); ax.plot([1, 2]); fig.savefig('a.png')",
+            "no label on y",
+        ),
+    ],
+)
 def test_that_a_bad_notebook_fails(source, says, wheel, tmp_path):
     from cmixtral_nb.artifact import write_json
 
     (tmp_path / "from").mkdir()
-    write_json(tmp_path / "from" / "bad.ipynb", dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[dict(cell_type="code", id="a", metadata={}, source=[source], outputs=[], execution_count=None)]))
+    write_json(
+        tmp_path / "from" / "bad.ipynb",
+        dict(
+            nbformat=4,
+            nbformat_minor=5,
+            metadata={},
+            cells=[
+                dict(
+                    cell_type="code",
+                    id="a",
+                    metadata={},
+                    source=[source],
+                    outputs=[],
+                    execution_count=None,
+                )
+            ],
+        ),
+    )
     out = run(tmp_path / "from" / "bad.ipynb", wheel, tmp_path)
     assert out.returncode and says in out.stderr

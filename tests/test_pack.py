@@ -1,56 +1,107 @@
 "What the chapter 07_pack does not show: the whole stage against ten naive lines, isolation inside the Trainer, clusters, every message"
-import json, os, shutil, sys
+
+import json
+import os
+import shutil
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import pytest, torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
+
 from cmixtral_nb import pack as m
 from cmixtral_nb.artifact import Artifact, StageError
-from cmixtral_nb.pack import RowWriter, Parts, collate, encode_part, encoded, finish_rows, gather, line_spans, load_rows, pack, pack_job, parse_mix
-from cmixtral_nb.pack import positions, repeats, rows, takes, valid_texts
+from cmixtral_nb.pack import (
+    Parts,
+    RowWriter,
+    collate,
+    encode_part,
+    encoded,
+    finish_rows,
+    gather,
+    line_spans,
+    load_rows,
+    pack,
+    pack_job,
+    parse_mix,
+    positions,
+    repeats,
+    rows,
+    takes,
+    valid_texts,
+)
 from cmixtral_nb.vocab import encode_plain, load_tokenizer, write_tokenizer
 
 
 def write_corpus(folder, **langs):
     folder.mkdir(exist_ok=True)
     for lang, texts in langs.items():
-        for split, part in (('train', texts), ('valid', ['held out'])):
-            (folder/f'{lang}.{split}.jsonl').write_text(''.join(json.dumps({'text': t}, ensure_ascii=False) + '\n' for t in part), encoding='utf-8')
+        for split, part in (("train", texts), ("valid", ["held out"])):
+            (folder / f"{lang}.{split}.jsonl").write_text(
+                "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in part),
+                encoding="utf-8",
+            )
     return folder
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    d = tmp_path_factory.mktemp('pack')
-    SentencePieceTrainer.train(sentence_iterator=iter(['号文章扩充词表讲 article of some length '] * 9), model_prefix=str(d/'small'), model_type='bpe', vocab_size=290,
-                               byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
-    write_tokenizer(d/'small.model', d/'tok')
-    lines = [json.dumps({'text': f'{i} 号文章，<s>讲词表</s>。' * (1 + i % 5)}, ensure_ascii=False) for i in range(300)]
-    (d/'zh.jsonl').write_text('\n'.join(lines), encoding='utf-8')
-    write_corpus(d/'corpus', zh=[f'{i} 号文章。' * (1 + i % 7) for i in range(90)], en=[f'Article {i}, of some length.' * (1 + i % 3) for i in range(40)])
+    d = tmp_path_factory.mktemp("pack")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["号文章扩充词表讲 article of some length "] * 9),
+        model_prefix=str(d / "small"),
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    write_tokenizer(d / "small.model", d / "tok")
+    lines = [
+        json.dumps({"text": f"{i} 号文章，<s>讲词表</s>。" * (1 + i % 5)}, ensure_ascii=False)
+        for i in range(300)
+    ]
+    (d / "zh.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_corpus(
+        d / "corpus",
+        zh=[f"{i} 号文章。" * (1 + i % 7) for i in range(90)],
+        en=[f"Article {i}, of some length." * (1 + i % 3) for i in range(40)],
+    )
     return d
 
 
-@pytest.fixture(scope='module')
-def tok(here): return load_tokenizer(here/'tok')
+@pytest.fixture(scope="module")
+def tok(here):
+    return load_tokenizer(here / "tok")
 
 
 def naive(docs, length, bos, eos):
     flat = sum([[bos, *d, eos] for d in docs], [])
-    return [flat[i:i+length] for i in range(0, len(flat) - length + 1, length)]
+    return [flat[i : i + length] for i in range(0, len(flat) - length + 1, length)]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(3, 60_000), max_size=40), max_size=30), st.integers(2, 50), st.integers(1, 5), st.integers(1, 90))
+@given(
+    st.lists(st.lists(st.integers(3, 60_000), max_size=40), max_size=30),
+    st.integers(2, 50),
+    st.integers(1, 5),
+    st.integers(1, 90),
+)
 def test_rows_equal_naive(docs, length, block, piece):
-    flat = np.array([t for d in docs for t in (1, *d, 2)], 'uint16')
-    blocks = list(rows((flat[i:i+piece] for i in range(0, len(flat), piece)), length, block))
+    flat = np.array([t for d in docs for t in (1, *d, 2)], "uint16")
+    blocks = list(rows((flat[i : i + piece] for i in range(0, len(flat), piece)), length, block))
     assert [r.tolist() for b in blocks for r in b] == naive(docs, length, 1, 2)
-    assert all(len(b) == block for b in blocks[:-1])  # the same blocks for any pieces: the same files
+    assert all(
+        len(b) == block for b in blocks[:-1]
+    )  # the same blocks for any pieces: the same files
     assert not blocks or 0 < len(blocks[-1]) <= block
 
 
@@ -66,272 +117,453 @@ def test_a_ratio_is_exact(n, hundredths, seed):
     later = [o.tolist() for o in repeats(n, ratio, seed)]
     assert ratio < 1 or got == [*range(n)]
     assert abs(len(got) + sum(map(len, later)) - Fraction(hundredths, 100) * n) < 1
-    assert all(len(set(o)) == len(o) and set(o) <= set(range(n)) for o in later) and all(len(o) == n for o in later[:-1])
+    assert all(len(set(o)) == len(o) and set(o) <= set(range(n)) for o in later) and all(
+        len(o) == n for o in later[:-1]
+    )
 
 
 def test_each_repeat_has_an_order_of_its_own():
     a, b, c = repeats(500, 4)
     d = next(repeats(500, 2, seed=1))
-    for x, y in ((a, b), (b, c), (a, d), (a, np.arange(500))): assert (x == y).mean() < .05
-    assert all((x == y).all() for x, y in zip(repeats(500, 3), (a, b)))  # more passes change no earlier one
+    for x, y in ((a, b), (b, c), (a, d), (a, np.arange(500))):
+        assert (x == y).mean() < 0.05
+    assert all(
+        (x == y).all() for x, y in zip(repeats(500, 3), (a, b))
+    )  # more passes change no earlier one
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.text('ab\r ', max_size=30), max_size=30), st.integers(1, 5), st.integers(1, 40), st.booleans())
+@given(
+    st.lists(st.text("ab\r ", max_size=30), max_size=30),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.booleans(),
+)
 def test_parts_of_a_file_are_the_file(tmp_path_factory, lines, n_parts, size, ends):
-    p = tmp_path_factory.getbasetemp()/'spans'
-    data = '\n'.join(lines).encode() + b'\n' * ends
+    p = tmp_path_factory.getbasetemp() / "spans"
+    data = "\n".join(lines).encode() + b"\n" * ends
     p.write_bytes(data)
     spans = [s for part in range(n_parts) for s in line_spans(p, part, n_parts, size)]
-    assert b''.join(data[lo:hi] for lo, hi in spans) == data
-    assert all(data[lo - 1:lo] in (b'', b'\n') for lo, _ in spans)
+    assert b"".join(data[lo:hi] for lo, hi in spans) == data
+    assert all(data[lo - 1 : lo] in (b"", b"\n") for lo, _ in spans)
 
 
 def naive_pack(texts, tok, ratio, seed, length):
     docs = [[1, *encode_plain(tok, [t])[0], 2] for t in texts]
     order = [i for i in range(len(docs)) if takes(i, ratio, seed)]
-    for again in repeats(len(docs), ratio, seed): order += list(again)
+    for again in repeats(len(docs), ratio, seed):
+        order += list(again)
     flat = []
-    for i in order: flat += docs[i]
-    return [flat[i:i+length] for i in range(0, len(flat) - length + 1, length)], len(flat)
+    for i in order:
+        flat += docs[i]
+    return [flat[i : i + length] for i in range(0, len(flat) - length + 1, length)], len(flat)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(st.text('词表ab <s>/\n', min_size=1, max_size=12), min_size=9, max_size=40), ratio=st.sampled_from([.3, .5, 1, 1.7, 3]),
-       seed=st.integers(0, 3), length=st.integers(8, 20), n_parts=st.integers(0, 3))
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    texts=st.lists(st.text("词表ab <s>/\n", min_size=1, max_size=12), min_size=9, max_size=40),
+    ratio=st.sampled_from([0.3, 0.5, 1, 1.7, 3]),
+    seed=st.integers(0, 3),
+    length=st.integers(8, 20),
+    n_parts=st.integers(0, 3),
+)
 def test_pack_equals_naive(here, tok, tmp_path, monkeypatch, texts, ratio, seed, length, n_parts):
-    monkeypatch.setattr(m, 'load_tokenizer', lambda _: tok)
-    monkeypatch.setattr(line_spans, '__defaults__', (0, 1, 50))  # many spans of a few documents
-    c, out, parts = write_corpus(tmp_path/'c', zh=texts), tmp_path/'out', tmp_path/'parts'
+    monkeypatch.setattr(m, "load_tokenizer", lambda _: tok)
+    monkeypatch.setattr(line_spans, "__defaults__", (0, 1, 50))  # many spans of a few documents
+    c, out, parts = write_corpus(tmp_path / "c", zh=texts), tmp_path / "out", tmp_path / "parts"
     want, n = naive_pack(texts, tok, ratio, seed, length)
-    for f in parts.glob('*'): f.unlink()
-    for k in range(n_parts): encode_part(c, here/'tok', parts, 'zh', ratio, seed=seed, part=k, n_parts=n_parts)
-    how = dict(mix=[f'{ratio}:zh'], length=length, seed=seed, force=True, parts=parts if n_parts else None)
+    for f in parts.glob("*"):
+        f.unlink()
+    for k in range(n_parts):
+        encode_part(c, here / "tok", parts, "zh", ratio, seed=seed, part=k, n_parts=n_parts)
+    how = dict(
+        mix=[f"{ratio}:zh"], length=length, seed=seed, force=True, parts=parts if n_parts else None
+    )
     if not want:
-        with pytest.raises(StageError, match='less than one row'): pack(c, here/'tok', out, **how)
+        with pytest.raises(StageError, match="less than one row"):
+            pack(c, here / "tok", out, **how)
         return
-    a = pack(c, here/'tok', out, **how)
-    assert [r.tolist() for r in load_rows(a).with_format('numpy')[:]['input_ids']] == want
-    s = a.stats['sources']['zh']
-    assert s['n_tokens'] == a.stats['n_tokens'] == n and s['n_rows'] == len(want)
-    if ratio == 3: assert s['n_chars'] == 3 * sum(map(len, texts)) and s['n_bytes'] == 3 * sum(len(t.encode()) for t in texts)
-    assert sorted(p.name for p in out.iterdir()) == ['manifest.json', 'train', 'valid.zh.jsonl']
+    a = pack(c, here / "tok", out, **how)
+    assert [r.tolist() for r in load_rows(a).with_format("numpy")[:]["input_ids"]] == want
+    s = a.stats["sources"]["zh"]
+    assert s["n_tokens"] == a.stats["n_tokens"] == n and s["n_rows"] == len(want)
+    if ratio == 3:
+        assert s["n_chars"] == 3 * sum(map(len, texts)) and s["n_bytes"] == 3 * sum(
+            len(t.encode()) for t in texts
+        )
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "train", "valid.zh.jsonl"]
 
 
 def test_line_ends_of_unicode_stay_in_documents(here, tmp_path):
-    odd = 'a\u2028词\u2029表\x85b\r\nc'
-    c = write_corpus(tmp_path/'c', zh=[odd] * 9)
-    (c/'zh.valid.jsonl').write_text(json.dumps({'text': odd}, ensure_ascii=False) + '\n', encoding='utf-8')
-    a = pack(c, here/'tok', tmp_path/'out', mix=['zh'], length=8)
-    assert a.stats['sources']['zh']['n_docs'] == 9 and valid_texts(a, 'zh') == [odd]
+    odd = "a\u2028词\u2029表\x85b\r\nc"
+    c = write_corpus(tmp_path / "c", zh=[odd] * 9)
+    (c / "zh.valid.jsonl").write_text(
+        json.dumps({"text": odd}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    a = pack(c, here / "tok", tmp_path / "out", mix=["zh"], length=8)
+    assert a.stats["sources"]["zh"]["n_docs"] == 9 and valid_texts(a, "zh") == [odd]
 
 
 def test_workers_change_nothing(here, tmp_path):
-    c = write_corpus(tmp_path/'c', zh=['扩充词表。' * (200 + i % 50) for i in range(1000)])  # three spans
-    a, b = (pack(c, here/'tok', tmp_path/f'w{w}', mix=['1.5:zh'], length=256, workers=w) for w in (1, 2))
-    assert len(list(line_spans(c/'zh.train.jsonl'))) > 2 and a.fingerprint == b.fingerprint and a.stats == b.stats
+    c = write_corpus(
+        tmp_path / "c", zh=["扩充词表。" * (200 + i % 50) for i in range(1000)]
+    )  # three spans
+    a, b = (
+        pack(c, here / "tok", tmp_path / f"w{w}", mix=["1.5:zh"], length=256, workers=w)
+        for w in (1, 2)
+    )
+    assert (
+        len(list(line_spans(c / "zh.train.jsonl"))) > 2
+        and a.fingerprint == b.fingerprint
+        and a.stats == b.stats
+    )
 
 
 def test_workers_with_texts_of_another_origin(here, tok):
-    jobs = [['扩充', 'a'], ['词表'], ['b' * 50]]
-    how = dict(bos=1, eos=2, dtype='uint16')
-    for (ids, counts), (ids2, counts2) in zip(encoded(jobs, tok, 2, **how), encoded(jobs, tok, **how), strict=True):
+    jobs = [["扩充", "a"], ["词表"], ["b" * 50]]
+    how = dict(bos=1, eos=2, dtype="uint16")
+    for (ids, counts), (ids2, counts2) in zip(
+        encoded(jobs, tok, 2, **how), encoded(jobs, tok, **how), strict=True
+    ):
         assert ids.tolist() == ids2.tolist() and counts.tolist() == counts2.tolist()
 
 
 def test_a_text_file_is_split_by_hash(here, tmp_path):
-    mine = tmp_path/'mine.txt'
-    mine.write_text('\n\n'.join(f'第{i}篇文章。' + '扩充词表。' * (i % 7) for i in range(400)))
-    own = pack(mine, here/'tok', tmp_path/'own', mix=['zh'], length=32, valid_share=.1).stats['sources']['zh']
-    assert 20 < own['n_valid'] < 80 and own['n_docs'] + own['n_valid'] == 400
-    half = pack(mine, here/'tok', tmp_path/'half', mix=['.5:zh'], length=32, valid_share=.1).stats['sources']['zh']
-    assert abs(half['n_docs'] - own['n_docs'] / 2) < 1 and half['n_valid'] == own['n_valid']
-    with pytest.raises(StageError, match='mix names 2 languages'): pack(mine, here/'tok', tmp_path/'own2', mix=['zh', 'en'])
-    with pytest.raises(StageError, match='less than one row'): pack(mine, here/'tok', tmp_path/'own2', mix=['zh'], length=2**20)
-    with pytest.raises(StageError, match='cannot be encoded in parts; run: cmixtral corpus'): encode_part(mine, here/'tok', tmp_path/'p', 'zh', n_parts=2)
-    assert not list(tmp_path.glob('own2*'))
+    mine = tmp_path / "mine.txt"
+    mine.write_text("\n\n".join(f"第{i}篇文章。" + "扩充词表。" * (i % 7) for i in range(400)))
+    own = pack(mine, here / "tok", tmp_path / "own", mix=["zh"], length=32, valid_share=0.1).stats[
+        "sources"
+    ]["zh"]
+    assert 20 < own["n_valid"] < 80 and own["n_docs"] + own["n_valid"] == 400
+    half = pack(
+        mine, here / "tok", tmp_path / "half", mix=[".5:zh"], length=32, valid_share=0.1
+    ).stats["sources"]["zh"]
+    assert abs(half["n_docs"] - own["n_docs"] / 2) < 1 and half["n_valid"] == own["n_valid"]
+    with pytest.raises(StageError, match="mix names 2 languages"):
+        pack(mine, here / "tok", tmp_path / "own2", mix=["zh", "en"])
+    with pytest.raises(StageError, match="less than one row"):
+        pack(mine, here / "tok", tmp_path / "own2", mix=["zh"], length=2**20)
+    with pytest.raises(StageError, match="cannot be encoded in parts; run: cmixtral corpus"):
+        encode_part(mine, here / "tok", tmp_path / "p", "zh", n_parts=2)
+    assert not list(tmp_path.glob("own2*"))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.sampled_from([1, 2, 7, 9]), min_size=6, max_size=6), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.sampled_from([1, 2, 7, 9]), min_size=6, max_size=6), min_size=1, max_size=4
+    )
+)
 def test_positions_by_hand(ids):
     for row, got in zip(ids, positions(np.array(ids), 1)):
-        p = -1; want = []
-        for t in row: p = 0 if t == 1 else p + 1; want.append(p)
+        p = -1
+        want = []
+        for t in row:
+            p = 0 if t == 1 else p + 1
+            want.append(p)
         assert got.tolist() == want
 
 
 def test_collate_masks_only_starts():
-    b = collate([{'input_ids': [1, 5, 2, 1, 6, 2]}], bos=1)
-    assert b['labels'].tolist() == [[-100, 5, 2, -100, 6, 2]] and b['position_ids'].tolist() == [[0, 1, 2, 0, 1, 2]]
-    assert 'attention_mask' not in b
+    b = collate([{"input_ids": [1, 5, 2, 1, 6, 2]}], bos=1)
+    assert b["labels"].tolist() == [[-100, 5, 2, -100, 6, 2]] and b["position_ids"].tolist() == [
+        [0, 1, 2, 0, 1, 2]
+    ]
+    assert "attention_mask" not in b
 
 
 def worst(model, ids, logits):
     "Largest difference of a logit between documents in rows and the same documents alone"
-    diff = 0.
+    diff = 0.0
     for row, got in zip(ids, logits):
         starts = [0, *(i for i in range(1, len(row)) if row[i] == 1), len(row)]
         for a, b in zip(starts, starts[1:]):
-            diff = max(diff, (model(input_ids=row[None, a:b], use_cache=False).logits[0] - got[a:b]).abs().max().item())
+            diff = max(
+                diff,
+                (model(input_ids=row[None, a:b], use_cache=False).logits[0] - got[a:b])
+                .abs()
+                .max()
+                .item(),
+            )
     return diff
 
 
-@pytest.mark.parametrize('attn', ['sdpa', 'eager'])
-@pytest.mark.parametrize('dense', [False, True])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("dense", [False, True])
 def test_documents_are_isolated(attn, dense):
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+
     from cmixtral_nb.mixtral import small_config
+
     torch.manual_seed(0)
-    small = LlamaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2)
-    config = small if dense else small_config(vocab_size=99, hidden=32, layers=2, intermediate=64, heads=2)
+    small = LlamaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=2,
+    )
+    config = (
+        small
+        if dense
+        else small_config(vocab_size=99, hidden=32, layers=2, intermediate=64, heads=2)
+    )
     config._attn_implementation = attn
     model = (LlamaForCausalLM if dense else MixtralForCausalLM)(config).eval()
-    for p in model.parameters(): p.data *= 3
+    for p in model.parameters():
+        p.data *= 3
     g = torch.Generator().manual_seed(1)
-    data = torch.randint(3, 99, (2, 40), generator=g); data[0, [0, 13, 14, 30]] = 1; data[1, [7, 25]] = 1  # a row may start inside a document
-    b = collate([{'input_ids': r.numpy()} for r in data], bos=1); del b['labels']
+    data = torch.randint(3, 99, (2, 40), generator=g)
+    data[0, [0, 13, 14, 30]] = 1
+    data[1, [7, 25]] = 1  # a row may start inside a document
+    b = collate([{"input_ids": r.numpy()} for r in data], bos=1)
+    del b["labels"]
     with torch.no_grad():
         assert worst(model, data, model(**b, use_cache=False).logits) < 1e-5
         # both of these are what a collator or a default may bring back
-        assert worst(model, data, model(**b, use_cache=False, attention_mask=torch.ones_like(data)).logits) > 1e-2
+        assert (
+            worst(
+                model,
+                data,
+                model(**b, use_cache=False, attention_mask=torch.ones_like(data)).logits,
+            )
+            > 1e-2
+        )
         assert worst(model, data, model(**b, use_cache=True).logits) > 1e-2
 
 
 def test_documents_are_isolated_in_the_trainer(here, tmp_path, monkeypatch):
     from transformers import MixtralForCausalLM, Trainer
+
     from cmixtral_nb.mixtral import small_config
     from cmixtral_nb.pretrain import pretrain
+
     torch.manual_seed(0)
-    model = MixtralForCausalLM(small_config(vocab_size=290, hidden=32, layers=2, intermediate=64, heads=2))
-    for p in model.parameters(): p.data *= 3
-    model.save_pretrained(here/'model'); write_tokenizer(here/'small.model', here/'model')
-    tokens = pack(here/'corpus', here/'model', tmp_path/'tokens', mix=['zh'], length=64)
+    model = MixtralForCausalLM(
+        small_config(vocab_size=290, hidden=32, layers=2, intermediate=64, heads=2)
+    )
+    for p in model.parameters():
+        p.data *= 3
+    model.save_pretrained(here / "model")
+    write_tokenizer(here / "small.model", here / "model")
+    tokens = pack(here / "corpus", here / "model", tmp_path / "tokens", mix=["zh"], length=64)
     loss, seen = Trainer.compute_loss, []
+
     def spy(self, model, inputs, *a, **kw):
         with torch.no_grad():
-            whole = model(**{k: v for k, v in inputs.items() if k != 'labels'}, output_router_logits=False).logits
-            seen.append((set(inputs), whole.shape[1], worst(model, inputs['input_ids'], whole)))
+            whole = model(
+                **{k: v for k, v in inputs.items() if k != "labels"}, output_router_logits=False
+            ).logits
+            seen.append((set(inputs), whole.shape[1], worst(model, inputs["input_ids"], whole)))
         return loss(self, model, inputs, *a, **kw)
-    monkeypatch.setattr(Trainer, 'compute_loss', spy)
-    pretrain(here/'model', tokens, tmp_path/'adapter', rank=2, alpha=2, batch=2, steps=2, lr=1e-3, warmup=0, eval_every=2, save_every=2, dropout=0., eval_chars=20, device='cpu')
+
+    monkeypatch.setattr(Trainer, "compute_loss", spy)
+    pretrain(
+        here / "model",
+        tokens,
+        tmp_path / "adapter",
+        rank=2,
+        alpha=2,
+        batch=2,
+        steps=2,
+        lr=1e-3,
+        warmup=0,
+        eval_every=2,
+        save_every=2,
+        dropout=0.0,
+        eval_chars=20,
+        device="cpu",
+    )
     assert len(seen) == 2
-    for names, n, diff in seen: assert 'attention_mask' not in names and n == 64 and diff < 1e-5
+    for names, n, diff in seen:
+        assert "attention_mask" not in names and n == 64 and diff < 1e-5
 
 
 def test_large_ids_and_shards(tmp_path):
-    w = RowWriter(tmp_path/'train', 4, 'uint32', shard_rows=3)
-    for k in range(4): w.write(np.full((2, 4), 70_000 + k, 'uint32'), k)
-    finish_rows(w, 'key')
+    w = RowWriter(tmp_path / "train", 4, "uint32", shard_rows=3)
+    for k in range(4):
+        w.write(np.full((2, 4), 70_000 + k, "uint32"), k)
+    finish_rows(w, "key")
     from datasets import load_from_disk
-    ds = load_from_disk(str(tmp_path/'train'))
-    assert len(w.files) == 3 and ds['input_ids'][:] == [[70_000 + k] * 4 for k in range(4) for _ in range(2)]
-    assert ds['source'][:] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+    ds = load_from_disk(str(tmp_path / "train"))
+    assert len(w.files) == 3 and ds["input_ids"][:] == [
+        [70_000 + k] * 4 for k in range(4) for _ in range(2)
+    ]
+    assert ds["source"][:] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_text_never_becomes_control(here, tmp_path):
-    a = pack(here/'zh.jsonl', here/'tok', tmp_path/'t', mix=['zh'], length=32, valid_share=.1)
-    ids = np.stack(load_rows(a).with_format('numpy')[:]['input_ids'])
-    n_docs = a.stats['sources']['zh']['n_docs']
+    a = pack(
+        here / "zh.jsonl", here / "tok", tmp_path / "t", mix=["zh"], length=32, valid_share=0.1
+    )
+    ids = np.stack(load_rows(a).with_format("numpy")[:]["input_ids"])
+    n_docs = a.stats["sources"]["zh"]["n_docs"]
     assert n_docs - 1 <= (ids == 1).sum() <= n_docs and n_docs - 1 <= (ids == 2).sum() <= n_docs
-    assert a.stats['dtype'] == 'uint16' and a.manifest['tokenizer'] and len(valid_texts(a, 'zh')) == a.stats['sources']['zh']['n_valid']
-    assert len(valid_texts(a, 'zh', limit_chars=1)) == 1
-    with pytest.raises(StageError, match='run: cmixtral pack --mix 1:fr'): valid_texts(a, 'fr')
+    assert (
+        a.stats["dtype"] == "uint16"
+        and a.manifest["tokenizer"]
+        and len(valid_texts(a, "zh")) == a.stats["sources"]["zh"]["n_valid"]
+    )
+    assert len(valid_texts(a, "zh", limit_chars=1)) == 1
+    with pytest.raises(StageError, match="run: cmixtral pack --mix 1:fr"):
+        valid_texts(a, "fr")
 
 
-@pytest.mark.parametrize('mix, words', [([], 'mix is empty'), (['0:zh'], 'above 0'), (['x:zh'], 'RATIO:LANG'), (['1:'], 'RATIO:LANG'),
-                                        (['nan:zh'], 'above 0'), (['1:zh', '.5:zh'], 'mix names zh twice; give one ratio, such as 1.5:zh')])
+@pytest.mark.parametrize(
+    "mix, words",
+    [
+        ([], "mix is empty"),
+        (["0:zh"], "above 0"),
+        (["x:zh"], "RATIO:LANG"),
+        (["1:"], "RATIO:LANG"),
+        (["nan:zh"], "above 0"),
+        (["1:zh", ".5:zh"], "mix names zh twice; give one ratio, such as 1.5:zh"),
+    ],
+)
 def test_bad_mix(mix, words):
-    with pytest.raises(StageError, match=words): parse_mix(mix)
+    with pytest.raises(StageError, match=words):
+        parse_mix(mix)
 
 
 def test_faults_come_together_and_leave_nothing(here, tmp_path):
-    with pytest.raises(StageError) as e: pack(tmp_path/'none.jsonl', here, tmp_path/'t', mix=['zh'], length=3, seed=-1, workers=0)
-    wanted = ('neither a corpus nor a text file', 'length is 3', 'holds no tokenizer.json', 'seed is -1, expected 0 or more', 'workers is 0, expected 1')
-    assert [w for w in wanted if w not in str(e.value)] == [] and len(e.value.args) == 5 and not list(tmp_path.iterdir())
-    with pytest.raises(StageError, match="has no language 'fr', it has en, zh"): pack(here/'corpus', here/'tok', tmp_path/'t', mix=['fr'])
+    with pytest.raises(StageError) as e:
+        pack(
+            tmp_path / "none.jsonl", here, tmp_path / "t", mix=["zh"], length=3, seed=-1, workers=0
+        )
+    wanted = (
+        "neither a corpus nor a text file",
+        "length is 3",
+        "holds no tokenizer.json",
+        "seed is -1, expected 0 or more",
+        "workers is 0, expected 1",
+    )
+    assert (
+        [w for w in wanted if w not in str(e.value)] == []
+        and len(e.value.args) == 5
+        and not list(tmp_path.iterdir())
+    )
+    with pytest.raises(StageError, match="has no language 'fr', it has en, zh"):
+        pack(here / "corpus", here / "tok", tmp_path / "t", mix=["fr"])
 
 
 def test_a_bad_line_is_named(here, tmp_path):
-    c = write_corpus(tmp_path/'c', zh=['词表'] * 9); f = c/'zh.train.jsonl'
+    c = write_corpus(tmp_path / "c", zh=["词表"] * 9)
+    f = c / "zh.train.jsonl"
     for bad in ('{"text": ', '{"txt": "a"}', '{"text": 7}'):
-        f.write_text('{"text": "词表"}\n' * 4 + bad + '\n')
-        with pytest.raises(StageError, match='zh.train.jsonl:5: expected an object with a string under "text"'): pack(c, here/'tok', tmp_path/'t', mix=['zh'], length=8)
-    assert not list(tmp_path.glob('t*'))
+        f.write_text('{"text": "词表"}\n' * 4 + bad + "\n")
+        with pytest.raises(
+            StageError, match='zh.train.jsonl:5: expected an object with a string under "text"'
+        ):
+            pack(c, here / "tok", tmp_path / "t", mix=["zh"], length=8)
+    assert not list(tmp_path.glob("t*"))
 
 
 def test_a_worker_that_dies(tok, monkeypatch):
-    def died(*_): raise BrokenProcessPool
-    monkeypatch.setattr(m, 'ahead', died)
-    with pytest.raises(StageError, match='a process that encodes died.*--workers 1'): list(encoded([['a']], tok, 2, bos=1, eos=2, dtype='uint16'))
+    def died(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(m, "ahead", died)
+    with pytest.raises(StageError, match="a process that encodes died.*--workers 1"):
+        list(encoded([["a"]], tok, 2, bos=1, eos=2, dtype="uint16"))
 
 
 def test_not_tokens(here):
-    with pytest.raises(StageError, match='no manifest.json'): load_rows(here)
-    with pytest.raises(StageError, match='expected a tokens'): Artifact.load(here/'nothing', 'tokens')
+    with pytest.raises(StageError, match="no manifest.json"):
+        load_rows(here)
+    with pytest.raises(StageError, match="expected a tokens"):
+        Artifact.load(here / "nothing", "tokens")
 
 
 def test_wrong_parts_are_refused(here, tmp_path):
-    c, t, parts = here/'corpus', here/'tok', tmp_path/'parts'
-    def refused(words, mix=['1:zh'], **kw):
-        with pytest.raises(StageError, match=words): pack(c, t, tmp_path/'out', mix=mix, length=64, parts=parts, **kw)
-        assert not list(tmp_path.glob('out*'))
-    refused('holds no part of zh')
-    for k in 0, 2: encode_part(c, t, parts, 'zh', part=k, n_parts=3)
-    refused('holds 2 of 3 parts of zh; run the missing tasks again')
-    encode_part(c, t, parts, 'zh', part=1, n_parts=3)
-    refused('zh was encoded from another corpus, with another tokenizer, ratio or seed', mix=['.5:zh'])
-    refused('holds no part of en', mix=['1:zh', '1:en'])
-    pack(c, t, tmp_path/'fine', mix=['2:zh'], length=64, parts=parts, seed=3)  # repeats are drawn when parts are joined
-    encode_part(c, t, parts, 'zh')
-    refused('holds parts of several divisions of zh')
+    c, t, parts = here / "corpus", here / "tok", tmp_path / "parts"
+
+    def refused(words, mix=["1:zh"], **kw):
+        with pytest.raises(StageError, match=words):
+            pack(c, t, tmp_path / "out", mix=mix, length=64, parts=parts, **kw)
+        assert not list(tmp_path.glob("out*"))
+
+    refused("holds no part of zh")
+    for k in 0, 2:
+        encode_part(c, t, parts, "zh", part=k, n_parts=3)
+    refused("holds 2 of 3 parts of zh; run the missing tasks again")
+    encode_part(c, t, parts, "zh", part=1, n_parts=3)
+    refused(
+        "zh was encoded from another corpus, with another tokenizer, ratio or seed", mix=[".5:zh"]
+    )
+    refused("holds no part of en", mix=["1:zh", "1:en"])
+    pack(
+        c, t, tmp_path / "fine", mix=["2:zh"], length=64, parts=parts, seed=3
+    )  # repeats are drawn when parts are joined
+    encode_part(c, t, parts, "zh")
+    refused("holds parts of several divisions of zh")
 
 
 def test_a_part_that_is_there_is_left(here, tmp_path, monkeypatch):
-    a = encode_part(here/'corpus', here/'tok', tmp_path, 'zh')
-    monkeypatch.setattr(m, 'encoded', lambda *_, **__: pytest.fail('encoded again'))
-    assert encode_part(here/'corpus', here/'tok', tmp_path, 'zh') == a
-    with pytest.raises(pytest.fail.Exception): encode_part(here/'corpus', here/'tok', tmp_path, 'zh', ratio=.5)
-    assert not list(tmp_path.glob('*.json'))  # half a part has no head
+    a = encode_part(here / "corpus", here / "tok", tmp_path, "zh")
+    monkeypatch.setattr(m, "encoded", lambda *_, **__: pytest.fail("encoded again"))
+    assert encode_part(here / "corpus", here / "tok", tmp_path, "zh") == a
+    with pytest.raises(pytest.fail.Exception):
+        encode_part(here / "corpus", here / "tok", tmp_path, "zh", ratio=0.5)
+    assert not list(tmp_path.glob("*.json"))  # half a part has no head
 
 
 def test_gather_across_parts(here, tmp_path):
-    for k in range(3): encode_part(here/'corpus', here/'tok', tmp_path, 'zh', part=k, n_parts=3)
-    encode_part(here/'corpus', here/'tok', tmp_path/'one', 'zh')
-    a, b, order = Parts(tmp_path, 'zh'), Parts(tmp_path/'one', 'zh'), np.random.default_rng(0).permutation(90)
+    for k in range(3):
+        encode_part(here / "corpus", here / "tok", tmp_path, "zh", part=k, n_parts=3)
+    encode_part(here / "corpus", here / "tok", tmp_path / "one", "zh")
+    a, b, order = (
+        Parts(tmp_path, "zh"),
+        Parts(tmp_path / "one", "zh"),
+        np.random.default_rng(0).permutation(90),
+    )
     assert a.stats == b.stats and (a.counts() == b.counts()).all()
-    assert np.concatenate(list(gather(a, order, a.counts(), 7))).tolist() == np.concatenate(list(gather(b, order, b.counts()))).tolist()
+    assert (
+        np.concatenate(list(gather(a, order, a.counts(), 7))).tolist()
+        == np.concatenate(list(gather(b, order, b.counts()))).tolist()
+    )
 
 
-MIX = dict(mix=['1.5:zh', '.5:en'], length=64)
+MIX = dict(mix=["1.5:zh", ".5:en"], length=64)
 
 
-@pytest.fixture(scope='module')
-def alone(here): return pack(here/'corpus', here/'tok', here/'alone', **MIX)
+@pytest.fixture(scope="module")
+def alone(here):
+    return pack(here / "corpus", here / "tok", here / "alone", **MIX)
 
 
 def test_datatrove_with_two_workers(here, tmp_path, alone):
-    pack_job(here/'corpus', here/'tok', tmp_path/'out', tasks=2, where=dict(workers=2), **MIX).run()
-    far = Artifact.load(tmp_path/'out', 'tokens', verify=True)
+    pack_job(
+        here / "corpus", here / "tok", tmp_path / "out", tasks=2, where=dict(workers=2), **MIX
+    ).run()
+    far = Artifact.load(tmp_path / "out", "tokens", verify=True)
     assert (far.key, far.fingerprint, far.stats) == (alone.key, alone.fingerprint, alone.stats)
-    assert len(list((tmp_path/'out.parts').glob('zh.*.ids'))) == 2
+    assert len(list((tmp_path / "out.parts").glob("zh.*.ids"))) == 2
 
 
 def test_what_a_killed_task_left_is_made_again(here, tmp_path, alone, monkeypatch):
-    job = lambda: pack_job(here/'corpus', here/'tok', tmp_path/'out', tasks=3, where=dict(workers=1), **MIX).run()  # in this process
+    job = lambda: pack_job(
+        here / "corpus", here / "tok", tmp_path / "out", tasks=3, where=dict(workers=1), **MIX
+    ).run()  # in this process
     job()
-    heads = {p: p.stat().st_mtime_ns for p in (tmp_path/'out.parts').glob('*-of-*.json')}
-    gone = tmp_path/'out.parts/en.00001-of-00003.json'; gone.unlink(); gone.with_suffix('.ids').write_bytes(b'half')
-    shutil.rmtree(tmp_path/'out')
+    heads = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.parts").glob("*-of-*.json")}
+    gone = tmp_path / "out.parts/en.00001-of-00003.json"
+    gone.unlink()
+    gone.with_suffix(".ids").write_bytes(b"half")
+    shutil.rmtree(tmp_path / "out")
     job()
-    assert Artifact.load(tmp_path/'out').fingerprint == alone.fingerprint
-    assert len(heads) == 6 and [p for p, at in heads.items() if p.stat().st_mtime_ns != at] == [gone]
+    assert Artifact.load(tmp_path / "out").fingerprint == alone.fingerprint
+    assert len(heads) == 6 and [p for p, at in heads.items() if p.stat().st_mtime_ns != at] == [
+        gone
+    ]
 
 
 def slurm(folder):
     "Commands of Slurm that run a job at once, here"
     folder.mkdir()
-    (folder/'sbatch').write_text(f'''#!{sys.executable}
+    (folder / "sbatch").write_text(f"""#!{sys.executable}
 import os, re, subprocess, sys
 text = open(sys.argv[-1]).read()
 assert '#SBATCH --partition=cpu' in text
@@ -339,29 +571,61 @@ last = int(re.search(r'--array=0-(\\d+)', text)[1])
 for k in range(last + 1) if 'merge_stats' not in text else ():
     subprocess.run(['bash', sys.argv[-1]], env=dict(os.environ, SLURM_ARRAY_TASK_ID=str(k), SLURM_NODELIST='here'), check=True, stdout=2)
 print('Submitted batch job 7')
-''')
-    (folder/'srun').write_text('#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done\nexec "$@"\n')
-    (folder/'scontrol').write_text('#!/bin/bash\necho here\n')
-    for f in folder.iterdir(): f.chmod(0o755)
+""")
+    (folder / "srun").write_text(
+        '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done\nexec "$@"\n'
+    )
+    (folder / "scontrol").write_text("#!/bin/bash\necho here\n")
+    for f in folder.iterdir():
+        f.chmod(0o755)
 
 
 def test_datatrove_on_slurm(here, tmp_path, alone, monkeypatch):
-    slurm(tmp_path/'bin')
-    monkeypatch.setenv('PATH', os.pathsep.join([str(tmp_path/'bin'), str(Path(sys.executable).parent), os.environ['PATH']]))
-    pack_job(here/'corpus', here/'tok', tmp_path/'out', tasks=1, executor='slurm', where=dict(partition='cpu', time='01:00:00', cpus_per_task=4), **MIX).run()
-    far = Artifact.load(tmp_path/'out', 'tokens')
+    slurm(tmp_path / "bin")
+    monkeypatch.setenv(
+        "PATH",
+        os.pathsep.join(
+            [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        ),
+    )
+    pack_job(
+        here / "corpus",
+        here / "tok",
+        tmp_path / "out",
+        tasks=1,
+        executor="slurm",
+        where=dict(partition="cpu", time="01:00:00", cpus_per_task=4),
+        **MIX,
+    ).run()
+    far = Artifact.load(tmp_path / "out", "tokens")
     assert (far.key, far.fingerprint, far.stats) == (alone.key, alone.fingerprint, alone.stats)
 
 
 def test_jobs_that_cannot_be(here, tmp_path, monkeypatch):
-    c, t, out = here/'corpus', here/'tok', tmp_path/'out'
-    with pytest.raises(StageError, match="executor is 'moon', expected local, slurm, ray"): pack_job(c, t, out, executor='moon', **MIX)
-    with pytest.raises(StageError, match="executor slurm: .*'time' and 'partition'; give it in where"): pack_job(c, t, out, executor='slurm', **MIX)
-    with pytest.raises(StageError, match='is no corpus and cannot be encoded in parts; run: cmixtral corpus'): pack_job(here/'zh.jsonl', t, out, **MIX)
-    with pytest.raises(StageError, match="has no language 'fr'"): pack_job(c, t, out, mix=['fr'])
-    with pytest.raises(StageError, match='tasks is 0, expected 1 or more'): pack_job(c, t, out, tasks=0)
-    with pytest.raises(TypeError, match='lenght'): pack_job(c, t, out, mix=['zh'], lenght=64)
-    for name in [n for n in sys.modules if n.startswith('datatrove')]: monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, 'datatrove', None)
-    with pytest.raises(StageError) as e: pack_job(c, t, out, **MIX)
-    assert str(e.value) == "datatrove is not installed; run: pip install 'cmixtral_nb[cluster]'" and not list(tmp_path.iterdir())
+    c, t, out = here / "corpus", here / "tok", tmp_path / "out"
+    with pytest.raises(StageError, match="executor is 'moon', expected local, slurm, ray"):
+        pack_job(c, t, out, executor="moon", **MIX)
+    with pytest.raises(
+        StageError, match="executor slurm: .*'time' and 'partition'; give it in where"
+    ):
+        pack_job(c, t, out, executor="slurm", **MIX)
+    with pytest.raises(
+        StageError, match="is no corpus and cannot be encoded in parts; run: cmixtral corpus"
+    ):
+        pack_job(here / "zh.jsonl", t, out, **MIX)
+    with pytest.raises(StageError, match="has no language 'fr'"):
+        pack_job(c, t, out, mix=["fr"])
+    with pytest.raises(StageError, match="tasks is 0, expected 1 or more"):
+        pack_job(c, t, out, tasks=0)
+    with pytest.raises(TypeError, match="lenght"):
+        pack_job(c, t, out, mix=["zh"], lenght=64)
+    for name in [n for n in sys.modules if n.startswith("datatrove")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    with pytest.raises(StageError) as e:
+        pack_job(c, t, out, **MIX)
+    assert str(
+        e.value
+    ) == "datatrove is not installed; run: pip install 'cmixtral_nb[cluster]'" and not list(
+        tmp_path.iterdir()
+    )

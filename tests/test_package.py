@@ -1,4 +1,5 @@
 "The package as others install, import and type-check it. By hand, with a fresh environment and a clock: tests/check_package.py"
+
 import ast
 import configparser
 import re
@@ -20,7 +21,11 @@ cfg = cfg["DEFAULT"]
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     whl = next((wheel.parent / "dist").glob("*.whl"))
     names = set(zipfile.ZipFile(whl).namelist())
-    inside = {str(p.relative_to(ROOT)) for p in (ROOT / "cmixtral_nb").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    inside = {
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "cmixtral_nb").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     assert {n for n in names if ".dist-info/" not in n} == inside
     assert "cmixtral_nb/py.typed" in names and any(n.endswith("LICENSE") for n in names)
     assert whl.stat().st_size < 8e6
@@ -28,22 +33,49 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 def test_metadata(wheel):
     meta = next(wheel.glob("*.dist-info/METADATA")).read_text(encoding="utf-8")
-    assert f"Version: {cfg['version']}" in meta and f"Requires-Python: >={cfg['min_python']}" in meta
+    assert (
+        f"Version: {cfg['version']}" in meta and f"Requires-Python: >={cfg['min_python']}" in meta
+    )
     extras = set(re.findall(r"^Provides-Extra: (\w+)", meta, re.M))
     assert extras == {k.removesuffix("_requirements") for k in cfg if k.endswith("_requirements")}
-    assert "cmixtral = cmixtral_nb.pipeline:main" in next(wheel.glob("*.dist-info/entry_points.txt")).read_text()
+    assert (
+        "cmixtral = cmixtral_nb.pipeline:main"
+        in next(wheel.glob("*.dist-info/entry_points.txt")).read_text()
+    )
     assert "# cmixtral_nb" in meta  # the README is the long description
 
 
 def test_sdist_can_be_built_again(wheel):
     "The source archive holds what setup.py reads: a wheel made from it has the same files"
     tmp = wheel.parent
-    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", "sdist"], cwd=tmp, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", "sdist"],
+        cwd=tmp,
+        check=True,
+        capture_output=True,
+    )
     with tarfile.open(next((tmp / "sdist").glob("*.tar.gz"))) as tar:
         tar.extractall(tmp / "unpacked", filter="data")
     src = next((tmp / "unpacked").iterdir())
-    subprocess.run([sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp / "again", src], check=True, capture_output=True)
-    names = [set(zipfile.ZipFile(next((tmp / d).glob("*.whl"))).namelist()) for d in ("dist", "again")]
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "-q",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp / "again",
+            src,
+        ],
+        check=True,
+        capture_output=True,
+    )
+    names = [
+        set(zipfile.ZipFile(next((tmp / d).glob("*.whl"))).namelist()) for d in ("dist", "again")
+    ]
     assert names[0] == names[1]
 
 
@@ -55,12 +87,31 @@ def test_versions_agree():
 
 
 def test_requirements_have_a_floor_and_a_reason_for_a_missing_ceiling():
-    open_ended = {"protobuf", "regex", "tqdm", "jieba", "wordfreq", "opencc", "latex2mathml", "jupyter", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools",
-                  "fastcore", "execnb", "ghapi"}  # small or by date; the last three have ceilings and come with nbdev
+    open_ended = {
+        "protobuf",
+        "regex",
+        "tqdm",
+        "jieba",
+        "wordfreq",
+        "opencc",
+        "latex2mathml",
+        "jupyter",
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "setuptools",
+        "fastcore",
+        "execnb",
+        "ghapi",
+    }  # small or by date; the last three have ceilings and come with nbdev
     for key in [k for k in cfg if k == "requirements" or k.endswith("_requirements")]:
         for req in cfg[key].split():
             name = re.match(r"[\w.-]+", req)[0]
-            assert "==" in req or (">=" in req and "<" in req) or name in open_ended, f"{key}: {req}"
+            assert "==" in req or (">=" in req and "<" in req) or name in open_ended, (
+                f"{key}: {req}"
+            )
 
 
 CLIENT = """
@@ -84,26 +135,61 @@ def checked(tmp_path_factory):
     "What mypy says of the package and of a program that uses it: (file, line, message)"
     tmp = tmp_path_factory.mktemp("types")
     (tmp / "client.py").write_text(CLIENT)
-    out = subprocess.run([sys.executable, "-m", "mypy", "--config-file", ".mypy.ini", "--cache-dir", tmp / "cache", "cmixtral_nb", tmp / "client.py"],
-                         cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--config-file",
+            ".mypy.ini",
+            "--cache-dir",
+            tmp / "cache",
+            "cmixtral_nb",
+            tmp / "client.py",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert out.returncode in (0, 1), out.stdout[-1000:] + out.stderr[-1000:]
-    return [(Path(m[1]).stem, int(m[2]), m[3]) for m in re.finditer(r"^(\S+?\.py):(\d+): error: (.*)$", out.stdout, re.M)]
+    return [
+        (Path(m[1]).stem, int(m[2]), m[3])
+        for m in re.finditer(r"^(\S+?\.py):(\d+): error: (.*)$", out.stdout, re.M)
+    ]
 
 
 def test_types_reach_a_program(checked):
     lines = CLIENT.splitlines()
-    assert sorted(lines[i - 1] for f, i, _ in checked if f == "client") == ["clean(3)", "wrong: int = fingerprint(1)"]
+    assert sorted(lines[i - 1] for f, i, _ in checked if f == "client") == [
+        "clean(3)",
+        "wrong: int = fingerprint(1)",
+    ]
 
 
 def test_signatures_are_sound(checked):
     "No error on a line of a signature, and no name that does not exist anywhere"
     for path in MODULES:
-        heads = {i: f.name for f in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(f, ast.FunctionDef) for i in range(f.lineno, max(f.lineno, f.body[0].lineno - 1) + 1)}
-        bad = [(i, m) for f, i, m in checked if f == path.stem and (i in heads and f[0] != "_" or re.search(r"\[(name-defined|valid-type|syntax)\]", m))
-               and "return-value" not in m and not any(re.search(rf'parameter "{p}"', m) for module, p in KNOWN if module == f)]
+        heads = {
+            i: f.name
+            for f in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(f, ast.FunctionDef)
+            for i in range(f.lineno, max(f.lineno, f.body[0].lineno - 1) + 1)
+        }
+        bad = [
+            (i, m)
+            for f, i, m in checked
+            if f == path.stem
+            and (
+                i in heads and f[0] != "_" or re.search(r"\[(name-defined|valid-type|syntax)\]", m)
+            )
+            and "return-value" not in m
+            and not any(re.search(rf'parameter "{p}"', m) for module, p in KNOWN if module == f)
+        ]
         assert not bad, (path.stem, bad)
 
 
 def test_ruff_is_content():
-    out = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True
+    )
     assert out.returncode == 0, out.stdout[-2000:]

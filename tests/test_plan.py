@@ -1,289 +1,603 @@
 "05b_plan: counts against real models, bytes against what is measured, remedies, every message"
-import itertools, json, os, subprocess, sys
+
+import itertools
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralForCausalLM, Qwen2Config
+import pytest
+import torch
+from conftest import cmixtral
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralForCausalLM,
+    Qwen2Config,
+)
 
 from cmixtral_nb import plan as planning
 from cmixtral_nb.artifact import StageError, read_json, write_json
 from cmixtral_nb.mixtral import small_config
-from cmixtral_nb.pipeline import plan, plan_inputs, plan_of, preflight, read_recipe, settings, tokens_of, _steps
+from cmixtral_nb.pipeline import (
+    _steps,
+    plan,
+    plan_inputs,
+    plan_of,
+    preflight,
+    read_recipe,
+    tokens_of,
+)
 from cmixtral_nb.plan import *
-from conftest import cmixtral
 
 CONFIG = dict(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=60)
-DENSE = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-SEED = dict(rank=64, alpha=128., rows='all', n_old=32_000, load_in_4bit=True, optim='paged_adamw_8bit', batch=16, accumulation=1, dropout=.05, zero=0, checkpointing=None)
+DENSE = dict(
+    vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+)
+SEED = dict(
+    rank=64,
+    alpha=128.0,
+    rows="all",
+    n_old=32_000,
+    load_in_4bit=True,
+    optim="paged_adamw_8bit",
+    batch=16,
+    accumulation=1,
+    dropout=0.05,
+    zero=0,
+    checkpointing=None,
+)
 GB = 10**9
 
-def faults(have, n_gpus=1, device='cuda', **kw):
-    return plan_faults('mixtral', {**SEED, **kw}, 2048, 57_000, device, n_gpus, have=round(have * GB))
+
+def faults(have, n_gpus=1, device="cuda", **kw):
+    return plan_faults(
+        "mixtral", {**SEED, **kw}, 2048, 57_000, device, n_gpus, have=round(have * GB)
+    )
+
 
 # counts
 
-@pytest.mark.parametrize('cls,config', [
-    (MixtralForCausalLM, small_config(**CONFIG)), (MixtralForCausalLM, small_config(hidden=32, layers=1, experts=8, heads=4, kv_heads=4)),
-    (LlamaForCausalLM, LlamaConfig(**DENSE)), (LlamaForCausalLM, LlamaConfig(**DENSE, num_key_value_heads=1, head_dim=12, tie_word_embeddings=True)),
-    (LlamaForCausalLM, LlamaConfig(**DENSE, attention_bias=True, mlp_bias=True)), (MistralForCausalLM, MistralConfig(**DENSE, num_key_value_heads=1, head_dim=20)),
-    (MistralForCausalLM, MistralConfig(**DENSE, num_key_value_heads=2, head_dim=None))])
+
+@pytest.mark.parametrize(
+    "cls,config",
+    [
+        (MixtralForCausalLM, small_config(**CONFIG)),
+        (MixtralForCausalLM, small_config(hidden=32, layers=1, experts=8, heads=4, kv_heads=4)),
+        (LlamaForCausalLM, LlamaConfig(**DENSE)),
+        (
+            LlamaForCausalLM,
+            LlamaConfig(**DENSE, num_key_value_heads=1, head_dim=12, tie_word_embeddings=True),
+        ),
+        (LlamaForCausalLM, LlamaConfig(**DENSE, attention_bias=True, mlp_bias=True)),
+        (MistralForCausalLM, MistralConfig(**DENSE, num_key_value_heads=1, head_dim=20)),
+        (MistralForCausalLM, MistralConfig(**DENSE, num_key_value_heads=2, head_dim=None)),
+    ],
+)
 def test_parameters_are_those_of_the_real_model(cls, config, tmp_path):
-    net = cls(config); counts = count_parameters(config)
-    assert counts['total'] == net.num_parameters() == sum(v for k, v in counts.items() if k not in ('total', 'active'))
+    net = cls(config)
+    counts = count_parameters(config)
+    assert (
+        counts["total"]
+        == net.num_parameters()
+        == sum(v for k, v in counts.items() if k not in ("total", "active"))
+    )
     net.save_pretrained(tmp_path)
-    assert count_parameters(tmp_path) == count_parameters(read_json(tmp_path/'config.json')) == counts
+    assert (
+        count_parameters(tmp_path)
+        == count_parameters(read_json(tmp_path / "config.json"))
+        == counts
+    )
     rows = 1 if config.tie_word_embeddings else 2
-    assert count_parameters(tmp_path, config.vocab_size + 1)['total'] == counts['total'] + rows * config.hidden_size
-    assert frozen_bytes(config, 0, False, 'float32') == 4 * counts['total']
+    assert (
+        count_parameters(tmp_path, config.vocab_size + 1)["total"]
+        == counts["total"] + rows * config.hidden_size
+    )
+    assert frozen_bytes(config, 0, False, "float32") == 4 * counts["total"]
+
 
 def test_active_parameters():
-    assert count_parameters(small_config(**CONFIG, experts=2, top_k=2))['active'] == count_parameters(small_config(**CONFIG, experts=2))['total']
+    assert (
+        count_parameters(small_config(**CONFIG, experts=2, top_k=2))["active"]
+        == count_parameters(small_config(**CONFIG, experts=2))["total"]
+    )
     dense = count_parameters(LlamaConfig(**DENSE))
-    assert dense['active'] == dense['total'] and dense['experts'] == dense['router'] == 0
+    assert dense["active"] == dense["total"] and dense["experts"] == dense["router"] == 0
+
 
 def test_mixtral_8x7b_has_the_numbers_that_were_counted():
     p = memory_plan(vocab_size=57_000)
-    assert [round(p['parameters']['total'] / GB, 2), round(p['bytes']['bf16'] / GB, 1), round(p['bytes']['frozen'] / GB, 1)] == [46.91, 93.8, 24.9]
-    assert [round(p['trainable'][k] / GB, 3) for k in ('lora', 'rows')] == [0.960, 0.467]
-    assert round(memory_plan(vocab_size=57_000, rows='new')['trainable']['rows'] / GB, 3) == 0.205
-    static = [memory_plan(vocab_size=57_000, rank=r, rows=rows)['bytes']['static'] / GB for r, rows in ((64, 'all'), (64, 'new'), (0, 'new'))]
-    assert static == pytest.approx([39.2, 36.6, 26.9], abs=.06)
-    assert p['bytes']['logits'] / GB == pytest.approx(.93, abs=.005)
+    assert [
+        round(p["parameters"]["total"] / GB, 2),
+        round(p["bytes"]["bf16"] / GB, 1),
+        round(p["bytes"]["frozen"] / GB, 1),
+    ] == [46.91, 93.8, 24.9]
+    assert [round(p["trainable"][k] / GB, 3) for k in ("lora", "rows")] == [0.960, 0.467]
+    assert round(memory_plan(vocab_size=57_000, rows="new")["trainable"]["rows"] / GB, 3) == 0.205
+    static = [
+        memory_plan(vocab_size=57_000, rank=r, rows=rows)["bytes"]["static"] / GB
+        for r, rows in ((64, "all"), (64, "new"), (0, "new"))
+    ]
+    assert static == pytest.approx([39.2, 36.6, 26.9], abs=0.06)
+    assert p["bytes"]["logits"] / GB == pytest.approx(0.93, abs=0.005)
+
 
 # what is measured
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def models(tmp_path_factory):
     "Small, but large enough that NF4's blocks are whole"
-    tmp = tmp_path_factory.mktemp('models'); torch.manual_seed(0)
-    wide = dict(vocab_size=400, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    nets = dict(mixtral=MixtralForCausalLM(small_config(hidden=64, layers=2, intermediate=160, heads=4, kv_heads=2, vocab_size=400)),
-        llama=LlamaForCausalLM(LlamaConfig(**wide, head_dim=24)), tied=LlamaForCausalLM(LlamaConfig(**wide, tie_word_embeddings=True)))
-    for name, net in nets.items(): net.save_pretrained(tmp/name)
+    tmp = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    wide = dict(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    nets = dict(
+        mixtral=MixtralForCausalLM(
+            small_config(hidden=64, layers=2, intermediate=160, heads=4, kv_heads=2, vocab_size=400)
+        ),
+        llama=LlamaForCausalLM(LlamaConfig(**wide, head_dim=24)),
+        tied=LlamaForCausalLM(LlamaConfig(**wide, tie_word_embeddings=True)),
+    )
+    for name, net in nets.items():
+        net.save_pretrained(tmp / name)
     return tmp
+
 
 def trained(folder, rank, rows, load_in_4bit):
     "A model after one step, and its optimiser"
     from cmixtral_nb.qlora import add_lora, load_model
-    net = add_lora(load_model(folder, load_in_4bit=load_in_4bit, device='cpu', trainable=True), rank, 2 * rank, .05, rows, 300).train()
+
+    net = add_lora(
+        load_model(folder, load_in_4bit=load_in_4bit, device="cpu", trainable=True),
+        rank,
+        2 * rank,
+        0.05,
+        rows,
+        300,
+    ).train()
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
-    x = torch.randint(0, 400, (2, 16)); net(input_ids=x, labels=x).loss.backward(); opt.step()
+    x = torch.randint(0, 400, (2, 16))
+    net(input_ids=x, labels=x).loss.backward()
+    opt.step()
     return net, opt
+
 
 def bytes_of(net, opt):
     "Parameters with NF4's constants, gradients, moments; and the buffers beside"
     from cmixtral_nb.qlora import parameter_table
-    size = sum(r['bytes'] for r in parameter_table(net)) + sum(p.grad.nbytes for p in net.parameters() if p.grad is not None)
-    return size + sum(t.nbytes for s in opt.state.values() for t in s.values()), sum(b.nbytes for b in net.buffers() if b.numel() > 400)
 
-@pytest.mark.parametrize('name,rows,load_in_4bit', itertools.product(('mixtral', 'llama', 'tied'), ('all', 'new', 'none'), (True, False)))
+    size = sum(r["bytes"] for r in parameter_table(net)) + sum(
+        p.grad.nbytes for p in net.parameters() if p.grad is not None
+    )
+    return size + sum(t.nbytes for s in opt.state.values() for t in s.values()), sum(
+        b.nbytes for b in net.buffers() if b.numel() > 400
+    )
+
+
+@pytest.mark.parametrize(
+    "name,rows,load_in_4bit",
+    itertools.product(("mixtral", "llama", "tied"), ("all", "new", "none"), (True, False)),
+)
 def test_static_bytes_are_what_is_measured(models, name, rows, load_in_4bit):
-    net, opt = trained(models/name, 4, rows, load_in_4bit)
-    b = memory_plan(models/name, 0, 4, rows, 300, load_in_4bit, 'adamw_torch', 'float32')['bytes']
+    net, opt = trained(models / name, 4, rows, load_in_4bit)
+    b = memory_plan(models / name, 0, 4, rows, 300, load_in_4bit, "adamw_torch", "float32")["bytes"]
     static, buffers = bytes_of(net, opt)
-    assert b['static'] == pytest.approx(static, rel=.03)
-    assert b['copies'] == buffers
+    assert b["static"] == pytest.approx(static, rel=0.03)
+    assert b["copies"] == buffers
+
 
 def test_static_bytes_of_the_tiny_recipe_are_what_is_measured(tmp_path):
-    recipe = read_recipe('tiny'); c = plan_inputs(recipe)['config']
-    MixtralForCausalLM(small_config(vocab_size=c['vocab_size'])).save_pretrained(tmp_path)
-    recipe = {k: v for k, v in recipe.items() if k not in ('vocab', 'search')}
-    net, opt = trained(tmp_path, recipe['pretrain']['rank'], 'all', True)
-    assert plan_of(recipe, device='cpu')['bytes']['static'] == pytest.approx(bytes_of(net, opt)[0], rel=.03)
+    recipe = read_recipe("tiny")
+    c = plan_inputs(recipe)["config"]
+    MixtralForCausalLM(small_config(vocab_size=c["vocab_size"])).save_pretrained(tmp_path)
+    recipe = {k: v for k, v in recipe.items() if k not in ("vocab", "search")}
+    net, opt = trained(tmp_path, recipe["pretrain"]["rank"], "all", True)
+    assert plan_of(recipe, device="cpu")["bytes"]["static"] == pytest.approx(
+        bytes_of(net, opt)[0], rel=0.03
+    )
+
 
 def test_lora_parameters_are_those_of_the_real_modules():
     from cmixtral_nb.qlora import add_lora, mixtral_linear
-    c, cls = mixtral_linear()
-    net = cls(c(**{k: v for k, v in small_config(**CONFIG).to_dict().items() if k != 'model_type'}))
-    net = add_lora(net, rank=3, rows='none')
-    assert lora_parameters(small_config(**CONFIG), 3) == sum(p.numel() for n, p in net.named_parameters() if 'lora_' in n)
 
-@pytest.mark.parametrize('name,rows,checkpointing', itertools.product(('mixtral', 'llama'), ('all', 'none'), (False, True)))
+    c, cls = mixtral_linear()
+    net = cls(c(**{k: v for k, v in small_config(**CONFIG).to_dict().items() if k != "model_type"}))
+    net = add_lora(net, rank=3, rows="none")
+    assert lora_parameters(small_config(**CONFIG), 3) == sum(
+        p.numel() for n, p in net.named_parameters() if "lora_" in n
+    )
+
+
+@pytest.mark.parametrize(
+    "name,rows,checkpointing",
+    itertools.product(("mixtral", "llama"), ("all", "none"), (False, True)),
+)
 def test_operations_are_those_that_pytorch_counts(models, name, rows, checkpointing):
     from torch.utils.flop_counter import FlopCounterMode
+
     from cmixtral_nb.qlora import add_lora, load_model
-    net = add_lora(load_model(models/name, device='cpu', trainable=True, attn='eager'), 4, rows=rows).train()
-    if checkpointing: net.gradient_checkpointing_enable({'use_reentrant': False})
+
+    net = add_lora(
+        load_model(models / name, device="cpu", trainable=True, attn="eager"), 4, rows=rows
+    ).train()
+    if checkpointing:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
     net.enable_input_require_grads()
     x = torch.randint(0, 400, (2, 32))
-    with FlopCounterMode(display=False) as counter: net(input_ids=x, labels=x).loss.backward()
+    with FlopCounterMode(display=False) as counter:
+        net(input_ids=x, labels=x).loss.backward()
     # With the embedding frozen, nothing asks for the gradient of the first LoRA's input; done again, a layer stops before its last product.
-    assert step_flops(models/name, 0, 4, rows, 32, checkpointing) == pytest.approx(counter.get_total_flops() / x.numel(), rel=.03 if rows == 'none' else .002 if checkpointing else 1e-6)
+    assert step_flops(models / name, 0, 4, rows, 32, checkpointing) == pytest.approx(
+        counter.get_total_flops() / x.numel(),
+        rel=0.03 if rows == "none" else 0.002 if checkpointing else 1e-6,
+    )
+
 
 # plans
 
+
 def test_plan_without_4bit_is_the_checkpoint():
-    p = memory_plan(load_in_4bit=False, rank=0, rows='none')
-    assert p['bytes']['static'] == pytest.approx(p['bytes']['bf16'], rel=1e-4) and p['trainable'] == dict(lora=0, rows=0)  # router and norms in float32
-    assert time_plan(n_tokens=1000, n_gpus=2)['days'] * 2 * 24 == pytest.approx(time_plan(n_tokens=1000)['gpu_hours'])
+    p = memory_plan(load_in_4bit=False, rank=0, rows="none")
+    assert p["bytes"]["static"] == pytest.approx(p["bytes"]["bf16"], rel=1e-4) and p[
+        "trainable"
+    ] == dict(lora=0, rows=0)  # router and norms in float32
+    assert time_plan(n_tokens=1000, n_gpus=2)["days"] * 2 * 24 == pytest.approx(
+        time_plan(n_tokens=1000)["gpu_hours"]
+    )
+
 
 def test_nf4_counts_blocks_that_are_not_full():
-    assert [nf4_bytes(n) for n in (1, 64, 65, 64 * 256, 64 * 256 + 1)] == [1 + 1 + 4, 32 + 1 + 4, 33 + 2 + 4, 8192 + 256 + 4, 8193 + 257 + 8]
+    assert [nf4_bytes(n) for n in (1, 64, 65, 64 * 256, 64 * 256 + 1)] == [
+        1 + 1 + 4,
+        32 + 1 + 4,
+        33 + 2 + 4,
+        8192 + 256 + 4,
+        8193 + 257 + 8,
+    ]
+
 
 def test_each_saving_saves():
-    total = lambda **kw: memory_plan(**{**dict(vocab_size=57_000, batch=16, optim='adamw_torch', n_gpus=8), **kw})['bytes']['total']
-    for kw in dict(batch=8), dict(optim='paged_adamw_8bit'), dict(zero=2), dict(rows='new'), dict(rank=8), dict(rank=0), dict(dropout=0.), dict(n_gpus=1): assert total(**kw) <= total(), kw
-    for kw in dict(checkpointing=False), dict(load_in_4bit=False), dict(length=4096): assert total(**kw) > total(), kw
+    total = lambda **kw: memory_plan(
+        **{**dict(vocab_size=57_000, batch=16, optim="adamw_torch", n_gpus=8), **kw}
+    )["bytes"]["total"]
+    for kw in (
+        dict(batch=8),
+        dict(optim="paged_adamw_8bit"),
+        dict(zero=2),
+        dict(rows="new"),
+        dict(rank=8),
+        dict(rank=0),
+        dict(dropout=0.0),
+        dict(n_gpus=1),
+    ):
+        assert total(**kw) <= total(), kw
+    for kw in dict(checkpointing=False), dict(load_in_4bit=False), dict(length=4096):
+        assert total(**kw) > total(), kw
+
 
 def test_zero_2_divides_gradients_and_moments_but_not_weights():
-    b = {n: memory_plan(vocab_size=57_000, zero=2, n_gpus=n)['bytes'] for n in (1, 8)}
-    assert b[1]['gradients'] == pytest.approx(8 * b[8]['gradients'], abs=8) and b[1]['optimiser'] == pytest.approx(8 * b[8]['optimiser'], abs=8)
-    assert b[1]['weights'] == b[8]['weights'] and b[1]['frozen'] == b[8]['frozen']
-    parallel = memory_plan(vocab_size=57_000, n_gpus=2)['bytes']
-    assert parallel['copies'] == parallel['gradients']
+    b = {n: memory_plan(vocab_size=57_000, zero=2, n_gpus=n)["bytes"] for n in (1, 8)}
+    assert b[1]["gradients"] == pytest.approx(8 * b[8]["gradients"], abs=8) and b[1][
+        "optimiser"
+    ] == pytest.approx(8 * b[8]["optimiser"], abs=8)
+    assert b[1]["weights"] == b[8]["weights"] and b[1]["frozen"] == b[8]["frozen"]
+    parallel = memory_plan(vocab_size=57_000, n_gpus=2)["bytes"]
+    assert parallel["copies"] == parallel["gradients"]
+
 
 def test_a_checkpoint_that_is_stored_in_4_bits_stays_so():
     c = dict(planning.MIXTRAL_8X7B, quantization_config=dict(load_in_4bit=True))
-    assert settings_plan(c, dict(SEED, load_in_4bit=False), 2048)['bytes']['frozen'] == settings_plan(c, SEED, 2048)['bytes']['frozen']
+    assert (
+        settings_plan(c, dict(SEED, load_in_4bit=False), 2048)["bytes"]["frozen"]
+        == settings_plan(c, SEED, 2048)["bytes"]["frozen"]
+    )
+
 
 def test_gpu_table_says_what_fits():
-    lines = gpu_table(lambda zero, n: (30 if zero else 45) * GB, cards=(24, 40, 48), most=2).splitlines()
-    assert [l.split() for l in lines[3:]] == [['fits', '24', 'GB', '-', '-'], ['fits', '40', 'GB', 'ZeRO-2', 'ZeRO-2'], ['fits', '48', 'GB', 'yes', 'both']]
+    lines = gpu_table(
+        lambda zero, n: (30 if zero else 45) * GB, cards=(24, 40, 48), most=2
+    ).splitlines()
+    assert [l.split() for l in lines[3:]] == [
+        ["fits", "24", "GB", "-", "-"],
+        ["fits", "40", "GB", "ZeRO-2", "ZeRO-2"],
+        ["fits", "48", "GB", "yes", "both"],
+    ]
+
 
 def test_disk_of_a_local_model_reads_its_shards(tmp_path):
-    net = MixtralForCausalLM(small_config(**CONFIG)); net.save_pretrained(tmp_path, max_shard_size='9KB')
-    files = {f: f.stat().st_size for f in tmp_path.glob('*.safetensors')}
-    d = disk_plan(tmp_path, 61, 100, 'adamw_torch', 1000, 4, tmp_path)
-    assert len(files) > 3 and d['base checkpoint'] == sum(files.values()) > d['init: shards with rows'] > 2 * 4 * 61 * 16
-    assert d['pack: tokens'] == 2000 and d['pretrain: checkpoints while it runs'] == 3 * 100 * 12 and d['merge: model'] == 4 * (net.num_parameters() + 32)
-    assert disk_plan('mixtral', 70_000, 0, 'adamw_torch', 1000)['pack: tokens'] == 4000 and 'pack: tokens' not in disk_plan('mixtral', 57_000, 0, '')
+    net = MixtralForCausalLM(small_config(**CONFIG))
+    net.save_pretrained(tmp_path, max_shard_size="9KB")
+    files = {f: f.stat().st_size for f in tmp_path.glob("*.safetensors")}
+    d = disk_plan(tmp_path, 61, 100, "adamw_torch", 1000, 4, tmp_path)
+    assert (
+        len(files) > 3
+        and d["base checkpoint"]
+        == sum(files.values())
+        > d["init: shards with rows"]
+        > 2 * 4 * 61 * 16
+    )
+    assert (
+        d["pack: tokens"] == 2000
+        and d["pretrain: checkpoints while it runs"] == 3 * 100 * 12
+        and d["merge: model"] == 4 * (net.num_parameters() + 32)
+    )
+    assert disk_plan("mixtral", 70_000, 0, "adamw_torch", 1000)[
+        "pack: tokens"
+    ] == 4000 and "pack: tokens" not in disk_plan("mixtral", 57_000, 0, "")
+
 
 def test_time_where_the_tokens_are_not_known():
-    assert 'each billion tokens (how many there are is not known before they are packed)' in time_text('mixtral', 0)
-    assert '42,000,000,000 tokens: ' in time_text('mixtral', 42 * GB) and 'at 50% of the peak' in time_text('mixtral', 1, .5)
+    assert (
+        "each billion tokens (how many there are is not known before they are packed)"
+        in time_text("mixtral", 0)
+    )
+    assert "42,000,000,000 tokens: " in time_text(
+        "mixtral", 42 * GB
+    ) and "at 50% of the peak" in time_text("mixtral", 1, 0.5)
+
 
 # what would make it fit
 
+
 def test_what_fits_has_no_fault():
     assert faults(80) == []
-    assert plan_faults('mixtral', SEED, 2048, 57_000, 'cpu', have=10**15) == []
+    assert plan_faults("mixtral", SEED, 2048, 57_000, "cpu", have=10**15) == []
+
 
 def test_a_smaller_batch_comes_first_and_the_step_keeps_its_size():
-    assert faults(60) == ['[pretrain] needs 73.6 GB on each GPU, found 60.0 GB; set batch = 8, accumulation = 2; run: cmixtral plan RECIPE']
-    assert faults(60, accumulation=3)[0].count('batch = 8, accumulation = 6') == 1
+    assert faults(60) == [
+        "[pretrain] needs 73.6 GB on each GPU, found 60.0 GB; set batch = 8, accumulation = 2; run: cmixtral plan RECIPE"
+    ]
+    assert faults(60, accumulation=3)[0].count("batch = 8, accumulation = 6") == 1
 
-@pytest.mark.parametrize('have,n_gpus,kw,says', [
-    (60, 1, dict(batch=1, checkpointing=False), 'set checkpointing = true'),
-    (50, 1, dict(batch=1, optim='adamw_torch'), 'set optim = "paged_adamw_8bit"'),
-    (44.2, 8, dict(batch=1), 'set zero = 2'),
-    (44.3, 1, dict(batch=1), 'set rows = "new"'),
-    (40, 1, dict(batch=1), 'set rank = 32, alpha = 64'),
-    (46, 1, dict(batch=1, load_in_4bit=False), 'set load_in_4bit = true'),
-    (33, 1, dict(rank=32, alpha=32.), 'set batch = 1, rows = "new", rank = 8, accumulation = 16, alpha = 8')])
+
+@pytest.mark.parametrize(
+    "have,n_gpus,kw,says",
+    [
+        (60, 1, dict(batch=1, checkpointing=False), "set checkpointing = true"),
+        (50, 1, dict(batch=1, optim="adamw_torch"), 'set optim = "paged_adamw_8bit"'),
+        (44.2, 8, dict(batch=1), "set zero = 2"),
+        (44.3, 1, dict(batch=1), 'set rows = "new"'),
+        (40, 1, dict(batch=1), "set rank = 32, alpha = 64"),
+        (46, 1, dict(batch=1, load_in_4bit=False), "set load_in_4bit = true"),
+        (
+            33,
+            1,
+            dict(rank=32, alpha=32.0),
+            'set batch = 1, rows = "new", rank = 8, accumulation = 16, alpha = 8',
+        ),
+    ],
+)
 def test_the_mildest_change_that_fits(have, n_gpus, kw, says):
-    assert f'; {says}; run' in faults(have, n_gpus, **kw)[0]
+    assert f"; {says}; run" in faults(have, n_gpus, **kw)[0]
 
-@pytest.mark.parametrize('have', range(34, 74, 4))
+
+@pytest.mark.parametrize("have", range(34, 74, 4))
 def test_the_change_that_is_named_fits_and_milder_ones_do_not(have):
-    need = lambda s: settings_plan('mixtral', s, 2048, 57_000)['bytes']['total']
-    choices = dict(batch=[16, 8, 4, 2, 1], optim=['adamw_torch', 'paged_adamw_8bit'], rows=['all', 'new'], rank=[64, 32, 16, 8])
-    start = dict(SEED, optim='adamw_torch'); change = smallest_change(need, start, choices, have * GB)
+    need = lambda s: settings_plan("mixtral", s, 2048, 57_000)["bytes"]["total"]
+    choices = dict(
+        batch=[16, 8, 4, 2, 1],
+        optim=["adamw_torch", "paged_adamw_8bit"],
+        rows=["all", "new"],
+        rank=[64, 32, 16, 8],
+    )
+    start = dict(SEED, optim="adamw_torch")
+    change = smallest_change(need, start, choices, have * GB)
     assert need({**start, **change}) <= have * GB
     harm = lambda s: [choices[k].index(s[k]) for k in reversed(choices)]
     every = [dict(zip(choices, v)) for v in itertools.product(*choices.values())]
-    assert harm({**start, **change}) == min(harm(s) for s in every if need({**start, **s}) <= have * GB)
+    assert harm({**start, **change}) == min(
+        harm(s) for s in every if need({**start, **s}) <= have * GB
+    )
+
 
 def test_nothing_fits():
-    assert faults(16, batch=2) == ['[pretrain] needs 46.5 GB on each GPU, found 16.0 GB; no setting makes it fit: 32.7 GB even with batch = 1, rows = "new", rank = 8, '
-                                   'accumulation = 2, alpha = 16; run: cmixtral plan RECIPE']
+    assert faults(16, batch=2) == [
+        '[pretrain] needs 46.5 GB on each GPU, found 16.0 GB; no setting makes it fit: 32.7 GB even with batch = 1, rows = "new", rank = 8, '
+        "accumulation = 2, alpha = 16; run: cmixtral plan RECIPE"
+    ]
+
 
 def test_only_settings_that_a_stage_has_are_named():
-    line = plan_faults('mixtral', dict(rank=64, rows='all', load_in_4bit=True, batch=16), 2048, 57_000, 'cuda', 8, have=50 * GB, stage='sft', recipe='mine.toml')[0]
-    assert line.startswith('[sft] needs ') and '; set batch = ' in line and line.endswith('run: cmixtral plan mine.toml')
-    assert not any(x in line for x in ('zero', 'accumulation', 'alpha', 'checkpointing', 'rows'))
+    line = plan_faults(
+        "mixtral",
+        dict(rank=64, rows="all", load_in_4bit=True, batch=16),
+        2048,
+        57_000,
+        "cuda",
+        8,
+        have=50 * GB,
+        stage="sft",
+        recipe="mine.toml",
+    )[0]
+    assert (
+        line.startswith("[sft] needs ")
+        and "; set batch = " in line
+        and line.endswith("run: cmixtral plan mine.toml")
+    )
+    assert not any(x in line for x in ("zero", "accumulation", "alpha", "checkpointing", "rows"))
+
 
 def test_on_a_cpu_the_ram_counts(monkeypatch):
-    monkeypatch.setattr(planning, 'available_bytes', lambda: 60 * GB)
-    line = plan_faults('mixtral', dict(SEED, batch=1), 2048, 57_000)[0]
-    assert ' GB of RAM, found 60.0 GB and no GPU; set checkpointing = true; ' in line
-    assert 'found 30.0 GB' in plan_faults('mixtral', dict(SEED, batch=1), 2048, 57_000, n_gpus=2)[0]
-    monkeypatch.setattr(planning, 'available_bytes', lambda: 0)  # nobody says
-    assert plan_faults('mixtral', SEED, 2048, 57_000) == []
+    monkeypatch.setattr(planning, "available_bytes", lambda: 60 * GB)
+    line = plan_faults("mixtral", dict(SEED, batch=1), 2048, 57_000)[0]
+    assert " GB of RAM, found 60.0 GB and no GPU; set checkpointing = true; " in line
+    assert "found 30.0 GB" in plan_faults("mixtral", dict(SEED, batch=1), 2048, 57_000, n_gpus=2)[0]
+    monkeypatch.setattr(planning, "available_bytes", lambda: 0)  # nobody says
+    assert plan_faults("mixtral", SEED, 2048, 57_000) == []
+
 
 def test_the_gpu_of_the_process_counts(monkeypatch):
-    monkeypatch.setattr(planning, 'gpu_bytes', lambda: [24 * GB, 80 * GB])
-    assert 'found 24.0 GB' in plan_faults('mixtral', SEED, 2048, 57_000, 'cuda')[0]
-    assert plan_faults('mixtral', SEED, 2048, 57_000, 'cuda:1') == []
+    monkeypatch.setattr(planning, "gpu_bytes", lambda: [24 * GB, 80 * GB])
+    assert "found 24.0 GB" in plan_faults("mixtral", SEED, 2048, 57_000, "cuda")[0]
+    assert plan_faults("mixtral", SEED, 2048, 57_000, "cuda:1") == []
+
 
 def test_ram_is_asked_with_and_without_psutil(monkeypatch):
     assert available_bytes() > 2**27
-    monkeypatch.setitem(sys.modules, 'psutil', None)
-    assert available_bytes() > 2**27 or not Path('/proc/meminfo').exists()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert available_bytes() > 2**27 or not Path("/proc/meminfo").exists()
+
 
 # what it refuses
 
+
 def test_plan_refuses():
-    with pytest.raises(StageError, match="rows is 'some', expected all, new or none"): memory_plan(rows='some')
-    with pytest.raises(StageError, match="model_type is 'qwen2', expected mixtral, mistral or llama; what other models need cannot be planned"): count_parameters(Qwen2Config())
-    with pytest.raises(StageError, match='has no vocab_size, intermediate_size; expected a config.json of model_type llama'):
-        count_parameters({k: v for k, v in DENSE.items() if k not in ('vocab_size', 'intermediate_size')})
-    with pytest.raises(StageError, match='has no num_experts_per_tok; expected a config.json of model_type mixtral'): count_parameters(dict(DENSE, num_local_experts=8))
+    with pytest.raises(StageError, match="rows is 'some', expected all, new or none"):
+        memory_plan(rows="some")
+    with pytest.raises(
+        StageError,
+        match="model_type is 'qwen2', expected mixtral, mistral or llama; what other models need cannot be planned",
+    ):
+        count_parameters(Qwen2Config())
+    with pytest.raises(
+        StageError,
+        match="has no vocab_size, intermediate_size; expected a config.json of model_type llama",
+    ):
+        count_parameters(
+            {k: v for k, v in DENSE.items() if k not in ("vocab_size", "intermediate_size")}
+        )
+    with pytest.raises(
+        StageError, match="has no num_experts_per_tok; expected a config.json of model_type mixtral"
+    ):
+        count_parameters(dict(DENSE, num_local_experts=8))
+
 
 def test_a_model_that_cannot_be_planned_is_not_refused(tmp_path):
-    assert plan_faults(Qwen2Config(), SEED, 2048, have=1) == plan_faults(tmp_path, SEED, 2048, have=1) == plan_faults('org/name', SEED, 2048, have=1) == []
+    assert (
+        plan_faults(Qwen2Config(), SEED, 2048, have=1)
+        == plan_faults(tmp_path, SEED, 2048, have=1)
+        == plan_faults("org/name", SEED, 2048, have=1)
+        == []
+    )
+
 
 # recipes
 
+
 def test_the_paper_recipe_has_the_seeds_numbers():
-    p = plan_inputs(read_recipe('paper'))
-    assert (p['length'], p['vocab_size'], p['settings']['n_old']) == (2048, 57_000, 32_000)
-    assert plan_of(read_recipe('paper'))['bytes']['static'] / GB == pytest.approx(39.2, abs=.05)
-    assert tokens_of(read_recipe('paper')) == 42 * GB
+    p = plan_inputs(read_recipe("paper"))
+    assert (p["length"], p["vocab_size"], p["settings"]["n_old"]) == (2048, 57_000, 32_000)
+    assert plan_of(read_recipe("paper"))["bytes"]["static"] / GB == pytest.approx(39.2, abs=0.05)
+    assert tokens_of(read_recipe("paper")) == 42 * GB
+
 
 def test_tokens_by_steps_as_packed_as_told_or_not_known(tmp_path):
-    recipe = read_recipe('tiny')
+    recipe = read_recipe("tiny")
     assert tokens_of(recipe) == 64 * 8 * 256
-    more = {**recipe, 'pretrain': dict(epochs=2)}
+    more = {**recipe, "pretrain": dict(epochs=2)}
     assert tokens_of(more) == 0
-    (tmp_path/'tokens').mkdir(); write_json(tmp_path/'tokens'/'manifest.json', dict(stats=dict(n_tokens=1234)))
+    (tmp_path / "tokens").mkdir()
+    write_json(tmp_path / "tokens" / "manifest.json", dict(stats=dict(n_tokens=1234)))
     assert tokens_of(more, tmp_path) == 2468
-    assert tokens_of({**more, 'about': '0.5B tokens of novels for Mixtral-8x7B'}) == GB
+    assert tokens_of({**more, "about": "0.5B tokens of novels for Mixtral-8x7B"}) == GB
+
 
 def test_the_vocabulary_of_a_recipe(tmp_path):
-    recipe = dict(name='x', vocab=dict(n_pieces=100, tokens=['<a>'], multiple=64), init=dict(model=str(tmp_path)), pretrain={}, pack={})
+    recipe = dict(
+        name="x",
+        vocab=dict(n_pieces=100, tokens=["<a>"], multiple=64),
+        init=dict(model=str(tmp_path)),
+        pretrain={},
+        pack={},
+    )
     small_config(**CONFIG).save_pretrained(tmp_path)
-    assert plan_inputs(recipe)['vocab_size'] == 192  # 60 + 101, filled up
-    assert plan_inputs({k: v for k, v in recipe.items() if k != 'vocab'})['vocab_size'] == 60
-    (tmp_path/'model').mkdir(); small_config(**{**CONFIG, 'vocab_size': 99}).save_pretrained(tmp_path/'model')
-    assert plan_inputs(recipe, out=tmp_path)['vocab_size'] == 99
+    assert plan_inputs(recipe)["vocab_size"] == 192  # 60 + 101, filled up
+    assert plan_inputs({k: v for k, v in recipe.items() if k != "vocab"})["vocab_size"] == 60
+    (tmp_path / "model").mkdir()
+    small_config(**{**CONFIG, "vocab_size": 99}).save_pretrained(tmp_path / "model")
+    assert plan_inputs(recipe, out=tmp_path)["vocab_size"] == 99
+
 
 def test_a_model_of_unknown_size(monkeypatch):
-    recipe = dict(read_recipe('paper'), init=dict(model='org/name'))
-    with pytest.raises(StageError, match='its size is not known before it is here; download it and give its folder'): plan_of(recipe)
-    monkeypatch.setattr('cmixtral_nb.pipeline._hub_ids', lambda r: [])
+    recipe = dict(read_recipe("paper"), init=dict(model="org/name"))
+    with pytest.raises(
+        StageError, match="its size is not known before it is here; download it and give its folder"
+    ):
+        plan_of(recipe)
+    monkeypatch.setattr("cmixtral_nb.pipeline._hub_ids", lambda r: [])
     assert preflight(recipe, _steps(recipe)) == []
 
+
 @pytest.fixture
-def no_gpu(monkeypatch): monkeypatch.setattr(planning, 'gpu_bytes', list)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(planning, "gpu_bytes", list)
+
 
 def test_plan_of_both_recipes_prints_every_part(capsys, no_gpu):
-    plan('paper'); paper = capsys.readouterr().out
-    for part in ('on one GPU in bfloat16', 'static: these four', '39.21 GB', 'data parallel, GB', 'ZeRO-2, GB', 'fits 80 GB', '24 GB × 8 no setting makes it fit',
-                 '40 GB × 1 set batch = 1, rank = 32', '42,000,000,000 tokens: 3.5e+21 operations; at 30% of the peak', 'on disk together', 'chat: model'): assert part in paper, part
-    plan('tiny'); tiny = capsys.readouterr().out
-    for part in ('on the CPU in float32', 'fits every card', '131,072 tokens: ', 'on disk together'): assert part in tiny, part
+    plan("paper")
+    paper = capsys.readouterr().out
+    for part in (
+        "on one GPU in bfloat16",
+        "static: these four",
+        "39.21 GB",
+        "data parallel, GB",
+        "ZeRO-2, GB",
+        "fits 80 GB",
+        "24 GB × 8 no setting makes it fit",
+        "40 GB × 1 set batch = 1, rank = 32",
+        "42,000,000,000 tokens: 3.5e+21 operations; at 30% of the peak",
+        "on disk together",
+        "chat: model",
+    ):
+        assert part in paper, part
+    plan("tiny")
+    tiny = capsys.readouterr().out
+    for part in (
+        "on the CPU in float32",
+        "fits every card",
+        "131,072 tokens: ",
+        "on disk together",
+    ):
+        assert part in tiny, part
+
 
 def test_a_config_json_is_enough(tmp_path, capsys, no_gpu):
-    small_config(**CONFIG).save_pretrained(tmp_path/'model')
-    (tmp_path/'r.toml').write_text(f'[pretrain]\nmodel = {json.dumps(str(tmp_path/"model"))}\ntokens = "t"\n')
-    plan(str(tmp_path/'r.toml'), out=tmp_path/'o')
-    assert 'each billion tokens (how many there are is not known' in capsys.readouterr().out
-    LlamaForCausalLM(LlamaConfig(**DENSE)).save_pretrained(tmp_path/'model')
-    plan(str(tmp_path/'r.toml'), out=tmp_path/'o')
+    small_config(**CONFIG).save_pretrained(tmp_path / "model")
+    (tmp_path / "r.toml").write_text(
+        f'[pretrain]\nmodel = {json.dumps(str(tmp_path / "model"))}\ntokens = "t"\n'
+    )
+    plan(str(tmp_path / "r.toml"), out=tmp_path / "o")
+    assert "each billion tokens (how many there are is not known" in capsys.readouterr().out
+    LlamaForCausalLM(LlamaConfig(**DENSE)).save_pretrained(tmp_path / "model")
+    plan(str(tmp_path / "r.toml"), out=tmp_path / "o")
     out = capsys.readouterr().out
-    assert 'mlp ' in out and 'experts ' not in out
+    assert "mlp " in out and "experts " not in out
+
 
 def test_a_recipe_that_cannot_fit_is_refused_with_the_remedy(tmp_path):
-    (tmp_path/'model').mkdir(); write_json(tmp_path/'model'/'config.json', planning.MIXTRAL_8X7B)
-    (tmp_path/'big.toml').write_text(f'[pretrain]\nmodel = {json.dumps(str(tmp_path/"model"))}\ntokens = "t"\nbatch = 4096\n')
+    (tmp_path / "model").mkdir()
+    write_json(tmp_path / "model" / "config.json", planning.MIXTRAL_8X7B)
+    (tmp_path / "big.toml").write_text(
+        f'[pretrain]\nmodel = {json.dumps(str(tmp_path / "model"))}\ntokens = "t"\nbatch = 4096\n'
+    )
     code = 'import cmixtral_nb.plan as p; p.available_bytes = lambda: 60 * 10**9; p.gpu_bytes = list\nimport sys, atexit; atexit.register(lambda: print("torch" in sys.modules))'
-    out = cmixtral('run', tmp_path/'big.toml', '--out', tmp_path/'o', code=code)
-    line = next(l for l in out.stderr.splitlines() if '[pretrain] needs' in l)
-    assert out.returncode == 2 and 'GB of RAM, found 60.0 GB and no GPU; set batch = ' in line and line.endswith('run: cmixtral plan big')
-    assert out.stdout.strip().endswith('False')  # from the configuration alone, without PyTorch
+    out = cmixtral("run", tmp_path / "big.toml", "--out", tmp_path / "o", code=code)
+    line = next(l for l in out.stderr.splitlines() if "[pretrain] needs" in l)
+    assert (
+        out.returncode == 2
+        and "GB of RAM, found 60.0 GB and no GPU; set batch = " in line
+        and line.endswith("run: cmixtral plan big")
+    )
+    assert out.stdout.strip().endswith("False")  # from the configuration alone, without PyTorch
+
 
 def test_nothing_heavy_is_imported_to_plan():
-    code = ('import sys; from cmixtral_nb.plan import plan_faults\n'
-            'print(plan_faults("mixtral", dict(batch=16), 2048, 57000, "cuda", have=10**9)); print([m for m in ("torch", "transformers", "numpy") if m in sys.modules])')
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ))
-    assert out.stdout.splitlines()[-1] == '[]' and 'no setting' in out.stdout, out.stderr
+    code = (
+        "import sys; from cmixtral_nb.plan import plan_faults\n"
+        'print(plan_faults("mixtral", dict(batch=16), 2048, 57000, "cuda", have=10**9)); print([m for m in ("torch", "transformers", "numpy") if m in sys.modules])'
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert out.stdout.splitlines()[-1] == "[]" and "no setting" in out.stdout, out.stderr

@@ -1,4 +1,5 @@
 "The project itself: notebooks and package say the same, nothing of one machine in it, safe and quick to start."
+
 import json
 import os
 import re
@@ -53,7 +54,9 @@ def test_readme_is_the_index():
 
 
 def test_chapters_in_order():
-    assert [p.stem.split("_")[0] for p in CHAPTERS] == sorted([*[f"{i:02}" for i in range(16)], "05b", "12b", "13b", "13c"])
+    assert [p.stem.split("_")[0] for p in CHAPTERS] == sorted(
+        [*[f"{i:02}" for i in range(16)], "05b", "12b", "13b", "13c"]
+    )
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -62,10 +65,16 @@ def test_outputs_are_saved_and_belong_to_no_machine(path):
     for text, c in sources(path):
         outputs = c.get("outputs", [])
         n_outputs += len(outputs)
-        assert not re.search(r"^[!%]?\s*pip install", text, re.M) or c["cell_type"] == "markdown" or "#| hide" in text
+        assert (
+            not re.search(r"^[!%]?\s*pip install", text, re.M)
+            or c["cell_type"] == "markdown"
+            or "#| hide" in text
+        )
         for o in outputs:
             assert o["output_type"] != "error", text
-            shown = json.dumps({k: v for k, v in o.get("data", {}).items() if not k.startswith("image")}) + "".join(o.get("text", []))
+            shown = json.dumps(
+                {k: v for k, v in o.get("data", {}).items() if not k.startswith("image")}
+            ) + "".join(o.get("text", []))
             assert not re.search(r"/home/|/tmp/|/Users/|hf_[A-Za-z]{20}|it/s\]", shown), text
             assert str(ROOT) not in shown and str(Path.home()) not in shown, text
     assert n_outputs
@@ -75,19 +84,34 @@ def test_outputs_are_saved_and_belong_to_no_machine(path):
 def test_safe_by_default():
     for m in MODULES:
         text = (ROOT / "cmixtral_nb" / f"{m}.py").read_text()
-        assert not re.search(r"trust_remote_code\s*=\s*True|^\s*import pickle|pickle\.loads?\(|torch\.save\(|torch\.load\(|home\(\)|expanduser", text, re.M), m
+        assert not re.search(
+            r"trust_remote_code\s*=\s*True|^\s*import pickle|pickle\.loads?\(|torch\.save\(|torch\.load\(|home\(\)|expanduser",
+            text,
+            re.M,
+        ), m
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_import_is_light(module):
     code = f"import sys, cmixtral_nb.{module}; print([m for m in ('torch', 'transformers', 'numpy', 'datasets', 'matplotlib', 'sentencepiece') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
     assert out.stdout.strip() == "[]", out.stdout + out.stderr
 
 
 def test_no_module_imports_a_later_one():
-    order = {re.search(r"default_exp (\w+)", "".join(t for t, _ in sources(p)))[1]: i for i, p in enumerate(CHAPTERS)}
+    order = {
+        re.search(r"default_exp (\w+)", "".join(t for t, _ in sources(p)))[1]: i
+        for i, p in enumerate(CHAPTERS)
+    }
     for m, i in order.items():
-        for name in re.findall(r"from \.(\w+) import|from cmixtral_nb\.(\w+) import|import cmixtral_nb\.(\w+)", (ROOT / "cmixtral_nb" / f"{m}.py").read_text()):
+        for name in re.findall(
+            r"from \.(\w+) import|from cmixtral_nb\.(\w+) import|import cmixtral_nb\.(\w+)",
+            (ROOT / "cmixtral_nb" / f"{m}.py").read_text(),
+        ):
             dep = next(filter(None, name))
             assert order[dep] <= i, f"{m} imports {dep}"

@@ -1,4 +1,5 @@
 "Choosing a vocabulary: ALP against its definition, closed selections, bad inputs."
+
 import json
 import math
 from collections import Counter
@@ -10,15 +11,41 @@ from hypothesis import strategies as st
 
 from cmixtral_nb.artifact import StageError
 from cmixtral_nb.corpus import corpus
-from cmixtral_nb.search import (Heldout, alp, base_pieces, choose, default_grid, growth, heldout, knee, plot_search, prefix_counts, read_choice,
-                                read_heldout, run_model, scores_below, search, search_table, select_pieces, token_counts)
+from cmixtral_nb.search import (
+    Heldout,
+    alp,
+    base_pieces,
+    choose,
+    default_grid,
+    growth,
+    heldout,
+    knee,
+    plot_search,
+    prefix_counts,
+    read_choice,
+    read_heldout,
+    run_model,
+    scores_below,
+    search,
+    search_table,
+    select_pieces,
+    token_counts,
+)
 from cmixtral_nb.tokenizer import Piece, base_tokenizer_model, read_pieces, tokenizer
 from cmixtral_nb.vocab import extend_model, processor
 
 BASE = {"中": 0.0, "国": -1.0, "中国": -2.0, "，": -3.0}
-PIECES = [Piece("人", -9, "char", 9), Piece("民", -8, "char", 5), Piece("国", -7, "char", 4), Piece("囧", -6, "char", 1),
-          Piece("国人", 0, "word", 3), Piece("囧人", -1, "word", 2), Piece("人民", -2, "word", 2), Piece("中国", -3, "word", 9),
-          Piece("中国人民", -4, "word", 1)]
+PIECES = [
+    Piece("人", -9, "char", 9),
+    Piece("民", -8, "char", 5),
+    Piece("国", -7, "char", 4),
+    Piece("囧", -6, "char", 1),
+    Piece("国人", 0, "word", 3),
+    Piece("囧人", -1, "word", 2),
+    Piece("人民", -2, "word", 2),
+    Piece("中国", -3, "word", 9),
+    Piece("中国人民", -4, "word", 1),
+]
 
 
 def names(pieces):
@@ -27,40 +54,68 @@ def names(pieces):
 
 # ---- ALP
 
+
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=1, max_size=8))
 def test_alp_equals_its_definition(sentences):
     n = Counter(w for s in sentences for w in s)
     total = sum(n.values())
     naive = sum(math.log(n[w] / total) for s in sentences for w in s) / len(sentences)
-    assert math.isclose(alp(np.bincount([w for s in sentences for w in s], minlength=9).astype(float), len(sentences)), naive, abs_tol=1e-9)
+    assert math.isclose(
+        alp(
+            np.bincount([w for s in sentences for w in s], minlength=9).astype(float),
+            len(sentences),
+        ),
+        naive,
+        abs_tol=1e-9,
+    )
 
 
 def test_alp_of_one_word_is_zero():
-    assert alp(np.array([0., 7.]), 3) == 0
+    assert alp(np.array([0.0, 7.0]), 3) == 0
 
 
 def test_heldout_takes_the_runs_out():
-    h = read_heldout(["中国。人民！no Han here. 中国人，民\n中国", "  缩进"], base_tokenizer_model())
-    assert h.n_sentences == 5 and h.n_chars == 31 and h.runs == Counter({"▁中国": 1, "。人民": 1, "▁中国人": 1, "，民": 1, "中国": 1, "缩进": 1})
-    assert h.rest["<0x0A>"] == 1 and h.rest["▁▁▁"] == 1  # the base joins the blanks, so no run begins with one
+    h = read_heldout(
+        ["中国。人民！no Han here. 中国人，民\n中国", "  缩进"], base_tokenizer_model()
+    )
+    assert (
+        h.n_sentences == 5
+        and h.n_chars == 31
+        and h.runs
+        == Counter({"▁中国": 1, "。人民": 1, "▁中国人": 1, "，民": 1, "中国": 1, "缩进": 1})
+    )
+    assert (
+        h.rest["<0x0A>"] == 1 and h.rest["▁▁▁"] == 1
+    )  # the base joins the blanks, so no run begins with one
 
 
 def test_token_counts_weigh_runs():
     sp = run_model(BASE, PIECES[:2])
     h = Heldout(Counter({"中国人": 3, "民": 2, "囧": 1}), Counter({"▁the": 5}), 20, 2)
-    assert token_counts(sp, h) == Counter({"▁the": 5, "中国": 3, "人": 3, "民": 2, "<0xE5>": 1, "<0x9B>": 1, "<0xA7>": 1})
+    assert token_counts(sp, h) == Counter(
+        {"▁the": 5, "中国": 3, "人": 3, "民": 2, "<0xE5>": 1, "<0x9B>": 1, "<0xA7>": 1}
+    )
 
 
 def test_scores_stay_apart_in_float32():
-    for low in (0., -31740., -1e9):
+    for low in (0.0, -31740.0, -1e9):
         x = np.array(scores_below(low, 40_000), np.float32)
         assert (np.diff(x) < 0).all() and x[0] < np.float32(low)
 
 
 # ---- selection
 
+
 def test_selection_is_closed_and_in_order():
-    assert names(select_pieces(PIECES, BASE, 9, 9)) == ["人", "民", "囧", "国人", "囧人", "人民", "中国人民"]
+    assert names(select_pieces(PIECES, BASE, 9, 9)) == [
+        "人",
+        "民",
+        "囧",
+        "国人",
+        "囧人",
+        "人民",
+        "中国人民",
+    ]
     assert names(select_pieces(PIECES, BASE, 9, 4)) == ["人", "民", "国人", "人民", "中国人民"]
     assert names(select_pieces(PIECES, BASE, 3, 3)) == ["人", "国人"]
     assert names(select_pieces(PIECES, BASE, 1)) == ["人"]
@@ -69,19 +124,53 @@ def test_selection_is_closed_and_in_order():
 
 def test_order_by_tokens_saved():
     # 人 saves 18, 民 10, 国人 3; 囧 saves 2 as 囧人 and 人民 do, and stands before them
-    assert names(select_pieces(PIECES, BASE, 9)) == ["人", "民", "国人", "囧", "囧人", "人民", "中国人民"]
+    assert names(select_pieces(PIECES, BASE, 9)) == [
+        "人",
+        "民",
+        "国人",
+        "囧",
+        "囧人",
+        "人民",
+        "中国人民",
+    ]
     unknown = [p._replace(count=0) for p in PIECES]
-    assert names(select_pieces(unknown, BASE, 9)) == ["人", "民", "囧", "国人", "囧人", "人民", "中国人民"]
+    assert names(select_pieces(unknown, BASE, 9)) == [
+        "人",
+        "民",
+        "囧",
+        "国人",
+        "囧人",
+        "人民",
+        "中国人民",
+    ]
 
 
 def test_what_cannot_be_built_is_left_out():
-    odd = [Piece("人", 0, "char", 9), Piece("民", 0, "char", 9), Piece("大", 0, "char", 9), Piece("人民大", 0, "word", 5), Piece("国民", -1, "word", 5),
-           Piece("中国民", -2, "word", 4), Piece("。人", -3, "word", 4), Piece("，人", -4, "word", 4)]
-    assert names(select_pieces(odd, BASE, 9)) == ["人", "民", "大", "国民", "中国民", "，人"]  # 中国民 is 中国 + 民, 人民大 and 。人 lack a part
+    odd = [
+        Piece("人", 0, "char", 9),
+        Piece("民", 0, "char", 9),
+        Piece("大", 0, "char", 9),
+        Piece("人民大", 0, "word", 5),
+        Piece("国民", -1, "word", 5),
+        Piece("中国民", -2, "word", 4),
+        Piece("。人", -3, "word", 4),
+        Piece("，人", -4, "word", 4),
+    ]
+    assert names(select_pieces(odd, BASE, 9)) == [
+        "人",
+        "民",
+        "大",
+        "国民",
+        "中国民",
+        "，人",
+    ]  # 中国民 is 中国 + 民, 人民大 and 。人 lack a part
     assert [s.parts for s in growth(odd, BASE)][3:] == [("国", "民"), ("中国", "民"), ("，", "人")]
 
 
-@given(st.lists(st.text(alphabet="中国人民囧，", min_size=1, max_size=9), min_size=1, max_size=30), st.integers(0, 6))
+@given(
+    st.lists(st.text(alphabet="中国人民囧，", min_size=1, max_size=9), min_size=1, max_size=30),
+    st.integers(0, 6),
+)
 @settings(deadline=None)
 def test_every_prefix_equals_the_vocabulary_built_for_it(runs, n_chars):
     steps, h = growth(PIECES, BASE, n_chars), Heldout(Counter(runs), Counter(x=1), 1, 1)
@@ -97,83 +186,169 @@ def test_selections_grow_by_appending(n, c):
 
 def test_run_model_scores_new_pieces_below_the_base():
     sp = run_model(BASE, select_pieces(PIECES, BASE, 9))
-    assert sp.encode("中国人", out_type=str) == ["中国", "人"]  # the base's merge is done before 国人
+    assert sp.encode("中国人", out_type=str) == [
+        "中国",
+        "人",
+    ]  # the base's merge is done before 国人
     assert sp.encode("国人", out_type=str) == ["国人"]
 
 
 # ---- the knee and the choice
 
+
 def test_knee_of_short_flat_and_convex_curves():
-    assert knee([1, 2], [1, 2]) is None and knee([1, 2, 3], [5, 5, 5]) is None and knee([1, 2, 3, 4], [1, 4, 9, 16]) is None
+    assert (
+        knee([1, 2], [1, 2]) is None
+        and knee([1, 2, 3], [5, 5, 5]) is None
+        and knee([1, 2, 3, 4], [1, 4, 9, 16]) is None
+    )
     x = np.arange(1, 60)
     assert knee(list(x), list(1 - np.exp(-x / 8))) in range(10, 25)
 
 
-def row(n_chars, n_pieces, a, domain="mean", last=50.):
-    return dict(n_chars=n_chars, n_all_chars=n_chars, n_pieces=n_pieces, domain=domain, alp=a, chars_per_token=1., n_tokens=1000 - n_pieces,
-                per_row=2 * last, per_last_row=last, n_params=n_pieces, bf16_bytes=n_pieces)
+def row(n_chars, n_pieces, a, domain="mean", last=50.0):
+    return dict(
+        n_chars=n_chars,
+        n_all_chars=n_chars,
+        n_pieces=n_pieces,
+        domain=domain,
+        alp=a,
+        chars_per_token=1.0,
+        n_tokens=1000 - n_pieces,
+        per_row=2 * last,
+        per_last_row=last,
+        n_params=n_pieces,
+        bf16_bytes=n_pieces,
+    )
 
 
 def test_choice_takes_the_best_characters_at_the_knee():
-    rows = [row(c, t, -100 + min(4 * t, 30 + t) - abs(c - 20)) for c in (10, 20, 30) for t in range(1, 31)] + [row(10, 5, 9., "news")]
+    rows = [
+        row(c, t, -100 + min(4 * t, 30 + t) - abs(c - 20))
+        for c in (10, 20, 30)
+        for t in range(1, 31)
+    ] + [row(10, 5, 9.0, "news")]
     c = choose(rows, 1200)
-    assert (c["n_pieces"], c["n_chars"]) == (10, 20) and "the knee of the best ALP of 30 totals" in c["why"] and "17.5% fewer tokens" in c["why"]
-    c = choose([row(10, 100, -5.), row(10, 200, -4.)], 2000)
+    assert (
+        (c["n_pieces"], c["n_chars"]) == (10, 20)
+        and "the knee of the best ALP of 30 totals" in c["why"]
+        and "17.5% fewer tokens" in c["why"]
+    )
+    c = choose([row(10, 100, -5.0), row(10, 200, -4.0)], 2000)
     assert c["n_pieces"] == 200 and "no knee, so the last of 2 totals" in c["why"]
 
 
 def test_verdict_asks_what_is_saved_and_what_will_be_trained():
-    rows = [row(10, 100, -5., last=50.), row(10, 200, -4., last=10.)]
-    assert choose(rows, 850)["why"].startswith("do not extend: 200 pieces save 5.9% of the tokens, less than 10%")
+    rows = [row(10, 100, -5.0, last=50.0), row(10, 200, -4.0, last=10.0)]
+    assert choose(rows, 850)["why"].startswith(
+        "do not extend: 200 pieces save 5.9% of the tokens, less than 10%"
+    )
     c = choose(rows, 2000, budget=1e6)
-    assert c["n_pieces"] == 100 and "the largest total up to no knee, so the last" in c["why"] and "one of the last tenth 50 times" in c["why"]
+    assert (
+        c["n_pieces"] == 100
+        and "the largest total up to no knee, so the last" in c["why"]
+        and "one of the last tenth 50 times" in c["why"]
+    )
     c = choose(rows, 2000, budget=1e5)
-    assert c["n_pieces"] == 0 and "in 100,000 characters of training the last rows of 100 pieces are seen 5.0 times, fewer than 20" in c["why"]
+    assert (
+        c["n_pieces"] == 0
+        and "in 100,000 characters of training the last rows of 100 pieces are seen 5.0 times, fewer than 20"
+        in c["why"]
+    )
 
 
 # ---- the stage
 
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     d = tmp_path_factory.mktemp("search")
-    c = corpus(["zh=builtin:zh"], out=d / "corpus", valid_share=.3, limit_chars=120_000)
+    c = corpus(["zh=builtin:zh"], out=d / "corpus", valid_share=0.3, limit_chars=120_000)
     return d, c, tokenizer(c, out=d / "pieces", n_pieces=3500, n_chars=2200)
 
 
 def test_table_against_whole_tokenizers(made):
     _, c, pieces = made
-    base, pieces, texts = base_pieces(base_tokenizer_model()), read_pieces(pieces), {d: t[:60] for d, t in heldout(c).items()}
+    base, pieces, texts = (
+        base_pieces(base_tokenizer_model()),
+        read_pieces(pieces),
+        {d: t[:60] for d, t in heldout(c).items()},
+    )
     held = {d: read_heldout(t, base_tokenizer_model()) for d, t in texts.items()}
     rows = search_table(pieces, base, held, [300, 600], [0, 1600, 1650, 9999])
-    assert len({(r["n_chars"], r["n_pieces"]) for r in rows}) == 8 and {r["domain"] for r in rows} == {*texts, "mean"}
+    assert len({(r["n_chars"], r["n_pieces"]) for r in rows}) == 8 and {
+        r["domain"] for r in rows
+    } == {*texts, "mean"}
     for r in rows:
         if r["domain"] == "mean":
             continue
-        sp = processor(extend_model(base_tokenizer_model(), select_pieces(pieces, base, r["n_pieces"], r["n_chars"])))
+        sp = processor(
+            extend_model(
+                base_tokenizer_model(), select_pieces(pieces, base, r["n_pieces"], r["n_chars"])
+            )
+        )
         n = Counter(x for t in texts[r["domain"]] for x in sp.encode(t))
-        assert r["n_tokens"] == n.total() and math.isclose(r["chars_per_token"], sum(map(len, texts[r["domain"]])) / n.total())
-        assert math.isclose(r["alp"], alp(np.array(list(n.values()), float), held[r["domain"]].n_sentences))
-        assert math.isclose(r["byte_share"], sum(k for i, k in n.items() if sp.is_byte(i)) / n.total())
+        assert r["n_tokens"] == n.total() and math.isclose(
+            r["chars_per_token"], sum(map(len, texts[r["domain"]])) / n.total()
+        )
+        assert math.isclose(
+            r["alp"], alp(np.array(list(n.values()), float), held[r["domain"]].n_sentences)
+        )
+        assert math.isclose(
+            r["byte_share"], sum(k for i, k in n.items() if sp.is_byte(i)) / n.total()
+        )
         assert r["n_params"] == 2 * 4096 * r["n_pieces"] == r["bf16_bytes"] / 2
 
 
 def test_search_writes_table_choice_and_curve(made, capsys):
     d, c, pieces = made
     (d / "news.txt").write_text("新闻说，词表很大。\n\n再说一次，词表很大。", encoding="utf-8")
-    s = search(pieces, corpus=c, out=d / "s", chars=["0", "1500", "1600"], totals=[200, 400, "600"], limit_chars=20_000, domains=[f"news={d}/news.txt"], min_seen=1)
+    s = search(
+        pieces,
+        corpus=c,
+        out=d / "s",
+        chars=["0", "1500", "1600"],
+        totals=[200, 400, "600"],
+        limit_chars=20_000,
+        domains=[f"news={d}/news.txt"],
+        min_seen=1,
+    )
     table = (s / "table.tsv").read_text().splitlines()
-    assert table[0].split("\t")[:6] == ["n_chars", "n_all_chars", "n_pieces", "n_params", "bf16_bytes", "domain"]
-    assert "news" in s.stats["domains"] and len(table) == 1 + s.stats["n_tried"] * (len(s.stats["domains"]) + 1)
-    assert read_choice(s) == (s.stats["n_pieces"], s.stats["n_chars"]) == read_choice(s / "choice.json")
-    assert (s / "curve.svg").read_text().startswith("<?xml") and "vocabularies tried on" in capsys.readouterr().out
-    assert s.stats["chars_per_token"] > s.stats["chars_per_token_base"] and s.stats["alp"] > s.stats["alp_base"]
+    assert table[0].split("\t")[:6] == [
+        "n_chars",
+        "n_all_chars",
+        "n_pieces",
+        "n_params",
+        "bf16_bytes",
+        "domain",
+    ]
+    assert "news" in s.stats["domains"] and len(table) == 1 + s.stats["n_tried"] * (
+        len(s.stats["domains"]) + 1
+    )
+    assert (
+        read_choice(s)
+        == (s.stats["n_pieces"], s.stats["n_chars"])
+        == read_choice(s / "choice.json")
+    )
+    assert (s / "curve.svg").read_text().startswith(
+        "<?xml"
+    ) and "vocabularies tried on" in capsys.readouterr().out
+    assert (
+        s.stats["chars_per_token"] > s.stats["chars_per_token_base"]
+        and s.stats["alp"] > s.stats["alp_base"]
+    )
 
 
 def test_a_search_that_says_no_is_heard(made, tmp_path):
     d, c, pieces = made
     s = search(pieces, corpus=c, out=tmp_path / "s", totals=[200, 400], budget=1000)
-    assert s.stats["n_pieces"] == 0 and s.stats["why"].startswith("do not extend: in 1,000 characters of training")
-    with pytest.raises(StageError, match="says: do not extend: .*; to extend all the same, give a number: cmixtral vocab --n-pieces N"):
+    assert s.stats["n_pieces"] == 0 and s.stats["why"].startswith(
+        "do not extend: in 1,000 characters of training"
+    )
+    with pytest.raises(
+        StageError,
+        match="says: do not extend: .*; to extend all the same, give a number: cmixtral vocab --n-pieces N",
+    ):
         read_choice(s)
 
 
@@ -183,17 +358,34 @@ def test_default_grid_reaches_all_candidates():
 
 
 def test_figure_has_a_curve_for_each_number_of_characters():
-    rows = [row(c, t, -9. + t) for c in (0, 1, 2) for t in (1, 2, 3)]
+    rows = [row(c, t, -9.0 + t) for c in (0, 1, 2) for t in (1, 2, 3)]
     left, right = plot_search(rows, choose(rows, 2000)).axes
-    assert [t.get_text() for t in right.get_legend().get_texts()] == ["by tokens saved", "1", "2", "choice"] and "nats" in left.get_ylabel()
+    assert [t.get_text() for t in right.get_legend().get_texts()] == [
+        "by tokens saved",
+        "1",
+        "2",
+        "choice",
+    ] and "nats" in left.get_ylabel()
 
 
 def test_all_faults_at_once(tmp_path):
     with pytest.raises(StageError) as e:
-        search(tmp_path / "p", tmp_path / "c", out=tmp_path / "s", base="gemma", chars=["many"], totals=[0, 5])
+        search(
+            tmp_path / "p",
+            tmp_path / "c",
+            out=tmp_path / "s",
+            base="gemma",
+            chars=["many"],
+            totals=[0, 5],
+        )
     assert len(e.value.args) == 5
-    for words in ("chars is ['many'], expected whole numbers from 0 on", "totals is [0, 5], expected", "expected pieces; run: cmixtral tokenizer",
-                  "gemma: no such tokenizer", "does not exist, expected a corpus"):
+    for words in (
+        "chars is ['many'], expected whole numbers from 0 on",
+        "totals is [0, 5], expected",
+        "expected pieces; run: cmixtral tokenizer",
+        "gemma: no such tokenizer",
+        "does not exist, expected a corpus",
+    ):
         assert words in str(e.value)
 
 
@@ -202,11 +394,42 @@ def test_little_text_to_judge_by_is_said(tmp_path, cli):
     with open(tmp_path / "my.txt", "w", encoding="utf-8") as f:
         f.writelines(f"第{i}篇文章，讲词表的扩充和词汇。{chr(0x4E00 + i)}\n\n" for i in range(3000))
     assert cli("corpus", "--sources", f"zh={tmp_path}/my.txt", "--out", tmp_path / "c")[0] == 0
-    assert "characters are held out, too few to judge a vocabulary or a model by; give --valid-share 0.04 or more" in cli.out
-    assert cli("tokenizer", "--corpus", tmp_path / "c", "--n-pieces", 200, "--out", tmp_path / "p")[0] == 0
-    assert cli("search", "--pieces", tmp_path / "p", "--corpus", tmp_path / "c", "--out", tmp_path / "s")[0] == 0
-    assert "characters are few to judge by; give more with --domains, or run: cmixtral corpus --valid-share SHARE" in cli.out
-    assert cli("corpus", "--sources", f"zh={tmp_path}/my.txt", "--valid-share", 0.2, "--out", tmp_path / "d")[0] == 0
+    assert (
+        "characters are held out, too few to judge a vocabulary or a model by; give --valid-share 0.04 or more"
+        in cli.out
+    )
+    assert (
+        cli("tokenizer", "--corpus", tmp_path / "c", "--n-pieces", 200, "--out", tmp_path / "p")[0]
+        == 0
+    )
+    assert (
+        cli(
+            "search",
+            "--pieces",
+            tmp_path / "p",
+            "--corpus",
+            tmp_path / "c",
+            "--out",
+            tmp_path / "s",
+        )[0]
+        == 0
+    )
+    assert (
+        "characters are few to judge by; give more with --domains, or run: cmixtral corpus --valid-share SHARE"
+        in cli.out
+    )
+    assert (
+        cli(
+            "corpus",
+            "--sources",
+            f"zh={tmp_path}/my.txt",
+            "--valid-share",
+            0.2,
+            "--out",
+            tmp_path / "d",
+        )[0]
+        == 0
+    )
     assert "too few" not in cli.out
 
 
@@ -215,24 +438,39 @@ def test_nothing_held_out_and_nothing_to_cut(made, tmp_path):
     with open(tmp_path / "a.jsonl", "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": f"第{i}篇文章讲词表"}) + "\n" for i in range(9))
     c = corpus([f"zh={tmp_path}/a.jsonl"], out=tmp_path / "c", valid_share=0, min_chars=5)
-    with pytest.raises(StageError, match="has no held-out zh text; run: cmixtral corpus --valid-share 0.01"):
+    with pytest.raises(
+        StageError, match="has no held-out zh text; run: cmixtral corpus --valid-share 0.01"
+    ):
         search(pieces, c, out=tmp_path / "s")
-    with pytest.raises(StageError, match="has no en text, it has zh; give --lang zh, or run: cmixtral corpus --sources en=REF"):
+    with pytest.raises(
+        StageError,
+        match="has no en text, it has zh; give --lang zh, or run: cmixtral corpus --sources en=REF",
+    ):
         search(pieces, c, out=tmp_path / "s", lang="en")
     (tmp_path / "en.txt").write_text("no Han at all")
     with pytest.raises(StageError, match="has no Han characters; run: cmixtral corpus"):
         search(pieces, tmp_path / "en.txt", out=tmp_path / "s")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(StageError, match="empty.jsonl holds no text to judge by; give held-out text"):
+    with pytest.raises(
+        StageError, match="empty.jsonl holds no text to judge by; give held-out text"
+    ):
         search(pieces, tmp_path / "empty.jsonl", out=tmp_path / "s")
     with pytest.raises(StageError, match="domains: .*empty.jsonl is empty, expected held-out text"):
-        search(pieces, tmp_path / "a.jsonl", out=tmp_path / "s", domains=[f"none={tmp_path}/empty.jsonl"])
+        search(
+            pieces,
+            tmp_path / "a.jsonl",
+            out=tmp_path / "s",
+            domains=[f"none={tmp_path}/empty.jsonl"],
+        )
     with pytest.raises(StageError, match="candidates are too few for every total"):
         search(pieces, tmp_path / "a.jsonl", out=tmp_path / "s", totals=[99999])
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("content, words", [("{", "not valid JSON"), ('{"n_pieces": "9"}', "holds no choice"), ("[]", "holds no choice")])
+@pytest.mark.parametrize(
+    "content, words",
+    [("{", "not valid JSON"), ('{"n_pieces": "9"}', "holds no choice"), ("[]", "holds no choice")],
+)
 def test_choices_that_are_none(tmp_path, content, words):
     (tmp_path / "choice.json").write_text(content)
     with pytest.raises(StageError, match=words):

@@ -1,4 +1,5 @@
 "The site as a reader meets it: built from a copy of the checkout, opened from disk and under a path, with a browser where there is one."
+
 import ast
 import functools
 import html
@@ -18,12 +19,33 @@ import pytest
 from conftest import watched
 
 from cmixtral_nb.artifact import StageError
-from cmixtral_nb.site import cells, chain_svg, checkout, docs, execute, exported, messages, package_messages
+from cmixtral_nb.site import (
+    cells,
+    chain_svg,
+    checkout,
+    docs,
+    execute,
+    exported,
+    messages,
+    package_messages,
+)
 
 ROOT = Path(__file__).parents[1]
 NBS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
 MODULES = [p for p in sorted((ROOT / "cmixtral_nb").glob("*.py")) if not p.name.startswith("_")]
-TERMS = ["knee", "fingerprint", "perplexity", "NF4", "replay", "BOS", "certificate", "router", "held out", "no space left on device", "词表"]
+TERMS = [
+    "knee",
+    "fingerprint",
+    "perplexity",
+    "NF4",
+    "replay",
+    "BOS",
+    "certificate",
+    "router",
+    "held out",
+    "no space left on device",
+    "词表",
+]
 
 
 def page_of(notebook):
@@ -37,8 +59,16 @@ def site(tmp_path_factory):
     for name in "nbs", "cmixtral_nb":
         shutil.copytree(ROOT / name, tmp / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "settings.ini", tmp)
-    code = "import sys; from cmixtral_nb.pipeline import main; sys.exit(main(['docs', '--no-quarto']))"
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp)})
+    code = (
+        "import sys; from cmixtral_nb.pipeline import main; sys.exit(main(['docs', '--no-quarto']))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp)},
+    )
     assert out.returncode == 0, out.stderr[-3000:]
     assert "index.html" in out.stdout
     return tmp / "_docs"
@@ -58,7 +88,9 @@ class Page(HTMLParser):
         self.ids |= {a[k] for k in ("id", "name") if a.get(k)}
         if tag == "a" and a.get("href"):
             self.links.append(a["href"])
-        if tag in ("script", "link", "img", "iframe", "source") and (ref := a.get("src") or (a.get("href") if tag == "link" else None)):
+        if tag in ("script", "link", "img", "iframe", "source") and (
+            ref := a.get("src") or (a.get("href") if tag == "link" else None)
+        ):
             self.loads.append(ref)
         self.skip += tag in ("script", "style")
 
@@ -98,7 +130,9 @@ def test_no_link_to_the_published_pages_and_nothing_loaded_from_elsewhere(pages,
         assert not [x for x in page.links if "cmixtral.github.io" in x], name
         assert not [x for x in page.loads if re.match(r"(https?:)?//", x)], name
     for p in site.rglob("*.css"):
-        assert not re.search(r"@import[^;]*//|url\([\"']?(https?:)?//", p.read_text(encoding="utf-8")), p.name
+        assert not re.search(
+            r"@import[^;]*//|url\([\"']?(https?:)?//", p.read_text(encoding="utf-8")
+        ), p.name
 
 
 def test_every_error_message_stands_on_the_page(pages):
@@ -106,15 +140,32 @@ def test_every_error_message_stands_on_the_page(pages):
     said = pages["troubleshooting.html"].text
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in ("require", "StageError"):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in (
+                "require",
+                "StageError",
+            ):
                 continue
             for arg in node.args[1:] if node.func.id == "require" else node.args:
                 texts = [ast.walk(arg)] if not isinstance(arg, ast.Name) else []
-                inside = {id(c) for v in ast.walk(arg) if isinstance(v, ast.FormattedValue) for c in ast.walk(v)}
-                for c in (c for t in texts for c in t if isinstance(c, ast.Constant) and isinstance(c.value, str) and id(c) not in inside):
+                inside = {
+                    id(c)
+                    for v in ast.walk(arg)
+                    if isinstance(v, ast.FormattedValue)
+                    for c in ast.walk(v)
+                }
+                for c in (
+                    c
+                    for t in texts
+                    for c in t
+                    if isinstance(c, ast.Constant)
+                    and isinstance(c.value, str)
+                    and id(c) not in inside
+                ):
                     for part in c.value.split("; "):
                         part = " ".join(part.split())
-                        assert len(re.sub(r"[\W\d_]", "", part)) < 6 or part in said, f"{path.name}:{node.lineno}: {part!r}"
+                        assert len(re.sub(r"[\W\d_]", "", part)) < 6 or part in said, (
+                            f"{path.name}:{node.lineno}: {part!r}"
+                        )
 
 
 def test_what_the_command_says_is_on_the_page(pages, cli, tmp_path):
@@ -129,9 +180,27 @@ def test_what_the_command_says_is_on_the_page(pages, cli, tmp_path):
         ["tokenizer", "--corpus", tmp_path / "none", "--out", tmp_path / "o", "--n-pieces", "0"],
         ["vocab", "--pieces", tmp_path / "none", "--out", tmp_path / "o"],
         ["init", "--model", tmp_path / "none", "--tokenizer", tmp_path, "--out", tmp_path / "o"],
-        ["merge", "--model", tmp_path / "none", "--adapter", tmp_path / "none", "--out", tmp_path / "o"],
+        [
+            "merge",
+            "--model",
+            tmp_path / "none",
+            "--adapter",
+            tmp_path / "none",
+            "--out",
+            tmp_path / "o",
+        ],
         ["generate", "--models", "x", "--out", tmp_path / "o"],
-        ["base", "--corpus", "builtin:en", "--hidden", "65", "--steps", "0", "--out", tmp_path / "o"],
+        [
+            "base",
+            "--corpus",
+            "builtin:en",
+            "--hidden",
+            "65",
+            "--steps",
+            "0",
+            "--out",
+            tmp_path / "o",
+        ],
         ["run", tmp_path / "bad.toml"],
         ["run", "nothing"],
         ["status", tmp_path],
@@ -151,7 +220,12 @@ def test_what_the_command_says_is_on_the_page(pages, cli, tmp_path):
 
 def test_messages_of_every_kind_are_read():
     source = "def _faults(x):\n    yield f'{x}: no such thing'\ndef f():\n    faults.append('first fault' if a else 'second fault')\n    faults += ['third fault']\n"
-    assert [m["text"] for m in messages(source)] == ["…: no such thing", "first fault", "second fault", "third fault"]
+    assert [m["text"] for m in messages(source)] == [
+        "…: no such thing",
+        "first fault",
+        "second fault",
+        "third fault",
+    ]
 
 
 def test_commands_and_functions_stand_on_their_pages(pages):
@@ -160,7 +234,9 @@ def test_commands_and_functions_stand_on_their_pages(pages):
 
     for c in COMMANDS:
         assert f"cmixtral {c}" in pages["commands.html"].text
-        for option in (o for a in parser(c)._actions for o in a.option_strings if o not in ("-h", "--help")):
+        for option in (
+            o for a in parser(c)._actions for o in a.option_strings if o not in ("-h", "--help")
+        ):
             assert option in pages["commands.html"].text, option
     links = set(pages["api.html"].links)
     for path in MODULES:
@@ -192,7 +268,9 @@ def test_commands_in_the_pages_exist():
             for line in re.findall(r"^(?:torchrun .*--no-python )?cmixtral (.+)$", block, re.M):
                 words = shlex.split(line, comments=True)
                 got = vars(parser(words[0]).parse_args(words[1:]))
-                assert words[0] != "tokenizer" or got["n_chars"] <= got["n_pieces"], line  # what the first newcomer ran into
+                assert words[0] != "tokenizer" or got["n_chars"] <= got["n_pieces"], (
+                    line
+                )  # what the first newcomer ran into
                 n += 1
     assert n > 15
 
@@ -213,7 +291,9 @@ def test_badges_are_those_that_colab_makes(tmp_path):
     for n in NBS:
         p = ROOT / "nbs" / f"{n}.ipynb"
         if "colab-setup" not in p.read_text():
-            assert n in NO_BADGE, f"{n}; run: python -c \"from cmixtral_nb.site import colab; colab('nbs/{n}.ipynb')\""
+            assert n in NO_BADGE, (
+                f"{n}; run: python -c \"from cmixtral_nb.site import colab; colab('nbs/{n}.ipynb')\""
+            )
             continue
         shutil.copy(p, tmp_path / "nbs")
         colab(tmp_path / "nbs" / p.name)
@@ -224,14 +304,34 @@ def test_badges_are_those_that_colab_makes(tmp_path):
 def test_a_cell_that_says_nothing_any_more_keeps_no_output(tmp_path):
     said = [dict(output_type="stream", name="stdout", text=["old\n"])]
     code = [("x = 1", {}), ("print(x)", {}), ("#| slow\nprint(2)", {})]
-    rows = [dict(cell_type="code", id=str(i), source=[t], outputs=said, execution_count=None, metadata=m) for i, (t, m) in enumerate(code)]
-    (tmp_path / "a.ipynb").write_text(json.dumps(dict(cells=rows, metadata={}, nbformat=4, nbformat_minor=5)))
+    rows = [
+        dict(
+            cell_type="code", id=str(i), source=[t], outputs=said, execution_count=None, metadata=m
+        )
+        for i, (t, m) in enumerate(code)
+    ]
+    (tmp_path / "a.ipynb").write_text(
+        json.dumps(dict(cells=rows, metadata={}, nbformat=4, nbformat_minor=5))
+    )
     execute(tmp_path / "a.ipynb")
-    assert ["".join(o["text"]) for c in cells(tmp_path / "a.ipynb") for o in c["outputs"]] == ["1\n", "old\n"]  # the slow cell did not run
+    assert ["".join(o["text"]) for c in cells(tmp_path / "a.ipynb") for o in c["outputs"]] == [
+        "1\n",
+        "old\n",
+    ]  # the slow cell did not run
 
 
 # pages without anything to run
-NO_BADGE = {"index", "zh", "gpu", "commands", "api", "troubleshooting", "from_seed", "glossary", "contributing"}
+NO_BADGE = {
+    "index",
+    "zh",
+    "gpu",
+    "commands",
+    "api",
+    "troubleshooting",
+    "from_seed",
+    "glossary",
+    "contributing",
+}
 
 
 class Browser:
@@ -245,14 +345,23 @@ class Browser:
         return self.page.evaluate("document.documentElement.scrollWidth")
 
     def background(self):
-        return sum(map(int, re.findall(r"\d+", self.page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]))
+        return sum(
+            map(
+                int,
+                re.findall(
+                    r"\d+", self.page.evaluate("getComputedStyle(document.body).backgroundColor")
+                )[:3],
+            )
+        )
 
     def find(self, term):
         box = self.page.locator(".smalldocs-search input").first
         box.fill(term)
         self.page.wait_for_selector(".search-result, .search-none")
         self.page.wait_for_timeout(200)
-        return self.page.locator(".search-result").all_inner_texts(), self.page.locator(".search-result").evaluate_all("a => a.map(x => x.href)")
+        return self.page.locator(".search-result").all_inner_texts(), self.page.locator(
+            ".search-result"
+        ).evaluate_all("a => a.map(x => x.href)")
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +381,13 @@ def test_every_page_in_a_browser(browser, site, pages):
         browser.page.set_viewport_size(dict(width=390, height=844))
         browser.page.emulate_media(color_scheme="dark")
         assert browser.width() <= 390, f"{name} is {browser.width()} pixels wide on a phone"
-        browser.page.wait_for_function("document.documentElement.classList.contains('quarto-dark') || true")
+        browser.page.wait_for_function(
+            "document.documentElement.classList.contains('quarto-dark') || true"
+        )
         assert browser.background() < 200, name
-        broken = browser.page.evaluate("[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)")
+        broken = browser.page.evaluate(
+            "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+        )
         assert not broken, (name, broken)
     assert browser.errors == []
     assert not [u for u in browser.asked if not u.startswith(("file:", "data:"))]
@@ -299,12 +412,18 @@ def test_under_a_path(browser, site):
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def translate_path(self, path):
-            return str(site / unquote(urlsplit(path).path).removeprefix("/a/b/")) if path.startswith("/a/b/") else "/nonexistent"
+            return (
+                str(site / unquote(urlsplit(path).path).removeprefix("/a/b/"))
+                if path.startswith("/a/b/")
+                else "/nonexistent"
+            )
 
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}/a/b/"
     try:
@@ -313,7 +432,10 @@ def test_under_a_path(browser, site):
         browser.page.click("text=for the impatient")
         browser.page.wait_for_url(base + "quickstart.html")
         assert browser.find("manifest")[0]
-        assert [u for u in browser.asked if not u.startswith((base, "data:"))] in ([], [base.replace("/a/b/", "/favicon.ico")])
+        assert [u for u in browser.asked if not u.startswith((base, "data:"))] in (
+            [],
+            [base.replace("/a/b/", "/favicon.ico")],
+        )
         assert [e for e in browser.errors if "favicon" not in e and "404" not in e] == []
     finally:
         server.shutdown()
@@ -331,6 +453,8 @@ def test_scheme_can_be_switched_by_hand(browser, site):
 
 def test_formulas_are_drawn(browser, site):
     browser.page.goto((site / "search.html").as_uri())
-    boxes = browser.page.locator("math").evaluate_all("m => m.map(x => x.getBoundingClientRect().height)")
+    boxes = browser.page.locator("math").evaluate_all(
+        "m => m.map(x => x.getBoundingClientRect().height)"
+    )
     assert len(boxes) > 3 and all(h > 8 for h in boxes)
     assert "\\frac" not in html.unescape(browser.page.locator("main").inner_text())

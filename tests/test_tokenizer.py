@@ -1,4 +1,5 @@
 "Training and reading pieces: parity with the naive version, foreign files, bad inputs."
+
 import json
 from collections import Counter
 
@@ -8,11 +9,37 @@ from hypothesis import strategies as st
 
 from cmixtral_nb.artifact import StageError
 from cmixtral_nb.corpus import corpus
-from cmixtral_nb.tokenizer import (Piece, Source, base_symbols, base_tokenizer_model, bpe_parts, char_counts, count_runs, describe_pieces, find_runs,
-                                   frequent_chars, made_counts, mass, mix_runs, parse_shares, read_lexicon, read_model, read_pieces, read_runs,
-                                   run_pattern, run_sources, split_runs, token_totals, tokenizer, train_pieces, write_pieces)
+from cmixtral_nb.tokenizer import (
+    Piece,
+    Source,
+    base_symbols,
+    base_tokenizer_model,
+    bpe_parts,
+    char_counts,
+    count_runs,
+    describe_pieces,
+    find_runs,
+    frequent_chars,
+    made_counts,
+    mass,
+    mix_runs,
+    parse_shares,
+    read_lexicon,
+    read_model,
+    read_pieces,
+    read_runs,
+    run_pattern,
+    run_sources,
+    split_runs,
+    token_totals,
+    tokenizer,
+    train_pieces,
+    write_pieces,
+)
 
-TEXTS = [f"扩充词表之后，继续预训练 model {i}。中文词表，中文模型！" for i in range(30)] + ["囧 only once"]
+TEXTS = [f"扩充词表之后，继续预训练 model {i}。中文词表，中文模型！" for i in range(30)] + [
+    "囧 only once"
+]
 HAN = st.text(alphabet="中国人民大学生活", min_size=1, max_size=12)
 
 
@@ -25,16 +52,34 @@ def here(tmp_path, monkeypatch):
 
 # ---- runs
 
+
 @given(st.lists(st.text(alphabet="中国a，1 ", max_size=20)), st.booleans())
 def test_runs_hold_every_character_of_the_script_and_no_other(texts, marks):
     runs = Counter(r for t in texts for r in find_runs(t, run_pattern("Han", marks)))
     assert char_counts(runs) == Counter(c for t in texts for c in t if c in "中国")
-    assert all(set(r) <= set("中国") if not marks else set(r[1:]) <= set("中国") and r[0] in "中国，▁" for r in runs)
+    assert all(
+        set(r) <= set("中国") if not marks else set(r[1:]) <= set("中国") and r[0] in "中国，▁"
+        for r in runs
+    )
 
 
-@pytest.mark.parametrize("text, runs", [
-    ("中国", ["▁中国"]), (" 中", ["▁中"]), ("，中", ["，中"]), ("a中", ["中"]), ("a 中", ["▁中"]), ("。“中”国", ["“中", "”国"]), ("\n中\t国", ["中", "国"]),
-    ("1中", ["中"]), ("_中", ["_中"]), ("▁中", ["▁中"]), ("中\u3000国", ["▁中", "国"]), ("", [])])
+@pytest.mark.parametrize(
+    "text, runs",
+    [
+        ("中国", ["▁中国"]),
+        (" 中", ["▁中"]),
+        ("，中", ["，中"]),
+        ("a中", ["中"]),
+        ("a 中", ["▁中"]),
+        ("。“中”国", ["“中", "”国"]),
+        ("\n中\t国", ["中", "国"]),
+        ("1中", ["中"]),
+        ("_中", ["_中"]),
+        ("▁中", ["▁中"]),
+        ("中\u3000国", ["▁中", "国"]),
+        ("", []),
+    ],
+)
 def test_one_mark_goes_with_a_run(text, runs):
     assert find_runs(text, run_pattern()) == runs
 
@@ -43,19 +88,29 @@ def test_one_mark_goes_with_a_run(text, runs):
 @settings(max_examples=40, deadline=None)
 def test_spilled_counts_equal_a_counter(tmp_path_factory, texts, most):
     f = count_runs(texts, tmp_path_factory.mktemp("r") / "runs.tsv", most=most)
-    assert dict(read_runs(f)) == Counter(r for t in texts for r in find_runs(t, run_pattern())) and not list(f.parent.glob("*.parts"))
+    assert dict(read_runs(f)) == Counter(
+        r for t in texts for r in find_runs(t, run_pattern())
+    ) and not list(f.parent.glob("*.parts"))
 
 
 def test_any_number_of_processes_counts_the_same(tmp_path):
-    texts = [f"第{chr(0x4e00 + i % 900)}篇，扩充词表{chr(0x5000 + i % 777)}" * 40 for i in range(12_000)]
-    one, two, three = (count_runs(iter(texts), tmp_path / f"{w}.tsv", workers=w, most=500) for w in (1, 2, 3))
-    assert one.read_bytes() == two.read_bytes() == three.read_bytes() and sum(k for _, k in read_runs(one)) == 41 * 12_000
+    texts = [
+        f"第{chr(0x4E00 + i % 900)}篇，扩充词表{chr(0x5000 + i % 777)}" * 40 for i in range(12_000)
+    ]
+    one, two, three = (
+        count_runs(iter(texts), tmp_path / f"{w}.tsv", workers=w, most=500) for w in (1, 2, 3)
+    )
+    assert (
+        one.read_bytes() == two.read_bytes() == three.read_bytes()
+        and sum(k for _, k in read_runs(one)) == 41 * 12_000
+    )
 
 
 def test_a_process_that_dies_is_noticed(tmp_path, monkeypatch):
     import os
 
     import cmixtral_nb.tokenizer as module
+
     monkeypatch.setattr(module, "_work", lambda *a: os._exit(9))
     with pytest.raises(StageError, match="a process that counts runs (died|failed).*--workers 1"):
         count_runs(("中国人" * 1000 for _ in range(30_000)), tmp_path / "runs.tsv", workers=2)
@@ -76,6 +131,7 @@ def test_frequent_chars_breaks_ties_by_code_point():
 
 # ---- training
 
+
 def naive_bpe(runs, n_merges):
     words, merges = {tuple(r): k for r, k in runs.items()}, []
     for _ in range(n_merges):
@@ -89,8 +145,8 @@ def naive_bpe(runs, n_merges):
         for w, k in words.items():
             out, i = [], 0
             while i < len(w):
-                n = 1 + (w[i:i + 2] == best)
-                out.append("".join(w[i:i + n]))
+                n = 1 + (w[i : i + 2] == best)
+                out.append("".join(w[i : i + n]))
                 i += n
             new[tuple(out)] += k
         words = new
@@ -102,7 +158,10 @@ def test_merges_equal_the_naive_ones_where_no_counts_are_equal(tmp_path):
     n = len(char_counts(runs))
     pieces = describe_pieces(train_pieces(runs.copy(), tmp_path / "m.model", n + 5), runs)
     assert [p.piece for p in pieces if p.kind == "word"] == naive_bpe(runs, 5)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["m.model", "m.runs"] and dict(read_runs(tmp_path / "m.runs")) == runs
+    assert (
+        sorted(f.name for f in tmp_path.iterdir()) == ["m.model", "m.runs"]
+        and dict(read_runs(tmp_path / "m.runs")) == runs
+    )
 
 
 @given(st.dictionaries(HAN, st.integers(1, 9), min_size=1, max_size=12))
@@ -115,10 +174,12 @@ def test_made_counts_are_those_of_the_merges(tmp_path_factory, runs):
     for r, k in runs.items():  # every join of every run, counted as it happens
         x = list(r)
         while len(x) > 1:
-            best, i = min((rank.get(a + b, 99), i) for i, (a, b) in enumerate(zip(x, x[1:], strict=False)))
+            best, i = min(
+                (rank.get(a + b, 99), i) for i, (a, b) in enumerate(zip(x, x[1:], strict=False))
+            )
             if best == 99:
                 break
-            x[i:i + 2] = [x[i] + x[i + 1]]
+            x[i : i + 2] = [x[i] + x[i + 1]]
             n[x[i]] += k
     assert {w: made[w] for w in words} == {w: n[w] for w in words}
     assert {c: made[c] for c in made if len(c) == 1} == char_counts(Counter(runs))
@@ -126,12 +187,20 @@ def test_made_counts_are_those_of_the_merges(tmp_path_factory, runs):
 
 def test_bpe_by_hand_joins_by_rank_and_from_the_left():
     rank = {"ab": 1, "bc": 0, "aa": 2}
-    assert bpe_parts("abc", lambda t: rank.get(t, float("inf"))) == ["a", "bc"] and bpe_parts("aaa", lambda t: rank.get(t, float("inf"))) == ["aa", "a"]
-    assert made_counts(Counter({"aab": 3, "a": 1}), ["aa", "aab"]) == Counter({"aab": 3, "aa": 3, "a": 7, "b": 3})
+    assert bpe_parts("abc", lambda t: rank.get(t, float("inf"))) == ["a", "bc"] and bpe_parts(
+        "aaa", lambda t: rank.get(t, float("inf"))
+    ) == ["aa", "a"]
+    assert made_counts(Counter({"aab": 3, "a": 1}), ["aa", "aab"]) == Counter(
+        {"aab": 3, "aa": 3, "a": 7, "b": 3}
+    )
 
 
 def test_parts_come_before_wholes_and_only_han_behind_one_mark(here):
-    words = [p.piece for p in read_pieces(tokenizer("a.txt", out="p", n_pieces=60, n_chars=0)) if p.kind == "word"]
+    words = [
+        p.piece
+        for p in read_pieces(tokenizer("a.txt", out="p", n_pieces=60, n_chars=0))
+        if p.kind == "word"
+    ]
     chars = {p.piece for p in read_pieces("p") if p.kind == "char"} | set("，。！▁")
     for i, w in enumerate(words):
         assert any({w[:k], w[k:]} <= chars | set(words[:i]) for k in range(1, len(w))), w
@@ -142,13 +211,22 @@ def test_parts_come_before_wholes_and_only_han_behind_one_mark(here):
 
 def test_two_trainings_are_equal(here):
     a, b = (tokenizer("a.txt", out=o, n_pieces=60, n_chars=0) for o in "ab")
-    assert a.fingerprint == b.fingerprint and sorted(a.manifest["files"]) == ["pieces.tsv", "spm.model"]
+    assert a.fingerprint == b.fingerprint and sorted(a.manifest["files"]) == [
+        "pieces.tsv",
+        "spm.model",
+    ]
 
 
 def test_fewer_merges_than_asked_for_is_no_error(here):
     (here / "few.txt").write_text("中国，中国，中国", encoding="utf-8")
     p = tokenizer("few.txt", out="p", n_pieces=500, n_chars=0)
-    assert p.stats["n_chars"] == 2 and [q.piece for q in read_pieces(p)] == ["中", "国", "中国", "，中国", "▁中国"]
+    assert p.stats["n_chars"] == 2 and [q.piece for q in read_pieces(p)] == [
+        "中",
+        "国",
+        "中国",
+        "，中国",
+        "▁中国",
+    ]
 
 
 def test_a_fifth_of_the_pieces_are_characters_unless_said(here, cli):
@@ -166,23 +244,41 @@ def test_other_scripts(here):
     (here / "ru.txt").write_text("слово слова слову\n\nслово", encoding="utf-8")
     p = tokenizer("ru.txt", out="p", lang="ru", script="Cyrillic", n_pieces=20, n_chars=0)
     assert "▁слов" in {q.piece for q in read_pieces(p, "Cyrillic")}
-    with pytest.raises(StageError, match="has no piece of Han characters; run: cmixtral tokenizer --script Han"):
+    with pytest.raises(
+        StageError, match="has no piece of Han characters; run: cmixtral tokenizer --script Han"
+    ):
         read_pieces(p)
 
 
-@pytest.mark.parametrize("lang, script, text, piece", [
-    ("ja", "Han Kana", "東京タワーへ行きました。東京タワーは高いです。", "東京タワー"), ("ko", "Hangul", "한국어 사전 한국어 문법 한국어", "▁한국어"),
-    ("th", "Thai", "ภาษาไทยง่าย ภาษาไทยสนุก ภาษาไทย", "ภาษาไทย"), ("hi", "Devanagari", "हिन्दी भाषा हिन्दी शब्द हिन्दी", "▁हिन्दी"),
-    ("km", "Khmer", "ភាសាខ្មែរ ភាសាខ្មែរ ភាសាខ្មែរ", "▁ភាសាខ្មែរ"), ("am", "Ethiopic", "አማርኛ ቋንቋ አማርኛ", "▁አማርኛ")])
+@pytest.mark.parametrize(
+    "lang, script, text, piece",
+    [
+        ("ja", "Han Kana", "東京タワーへ行きました。東京タワーは高いです。", "東京タワー"),
+        ("ko", "Hangul", "한국어 사전 한국어 문법 한국어", "▁한국어"),
+        ("th", "Thai", "ภาษาไทยง่าย ภาษาไทยสนุก ภาษาไทย", "ภาษาไทย"),
+        ("hi", "Devanagari", "हिन्दी भाषा हिन्दी शब्द हिन्दी", "▁हिन्दी"),
+        ("km", "Khmer", "ភាសាខ្មែរ ភាសាខ្មែរ ភាសាខ្មែរ", "▁ភាសាខ្មែរ"),
+        ("am", "Ethiopic", "አማርኛ ቋንቋ አማርኛ", "▁አማርኛ"),
+    ],
+)
 def test_scripts_by_their_unicode_names(here, lang, script, text, piece):
     (here / "t.txt").write_text(text, encoding="utf-8")
     p = tokenizer("t.txt", out="p", lang=lang, script=script, n_pieces=60, n_chars=0)
-    assert any(piece.lstrip("▁") in q.piece for q in read_pieces(p, script)), [q.piece for q in read_pieces(p, script)]
+    assert any(piece.lstrip("▁") in q.piece for q in read_pieces(p, script)), [
+        q.piece for q in read_pieces(p, script)
+    ]
 
 
 # ---- tables and foreign models
 
-@given(st.lists(st.tuples(HAN, st.integers(-99, 0), st.integers(0, 99)), max_size=20, unique_by=lambda x: x[0]))
+
+@given(
+    st.lists(
+        st.tuples(HAN, st.integers(-99, 0), st.integers(0, 99)),
+        max_size=20,
+        unique_by=lambda x: x[0],
+    )
+)
 @settings(deadline=None, max_examples=30)
 def test_table_round_trip(tmp_path_factory, rows):
     f = tmp_path_factory.mktemp("t") / "pieces.tsv"
@@ -196,20 +292,37 @@ def test_plain_list_and_foreign_model(here):
     (here / "list.txt").write_text("中国\n人\nabc\n人民，\n大学\n", encoding="utf-8")
     assert [p.piece for p in read_pieces("list.txt")] == ["人", "中国", "大学"]
     (here / "t.tsv").write_text("id\tpiece\tscore\n9\t中国\t-1\n7\t人\t-2\n", encoding="utf-8")
-    assert read_pieces("t.tsv") == [Piece("人", -2., "char", 0), Piece("中国", -1., "word", 0)]
+    assert read_pieces("t.tsv") == [Piece("人", -2.0, "char", 0), Piece("中国", -1.0, "word", 0)]
     mixtral = read_pieces(base_tokenizer_model("mixtral"))
     assert (len(mixtral), [p.piece for p in mixtral[-3:]]) == (1459, ["数据", "获取", "一个"])
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("bad.tsv", "piece\tscore\tkind\tcount\n中\tx\tchar\t1\n",
-     "bad.tsv:2: expected piece, score, kind, count with tabs between them, score and count being numbers"),
-    ("bad.tsv", "piece\tscore\n中\n", "bad.tsv:2: expected piece, score with tabs"), ("gbk.tsv", b"\xd6\xd0", "gbk.tsv is not UTF-8"),
-    ("latin.tsv", "abc\n", "has no piece of Han characters"), ("bad.model", b"\x00\x01rubbish", "bad.model is not a sentencepiece model"),
-    ("twice.tsv", "piece\tscore\n中国\t0\n人\t-1\n中国\t-2\n", "twice.tsv:4: 中国 stands in line 2 already; remove one of the two lines"),
-    ("twice.txt", "中国\n中国\n", "twice.txt:2: 中国 stands in line 1 already"),
-    ("control.txt", "中国\n<s>\n", "control.txt:2: <s> looks like a control token, expected a piece of text; remove the line"),
-    ("empty.model", b"", "is not a sentencepiece model")])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        (
+            "bad.tsv",
+            "piece\tscore\tkind\tcount\n中\tx\tchar\t1\n",
+            "bad.tsv:2: expected piece, score, kind, count with tabs between them, score and count being numbers",
+        ),
+        ("bad.tsv", "piece\tscore\n中\n", "bad.tsv:2: expected piece, score with tabs"),
+        ("gbk.tsv", b"\xd6\xd0", "gbk.tsv is not UTF-8"),
+        ("latin.tsv", "abc\n", "has no piece of Han characters"),
+        ("bad.model", b"\x00\x01rubbish", "bad.model is not a sentencepiece model"),
+        (
+            "twice.tsv",
+            "piece\tscore\n中国\t0\n人\t-1\n中国\t-2\n",
+            "twice.tsv:4: 中国 stands in line 2 already; remove one of the two lines",
+        ),
+        ("twice.txt", "中国\n中国\n", "twice.txt:2: 中国 stands in line 1 already"),
+        (
+            "control.txt",
+            "中国\n<s>\n",
+            "control.txt:2: <s> looks like a control token, expected a piece of text; remove the line",
+        ),
+        ("empty.model", b"", "is not a sentencepiece model"),
+    ],
+)
 def test_files_that_are_no_pieces(here, name, content, words):
     (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(StageError) as e:
@@ -218,7 +331,10 @@ def test_files_that_are_no_pieces(here, name, content, words):
 
 
 def test_missing_pieces(here):
-    with pytest.raises(StageError, match="none: no such file or folder, expected pieces; run: cmixtral tokenizer --out none"):
+    with pytest.raises(
+        StageError,
+        match="none: no such file or folder, expected pieces; run: cmixtral tokenizer --out none",
+    ):
         read_pieces("none")
     (here / "d").mkdir()
     with pytest.raises(StageError, match="d holds no pieces.tsv and no sentencepiece model"):
@@ -233,7 +349,10 @@ def test_base_tokenizer(here, monkeypatch):
     with pytest.raises(StageError, match="m holds no tokenizer.model"):
         base_tokenizer_model("m")
     (here / "m/tokenizer.json").write_text('{"pre_tokenizer": {"type": "ByteLevel"}}')
-    with pytest.raises(StageError, match="m is a byte-level BPE tokenizer, expected sentencepiece BPE .*; extend another base"):
+    with pytest.raises(
+        StageError,
+        match="m is a byte-level BPE tokenizer, expected sentencepiece BPE .*; extend another base",
+    ):
         base_tokenizer_model("m")
     (here / "m/tokenizer.model").write_bytes(b"x")
     assert base_tokenizer_model("m") == base_tokenizer_model("m/tokenizer.model")
@@ -246,18 +365,35 @@ def test_base_tokenizer(here, monkeypatch):
 
 # ---- lexicons and mixing
 
+
 def test_lexicon(here):
     (here / "w.txt").write_text("葡萄 30 n\n石榴\t20\nC++ 9\n\n零 0\n", encoding="utf-8")
     assert read_lexicon("w.txt") == {"葡萄": 30, "石榴": 20}
     p = tokenizer("a.txt", out="p", n_pieces=80, n_chars=0, lexicons=["0.3:w.txt"])
     assert {"葡萄", "石榴"} <= {q.piece for q in read_pieces(p)}
     (here / "w.txt").write_text("葡萄 31\n", encoding="utf-8")
-    assert tokenizer.state("a.txt", out="p", n_pieces=80, n_chars=0, lexicons=["0.3:w.txt"]).startswith("stale")
+    assert tokenizer.state(
+        "a.txt", out="p", n_pieces=80, n_chars=0, lexicons=["0.3:w.txt"]
+    ).startswith("stale")
 
 
-@pytest.mark.parametrize("text, words", [
-    ("葡萄\n石榴 20\n甲 x\n", ["w.txt:1: expected a word and its count", "found '葡萄'", "w.txt:3:", "mend or remove the line"]),
-    ("甲\n" * 9, ["w.txt: 6 more broken lines"]), (b"\xd6\xd0 3\n", ["w.txt:1: expected a word and its count"]), ("abc 3\n", ["w.txt has no word of Han characters alone; give another lexicon"])])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "葡萄\n石榴 20\n甲 x\n",
+            [
+                "w.txt:1: expected a word and its count",
+                "found '葡萄'",
+                "w.txt:3:",
+                "mend or remove the line",
+            ],
+        ),
+        ("甲\n" * 9, ["w.txt: 6 more broken lines"]),
+        (b"\xd6\xd0 3\n", ["w.txt:1: expected a word and its count"]),
+        ("abc 3\n", ["w.txt has no word of Han characters alone; give another lexicon"]),
+    ],
+)
 def test_broken_lexicons(here, text, words):
     (here / "w.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(StageError) as e:
@@ -267,17 +403,25 @@ def test_broken_lexicons(here, text, words):
 
 def test_jieba_and_wordfreq_have_everyday_words():
     jieba, freq = read_lexicon("jieba"), read_lexicon("wordfreq")
-    assert len(jieba) > 300_000 and len(freq) > 250_000 and min(jieba["我们"], freq["我们"]) > 10_000
+    assert (
+        len(jieba) > 300_000 and len(freq) > 250_000 and min(jieba["我们"], freq["我们"]) > 10_000
+    )
     assert read_lexicon("wordfreq", "Hangul", "ko")["한국"] > 0
     with pytest.raises(StageError, match="wordfreq has no list for xx; give a file"):
         read_lexicon("wordfreq", "Han", "xx")
 
 
-@given(st.dictionaries(HAN, st.integers(1, 50), min_size=1, max_size=30), st.dictionaries(HAN, st.integers(1, 50), min_size=1, max_size=30),
-       st.floats(.1, .9))
+@given(
+    st.dictionaries(HAN, st.integers(1, 50), min_size=1, max_size=30),
+    st.dictionaries(HAN, st.integers(1, 50), min_size=1, max_size=30),
+    st.floats(0.1, 0.9),
+)
 @settings(deadline=None)
 def test_mixing_keeps_whole_counts_and_shares(a, b, share):
-    sources = [Source(1 - share, a.items, mass(a.items())), Source(share, lambda: ((k + "。", v) for k, v in b.items()), mass(b.items()))]
+    sources = [
+        Source(1 - share, a.items, mass(a.items())),
+        Source(share, lambda: ((k + "。", v) for k, v in b.items()), mass(b.items())),
+    ]
     out = mix_runs(sources)
     assert all(out[r] == k for r, k in a.items())  # the first source keeps its counts
     want = mass(a.items()) * share / (1 - share)
@@ -286,12 +430,17 @@ def test_mixing_keeps_whole_counts_and_shares(a, b, share):
 
 
 def test_thinning_fits_and_is_deterministic():
-    runs = Counter({chr(0x4e00 + i) + chr(0x4e00 + (i * 7) % 999): 1 + 100 * (i % 50 == 0) for i in range(9000)})
-    s = [Source(1., runs.items, mass(runs.items()))]
+    runs = Counter(
+        {
+            chr(0x4E00 + i) + chr(0x4E00 + (i * 7) % 999): 1 + 100 * (i % 50 == 0)
+            for i in range(9000)
+        }
+    )
+    s = [Source(1.0, runs.items, mass(runs.items()))]
     out = mix_runs(s, 6000)
     assert out == mix_runs(s, 6000) and abs(sum(map(len, out)) - 6000) < 300
     ones = sum(k for r, k in out.items() if runs[r] == 1) / sum(out.values())
-    assert abs(ones - sum(k for k in runs.values() if k == 1) / sum(runs.values())) < .02
+    assert abs(ones - sum(k for k in runs.values() if k == 1) / sum(runs.values())) < 0.02
 
 
 def test_opencc_converts_a_share(here):
@@ -300,9 +449,15 @@ def test_opencc_converts_a_share(here):
     assert out["▁词汇表"] == 50 and 30 <= out["▁詞彙表"] <= 35
 
 
-@pytest.mark.parametrize("items, what, words", [
-    (["jieba"], "lexicons", "lexicons: 'jieba', expected SHARE:NAME, such as 0.25:jieba"), (["x:jieba"], "lexicons", "'x:jieba', expected SHARE:NAME"),
-    (["0:s2t"], "opencc", "opencc: '0:s2t', expected SHARE:NAME, such as 0.1:s2t"), (["0.5:jieba", "0.5:wordfreq"], "lexicons", "add up to 1, expected less than 1")])
+@pytest.mark.parametrize(
+    "items, what, words",
+    [
+        (["jieba"], "lexicons", "lexicons: 'jieba', expected SHARE:NAME, such as 0.25:jieba"),
+        (["x:jieba"], "lexicons", "'x:jieba', expected SHARE:NAME"),
+        (["0:s2t"], "opencc", "opencc: '0:s2t', expected SHARE:NAME, such as 0.1:s2t"),
+        (["0.5:jieba", "0.5:wordfreq"], "lexicons", "add up to 1, expected less than 1"),
+    ],
+)
 def test_shares_that_are_none(items, what, words):
     with pytest.raises(StageError) as e:
         parse_shares(items, what)
@@ -311,15 +466,21 @@ def test_shares_that_are_none(items, what, words):
 
 # ---- continued BPE
 
+
 def test_continued_pieces_are_merges_of_base_tokens(here):
     p = tokenizer("a.txt", out="p", n_pieces=80, n_chars=0, method="continued")
     words = [q.piece for q in read_pieces(p) if q.kind == "word"]
-    assert "词表" in " ".join(words) and sorted(p.manifest["files"]) == ["pieces.tsv"] and all(q.count for q in read_pieces(p))
+    assert (
+        "词表" in " ".join(words)
+        and sorted(p.manifest["files"]) == ["pieces.tsv"]
+        and all(q.count for q in read_pieces(p))
+    )
     runs, back = base_symbols(Counter({"▁一个数据": 3}), base_tokenizer_model())
     assert [back.get(c, c) for c in next(iter(runs))] == ["▁", "一个", "数据"]
 
 
 # ---- the stage
+
 
 def test_tokens_cover_the_text(here):
     runs = Counter(r for t in TEXTS for r in find_runs(t, run_pattern()))
@@ -330,27 +491,52 @@ def test_tokens_cover_the_text(here):
 def test_reads_a_corpus(here):
     with open("a.jsonl", "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in TEXTS)
-    c = corpus(["zh=a.jsonl"], out="c", valid_share=.2)
+    c = corpus(["zh=a.jsonl"], out="c", valid_share=0.2)
     p = tokenizer(c, out="p", n_pieces=60, n_chars=0)
     assert p.manifest["inputs"]["corpus"]["fingerprint"] == c.fingerprint
-    with pytest.raises(StageError, match="c has no en text, it has zh; give --lang zh, or run: cmixtral corpus --sources en=REF"):
+    with pytest.raises(
+        StageError,
+        match="c has no en text, it has zh; give --lang zh, or run: cmixtral corpus --sources en=REF",
+    ):
         tokenizer(c, out="q", lang="en")
 
 
 def test_all_faults_at_once(here):
     with pytest.raises(StageError) as e:
-        tokenizer("none", out="p", n_pieces=0, n_chars=-1, script="Elvish", lexicons=["0.1:gone"], opencc=["0.1:s2x"], method="magic")
+        tokenizer(
+            "none",
+            out="p",
+            n_pieces=0,
+            n_chars=-1,
+            script="Elvish",
+            lexicons=["0.1:gone"],
+            opencc=["0.1:s2x"],
+            method="magic",
+        )
     assert len(e.value.args) == 7
-    for words in ("none does not exist, expected a corpus; run: cmixtral corpus", "script 'Elvish' is unknown", "n_pieces is 0, expected at least 1",
-                  "n_chars is -1, expected at least 0", "gone: no such file, expected jieba, wordfreq or a lexicon", "opencc: 's2x' is no conversion",
-                  "method is 'magic', expected bpe or continued"):
+    for words in (
+        "none does not exist, expected a corpus; run: cmixtral corpus",
+        "script 'Elvish' is unknown",
+        "n_pieces is 0, expected at least 1",
+        "n_chars is -1, expected at least 0",
+        "gone: no such file, expected jieba, wordfreq or a lexicon",
+        "opencc: 's2x' is no conversion",
+        "method is 'magic', expected bpe or continued",
+    ):
         assert words in str(e.value)
 
 
-@pytest.mark.parametrize("kw, words", [
-    (dict(n_pieces=5, n_chars=9), "n_chars is 9, more than all 5 pieces"),
-    (dict(n_pieces=5, n_chars=0), "different characters, more than 5 pieces; raise n_pieces or set n_chars"),
-    (dict(script="Thai", n_pieces=60, n_chars=0), "a.txt holds no Thai characters")])
+@pytest.mark.parametrize(
+    "kw, words",
+    [
+        (dict(n_pieces=5, n_chars=9), "n_chars is 9, more than all 5 pieces"),
+        (
+            dict(n_pieces=5, n_chars=0),
+            "different characters, more than 5 pieces; raise n_pieces or set n_chars",
+        ),
+        (dict(script="Thai", n_pieces=60, n_chars=0), "a.txt holds no Thai characters"),
+    ],
+)
 def test_sizes_that_do_not_fit(here, kw, words):
     with pytest.raises(StageError) as e:
         tokenizer("a.txt", out="p", **kw)

@@ -1,4 +1,5 @@
 "The extended tokenizer: identity with the base, parity with sentencepiece, control tokens, bad inputs."
+
 import json
 import shutil
 from pathlib import Path
@@ -10,58 +11,112 @@ from hypothesis import strategies as st
 from cmixtral_nb.artifact import StageError, read_json, tokenizer_fingerprint, write_json
 from cmixtral_nb.corpus import corpus
 from cmixtral_nb.search import base_pieces, run_model, select_pieces
-from cmixtral_nb.tokenizer import Piece, base_tokenizer_model, read_model, read_pieces, tokenizer, train_pieces
-from cmixtral_nb.vocab import (build_fast, certificate_texts, certify, chars_per_token, encode_plain, extend_model, hostile_texts, load_tokenizer,
-                               processor, smallest, sp_merges, unreachable, vocab, write_tokenizer)
+from cmixtral_nb.tokenizer import (
+    Piece,
+    base_tokenizer_model,
+    read_model,
+    read_pieces,
+    tokenizer,
+    train_pieces,
+)
+from cmixtral_nb.vocab import (
+    build_fast,
+    certificate_texts,
+    certify,
+    chars_per_token,
+    encode_plain,
+    extend_model,
+    hostile_texts,
+    load_tokenizer,
+    processor,
+    smallest,
+    sp_merges,
+    unreachable,
+    vocab,
+    write_tokenizer,
+)
 
 FEW = dict(limit_chars=30_000, n_hostile=1000)
-HOSTILE = st.text(alphabet=st.one_of(st.sampled_from(" \t\n\x00ab<s>/中国词表可以使用"),
-                                     st.characters(exclude_categories=["Cs"], exclude_characters="▁")), max_size=40)
+HOSTILE = st.text(
+    alphabet=st.one_of(
+        st.sampled_from(" \t\n\x00ab<s>/中国词表可以使用"),
+        st.characters(exclude_categories=["Cs"], exclude_characters="▁"),
+    ),
+    max_size=40,
+)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     d = tmp_path_factory.mktemp("vocab")
-    c = corpus(["zh=builtin:zh", "en=builtin:en"], out=d / "corpus", valid_share=.1, limit_chars=150_000)
+    c = corpus(
+        ["zh=builtin:zh", "en=builtin:en"], out=d / "corpus", valid_share=0.1, limit_chars=150_000
+    )
     p = tokenizer(c, out=d / "pieces", n_pieces=3500, n_chars=2500)
     return d, c, p, vocab(p, out=d / "tok", n_pieces=900, n_chars=1700, corpus=c, **FEW)
 
 
 @pytest.fixture(scope="module")
 def both(made):
-    return processor(base_tokenizer_model()), processor(made[3] / "tokenizer.model"), load_tokenizer(made[3])
+    return (
+        processor(base_tokenizer_model()),
+        processor(made[3] / "tokenizer.model"),
+        load_tokenizer(made[3]),
+    )
 
 
 # ---- identity and parity
 
+
 def test_files_and_counts(made, capsys):
     d, c, p, v = made
     assert sorted(v.manifest["files"]) == [
-        "certificate.json", "pieces.tsv", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
-    assert v.stats["n_vocab"] == 32900 == v.stats["n_base"] + v.stats["n_pieces"] and v.stats["n_chars"] == 1700 - 1456
+        "certificate.json",
+        "pieces.tsv",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
+    assert (
+        v.stats["n_vocab"] == 32900 == v.stats["n_base"] + v.stats["n_pieces"]
+        and v.stats["n_chars"] == 1700 - 1456
+    )
     assert v.manifest["tokenizer"] == tokenizer_fingerprint(v.path)
     assert v.stats["chars_per_token"] > 1.2 * v.stats["chars_per_token_base"]
     rows = [r.split("\t") for r in (v / "pieces.tsv").read_text().splitlines()[1:]]
     m = read_model(v / "tokenizer.model")
-    assert [(int(r[0]), r[1], float(r[2])) for r in rows] == [(i, q.piece, q.score) for i, q in enumerate(m.pieces)][32000:]
+    assert [(int(r[0]), r[1], float(r[2])) for r in rows] == [
+        (i, q.piece, q.score) for i, q in enumerate(m.pieces)
+    ][32000:]
     assert m.trainer_spec.vocab_size == 32900
 
 
 def test_first_pieces_are_the_bases(made):
     a, b = read_model(base_tokenizer_model()), read_model(made[3] / "tokenizer.model")
-    assert [(p.piece, p.score, p.type) for p in a.pieces] == [(p.piece, p.score, p.type) for p in b.pieces][:32000]
+    assert [(p.piece, p.score, p.type) for p in a.pieces] == [
+        (p.piece, p.score, p.type) for p in b.pieces
+    ][:32000]
     scores = [p.score for p in b.pieces][32000:]
-    assert scores == [-1e9 - 128 * i for i in range(1, 901)]  # below the blanks that carry -1e9, and apart in float32
+    assert scores == [
+        -1e9 - 128 * i for i in range(1, 901)
+    ]  # below the blanks that carry -1e9, and apart in float32
 
 
 @given(HOSTILE)
 @settings(max_examples=300, deadline=None)
 def test_fast_equals_sentencepiece_and_gives_the_text_back(both, t):
     base, new, tok = both
-    assert encode_plain(tok, [t])[0] == new.encode(t) and new.decode(new.encode(t)) == t and tok.decode(new.encode(t)) == t
+    assert (
+        encode_plain(tok, [t])[0] == new.encode(t)
+        and new.decode(new.encode(t)) == t
+        and tok.decode(new.encode(t)) == t
+    )
 
 
-@given(st.text(alphabet=st.characters(max_codepoint=0x2e7f, exclude_categories=["Cs"]), max_size=60))
+@given(
+    st.text(alphabet=st.characters(max_codepoint=0x2E7F, exclude_categories=["Cs"]), max_size=60)
+)
 @settings(max_examples=300, deadline=None)
 def test_text_without_han_keeps_its_ids(both, t):
     base, new, _ = both
@@ -76,51 +131,116 @@ def test_any_han_text_is_never_longer(both, made):
 
 def test_certificate(made):
     lines = read_json(made[3] / "certificate.json")
-    assert len(lines) == 10 and all(l["failed"] == 0 and l["cases"] > 0 and l["examples"] == [] for l in lines)
+    assert len(lines) == 10 and all(
+        l["failed"] == 0 and l["cases"] > 0 and l["examples"] == [] for l in lines
+    )
     assert made[3].stats["certificate"]["ids of texts without Han unchanged"]["failed"] == 0
 
 
 # ---- a certificate that must fail
 
+
 def bump(m, piece):
     next(p for p in m.pieces if p.piece == piece).score = 1
 
 
-@pytest.mark.parametrize("change, check, shown", [
-    (lambda m: setattr(m.pieces[5000], "piece", "zzq"), "old pieces keep ids, scores and types", "END"), (lambda m: bump(m, "nf"), "old pieces are cut as before", ""),
-    (lambda m: setattr(m.pieces[5000], "score", -9.), "old pieces keep ids, scores and types", "END"),
-    (lambda m: setattr(m.pieces[5000], "type", 3), "old pieces keep ids, scores and types", "END"),
-    (lambda m: m.pieces.add(piece="e t", score=0), "new pieces reachable", "e t"), (lambda m: m.pieces.add(piece="囍囍囍囍", score=-4e9), "new pieces reachable", "囍囍囍囍"),
-    (lambda m: m.pieces.add(piece="囍囍囍囍", score=-4e9), "new pieces have all their characters", "囍囍囍囍"),
-    (lambda m: bump(m, "nf"), "ids of texts without Han unchanged", "nf"),
-    (lambda m: m.pieces.add(piece="<|end|>", score=0, type=4), "ids of texts without Han unchanged", "<|end|>")])
+@pytest.mark.parametrize(
+    "change, check, shown",
+    [
+        (
+            lambda m: setattr(m.pieces[5000], "piece", "zzq"),
+            "old pieces keep ids, scores and types",
+            "END",
+        ),
+        (lambda m: bump(m, "nf"), "old pieces are cut as before", ""),
+        (
+            lambda m: setattr(m.pieces[5000], "score", -9.0),
+            "old pieces keep ids, scores and types",
+            "END",
+        ),
+        (
+            lambda m: setattr(m.pieces[5000], "type", 3),
+            "old pieces keep ids, scores and types",
+            "END",
+        ),
+        (lambda m: m.pieces.add(piece="e t", score=0), "new pieces reachable", "e t"),
+        (lambda m: m.pieces.add(piece="囍囍囍囍", score=-4e9), "new pieces reachable", "囍囍囍囍"),
+        (
+            lambda m: m.pieces.add(piece="囍囍囍囍", score=-4e9),
+            "new pieces have all their characters",
+            "囍囍囍囍",
+        ),
+        (lambda m: bump(m, "nf"), "ids of texts without Han unchanged", "nf"),
+        (
+            lambda m: m.pieces.add(piece="<|end|>", score=0, type=4),
+            "ids of texts without Han unchanged",
+            "<|end|>",
+        ),
+    ],
+)
 def test_certificate_finds(change, check, shown, both, tmp_path):
     m = read_model(base_tokenizer_model())
     change(m)
     (tmp_path / "m.model").write_bytes(m.SerializeToString())
     tok = load_tokenizer(write_tokenizer(tmp_path / "m.model", tmp_path / "t"))
-    texts = ["confetti painful unfair information on foot, unfold, infant", "we say <|end|> here", "词表", " a"]
+    texts = [
+        "confetti painful unfair information on foot, unfold, infant",
+        "we say <|end|> here",
+        "词表",
+        " a",
+    ]
     lines = {l["check"]: l for l in certify(both[0], processor(m), tok, texts)}
-    assert lines[check]["failed"] and shown in lines[check]["examples"][0] and len(lines[check]["examples"][0]) < 30
+    assert (
+        lines[check]["failed"]
+        and shown in lines[check]["examples"][0]
+        and len(lines[check]["examples"][0]) < 30
+    )
 
 
 def test_wrong_fast_tokenizer_is_found_with_the_smallest_text(both, made, tmp_path):
     t = json.loads((made[3] / "tokenizer.json").read_text())
-    gone = next("".join(m) for m in t["model"]["merges"] if len("".join(m)) == 2 and "".join(m) in {p.piece for p in read_pieces(made[3])} and "▁" not in m[0])
+    gone = next(
+        "".join(m)
+        for m in t["model"]["merges"]
+        if len("".join(m)) == 2
+        and "".join(m) in {p.piece for p in read_pieces(made[3])}
+        and "▁" not in m[0]
+    )
     t["model"]["merges"] = [m for m in t["model"]["merges"] if "".join(m) != gone]
     shutil.copytree(made[3].path, tmp_path / "t")
     write_json(tmp_path / "t/tokenizer.json", t)
-    lines = {l["check"]: l for l in certify(both[0], both[1], load_tokenizer(tmp_path / "t"), ["a", f"long before {gone} and long after", "词"])}
-    assert lines["fast tokenizer equals sentencepiece"]["examples"] == [repr(gone)] and not lines["new pieces reachable"]["failed"]
+    lines = {
+        l["check"]: l
+        for l in certify(
+            both[0],
+            both[1],
+            load_tokenizer(tmp_path / "t"),
+            ["a", f"long before {gone} and long after", "词"],
+        )
+    }
+    assert (
+        lines["fast tokenizer equals sentencepiece"]["examples"] == [repr(gone)]
+        and not lines["new pieces reachable"]["failed"]
+    )
 
 
 def test_control_tokens_that_text_can_spell_are_found(both, made, tmp_path):
     v = vocab(made[2], out=tmp_path / "v", n_pieces=50, n_chars=1480, tokens=["<|end|>"], **FEW)
     shutil.copytree(v.path, tmp_path / "t")
     t = json.loads((v / "tokenizer.json").read_text())
-    next(a for a in t["added_tokens"] if a["content"] == "<|end|>")["special"] = False  # then it is cut out of any text
+    next(a for a in t["added_tokens"] if a["content"] == "<|end|>")["special"] = (
+        False  # then it is cut out of any text
+    )
     write_json(tmp_path / "t/tokenizer.json", t)
-    lines = {l["check"]: l for l in certify(both[0], processor(v / "tokenizer.model"), load_tokenizer(tmp_path / "t"), ["a", "the <|end|> 词表"])}
+    lines = {
+        l["check"]: l
+        for l in certify(
+            both[0],
+            processor(v / "tokenizer.model"),
+            load_tokenizer(tmp_path / "t"),
+            ["a", "the <|end|> 词表"],
+        )
+    }
     assert lines["no control token from plain text"]["examples"][0] == repr("<|end|>")
 
 
@@ -132,11 +252,19 @@ def test_smallest_finds_the_culprit(before, culprit, after):
 
 def test_a_failing_line_stops_the_stage(made, monkeypatch, tmp_path):
     import cmixtral_nb.vocab as module
+
     monkeypatch.setattr(module, "scores_below", lambda low, n: [9e5 - i for i in range(n)])
     pieces = [Piece(t, -i, "word", 0) for i, t in enumerate(["的人", "人民"])]
     monkeypatch.setattr(module, "read_pieces", lambda *a: pieces)
-    monkeypatch.setattr(module, "select_pieces", lambda *a: [Piece("the", 0, "word", 0), Piece("he r", 0, "word", 0)])
-    with pytest.raises(StageError, match="certificate: new pieces reachable: 1 of 1 failed, such as 'he r'; append other pieces"):
+    monkeypatch.setattr(
+        module,
+        "select_pieces",
+        lambda *a: [Piece("the", 0, "word", 0), Piece("he r", 0, "word", 0)],
+    )
+    with pytest.raises(
+        StageError,
+        match="certificate: new pieces reachable: 1 of 1 failed, such as 'he r'; append other pieces",
+    ):
         vocab(made[2], out=tmp_path / "v", n_pieces=2, **FEW)
     assert not (tmp_path / "v").exists() and not (tmp_path / "v.tmp").exists()
 
@@ -149,32 +277,62 @@ def test_the_certificate_cannot_be_skipped(made, tmp_path):
 
 # ---- control tokens and padding
 
+
 def test_control_tokens_and_padding(made, tmp_path):
     from transformers import AutoTokenizer
+
     chat = ["<|beginofutterance|>", "<|endofutterance|>"]
-    v = vocab(made[2], out=tmp_path / "v", n_pieces=100, n_chars=1500, tokens=chat, multiple=64, **FEW)
+    v = vocab(
+        made[2], out=tmp_path / "v", n_pieces=100, n_chars=1500, tokens=chat, multiple=64, **FEW
+    )
     m, tok = read_model(v / "tokenizer.model"), AutoTokenizer.from_pretrained(str(v.path))
     assert len(m.pieces) == v.stats["n_vocab"] == len(tok) == 32128 and v.stats["n_special"] == 28
-    assert [p.piece for p in m.pieces[32100:32102]] == chat and tok.convert_tokens_to_ids(chat) == [32100, 32101]
-    assert tok(chat[0])["input_ids"] == [1, 32100] and not {32100, 32101} & set(encode_plain(tok, [f"a{chat[0]}{chat[1]} <unused0>"])[0])
-    assert tok.decode([32100, *encode_plain(tok, ["词表"])[0]], skip_special_tokens=True).strip() == "词表"
+    assert [p.piece for p in m.pieces[32100:32102]] == chat and tok.convert_tokens_to_ids(chat) == [
+        32100,
+        32101,
+    ]
+    assert tok(chat[0])["input_ids"] == [1, 32100] and not {32100, 32101} & set(
+        encode_plain(tok, [f"a{chat[0]}{chat[1]} <unused0>"])[0]
+    )
+    assert (
+        tok.decode([32100, *encode_plain(tok, ["词表"])[0]], skip_special_tokens=True).strip()
+        == "词表"
+    )
     rows = [r.split("\t") for r in (v / "pieces.tsv").read_text().splitlines()[1:]]
-    assert [r[3] for r in rows[100:]] == ["control"] * 2 + ["unused"] * 26 and rows[-1][1] == "<unused25>"
+    assert [r[3] for r in rows[100:]] == ["control"] * 2 + ["unused"] * 26 and rows[-1][
+        1
+    ] == "<unused25>"
 
 
 @pytest.mark.parametrize("tokens", [["<s>"], ["a b"], [""], ["<|x|>", "<|x|>"], ["▁x"]])
 def test_control_tokens_that_are_refused(made, tmp_path, tokens):
-    with pytest.raises(StageError, match="expected control tokens without blanks, each once, that the base does not have"):
+    with pytest.raises(
+        StageError,
+        match="expected control tokens without blanks, each once, that the base does not have",
+    ):
         vocab(made[2], out=tmp_path / "v", n_pieces=2, tokens=tokens)
 
 
 # ---- reachability
 
+
 def test_dead_pieces_are_left_out():
     base = base_tokenizer_model()
-    odd = [Piece("葡", 0, "char", 9), Piece("萄", 0, "char", 8), Piece("葡萄美酒", -1, "word", 0), Piece("葡萄", -2, "word", 0), Piece("美酒", -3, "word", 0)]
+    odd = [
+        Piece("葡", 0, "char", 9),
+        Piece("萄", 0, "char", 8),
+        Piece("葡萄美酒", -1, "word", 0),
+        Piece("葡萄", -2, "word", 0),
+        Piece("美酒", -3, "word", 0),
+    ]
     chosen = select_pieces(odd, base_pieces(base), 9)
-    assert [p.piece for p in chosen] == ["葡", "萄", "葡萄", "美酒", "葡萄美酒"]  # the whole behind its parts
+    assert [p.piece for p in chosen] == [
+        "葡",
+        "萄",
+        "葡萄",
+        "美酒",
+        "葡萄美酒",
+    ]  # the whole behind its parts
     assert unreachable(processor(extend_model(base, chosen)), 32000) == []
     odd.pop()
     assert [p.piece for p in select_pieces(odd, base_pieces(base), 9)] == ["葡", "萄", "葡萄"]
@@ -184,8 +342,14 @@ def test_dead_pieces_are_left_out():
 def test_indentation_before_a_piece_with_a_blank_stays(both, made):
     base, new, _ = both
     for n in range(2, 20):
-        a, b = base.encode(" " * n + "一个文件", out_type=str), new.encode(" " * n + "一个文件", out_type=str)
-        assert b[:len(b) - 2] == [t for t in a if t.startswith("▁")] and "".join(b) == "▁" * (n + 1) + "一个文件"
+        a, b = (
+            base.encode(" " * n + "一个文件", out_type=str),
+            new.encode(" " * n + "一个文件", out_type=str),
+        )
+        assert (
+            b[: len(b) - 2] == [t for t in a if t.startswith("▁")]
+            and "".join(b) == "▁" * (n + 1) + "一个文件"
+        )
 
 
 def test_chars_per_token_of_nothing():
@@ -194,34 +358,56 @@ def test_chars_per_token_of_nothing():
 
 # ---- loading and control tokens
 
+
 def test_control_tokens_in_text_are_text(both):
     _, new, tok = both
     t = "a</s><s> <unk>"
     ids = encode_plain(tok, [t, ""])
     assert ids == [new.encode(t), []] and not {0, 1, 2} & set(ids[0])
-    assert tok(t)["input_ids"][0] == 1 and 2 in tok(t)["input_ids"]  # a stock call is as it was, also after encode_plain
-    assert encode_plain(build_fast(base_tokenizer_model()), ["</s>"]) == [processor(base_tokenizer_model()).encode("</s>")]
+    assert (
+        tok(t)["input_ids"][0] == 1 and 2 in tok(t)["input_ids"]
+    )  # a stock call is as it was, also after encode_plain
+    assert encode_plain(build_fast(base_tokenizer_model()), ["</s>"]) == [
+        processor(base_tokenizer_model()).encode("</s>")
+    ]
 
 
 def test_added_special_tokens_in_text_are_text(made):
     tok = load_tokenizer(made[3])
     tok.add_special_tokens({"additional_special_tokens": ["<|endofutterance|>"]})
-    assert 32900 not in encode_plain(tok, ["x<|endofutterance|>"])[0] and 32900 in tok("x<|endofutterance|>")["input_ids"]
+    assert (
+        32900 not in encode_plain(tok, ["x<|endofutterance|>"])[0]
+        and 32900 in tok("x<|endofutterance|>")["input_ids"]
+    )
 
 
 def test_stock_loading_with_and_without_a_model_config(both, tmp_path):
     from transformers import AutoTokenizer
+
     base = both[0]
     write_tokenizer(base_tokenizer_model(), tmp_path)
-    write_json(tmp_path / "config.json", dict(model_type="mixtral", architectures=["MixtralForCausalLM"], vocab_size=32000))
+    write_json(
+        tmp_path / "config.json",
+        dict(model_type="mixtral", architectures=["MixtralForCausalLM"], vocab_size=32000),
+    )
     tok = AutoTokenizer.from_pretrained(str(tmp_path))
     for t in ("    return x", "A  B", "中 国\t"):
-        assert tok(t)["input_ids"] == [1, *base.encode(t)] and tok(t, add_special_tokens=False)["input_ids"] == base.encode(t)
+        assert tok(t)["input_ids"] == [1, *base.encode(t)] and tok(t, add_special_tokens=False)[
+            "input_ids"
+        ] == base.encode(t)
         assert tok.decode(tok(t)["input_ids"], skip_special_tokens=True) == t
-    assert (tok.bos_token, tok.eos_token, tok.unk_token, tok.pad_token, len(tok)) == ("<s>", "</s>", "<unk>", None, 32000)
+    assert (tok.bos_token, tok.eos_token, tok.unk_token, tok.pad_token, len(tok)) == (
+        "<s>",
+        "</s>",
+        "<unk>",
+        None,
+        32000,
+    )
     tok.save_pretrained(tmp_path / "again")
     again = load_tokenizer(tmp_path / "again")
-    assert again("A  B")["input_ids"] == [1, *base.encode("A  B")] and tokenizer_fingerprint(tmp_path / "again") == tokenizer_fingerprint(tmp_path)
+    assert again("A  B")["input_ids"] == [1, *base.encode("A  B")] and tokenizer_fingerprint(
+        tmp_path / "again"
+    ) == tokenizer_fingerprint(tmp_path)
 
 
 def test_writing_over_itself_keeps_the_model(tmp_path):
@@ -239,23 +425,37 @@ def test_sp_merges_are_ordered_by_score():
 
 
 def test_hostile_texts_depend_on_the_seed_alone():
-    assert hostile_texts(50, ["中"], 3) == hostile_texts(50, ["中"], 3) != hostile_texts(50, ["中"], 4)
+    assert (
+        hostile_texts(50, ["中"], 3) == hostile_texts(50, ["中"], 3) != hostile_texts(50, ["中"], 4)
+    )
     assert "▁" not in "".join(hostile_texts(3000, ["中"]))
 
 
 # ---- foreign bases and bad inputs
 
+
 def test_another_bpe_base(made, tmp_path):
     write_tokenizer(made[3] / "tokenizer.model", tmp_path / "base")
-    v = vocab(made[2], out=tmp_path / "v", base=str(tmp_path / "base"), n_pieces=200, n_chars=1720, **FEW)
+    v = vocab(
+        made[2], out=tmp_path / "v", base=str(tmp_path / "base"), n_pieces=200, n_chars=1720, **FEW
+    )
     assert (v.stats["n_base"], v.stats["n_vocab"], v.stats["n_chars"]) == (32900, 33100, 20)
 
 
 def test_a_unigram_base_is_refused(made, tmp_path):
     import sentencepiece as spm
+
     text = [f"word{i} other{i % 7} thing" for i in range(300)]
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(tmp_path / "u"), model_type="unigram", vocab_size=40, minloglevel=2)
-    with pytest.raises(StageError, match="u.model is a unigram model, expected BPE; extend another base"):
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_prefix=str(tmp_path / "u"),
+        model_type="unigram",
+        vocab_size=40,
+        minloglevel=2,
+    )
+    with pytest.raises(
+        StageError, match="u.model is a unigram model, expected BPE; extend another base"
+    ):
         vocab(made[2], out=tmp_path / "v", base=str(tmp_path / "u.model"), n_pieces=10)
 
 
@@ -263,7 +463,10 @@ def test_search_decides(made, tmp_path):
     write_json(tmp_path / "choice.json", dict(n_pieces=300, n_chars=1600, why=""))
     v = vocab(made[2], out=tmp_path / "v", search=tmp_path / "choice.json", **FEW)
     assert (v.stats["n_pieces"], v.stats["n_chars"]) == (300, 144)
-    new = [p.piece for p in select_pieces(read_pieces(made[2]), base_pieces(base_tokenizer_model()), 300, 1600)]
+    new = [
+        p.piece
+        for p in select_pieces(read_pieces(made[2]), base_pieces(base_tokenizer_model()), 300, 1600)
+    ]
     assert [l.split("\t")[1] for l in (v / "pieces.tsv").read_text().splitlines()[1:]] == new
     assert run_model({}, []).encode("字") != []
 
@@ -272,15 +475,24 @@ def test_all_faults_at_once(tmp_path):
     with pytest.raises(StageError) as e:
         vocab(tmp_path / "p", out=tmp_path / "v", base="gemma", n_chars=-1, corpus=tmp_path / "c")
     assert len(e.value.args) == 5
-    for words in ("n_chars is -1, expected at least 0", "how many pieces? give a number or a search", "expected pieces; run: cmixtral tokenizer",
-                  "gemma: no such tokenizer", "expected a corpus; run: cmixtral corpus"):
+    for words in (
+        "n_chars is -1, expected at least 0",
+        "how many pieces? give a number or a search",
+        "expected pieces; run: cmixtral tokenizer",
+        "gemma: no such tokenizer",
+        "expected a corpus; run: cmixtral corpus",
+    ):
         assert words in str(e.value)
 
 
 def test_too_few_pieces_and_a_folder_without_a_tokenizer(made, tmp_path):
-    with pytest.raises(StageError, match="were asked for; lower n_pieces, or run: cmixtral tokenizer --n-pieces N"):
+    with pytest.raises(
+        StageError, match="were asked for; lower n_pieces, or run: cmixtral tokenizer --n-pieces N"
+    ):
         vocab(made[2], out=tmp_path / "v", n_pieces=9999)
-    with pytest.raises(StageError, match="holds no tokenizer.json, expected a tokenizer; run: cmixtral vocab"):
+    with pytest.raises(
+        StageError, match="holds no tokenizer.json, expected a tokenizer; run: cmixtral vocab"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(StageError, match="the tokenizer cannot be loaded"):
@@ -289,6 +501,7 @@ def test_too_few_pieces_and_a_folder_without_a_tokenizer(made, tmp_path):
 
 def test_pieces_trained_elsewhere(tmp_path):
     from collections import Counter
+
     m = train_pieces(Counter({"葡萄美酒": 9, "葡萄": 5, "夜光杯": 4}), tmp_path / "other.model", 12)
     v = vocab(m, out=tmp_path / "v", n_pieces=5, **FEW)
     assert v.stats["n_vocab"] == 32005
