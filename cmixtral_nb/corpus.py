@@ -6,384 +6,336 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FEW_CHARS', 'open_text', 'doc_files', 'read_docs', 'clean', 'lang_script', 'script_ranges', 'script_pattern',
-           'script_share', 'Deduplicator', 'is_heldout', 'clean_docs', 'parse_sources', 'corpus', 'corpus_langs',
-           'lang_faults', 'corpus_texts', 'text_batches']
+__all__ = [
+    "FEW_CHARS",
+    "clean",
+    "Deduplicator",
+    "is_heldout",
+    "clean_docs",
+    "corpus",
+    "corpus_langs",
+    "lang_faults",
+    "corpus_texts",
+    "text_batches",
+]
 
 # %% ../nbs/01_corpus.ipynb #ac2c803a
-import bz2, functools, glob, gzip, hashlib, io, itertools, json, lzma, math, re, unicodedata
+import functools
+import hashlib
+import itertools
+import json
+import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from .artifact import *
 
-# %% ../nbs/01_corpus.ipynb #d0b37dd9
-def open_text(
-    path:str|Path,  # plain, .gz, .bz2, .xz or .zst
-):  # binary file, decompressed
-    "Open a file for reading bytes, decompressed according to its name"
-    path = Path(path)
-    if path.suffix == '.zst':
-        import pyarrow
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression='zstd'))
-    return {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}.get(path.suffix, open)(path, 'rb')
-
-class _Reader:
-    "Where a row comes from, and what to do with a bad one"
-    def __init__(self, name:str, on_error:str, counts:Counter): self.name, self.on_error, self.counts = name, on_error, counts
-    def bad(self, reason:str, line:int, detail:str):
-        "Count a bad line, or stop at it"
-        require(self.on_error == 'skip', f'{self.name}:{line}: {detail}; mend the line, or go on without it by --on-error skip')
-        self.counts[reason] += 1
-    def lines(self, f)->Iterator[tuple[int, str]]:
-        "Numbered lines, UTF-8 or dropped"
-        for n, raw in enumerate(f, 1):
-            try: yield n, raw.decode('utf-8-sig' if n == 1 else 'utf-8')
-            except UnicodeDecodeError as e: self.bad('invalid UTF-8', n, f'invalid UTF-8 (byte {raw[e.start]:#04x} at column {e.start})')
-
-# %% ../nbs/01_corpus.ipynb #cfd4cfe5
-def _row(r, column:str, source:str, reader:_Reader, n:int)->dict|None:
-    "One row from a record of a file: its text, where it is from, and its other fields"
-    key = column or next((k for k in ('text', 'content', 'raw_content', 'zh') if isinstance(r, dict) and k in r), '')
-    if not isinstance(r, dict) or not isinstance(r.get(key), str):
-        return reader.bad('no text', n, f'expected an object with a string under "{column or "text"}"')
-    return {**r, 'text': r[key], 'source': str(r.get('source', source))}
-
-def _jsonl(f, column, source, reader):
-    for n, line in reader.lines(f):
-        if not line.strip(): continue
-        try: r = json.loads(line)
-        except (ValueError, RecursionError) as e: reader.bad('invalid JSON', n, f'invalid JSON ({e})'); continue
-        if row := _row(r, column, source, reader, n): yield row
-
-def _txt(f, column, source, reader):
-    "A blank line ends a document"
-    lines = (line.rstrip('\r\n') for _, line in reader.lines(f))
-    for full, group in itertools.groupby(lines, key=lambda l: bool(l.strip())):
-        if full: yield {'text': '\n'.join(group), 'source': source}
-
-def _parquet(path, column, source, reader):
-    import pyarrow.parquet as pq
-    n = itertools.count(1)
-    for batch in pq.ParquetFile(path).iter_batches(1000):
-        for r in batch.to_pylist():
-            if row := _row(r, column, source, reader, next(n)): yield row
-
-# %% ../nbs/01_corpus.ipynb #e6b95073
-_forms = {'.jsonl': _jsonl, '.json': _jsonl, '.ndjson': _jsonl, '.txt': _txt}
-
-def _form(p:Path)->str: return (p.with_suffix('') if p.suffix in ('.gz', '.bz2', '.xz', '.zst') else p).suffix
-def _readable(p:Path)->bool: return _form(p) in _forms or p.suffix == '.parquet'
-
-def _split_ref(ref:str)->tuple[str, str]:
-    "`PATH#column` -> path, column; a file whose name holds a # is taken as it is"
-    if '#' not in ref or Path(ref).exists(): return ref, ''
-    name, _, column = ref.rpartition('#')
-    return name, column
-
-def doc_files(
-    ref:str|Path,  # file, folder, glob or `builtin:NAME`
-)->list[Path]:  # sorted; empty where nothing was found
-    "The files that a reference names"
-    name, _ = _split_ref(str(ref)); p = Path(name)
-    if name.startswith('builtin:'): return [package_data(f'data/{name[8:]}.jsonl.xz')]
-    if p.is_file(): return [p]
-    found = p.rglob('*') if p.is_dir() else map(Path, glob.glob(name, recursive=True))
-    return sorted(f for f in found if f.is_file() and _readable(f) and f.name != 'manifest.json')
-
-# %% ../nbs/01_corpus.ipynb #258b337e
-def _faults(ref:str)->list[str]:
-    "What is wrong with a reference, found without reading it"
-    name, _ = _split_ref(ref)
-    if name.startswith('hub:'): return [] if len(name) > 4 else ['hub: names no data set, expected hub:ID[:config][@files][#column]']
-    if name.startswith('builtin:'):
-        return [] if name[8:] in ('zh', 'en', 'parallel') else [f'{name}: no such corpus, expected builtin:zh, builtin:en or builtin:parallel']
-    expected = '.jsonl, .txt or .parquet (the first two also .gz, .bz2, .xz, .zst)'
-    if not (files := doc_files(ref)): return [f'{name}: holds no file of the forms {expected}' if Path(name).is_dir() else f'{name}: no such file']
-    return [f'{f}: unknown form, expected {expected}' for f in files if not _readable(f)]
-
-def _hub(name:str, column:str, reader)->Iterator[dict]:
-    "Stream the train split of `ID[:config][@files]` from the hub"
-    from datasets import load_dataset
-    ident, _, files = name.partition('@')
-    ident, _, config = ident.partition(':')
-    try:
-        rows = load_dataset(ident, config or None, data_files=files or None, split='train', streaming=True)
-        for n, r in enumerate(rows, 1):
-            if row := _row(r, column, ident, reader, n): yield row
-    except StageError: raise
-    except Exception as e:
-        raise StageError(f'hub:{name}: {type(e).__name__}: {" ".join(str(e).split())[:200]}; check the id, the network and HF_HUB_OFFLINE') from None
-
-# %% ../nbs/01_corpus.ipynb #25b9a16f
-def read_docs(
-    ref:str|Path,              # file, folder, glob, `builtin:zh`, `hub:ID[:config][@files]`; `#column` names the text
-    on_error:str='skip',       # a line that is no UTF-8, no JSON or has no text: 'skip' counts it, 'stop' ends here
-    counts:Counter|None=None,  # receives {reason: bad lines}
-)->Iterator[dict]:  # rows with 'text', 'source' and what else the record holds
-    "Stream documents from jsonl, text or parquet, plain or compressed, local or from the hub"
-    ref, counts = str(ref), Counter() if counts is None else counts
-    require(on_error in ('skip', 'stop'), f'on_error is {on_error!r}, expected skip or stop')
-    if bad := _faults(ref): raise StageError(*bad)
-    name, column = _split_ref(ref)
-    if name.startswith('hub:'): yield from _hub(name[4:], column, _Reader(name, on_error, counts)); return
-    for path in doc_files(ref): yield from _read_file(path, column, _Reader(str(path), on_error, counts))
-
-def _read_file(path:Path, column:str, reader)->Iterator[dict]:
-    source = path.name.split('.')[0]
-    try:
-        if path.suffix == '.parquet': yield from _parquet(path, column, source, reader); return
-        with open_text(path) as f: yield from _forms[_form(path)](f, column, source, reader)
-    except (EOFError, OSError, lzma.LZMAError, ValueError) as e:
-        raise StageError(f'{path}: cannot be read to its end ({" ".join(str(e).split())[:120]}); copy or download it again') from None
+from .documents import doc_files, parse_sources, read_docs
+from .languages import lang_script, script_share
+from .machine import say
+from .stages import Artifact, StageError, require, stage
 
 # %% ../nbs/01_corpus.ipynb #5912644b
-_junk = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffe\uffff\ud800-\udfff]')
-_trailing, _blank = re.compile(r'[ \t\u3000]+\n'), re.compile(r'\n{3,}')
+_junk = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffe\uffff\ud800-\udfff]"
+)
+
+
+_trailing, _blank = re.compile(r"[ \t\u3000]+\n"), re.compile(r"\n{3,}")
+
 
 def clean(
-    text:str,  # one document
-)->str:  # the same document; "" where nothing is left
+    text: str,  # one document
+) -> str:  # the same document; "" where nothing is left
     "Composed characters (NFC), `\\n` for all line ends, no control or zero-width characters, no trailing blanks"
-    text = _junk.sub('', text.replace('\r\n', '\n').replace('\r', '\n'))
-    text = _trailing.sub('\n', unicodedata.normalize('NFC', text) + '\n')
-    return _blank.sub('\n\n', text).strip('\n').rstrip()
+    text = _junk.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = _trailing.sub("\n", unicodedata.normalize("NFC", text) + "\n")
+    return _blank.sub("\n\n", text).strip("\n").rstrip()
 
-# %% ../nbs/01_corpus.ipynb #553a64e9
-_scripts = dict(  # ranges for the scripts of most languages; any other Unicode script is looked up by its name
-    Han='\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff',
-    Kana='\u3040-\u30ff', Hangul='\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3', Latin='A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff',
-    Cyrillic='\u0400-\u052f', Greek='\u0370-\u03ff\u1f00-\u1fff', Arabic='\u0600-\u06ff\u0750-\u077f', Hebrew='\u0590-\u05ff',
-    Devanagari='\u0900-\u0963\u0966-\u097f', Bengali='\u0980-\u09ff', Tamil='\u0b80-\u0bff', Thai='\u0e00-\u0e7f', Georgian='\u10a0-\u10ff', Armenian='\u0530-\u058f')
-_lang_scripts = dict(zh='Han', ja='Han Kana', ko='Hangul', ru='Cyrillic', uk='Cyrillic', bg='Cyrillic', el='Greek', ar='Arabic',
-    fa='Arabic', ur='Arabic', he='Hebrew', hi='Devanagari', mr='Devanagari', bn='Bengali', ta='Tamil', th='Thai', ka='Georgian', hy='Armenian',
-    te='Telugu', kn='Kannada', ml='Malayalam', gu='Gujarati', pa='Gurmukhi', si='Sinhala', km='Khmer', lo='Lao', my='Myanmar', bo='Tibetan', am='Ethiopic')
-_latin = set('en de fr es pt it nl pl cs sk sv da no fi et lv lt hu ro hr sl sq tr az vi id ms sw tl ca eu gl la af'.split())
-
-def lang_script(
-    lang:str,  # language code, such as "zh"
-)->str:  # names of scripts; empty for a language that the table does not hold
-    "The script(s) in which a language is written"
-    return _lang_scripts.get(lang.split('-')[0], 'Latin' if lang.split('-')[0] in _latin else '')
-
-# %% ../nbs/01_corpus.ipynb #8e43bb0a
-@functools.cache
-def script_ranges(
-    script:str,  # one name, as Unicode has it, or Kana
-)->str:  # the inside of a character class; empty where there is no such script
-    "The characters of a script"
-    if script in _scripts or not script.isidentifier(): return _scripts.get(script, '')
-    import regex  # knows the property Script of each character
-    try: found = regex.finditer(rf'\p{{Script={script}}}+', ''.join(map(chr, [*range(0xd800), *range(0xe000, 0x40000)])))
-    except regex.error: return ''
-    return ''.join(f'{m[0][0]}-{m[0][-1]}' for m in found)
-
-@functools.cache
-def script_pattern(
-    script:str,  # one name, or several with blanks between them, such as "Han Kana"
-)->re.Pattern:  # matches a maximal run of characters of the script
-    "A run of characters of a script"
-    unknown = [s for s in script.split() if not script_ranges(s)]
-    require(script.split() and not unknown, f'script {" ".join(unknown or [script])!r} is unknown, expected {", ".join(_scripts)} or another name that Unicode has for a script')
-    return re.compile('[' + ''.join(map(script_ranges, script.split())) + ']+')
-
-def script_share(text:str, script:str)->float:
-    "Share of the letters of `text` that belong to `script`; 0 where there are no letters"
-    own = sum(map(len, script_pattern(script).findall(text)))
-    return own / max(own, sum(map(str.isalpha, text)), 1)
 
 # %% ../nbs/01_corpus.ipynb #c7eebb08
-def _hash(text:str, **kw)->int:
+def _hash(text: str, **kw) -> int:
     "64 bits of a text; case and white space do not count"
-    return int.from_bytes(hashlib.blake2b(''.join(text.casefold().split()).encode('utf-8', 'replace'), digest_size=8, **kw).digest(), 'big')
+    return int.from_bytes(
+        hashlib.blake2b(
+            "".join(text.casefold().split()).encode("utf-8", "replace"), digest_size=8, **kw
+        ).digest(),
+        "big",
+    )
+
 
 class Deduplicator:
     "Remembers documents and long paragraphs by 8-byte hashes; some 70 bytes of memory for each"
-    def __init__(self, paragraph_chars:int=40):  # shorter paragraphs may repeat; 0: only whole documents count
+
+    def __init__(
+        self, paragraph_chars: int = 40
+    ):  # shorter paragraphs may repeat; 0: only whole documents count
         self.paragraph_chars, self.docs, self.paragraphs = paragraph_chars, set(), set()
-    def is_new(self, text:str)->bool:
+
+    def is_new(self, text: str) -> bool:
         "Whether this document was not seen before"
         return self._first(text, self.docs)
-    def keep_new(self, text:str, counts:Counter)->str:
+
+    def keep_new(self, text: str, counts: Counter) -> str:
         "The document without the long paragraphs that were seen before, here or elsewhere"
-        if not self.paragraph_chars: return text
-        parts = text.split('\n')
-        kept = [p for p in parts if len(p) < self.paragraph_chars or self._first(p, self.paragraphs)]
-        if len(kept) == len(parts): return text
-        counts['repeated paragraph'] += len(parts) - len(kept)
-        return clean('\n'.join(kept))
-    def _first(self, text:str, seen:set)->bool:
-        h = _hash(text); new = h not in seen
+        if not self.paragraph_chars:
+            return text
+        parts = text.split("\n")
+        kept = [
+            p for p in parts if len(p) < self.paragraph_chars or self._first(p, self.paragraphs)
+        ]
+        if len(kept) == len(parts):
+            return text
+        counts["repeated paragraph"] += len(parts) - len(kept)
+        return clean("\n".join(kept))
+
+    def _first(self, text: str, seen: set) -> bool:
+        h = _hash(text)
+        new = h not in seen
         seen.add(h)
         return new
 
+
 # %% ../nbs/01_corpus.ipynb #8f3722a1
 def is_heldout(
-    text:str,     # one document
-    share:float,  # of documents to hold out, 0 to 1
-)->bool:
+    text: str,  # one document
+    share: float,  # of documents to hold out, 0 to 1
+) -> bool:
     "Whether a document belongs to the held-out part: decided by its hash alone, in whatever order it comes"
-    return _hash(text, person=b'heldout') < share * 2**64
+    return _hash(text, person=b"heldout") < share * 2**64
+
 
 # %% ../nbs/01_corpus.ipynb #9c528e3a
 def clean_docs(
-    rows:Iterator[dict],       # with 'text' and 'source'
-    lang:str='',               # language code; '' for any
-    counts:Counter|None=None,  # receives {reason: documents dropped}
-    min_chars:int=10,          # shorter documents are dropped
-    min_share:float=.1,        # of letters in the script of the language
-    paragraph_chars:int=40,    # paragraphs from this length on may stand once in the corpus; 0: any number of times
-    valid_share:float=0.,      # of documents held out
-)->Iterator[dict]:  # rows with 'text', 'source' and 'split'
+    rows: Iterator[dict],  # with 'text' and 'source'
+    lang: str = "",  # language code; '' for any
+    counts: Counter | None = None,  # receives {reason: documents dropped}
+    min_chars: int = 10,  # shorter documents are dropped
+    min_share: float = 0.1,  # of letters in the script of the language
+    paragraph_chars: int = 40,  # paragraphs from this length on may stand once in the corpus; 0: any number of times
+    valid_share: float = 0.0,  # of documents held out
+) -> Iterator[dict]:  # rows with 'text', 'source' and 'split'
     "Clean documents, drop what is too short, in another script or repeated, and count the reasons"
-    counts, seen, script = Counter() if counts is None else counts, Deduplicator(paragraph_chars), lang_script(lang)
+    counts, seen, script = (
+        Counter() if counts is None else counts,
+        Deduplicator(paragraph_chars),
+        lang_script(lang),
+    )
     for r in rows:
-        text = clean(r['text'])
-        split = 'valid' if is_heldout(text, valid_share) else 'train'
-        if len(text) < min_chars: counts['too short'] += 1
-        elif script and script_share(text, script) < min_share: counts['another script'] += 1
-        elif not seen.is_new(text): counts['repeated document'] += 1
-        elif len(text := seen.keep_new(text, counts)) < min_chars: counts['only repeated paragraphs'] += 1
-        else: yield dict(text=text, source=r['source'], split=split)
+        text = clean(r["text"])
+        split = "valid" if is_heldout(text, valid_share) else "train"
+        if len(text) < min_chars:
+            counts["too short"] += 1
+        elif script and script_share(text, script) < min_share:
+            counts["another script"] += 1
+        elif not seen.is_new(text):
+            counts["repeated document"] += 1
+        elif len(text := seen.keep_new(text, counts)) < min_chars:
+            counts["only repeated paragraphs"] += 1
+        else:
+            yield dict(text=text, source=r["source"], split=split)
+
 
 # %% ../nbs/01_corpus.ipynb #ec181e47
-def parse_sources(
-    sources:list[str],  # "LANG=REF" each
-)->dict[str, list[str]]:  # language -> references, in the order given
-    "Group the sources of a corpus by language; all faults at once"
-    faults, out = [], {}
-    for s in [sources] if isinstance(sources, str) else sources:
-        lang, _, ref = str(s).partition('=')
-        if not ref or not re.fullmatch(r'[a-z]{2,8}(-[A-Za-z0-9]+)*', lang): faults.append(f'source {s!r}: expected LANG=REF, such as zh=builtin:zh')
-        else: out.setdefault(lang, []).append(ref); faults += _faults(ref)
-    if not out and not faults: faults.append('no sources, expected LANG=REF, such as zh=builtin:zh')
-    if faults: raise StageError(*faults)
-    return out
-
-def _check(sources, valid_share=0., on_error='skip', min_share=0., **_):
+def _check(sources, valid_share=0.0, on_error="skip", min_share=0.0, **_):
     faults = []
-    try: parse_sources(sources)
-    except StageError as e: faults += e.args
-    if not 0 <= valid_share < 1: faults.append(f'valid_share is {valid_share}, expected at least 0 and less than 1')
-    if not 0 <= min_share <= 1: faults.append(f'min_share is {min_share}, expected 0 to 1')
-    if on_error not in ('skip', 'stop'): faults.append(f'on_error is {on_error!r}, expected skip or stop')
-    if faults: raise StageError(*faults)
+    try:
+        parse_sources(sources)
+    except StageError as e:
+        faults += e.args
+    if not 0 <= valid_share < 1:
+        faults.append(f"valid_share is {valid_share}, expected at least 0 and less than 1")
+    if not 0 <= min_share <= 1:
+        faults.append(f"min_share is {min_share}, expected 0 to 1")
+    if on_error not in ("skip", "stop"):
+        faults.append(f"on_error is {on_error!r}, expected skip or stop")
+    if faults:
+        raise StageError(*faults)
+
 
 # %% ../nbs/01_corpus.ipynb #2a3c499c
 FEW_CHARS = 2_000  # of held-out text: below, a number made of them says little
 
-def _require_text(lang:str, refs:list[str], n:dict, drops:Counter, valid_share:float):
-    "Refuse a corpus that later stages cannot use"
-    where, why = ', '.join(refs), ', '.join(f'{v:,} {k}' for k, v in sorted(drops.items())) or 'the sources hold no document'
-    n_docs = n['train']['n_docs'] + n['valid']['n_docs']
-    if not n_docs and drops['another script']:
-        raise StageError(f'{where}: no {lang} text, expected documents with {lang_script(lang)} characters ({why}); '
-            'give the right language: cmixtral corpus --sources LANG=REF')
-    require(n_docs, f'{where}: no {lang} document is left ({why}); give other sources: cmixtral corpus --sources LANG=REF')
-    require(n['train']['n_docs'], f'all {n_docs:,} {lang} documents are held out at valid_share={valid_share}; lower it: cmixtral corpus --valid-share')
-    require(n['valid']['n_docs'] or not valid_share,
-        f'none of {n_docs:,} {lang} documents is held out at valid_share={valid_share}; '
-        f'raise it, to {min(.5, 5/n_docs):.2g} say: cmixtral corpus --valid-share' + (' (in a text file a blank line ends a document)' if n_docs < 5 else ''))
 
-def _split(rows, lang:str, out:Path, limit_chars:int)->dict:
+def _require_text(lang: str, refs: list[str], n: dict, drops: Counter, valid_share: float):
+    "Refuse a corpus that later stages cannot use"
+    where, why = (
+        ", ".join(refs),
+        ", ".join(f"{v:,} {k}" for k, v in sorted(drops.items())) or "the sources hold no document",
+    )
+    n_docs = n["train"]["n_docs"] + n["valid"]["n_docs"]
+    if not n_docs and drops["another script"]:
+        raise StageError(
+            f"{where}: no {lang} text, expected documents with {lang_script(lang)} characters ({why}); "
+            "give the right language: cmixtral corpus --sources LANG=REF"
+        )
+    require(
+        n_docs,
+        f"{where}: no {lang} document is left ({why}); give other sources: cmixtral corpus --sources LANG=REF",
+    )
+    require(
+        n["train"]["n_docs"],
+        f"all {n_docs:,} {lang} documents are held out at valid_share={valid_share}; lower it: cmixtral corpus --valid-share",
+    )
+    require(
+        n["valid"]["n_docs"] or not valid_share,
+        f"none of {n_docs:,} {lang} documents is held out at valid_share={valid_share}; "
+        f"raise it, to {min(0.5, 5 / n_docs):.2g} say: cmixtral corpus --valid-share"
+        + (" (in a text file a blank line ends a document)" if n_docs < 5 else ""),
+    )
+
+
+def _split(rows, lang: str, out: Path, limit_chars: int) -> dict:
     "Write {lang}.train.jsonl and {lang}.valid.jsonl; what they hold"
-    n = {k: Counter(n_docs=0, n_chars=0, n_bytes=0) for k in ('train', 'valid')}
-    with open(out/f'{lang}.train.jsonl', 'w', encoding='utf-8') as train, open(out/f'{lang}.valid.jsonl', 'w', encoding='utf-8') as valid:
+    n = {k: Counter(n_docs=0, n_chars=0, n_bytes=0) for k in ("train", "valid")}
+    with (
+        open(out / f"{lang}.train.jsonl", "w", encoding="utf-8") as train,
+        open(out / f"{lang}.valid.jsonl", "w", encoding="utf-8") as valid,
+    ):
         for r in rows:
-            k = r.pop('split')
-            (train if k == 'train' else valid).write(json.dumps(r, ensure_ascii=False) + '\n')
-            n[k].update(n_docs=1, n_chars=len(r['text']), n_bytes=len(r['text'].encode()))
-            if limit_chars and n['train']['n_chars'] >= limit_chars: break
+            k = r.pop("split")
+            (train if k == "train" else valid).write(json.dumps(r, ensure_ascii=False) + "\n")
+            n[k].update(n_docs=1, n_chars=len(r["text"]), n_bytes=len(r["text"].encode()))
+            if limit_chars and n["train"]["n_chars"] >= limit_chars:
+                break
     return n
+
 
 # %% ../nbs/01_corpus.ipynb #885401ad
 def _with_files(f):
     "Give stage `f` the files behind its sources as an input, so that the key sees their contents"
+
     def with_files(g):
         def call(sources, *a, **kw):
             sources = [sources] if isinstance(sources, str) else list(map(str, sources))
-            refs = [s.partition('=')[2] for s in sources]
+            refs = [s.partition("=")[2] for s in sources]
             return g(sources, *a, files=[str(p) for r in refs for p in (doc_files(r) or [r])], **kw)
+
         return call
+
     run = functools.wraps(f)(with_files(f))
     run.state = with_files(f.state)
-    run.__signature__ = f.__signature__.replace(parameters=[p for k, p in f.__signature__.parameters.items() if k != 'files'])
+    run.__signature__ = f.__signature__.replace(
+        parameters=[p for k, p in f.__signature__.parameters.items() if k != "files"]
+    )
     run.stage = dict(f.stage, inputs=())
     return run
 
-def _progress(rows, name:str):
+
+def _progress(rows, name: str):
     from tqdm import tqdm
-    return tqdm(rows, desc=name, unit=' documents', disable=None)
+
+    return tqdm(rows, desc=name, unit=" documents", disable=None)
+
 
 # %% ../nbs/01_corpus.ipynb #ddd110f1
 @_with_files
-@stage('corpus', inputs=('files',), check=_check)
+@stage("corpus", inputs=("files",), check=_check)
 def corpus(
-    sources:list[str],        # "LANG=REF" each; REF is a file, folder, glob, builtin:NAME or hub:ID[:config][@files][#column]
-    out:Path,                 # folder to write
-    valid_share:float=.001,   # of documents held out, by the hash of each
-    min_chars:int=10,         # shorter documents are dropped
-    min_share:float=.1,       # of letters in the script of the language; 0 keeps all
-    paragraph_chars:int=40,   # paragraphs from this length on may stand once; 0: only whole documents are compared
-    limit_chars:int=0,        # characters of training text for each language; 0: no limit
-    on_error:str='skip',      # a broken line: 'skip' counts it and goes on, 'stop' ends with its number
-    files:list[str]=None,     # the files behind `sources`; filled in
+    sources: list[
+        str
+    ],  # "LANG=REF" each; REF is a file, folder, glob, builtin:NAME or hub:ID[:config][@files][#column]
+    out: Path,  # folder to write
+    valid_share: float = 0.001,  # of documents held out, by the hash of each
+    min_chars: int = 10,  # shorter documents are dropped
+    min_share: float = 0.1,  # of letters in the script of the language; 0 keeps all
+    paragraph_chars: int = 40,  # paragraphs from this length on may stand once; 0: only whole documents are compared
+    limit_chars: int = 0,  # characters of training text for each language; 0: no limit
+    on_error: str = "skip",  # a broken line: 'skip' counts it and goes on, 'stop' ends with its number
+    files: list[str] = None,  # the files behind `sources`; filled in
 ):
     "Read, clean, deduplicate and split text into a corpus"
     stats = {}
     for lang, refs in parse_sources(sources).items():
         drops = Counter()
-        rows = _progress(itertools.chain.from_iterable(read_docs(r, on_error, drops) for r in refs), lang)
-        n = _split(clean_docs(rows, lang, drops, min_chars, min_share, paragraph_chars, valid_share), lang, out, limit_chars)
+        rows = _progress(
+            itertools.chain.from_iterable(read_docs(r, on_error, drops) for r in refs), lang
+        )
+        n = _split(
+            clean_docs(rows, lang, drops, min_chars, min_share, paragraph_chars, valid_share),
+            lang,
+            out,
+            limit_chars,
+        )
         drops = Counter({k: v for k, v in sorted(drops.items()) if v})
         _require_text(lang, refs, n, drops, valid_share)
-        both = {k: n['train'][k] + n['valid'][k] for k in n['train']}
-        stats[lang] = dict(both, train=dict(n['train']), valid=dict(n['valid']), dropped=dict(drops))
-        say('corpus', f'{lang}: {both["n_docs"]:,} documents, {both["n_chars"]:,} characters, {n["valid"]["n_docs"]:,} documents held out; dropped: '
-            + (', '.join(f'{v:,} {k}' for k, v in drops.items()) or 'none'))
-        if valid_share and n['valid']['n_chars'] < FEW_CHARS: say('corpus', f'{lang}: {n["valid"]["n_chars"]:,} characters are held out, too few to judge a vocabulary '
-            f'or a model by; give --valid-share {min(.5, math.ceil(100 * FEW_CHARS / both["n_chars"]) / 100):g} or more')
+        both = {k: n["train"][k] + n["valid"][k] for k in n["train"]}
+        stats[lang] = dict(
+            both, train=dict(n["train"]), valid=dict(n["valid"]), dropped=dict(drops)
+        )
+        say(
+            "corpus",
+            f"{lang}: {both['n_docs']:,} documents, {both['n_chars']:,} characters, {n['valid']['n_docs']:,} documents held out; dropped: "
+            + (", ".join(f"{v:,} {k}" for k, v in drops.items()) or "none"),
+        )
+        if valid_share and n["valid"]["n_chars"] < FEW_CHARS:
+            say(
+                "corpus",
+                f"{lang}: {n['valid']['n_chars']:,} characters are held out, too few to judge a vocabulary "
+                f"or a model by; give --valid-share {min(0.5, math.ceil(100 * FEW_CHARS / both['n_chars']) / 100):g} or more",
+            )
     return stats
+
 
 # %% ../nbs/01_corpus.ipynb #2c5ae4ac
 def corpus_langs(
-    corpus:Artifact|str|Path,  # a corpus folder
-)->list[str]:  # language codes; empty where the folder is no corpus
+    corpus: Artifact | str | Path,  # a corpus folder
+) -> list[str]:  # language codes; empty where the folder is no corpus
     "The languages of a corpus"
-    return sorted(f.name.split('.')[0] for f in Path(getattr(corpus, 'path', corpus)).glob('*.train.jsonl'))
+    return sorted(
+        f.name.split(".")[0] for f in Path(getattr(corpus, "path", corpus)).glob("*.train.jsonl")
+    )
+
 
 def lang_faults(
-    corpus:Artifact|str|Path,  # a corpus folder, or text of any other form, whose language nobody knows
-    lang:str,                  # language code
-)->list[str]:
+    corpus: Artifact
+    | str
+    | Path,  # a corpus folder, or text of any other form, whose language nobody knows
+    lang: str,  # language code
+) -> list[str]:
     "What is wrong where a corpus has no text in a language"
-    p = Path(getattr(corpus, 'path', corpus)); langs = corpus_langs(p)
-    if not langs or lang in langs: return []
-    return [f'{p} has no {lang} text, it has {", ".join(langs)}; give --lang {langs[0]}, or run: cmixtral corpus --sources {lang}=REF']
+    p = Path(getattr(corpus, "path", corpus))
+    langs = corpus_langs(p)
+    if not langs or lang in langs:
+        return []
+    return [
+        f"{p} has no {lang} text, it has {', '.join(langs)}; give --lang {langs[0]}, or run: cmixtral corpus --sources {lang}=REF"
+    ]
+
 
 def corpus_texts(
-    corpus:Artifact|str|Path,  # a corpus folder, or anything that `read_docs` reads
-    lang:str,                  # language code
-    split:str='train',         # or 'valid'
-    limit_chars:int=0,         # stop after so many characters; 0: all
-)->Iterator[str]:
+    corpus: Artifact | str | Path,  # a corpus folder, or anything that `read_docs` reads
+    lang: str,  # language code
+    split: str = "train",  # or 'valid'
+    limit_chars: int = 0,  # stop after so many characters; 0: all
+) -> Iterator[str]:
     "The texts of one language of a corpus"
-    p, n = Path(getattr(corpus, 'path', corpus)), 0
-    ref = p/f'{lang}.{split}.jsonl' if (langs := corpus_langs(p)) else str(corpus)
-    require(not langs or ref.is_file(), f'{p} has no {split} text in {lang}, it has {", ".join(langs)}; run: cmixtral corpus --sources {lang}=REF')
-    for r in read_docs(ref, on_error='stop' if langs else 'skip'):
-        yield r['text']
-        n += len(r['text'])
-        if limit_chars and n >= limit_chars: return
+    p, n = Path(getattr(corpus, "path", corpus)), 0
+    ref = p / f"{lang}.{split}.jsonl" if (langs := corpus_langs(p)) else str(corpus)
+    require(
+        not langs or ref.is_file(),
+        f"{p} has no {split} text in {lang}, it has {', '.join(langs)}; run: cmixtral corpus --sources {lang}=REF",
+    )
+    for r in read_docs(ref, on_error="stop" if langs else "skip"):
+        yield r["text"]
+        n += len(r["text"])
+        if limit_chars and n >= limit_chars:
+            return
+
 
 # %% ../nbs/01_corpus.ipynb #1c03ac3b
 def text_batches(
-    texts:Iterable[str],     # documents
-    n_chars:int=1_000_000,   # in a batch, at least; the last may hold less
-)->Iterator[list[str]]:
+    texts: Iterable[str],  # documents
+    n_chars: int = 1_000_000,  # in a batch, at least; the last may hold less
+) -> Iterator[list[str]]:
     "Documents in batches for several processes, in their order"
     batch, n = [], 0
     for t in texts:
-        batch.append(t); n += len(t)
-        if n >= n_chars: yield batch; batch, n = [], 0
-    if batch: yield batch
+        batch.append(t)
+        n += len(t)
+        if n >= n_chars:
+            yield batch
+            batch, n = [], 0
+    if batch:
+        yield batch

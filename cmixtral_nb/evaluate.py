@@ -6,567 +6,526 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['task_files', 'leaves', 'split_tasks', 'csv_rows', 'hellaswag_row', 'read_rows', 'write_tasks', 'hub_datasets',
-           'Answers', 'run_lm_eval', 'categories', 'subject_table', 'letters', 'heldout_docs', 'heldout_texts',
-           'domain_docs', 'eval_docs', 'bootstrap', 'bpb_results', 'tables_text', 'evaluate']
+__all__ = [
+    "heldout_docs",
+    "heldout_texts",
+    "domain_docs",
+    "eval_docs",
+    "bootstrap",
+    "bpb_results",
+    "tables_text",
+    "evaluate",
+]
 
 # %% ../nbs/13_evaluate.ipynb #6cdd06de
-import contextlib, csv, difflib, functools, hashlib, importlib.util, inspect, io, json, logging, os, re, shlex, sys, tempfile, zipfile
-from collections import Counter
+import hashlib
+import inspect
+import json
+import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
-from .artifact import *
-from .corpus import corpus_langs, is_heldout, read_docs
-from .mixtral import document_bits, resolve_model
-from .qlora import load_model
-from .vocab import encode_plain, load_tokenizer
+
+from cmixtral_nb.exams import (
+    Answers,
+    _choice,
+    _task_faults,
+    letters,
+    run_lm_eval,
+    split_tasks,
+    subject_table,
+)
+from cmixtral_nb.stages import (
+    Artifact,
+    StageError,
+    fingerprint,
+    read_json,
+    require,
+    stage,
+    tokenizer_fingerprint,
+    write_json,
+    write_text,
+)
+
+from .bits import document_bits
+from .checkpoints import resolve_model
+from .corpus import corpus_langs, is_heldout
+from .documents import read_docs
+from .loading import load_model
+from .machine import say, versions
+from .tokenizer_files import load_tokenizer
+
 if TYPE_CHECKING:
     from numpy import ndarray
-
-# %% ../nbs/13_evaluate.ipynb #bf593f80
-_families = {'ceval-valid': 'ceval', 'cmmlu': 'cmmlu', 'mmlu': 'mmlu/default', 'hellaswag': 'hellaswag'}  # name -> folder in lm_eval/tasks
-
-def task_files()->dict:  # task or group name -> its YAML file
-    "lm-eval's own definitions of the tasks that can run on local files; empty where lm-eval is not installed"
-    spec = importlib.util.find_spec('lm_eval')
-    if spec is None: return {}
-    root = Path(spec.origin).parent/'tasks'
-    return {f.stem.lstrip('_'): f for d in _families.values() for f in sorted((root/d).glob('*.yaml'))}
-
-def leaves(
-    name:str,    # task, group or tag
-    files:dict,  # from `task_files`
-)->list[str]:  # tasks that have questions of their own
-    "What a name stands for: `cmmlu` for 67 tasks, `hellaswag` for itself"
-    import yaml
-    if name in files and not files[name].name.startswith('_'): return [name]
-    if name in files: members = yaml.safe_load(files[name].read_text())['task']
-    else: members = [k for k, f in files.items() if f'"tag": "{name}"' in f.read_text()]
-    return [leaf for m in members for leaf in leaves(m, files)]
-
-def split_tasks(
-    tasks,  # "bpb,cmmlu", a list of such, or None for bpb
-)->list[str]:
-    "Task names, each once, in the order they were asked for"
-    if isinstance(tasks, str): tasks = [tasks]
-    return list(dict.fromkeys(t.strip() for item in tasks or ['bpb'] for t in str(item).split(',') if t.strip()))
-
-# %% ../nbs/13_evaluate.ipynb #19a6a6ab
-_splits = {  # split -> archive, file
-    'ceval-valid': dict(val='ceval/val/{}_val.csv', dev='ceval/dev/{}_dev.csv'),
-    'cmmlu': dict(test='cmmlu/test/{}.csv', dev='cmmlu/dev/{}.csv'),
-    'mmlu': dict(test='mmlu/test/{}_test.csv', dev='mmlu/dev/{}_dev.csv')}
-_columns = {'ceval-valid': 'question A B C D answer', 'cmmlu': 'Question A B C D Answer', 'mmlu': 'question A B C D answer'}
-
-def _family(task:str)->tuple[str,str]:  # ('cmmlu', 'agronomy')
-    family = next(f for f in _families if task == f or task.startswith(f + '_'))
-    return family, task[len(family)+1:]
-
-def _read_member(
-    data:Path,  # folder with ceval.zip, or ceval/
-    name:str,   # such as "ceval/val/law_val.csv"
-)->str|None:  # None where it is missing
-    "A text file of a benchmark, from its zip or from the unpacked folder"
-    archive, _, path = name.partition('/')
-    if (data/name).is_file(): return (data/name).read_text('utf-8-sig')
-    if not (data/f'{archive}.zip').is_file(): return None
-    with zipfile.ZipFile(data/f'{archive}.zip') as z:
-        return z.read(path).decode('utf-8-sig') if path in z.namelist() else None
-
-# %% ../nbs/13_evaluate.ipynb #21d52229
-def csv_rows(
-    text:str,    # of a CSV file of C-Eval, CMMLU or MMLU
-    family:str,  # ceval-valid, cmmlu, mmlu
-)->list[dict]:  # columns as lm-eval's templates name them, every value a string but MMLU's answer
-    "Rows of a benchmark file; `ValueError` names a missing column or a row without its letter"
-    rows, want = [r for r in csv.reader(io.StringIO(text, newline='')) if r], _columns[family].split()
-    names = want if family == 'mmlu' else rows.pop(0) if rows else want
-    if missing := [k for k in want if k not in names]: raise ValueError(f'no column {", ".join(missing)}; expected {", ".join(want)}')
-    at, out = [names.index(k) for k in want], []
-    for i, r in enumerate(rows, 1):
-        if len(r) <= max(at): raise ValueError(f'row {i} has {len(r)} columns, expected {len(names)}')
-        if len(r[at[-1]]) != 1 or r[at[-1]] not in 'ABCD': raise ValueError(f'row {i} has the answer {r[at[-1]]!r}, expected A, B, C or D')
-        q, *choices, a = (r[j] for j in at)
-        out.append(dict(question=q, choices=choices, answer='ABCD'.index(a)) if family == 'mmlu' else dict(zip(want, [q, *choices, a])))
-    return out
-
-# %% ../nbs/13_evaluate.ipynb #1d22a1d6
-_open_sentence = re.compile(r'(.*[.!?]["\')\]]*) ([a-z][^.!?]*)', re.S)  # a man sits. he
-
-def hellaswag_row(
-    r:dict,  # of HellaSwag itself (ctx_a, ctx_b, activity_label), or with the context in one piece (ctx)
-)->dict:  # the columns that lm-eval's task reads
-    "A row whose context lm-eval can join by itself: it starts the last, open sentence with a capital"
-    if missing := [k for k in ('endings', 'label') if k not in r] + ['ctx'] * (not {'ctx', 'ctx_a'} & set(r)):
-        raise ValueError(f'no column {", ".join(missing)}; expected ctx (or activity_label, ctx_a, ctx_b), endings, label')
-    ends = dict(endings=r['endings'], label=str(r['label']))
-    if 'ctx_a' in r: return {k: r[k] for k in ('activity_label', 'ctx_a', 'ctx_b')} | ends
-    label, _, ctx = r['ctx'].partition(': ')
-    m = None if ctx.startswith('How to ') else _open_sentence.fullmatch(ctx)
-    return dict(activity_label=label, ctx_a=m[1] if m else ctx, ctx_b=m[2] if m else '') | ends
-
-# %% ../nbs/13_evaluate.ipynb #a965e98e
-def read_rows(
-    data:Path,  # folder of benchmarks
-    task:str,   # a leaf, such as cmmlu_agronomy
-)->dict:  # split -> rows; a missing file gives None
-    "The questions of one task"
-    family, subject = _family(task)
-    if family == 'hellaswag':
-        found = {s: next(iter(sorted(data.glob(f'hellaswag_{n}.jsonl*'))), None) for s, n in dict(validation='val', train='train').items()}
-        return {s: f and [hellaswag_row(json.loads(l)) for l in _text(f).splitlines()] for s, f in found.items()}
-    texts = {s: _read_member(data, name.format(subject)) for s, name in _splits[family].items()}
-    return {s: t if t is None else csv_rows(t, family) for s, t in texts.items()}
-
-def _text(f:Path)->str:
-    import bz2, gzip, lzma
-    return {'.xz': lzma, '.gz': gzip, '.bz2': bz2}.get(f.suffix, io).open(f, 'rt', encoding='utf-8').read()
-
-# %% ../nbs/13_evaluate.ipynb #552f56d6
-def _write_task(
-    task:str,     # a leaf
-    files:dict,   # from `task_files`
-    rows:dict,    # split -> rows
-    folder:Path,  # for --include_path
-):
-    "lm-eval's own task, with another place for its questions: the prompt, the choices and the metrics stay lm-eval's"
-    import pyarrow as pa, pyarrow.parquet as pq, yaml
-    splits = {s: str(folder/f'{task}.{s}.parquet') for s, r in rows.items() if r}
-    for s, name in splits.items(): pq.write_table(pa.Table.from_pylist(rows[s]), name)
-    conf = dict(include=str(files[task]), dataset_path='parquet', dataset_name=None,
-                dataset_kwargs=dict(data_files=splits, cache_dir=str(folder/'cache')))
-    if task == 'hellaswag' and 'train' not in splits: conf['training_split'] = None  # examples then come from the other questions
-    write_text(folder/f'{task}.yaml', yaml.safe_dump(conf))
-
-# %% ../nbs/13_evaluate.ipynb #f148b3a0
-def write_tasks(
-    names:list[str],  # tasks and groups
-    data:Path,        # folder of benchmarks
-    folder:Path,      # for --include_path
-):
-    "Everything that lm-eval needs to know to run `names` on local files"
-    import yaml
-    files = task_files()
-    for leaf in dict.fromkeys(l for n in names for l in leaves(n, files)): _write_task(leaf, files, read_rows(data, leaf), folder)
-    for g in (f for f in files.values() if f.name.startswith('_') and f.suffix == '.yaml'):
-        write_text(folder/g.name, yaml.safe_dump(dict(include=str(g))))
-
-def hub_datasets(
-    tasks:list[str],  # tasks and groups
-)->list[str]:  # hub ids
-    "Where lm-eval would fetch the questions from"
-    root, out = Path(importlib.util.find_spec('lm_eval').origin).parent/'tasks', []
-    for family in dict.fromkeys(_family(t)[0] for t in tasks if t != 'bpb'):
-        for f in sorted((root/_families[family]).glob('*yaml')): out += re.findall(r'^dataset_path: (\S+)', f.read_text(), re.M)
-    return list(dict.fromkeys(out))
-
-# %% ../nbs/13_evaluate.ipynb #2658a8bb
-class Answers:
-    "What a model has answered so far, one JSON line each; a line that a kill cut off is dropped"
-    def __init__(self,
-        path:Path=None,  # file to keep them in; None: in memory
-    ):
-        self.path, self.known, self.new, self.n_asked = path, {}, [], 0
-        if path and Path(path).is_file():
-            lines = Path(path).read_bytes().split(b'\n')[:-1]
-            self.known = dict(map(json.loads, lines))
-            write_text(path, ''.join(l.decode() + '\n' for l in lines))
-    def __contains__(self, what): return fingerprint(what) in self.known
-    def __getitem__(self, what): return self.known[fingerprint(what)]
-    def add(self, what, answer):
-        self.known[fingerprint(what)] = answer; self.n_asked += 1
-        self.new.append(json.dumps([fingerprint(what), answer]))
-    def flush(self):
-        if self.path and self.new:
-            with open(self.path, 'a', encoding='utf-8') as f: f.write(''.join(l + '\n' for l in self.new)); f.flush()
-        self.new = []
-    def add_partial(self, attr, what, answer): self.add(list(what), list(answer))  # lm-eval calls this for each answer
-
-# %% ../nbs/13_evaluate.ipynb #c634f80b
-def _harness_model(model, tok, batch, answers:Answers):
-    "lm-eval's own model, which looks up what has been answered; counts prompts that the context cannot hold"
-    from lm_eval.models.huggingface import HFLM
-    class Remembering(HFLM):
-        n_long = 0
-        def _loglikelihood_tokens(self, requests, *a, **kw):
-            for (_, end), ctx, cont in requests:
-                require(len(cont) <= self.max_length, f'an answer of {len(cont):,} tokens ({end[:40]!r}…) is longer than the context of '
-                    f'the model, {self.max_length:,} tokens; leave the task out')
-                self.n_long += len(ctx) + len(cont) > self.max_length + 1
-            todo = [r for r in requests if list(r[0]) not in answers]
-            if todo: super()._loglikelihood_tokens(todo, *a, **kw)
-            answers.flush()
-            return [tuple(answers[list(r[0])]) for r in requests]
-        def _model_call(self, *a, **kw):
-            answers.flush()  # the batch before this one is whole
-            return super()._model_call(*a, **kw)
-    lm = Remembering(pretrained=model, tokenizer=tok, batch_size=batch)
-    lm.set_cache_hook(answers)
-    return lm
-
-# %% ../nbs/13_evaluate.ipynb #7c9d46f5
-@contextlib.contextmanager
-def _quiet():
-    "lm-eval logs and draws a lot; at a terminal its bars are welcome, in a file they are not"
-    import datasets
-    log = logging.getLogger('lm_eval'); level, bars = log.level, datasets.are_progress_bars_disabled()
-    log.setLevel(logging.ERROR); datasets.disable_progress_bars()
-    try:
-        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()): yield
-    finally:
-        log.setLevel(level)
-        if not bars: datasets.enable_progress_bars()
-
-# %% ../nbs/13_evaluate.ipynb #5c0ea035
-_keep = 'results groups group_subtasks versions n-shot n-samples higher_is_better'.split()
-
-def run_lm_eval(
-    model,               # loaded
-    tok,                 # its tokenizer
-    tasks:list[str],     # lm-eval's names
-    data:Path,           # folder of benchmarks, or "hub"
-    shots:int=0,         # solved examples before each question
-    limit:int=0,         # questions of each task; 0: all
-    batch:int=8,         # sequences at once; "auto": as lm-eval finds out
-    chat:bool=False,     # put the question into the chat template
-    samples:bool=False,  # keep every question with the model's likelihoods
-    answers:Answers=None,# what was answered before
-)->dict:  # as lm-eval gives it, without what differs from run to run; n_long: prompts whose beginning was cut off
-    "lm-eval on local files"
-    hub = str(data) == 'hub'
-    with tempfile.TemporaryDirectory() as tmp, _quiet():
-        from lm_eval import evaluator
-        from lm_eval.tasks import TaskManager
-        if not hub: write_tasks(tasks, data, Path(tmp))
-        evaluator.get_git_commit_hash = evaluator.add_env_info = lambda *a: None  # they ask git and pip, for seconds
-        lm = _harness_model(model, tok, batch, Answers() if answers is None else answers)
-        got = evaluator.simple_evaluate(model=lm, tasks=_top(tasks), num_fewshot=shots, limit=limit or None, log_samples=samples,
-            task_manager=TaskManager() if hub else TaskManager(include_path=tmp, include_defaults=False), apply_chat_template=chat, bootstrap_iters=1000)
-    return dict({k: got[k] for k in [*_keep, *['samples'] * samples] if k in got}, n_long=lm.n_long)
-
-def _top(tasks:list[str])->list[str]:
-    "Without the tasks that another name in the list already stands for: lm-eval refuses to run a task twice"
-    files = task_files(); under = {t: set(leaves(t, files)) for t in tasks}
-    return [t for i, t in enumerate(tasks) if not any(under[t] < under[u] or (under[t] == under[u] and j < i) for j, u in enumerate(tasks) if j != i)]
-
-# %% ../nbs/13_evaluate.ipynb #32153a64
-_stem, _hum, _soc = 'STEM', 'Humanities', 'Social science'
-_categories = {'ceval-valid': {  # as in its subject_mapping.json; all others: Other
-    _stem: 'computer_network operating_system computer_architecture college_programming college_physics college_chemistry advanced_mathematics '
-        'probability_and_statistics discrete_mathematics electrical_engineer metrology_engineer high_school_mathematics high_school_physics '
-        'high_school_chemistry high_school_biology middle_school_mathematics middle_school_biology middle_school_physics '
-        'middle_school_chemistry veterinary_medicine',
-    _soc: 'college_economics business_administration marxism mao_zedong_thought education_science teacher_qualification high_school_politics '
-        'high_school_geography middle_school_politics middle_school_geography',
-    _hum: 'modern_chinese_history ideological_and_moral_cultivation logic law chinese_language_and_literature art_studies professional_tour_guide '
-        'legal_professional high_school_chinese high_school_history middle_school_history'}, 'cmmlu': {  # as in its categories.py
-    _stem: 'anatomy astronomy college_actuarial_science college_engineering_hydrology college_mathematics college_medical_statistics computer_science '
-        'conceptual_physics electrical_engineering elementary_mathematics genetics high_school_biology high_school_chemistry high_school_mathematics '
-        'high_school_physics machine_learning virology',
-    _hum: 'arts chinese_history chinese_literature college_law global_facts international_law jurisprudence logical marxist_theory philosophy '
-        'professional_law world_history world_religions',
-    _soc: 'ancient_chinese business_ethics chinese_civil_service_exam chinese_food_culture chinese_foreign_policy chinese_teacher_qualification '
-        'college_education economics education elementary_chinese ethnology high_school_geography high_school_politics journalism management marketing '
-        'modern_chinese professional_accounting professional_psychology public_relations security_study sociology',
-    'China specific': 'ancient_chinese chinese_civil_service_exam chinese_driving_rule chinese_food_culture chinese_foreign_policy chinese_history '
-        'chinese_literature chinese_teacher_qualification construction_project_management elementary_chinese elementary_commonsense ethnology '
-        'high_school_politics modern_chinese traditional_chinese_medicine'}}
-
-# %% ../nbs/13_evaluate.ipynb #ed1b9cc1
-@functools.cache
-def categories(
-    task:str,  # a leaf, such as cmmlu_agronomy
-)->tuple[str]:  # CMMLU's "China specific" comes on top of another
-    "Which parts of its benchmark a subject belongs to"
-    family, subject = _family(task)
-    if family == 'mmlu':
-        tag = re.search(r'"tag": "mmlu_(\w+)_tasks"', task_files()[task].read_text())[1]
-        return (dict(stem=_stem, humanities=_hum, social_sciences=_soc).get(tag, 'Other'),)
-    found = [c for c, names in _categories.get(family, {}).items() if subject in names.split()]
-    return (*['Other'] * (set(found) <= {'China specific'} and family != 'hellaswag'), *found)
-
-def subject_table(
-    questions:list[dict],  # task, acc, perhaps acc_norm: one for each question
-)->list[dict]:  # benchmark, part, metric, n, value and stderr, from 0 to 1
-    "Accuracy of each benchmark: all questions, mean of the subjects, categories, subjects"
-    out = []
-    for family in dict.fromkeys(_family(q['task'])[0] for q in questions):
-        mine = [q for q in questions if _family(q['task'])[0] == family]; subjects = list(dict.fromkeys(q['task'] for q in mine))
-        for m in [k for k in ('acc', 'acc_norm') if k in mine[0] and (k == 'acc' or family == 'hellaswag')]:
-            def of(part, qs, m=m):
-                p = sum(q[m] for q in qs) / len(qs)
-                return dict(benchmark=family, part=part, metric=m, n=len(qs), value=p, stderr=(p * (1 - p) / len(qs))**.5)
-            by = {s: [q for q in mine if q['task'] == s] for s in subjects}; each = [of(_family(s)[1], qs) for s, qs in by.items()]
-            parts = {c: [q for s in subjects if c in categories(s) for q in by[s]] for c in (_stem, _hum, _soc, 'Other', 'China specific')}
-            mean = dict(of('mean of subjects', mine), value=sum(r['value'] for r in each) / len(each), stderr=sum(r['stderr']**2 for r in each)**.5 / len(each))
-            out += [of('all questions', mine)] + ([mean, *(of(c, qs) for c, qs in parts.items() if qs), *each] if family != 'hellaswag' else [])
-    return out
-
-# %% ../nbs/13_evaluate.ipynb #l3tt3r01
-def letters(
-    questions:list[dict],  # task; chosen and target, from 0 to 3: one for each question
-)->dict:  # benchmark -> letter that is chosen most, share of the questions that get it, accuracy of giving it to all, n
-    "Does a model answer the questions, or does it repeat a letter?"
-    by, out = {}, {}
-    for q in questions:
-        if 'chosen' in q: by.setdefault(_family(q['task'])[0], []).append(q)
-    for family, qs in by.items():
-        most, n = Counter(q['chosen'] for q in qs).most_common(1)[0]
-        if family != 'hellaswag': out[family] = dict(letter='ABCD'[most], share=n / len(qs), accuracy=sum(q['target'] == most for q in qs) / len(qs), n=len(qs))
-    return out
 
 # %% ../nbs/13_evaluate.ipynb #4248e0e6
 _builtin_share = 0.01  # of the shipped text, by hash of the document
 
+
 def heldout_docs(
-    lang:str,            # zh, en
-    corpus:Path=None,    # corpus artifact; None: the text that ships with the package
-    n_chars:int=200_000, # as many documents as this holds, drawn by hash; 0: all
-)->list[dict]:  # text, source
+    lang: str,  # zh, en
+    corpus: Path = None,  # corpus artifact; None: the text that ships with the package
+    n_chars: int = 200_000,  # as many documents as this holds, drawn by hash; 0: all
+) -> list[dict]:  # text, source
     "Documents to measure on: the validation part of a corpus"
-    rows = read_docs(Path(corpus)/f'{lang}.valid.jsonl', on_error='stop') if corpus is not None else (
-        d for d in read_docs(f'builtin:{lang}') if is_heldout(d['text'], _builtin_share))
-    rows = [dict(text=r['text'], source=r.get('source') or lang) for r in rows]
-    if not n_chars: return rows
+    rows = (
+        read_docs(Path(corpus) / f"{lang}.valid.jsonl", on_error="stop")
+        if corpus is not None
+        else (d for d in read_docs(f"builtin:{lang}") if is_heldout(d["text"], _builtin_share))
+    )
+    rows = [dict(text=r["text"], source=r.get("source") or lang) for r in rows]
+    if not n_chars:
+        return rows
     out, n = [], 0
-    for r in sorted(rows, key=lambda r: hashlib.sha256(r['text'].encode()).digest()):
-        if n >= n_chars: break
-        out.append(r); n += len(r['text'])
+    for r in sorted(rows, key=lambda r: hashlib.sha256(r["text"].encode()).digest()):
+        if n >= n_chars:
+            break
+        out.append(r)
+        n += len(r["text"])
     return out
 
-def heldout_texts(lang:str, corpus:Path=None, n_chars:int=200_000)->list[str]:
+
+def heldout_texts(lang: str, corpus: Path = None, n_chars: int = 200_000) -> list[str]:
     "Their texts alone"
-    return [r['text'] for r in heldout_docs(lang, corpus, n_chars)]
+    return [r["text"] for r in heldout_docs(lang, corpus, n_chars)]
+
 
 # %% ../nbs/13_evaluate.ipynb #64fe9fcc
 def domain_docs(
-    domain:str,   # "LANG/NAME=REF"
-    n_chars:int,  # as many documents as this holds; 0: all
-)->list[dict]:  # text, domain
+    domain: str,  # "LANG/NAME=REF"
+    n_chars: int,  # as many documents as this holds; 0: all
+) -> list[dict]:  # text, domain
     "Held-out text from elsewhere"
-    name, _, ref = str(domain).partition('='); lang, slash, _ = name.partition('/'); out, n = [], 0
-    require(ref and slash and lang, f'domains: {str(domain)!r}, expected LANG/NAME=REF, such as zh/news=news.jsonl')
+    name, _, ref = str(domain).partition("=")
+    lang, slash, _ = name.partition("/")
+    out, n = [], 0
+    require(
+        ref and slash and lang,
+        f"domains: {str(domain)!r}, expected LANG/NAME=REF, such as zh/news=news.jsonl",
+    )
     for r in read_docs(ref):
-        if n_chars and n >= n_chars: break
-        if r['text'].strip(): out.append(dict(text=r['text'], domain=name)); n += len(r['text'])
-    require(out, f'domains: {domain} is empty, expected held-out text; give another file')
+        if n_chars and n >= n_chars:
+            break
+        if r["text"].strip():
+            out.append(dict(text=r["text"], domain=name))
+            n += len(r["text"])
+    require(out, f"domains: {domain} is empty, expected held-out text; give another file")
     return out
 
+
 def eval_docs(
-    corpus:Path=None,         # corpus artifact; None: the text that ships
-    n_chars:int=200_000,      # of each language, and of each further domain; 0: all
-    domains:list[str]=None,   # more held-out text, "LANG/NAME=REF" each
-)->dict[str, list[dict]]:  # language -> documents: text, domain
+    corpus: Path = None,  # corpus artifact; None: the text that ships
+    n_chars: int = 200_000,  # of each language, and of each further domain; 0: all
+    domains: list[str] = None,  # more held-out text, "LANG/NAME=REF" each
+) -> dict[str, list[dict]]:  # language -> documents: text, domain
     "All held-out documents, by language"
-    langs, out = (corpus_langs(corpus) if corpus is not None else ['zh', 'en']), {}
-    for lang in sorted(langs, key=lambda l: (l != 'zh', l)):
-        out[lang] = [dict(text=r['text'], domain=f'{lang}/{r["source"]}') for r in heldout_docs(lang, corpus, n_chars) if r['text']]
+    langs, out = (corpus_langs(corpus) if corpus is not None else ["zh", "en"]), {}
+    for lang in sorted(langs, key=lambda l: (l != "zh", l)):
+        out[lang] = [
+            dict(text=r["text"], domain=f"{lang}/{r['source']}")
+            for r in heldout_docs(lang, corpus, n_chars)
+            if r["text"]
+        ]
     for d in domains or []:
-        rows = domain_docs(d, n_chars); out.setdefault(rows[0]['domain'].split('/')[0], []).extend(rows)
+        rows = domain_docs(d, n_chars)
+        out.setdefault(rows[0]["domain"].split("/")[0], []).extend(rows)
     return out
+
 
 # %% ../nbs/13_evaluate.ipynb #581dca37
 def bootstrap(
-    rows,          # (n, k) one row for each document or question: what its sums are made of
-    n:int=1000,    # drawings
-    seed:int=0,
-)->ndarray:  # (n, k) sums of each drawing
+    rows,  # (n, k) one row for each document or question: what its sums are made of
+    n: int = 1000,  # drawings
+    seed: int = 0,
+) -> ndarray:  # (n, k) sums of each drawing
     "Sums over rows drawn with replacement (Efron 1979)"
     import numpy as np
+
     x, rng = np.asarray(rows, dtype=float), np.random.default_rng(seed)
     step = max(1, 10**7 // max(1, len(x)))  # drawings at once: 80 MB
-    return np.concatenate([rng.multinomial(len(x), np.full(len(x), 1 / len(x)), min(step, n - i)) @ x for i in range(0, n, step)])
+    return np.concatenate(
+        [
+            rng.multinomial(len(x), np.full(len(x), 1 / len(x)), min(step, n - i)) @ x
+            for i in range(0, n, step)
+        ]
+    )
+
 
 def bpb_results(
-    documents:list[dict],  # lang, domain, bits, n_bytes, n_chars, n_tokens
-)->dict:  # lm-eval's shape: bpb with a column for each language, bpb/LANG/NAME for each domain
+    documents: list[dict],  # lang, domain, bits, n_bytes, n_chars, n_tokens
+) -> dict:  # lm-eval's shape: bpb with a column for each language, bpb/LANG/NAME for each domain
     "Bits per byte and per character, characters per token, tokens per document"
-    def of(docs, tail=''):
-        n = {k: sum(d[k] for d in docs) for k in ('bits', 'n_bytes', 'n_chars', 'n_tokens')}
-        sums = bootstrap([(d['bits'], d['n_bytes']) for d in docs]) if len(docs) > 1 else None
-        r = dict(bits_per_byte=n['bits'] / n['n_bytes'], bits_per_byte_stderr=None if sums is None else float((sums[:, 0] / sums[:, 1]).std()),
-            bits_per_char=n['bits'] / n['n_chars'], chars_per_token=n['n_chars'] / n['n_tokens'], tokens_per_doc=n['n_tokens'] / len(docs),
-            n_docs=len(docs), n_bytes=n['n_bytes'])
-        return {k.replace('_stderr', '') + tail + ('_stderr' if 'stderr' in k else ''): v for k, v in r.items()}
+
+    def of(docs, tail=""):
+        n = {k: sum(d[k] for d in docs) for k in ("bits", "n_bytes", "n_chars", "n_tokens")}
+        sums = bootstrap([(d["bits"], d["n_bytes"]) for d in docs]) if len(docs) > 1 else None
+        r = dict(
+            bits_per_byte=n["bits"] / n["n_bytes"],
+            bits_per_byte_stderr=None if sums is None else float((sums[:, 0] / sums[:, 1]).std()),
+            bits_per_char=n["bits"] / n["n_chars"],
+            chars_per_token=n["n_chars"] / n["n_tokens"],
+            tokens_per_doc=n["n_tokens"] / len(docs),
+            n_docs=len(docs),
+            n_bytes=n["n_bytes"],
+        )
+        return {
+            k.replace("_stderr", "") + tail + ("_stderr" if "stderr" in k else ""): v
+            for k, v in r.items()
+        }
+
     pick = lambda k, v: [d for d in documents if d[k] == v]
-    langs, domains = (list(dict.fromkeys(d[k] for d in documents)) for k in ('lang', 'domain'))
-    return dict(bpb={k: v for l in langs for k, v in of(pick('lang', l), '_' + l).items()}) | {f'bpb/{d}': of(pick('domain', d)) for d in sorted(domains)}
+    langs, domains = (list(dict.fromkeys(d[k] for d in documents)) for k in ("lang", "domain"))
+    return dict(bpb={k: v for l in langs for k, v in of(pick("lang", l), "_" + l).items()}) | {
+        f"bpb/{d}": of(pick("domain", d)) for d in sorted(domains)
+    }
+
 
 # %% ../nbs/13_evaluate.ipynb #ec92b041
-def _check(model, tasks=None, data=None, corpus=None, domains=None, adapter=None, dtype=None, shots=0, limit=0, batch=0, chat=False, length=2, **_):
+def _check(
+    model,
+    tasks=None,
+    data=None,
+    corpus=None,
+    domains=None,
+    adapter=None,
+    dtype=None,
+    shots=0,
+    limit=0,
+    batch=0,
+    chat=False,
+    length=2,
+    **_,
+):
     "Everything that can be wrong with a request, before a model is loaded"
-    names = split_tasks(tasks); harness = [t for t in names if t != 'bpb']; faults = []
+    names = split_tasks(tasks)
+    harness = [t for t in names if t != "bpb"]
+    faults = []
     for k, v in dict(shots=shots, limit=limit, batch=batch).items():
-        if v < 0: faults.append(f'{k} is {v}, expected 0 or more')
-    if length < 2: faults.append(f'length is {length}, expected at least 2')
-    if dtype not in (None, 'auto', 'float32', 'bfloat16', 'float16'): faults.append(f'dtype is {dtype!r}, expected auto, float32, bfloat16 or float16')
-    if harness: faults += _task_faults(harness, data, shots)
-    if adapter is not None and not (Path(adapter)/'adapter_config.json').is_file():
-        faults.append(f'{adapter} is not an adapter: it has no adapter_config.json')
-    for f in (lambda: _model_faults(resolve_model(model), adapter, chat), lambda: _text_faults(corpus, domains if 'bpb' in names else [])):
-        try: faults += f()
-        except StageError as e: faults += e.args
-    if faults: raise StageError(*dict.fromkeys(faults))
+        if v < 0:
+            faults.append(f"{k} is {v}, expected 0 or more")
+    if length < 2:
+        faults.append(f"length is {length}, expected at least 2")
+    if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
+        faults.append(f"dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
+    if harness:
+        faults += _task_faults(harness, data, shots)
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        faults.append(f"{adapter} is not an adapter: it has no adapter_config.json")
+    for f in (
+        lambda: _model_faults(resolve_model(model), adapter, chat),
+        lambda: _text_faults(corpus, domains if "bpb" in names else []),
+    ):
+        try:
+            faults += f()
+        except StageError as e:
+            faults += e.args
+    if faults:
+        raise StageError(*dict.fromkeys(faults))
 
-def _text_faults(corpus, domains)->list[str]:
+
+def _text_faults(corpus, domains) -> list[str]:
     "Is there text to measure on?"
-    if corpus is not None: Artifact.load(corpus, 'corpus')
-    for d in domains or []: domain_docs(d, 1)
-    empty = [l for l in (corpus_langs(corpus) if corpus is not None else []) if not (Path(corpus)/f'{l}.valid.jsonl').stat().st_size]
-    return [f'no held-out text in {l} in {corpus}; make it again with a larger --valid-share' for l in empty]
+    if corpus is not None:
+        Artifact.load(corpus, "corpus")
+    for d in domains or []:
+        domain_docs(d, 1)
+    empty = [
+        l
+        for l in (corpus_langs(corpus) if corpus is not None else [])
+        if not (Path(corpus) / f"{l}.valid.jsonl").stat().st_size
+    ]
+    return [
+        f"no held-out text in {l} in {corpus}; make it again with a larger --valid-share"
+        for l in empty
+    ]
+
 
 # %% ../nbs/13_evaluate.ipynb #hm1c9a02
-def _home(folder:Path, adapter)->Path:
+def _home(folder: Path, adapter) -> Path:
     "Whose tokenizer counts: the adapter's, where it has one"
     return Path(adapter) if adapter and tokenizer_fingerprint(adapter) else folder
 
-def _model_faults(folder:Path, adapter, chat:bool)->list[str]:
+
+def _model_faults(folder: Path, adapter, chat: bool) -> list[str]:
     "Does the tokenizer fit the model?"
     home = _home(folder, adapter)
-    if not (home/'tokenizer.json').is_file(): return [f'{home} has no tokenizer.json; run: cmixtral vocab --out DIR, and copy its files beside the model']
-    t, V = read_json(home/'tokenizer.json'), read_json(folder/'config.json').get('vocab_size')
-    vocab = t.get('model', {}).get('vocab', {})
-    top = max([*(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]), *(a['id'] for a in t.get('added_tokens', []))], default=0)
-    out, conf = [], read_json(f) if (f := home/'tokenizer_config.json').is_file() else {}
+    if not (home / "tokenizer.json").is_file():
+        return [
+            f"{home} has no tokenizer.json; run: cmixtral vocab --out DIR, and copy its files beside the model"
+        ]
+    t, V = read_json(home / "tokenizer.json"), read_json(folder / "config.json").get("vocab_size")
+    vocab = t.get("model", {}).get("vocab", {})
+    top = max(
+        [
+            *(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]),
+            *(a["id"] for a in t.get("added_tokens", [])),
+        ],
+        default=0,
+    )
+    out, conf = [], read_json(f) if (f := home / "tokenizer_config.json").is_file() else {}
     if V and top >= V and home == folder:
-        out.append(f'{home} has a tokenizer of {top + 1:,} tokens, {folder} a model of {V:,} rows; run: cmixtral init --model {folder} --tokenizer {home}')
-    if chat and not ((home/'chat_template.jinja').is_file() or 'chat_template' in conf):
-        out.append(f'{home} has no chat template; leave out --chat, or run: cmixtral sft --model {folder}')
+        out.append(
+            f"{home} has a tokenizer of {top + 1:,} tokens, {folder} a model of {V:,} rows; run: cmixtral init --model {folder} --tokenizer {home}"
+        )
+    if chat and not ((home / "chat_template.jinja").is_file() or "chat_template" in conf):
+        out.append(
+            f"{home} has no chat template; leave out --chat, or run: cmixtral sft --model {folder}"
+        )
     return out
 
-# %% ../nbs/13_evaluate.ipynb #88c4984f
-def _task_faults(names:list[str], data, shots:int=0)->list[str]:
-    files = task_files()
-    if not files: return [f'{", ".join(names)}: lm-eval is not installed; run: pip install \'cmixtral_nb[eval]\'']
-    near = lambda n: difflib.get_close_matches(n, [*files, 'bpb'], 1, 0)[0]
-    faults = [f'unknown task {n!r}, did you mean {near(n)!r}?' for n in names if n not in files]
-    names = [n for n in names if n in files]
-    if data is None: return faults + ([f'{", ".join(names)}: where are the questions? give their folder with --data, or --data hub'] if names else [])
-    if str(data) == 'hub': return faults
-    if not Path(data).is_dir(): return faults + [f'{data}: no such folder; expected the benchmarks (ceval.zip, cmmlu.zip, mmlu.zip, hellaswag_val.jsonl.xz)']
-    return faults + [f for n in names for f in _data_faults(Path(data), n, leaves(n, files), shots)]
-
-def _data_faults(data:Path, name:str, tasks:list[str], shots:int=0)->list[str]:
-    "What is missing or broken in the files of a task or group, in one line"
-    bad = {}
-    for t in tasks:
-        try:
-            for s, r in read_rows(data, t).items():
-                if not r and s != 'train': bad[t] = f'has no {s} questions'
-                elif s == 'dev' and len(r) < shots: bad[t] = f'has {len(r)} solved examples for {shots} shots'
-        except (ValueError, KeyError, zipfile.BadZipFile, EOFError, OSError) as e: bad[t] = f'cannot be read ({type(e).__name__}: {e})'
-    if not bad: return []
-    t, why = next(iter(bad.items())); archive = _families[_family(t)[0]].split('/')[0]
-    where = data/('hellaswag_val.jsonl' if archive == 'hellaswag' else f'{archive}.zip')
-    if not any(data.glob(f'{where.stem}*')): return [f'{name}: {where}: no such file']
-    return [f'{name}: {t} {why} in {where}' + (f'; {len(bad) - 1} other tasks as well' if len(bad) > 1 else '')]
 
 # %% ../nbs/13_evaluate.ipynb #62ca0663
-def _ask_bits(model, tok, docs:dict, length:int, batch:int, answers:Answers)->list[dict]:
+def _ask_bits(model, tok, docs: dict, length: int, batch: int, answers: Answers) -> list[dict]:
     "Bits of each document; a domain that was answered before is not asked again"
     from accelerate.utils import find_executable_batch_size
-    out, fit = [], find_executable_batch_size(lambda batch_size, texts: document_bits(model, tok, texts, length, batch_size, max(1, length // 2)),
-        starting_batch_size=batch or (64 if model.device.type == 'cuda' else 8))
+
+    out, fit = (
+        [],
+        find_executable_batch_size(
+            lambda batch_size, texts: document_bits(
+                model, tok, texts, length, batch_size, max(1, length // 2)
+            ),
+            starting_batch_size=batch or (64 if model.device.type == "cuda" else 8),
+        ),
+    )
     for lang, rows in docs.items():
-        for name in dict.fromkeys(r['domain'] for r in rows):
-            texts = [r['text'] for r in rows if r['domain'] == name]; what = ['bits', length, name, fingerprint(texts)]
-            if what not in answers: answers.add(what, fit(texts)); answers.flush()
-            out += [dict(lang=lang, domain=name, id=fingerprint(t), **r) for t, r in zip(texts, answers[what], strict=True)]
+        for name in dict.fromkeys(r["domain"] for r in rows):
+            texts = [r["text"] for r in rows if r["domain"] == name]
+            what = ["bits", length, name, fingerprint(texts)]
+            if what not in answers:
+                answers.add(what, fit(texts))
+                answers.flush()
+            out += [
+                dict(lang=lang, domain=name, id=fingerprint(t), **r)
+                for t, r in zip(texts, answers[what], strict=True)
+            ]
     return out
 
-def _repeat(args:dict, out:Path)->str:
+
+def _repeat(args: dict, out: Path) -> str:
     "The command line that makes the same evaluation, for someone in the folder that holds it"
-    def place(v): return os.path.relpath(v, out.parent) if Path(str(v)).exists() else str(v)
+
+    def place(v):
+        return os.path.relpath(v, out.parent) if Path(str(v)).exists() else str(v)
+
     def value(k, v):
-        if isinstance(v, bool): return []
-        return [place(x) if k in ('model', 'data', 'corpus', 'adapter') else str(x) for x in (v if isinstance(v, (list, tuple)) else [v])]
+        if isinstance(v, bool):
+            return []
+        return [
+            place(x) if k in ("model", "data", "corpus", "adapter") else str(x)
+            for x in (v if isinstance(v, (list, tuple)) else [v])
+        ]
+
     default = {k: p.default for k, p in inspect.signature(evaluate).parameters.items()}
-    given = [x for k, v in args.items() if v != default[k] for x in ['--' + k.replace('_', '-'), *value(k, v)]]
-    return shlex.join(['cmixtral', 'evaluate', *given, '--out', 'again'])
+    given = [
+        x
+        for k, v in args.items()
+        if v != default[k]
+        for x in ["--" + k.replace("_", "-"), *value(k, v)]
+    ]
+    return shlex.join(["cmixtral", "evaluate", *given, "--out", "again"])
+
 
 # %% ../nbs/13_evaluate.ipynb #e1a049b5
 def tables_text(
-    table:list[dict],  # from `subject_table`
-    results:dict,      # from `bpb_results`, or with it in it
-    chosen:dict=None,  # from `letters`
-)->str:  # markdown
+    table: list[dict],  # from `subject_table`
+    results: dict,  # from `bpb_results`, or with it in it
+    chosen: dict = None,  # from `letters`
+) -> str:  # markdown
     "The results for people"
-    line = lambda *cells: '| ' + ' | '.join(map(str, cells)) + ' |'
-    head = lambda *cells: [line(*cells), line(*['---'] * len(cells))]
-    bits = {d.removeprefix('bpb/'): r for d, r in results.items() if d.startswith('bpb/')}
-    exams = [line(r['benchmark'], r['part'], r['metric'], r['n'], f'{100 * r["value"]:.2f} ± {100 * r["stderr"]:.2f}') for r in table]
-    texts = [line(d, r['n_docs'], f'{r["n_bytes"]:,}', f'{r["bits_per_byte"]:.4f}' + (f' ± {e:.4f}' if (e := r['bits_per_byte_stderr']) else ''),
-        f'{r["bits_per_char"]:.4f}', f'{r["chars_per_token"]:.3f}', f'{r["tokens_per_doc"]:.1f}') for d, r in bits.items()]
-    out = [[*head('benchmark', 'part', 'metric', 'questions', 'accuracy ± standard error'), *exams]] if exams else []
-    out += [[f'{f}: {c["letter"]} is the answer to {c["share"]:.0%} of {c["n"]:,} questions; {c["letter"]} to all of them would score {100 * c["accuracy"]:.2f}']
-        for f, c in (chosen or {}).items()]
-    if texts: out.append([*head('text', 'documents', 'bytes', 'bits per byte ± standard error', 'bits per character', 'characters per token',
-        'tokens per document'), *texts])
-    return '\n\n'.join('\n'.join(t) for t in out) + '\n'
+    line = lambda *cells: "| " + " | ".join(map(str, cells)) + " |"
+    head = lambda *cells: [line(*cells), line(*["---"] * len(cells))]
+    bits = {d.removeprefix("bpb/"): r for d, r in results.items() if d.startswith("bpb/")}
+    exams = [
+        line(
+            r["benchmark"],
+            r["part"],
+            r["metric"],
+            r["n"],
+            f"{100 * r['value']:.2f} ± {100 * r['stderr']:.2f}",
+        )
+        for r in table
+    ]
+    texts = [
+        line(
+            d,
+            r["n_docs"],
+            f"{r['n_bytes']:,}",
+            f"{r['bits_per_byte']:.4f}"
+            + (f" ± {e:.4f}" if (e := r["bits_per_byte_stderr"]) else ""),
+            f"{r['bits_per_char']:.4f}",
+            f"{r['chars_per_token']:.3f}",
+            f"{r['tokens_per_doc']:.1f}",
+        )
+        for d, r in bits.items()
+    ]
+    out = (
+        [[*head("benchmark", "part", "metric", "questions", "accuracy ± standard error"), *exams]]
+        if exams
+        else []
+    )
+    out += [
+        [
+            f"{f}: {c['letter']} is the answer to {c['share']:.0%} of {c['n']:,} questions; {c['letter']} to all of them would score {100 * c['accuracy']:.2f}"
+        ]
+        for f, c in (chosen or {}).items()
+    ]
+    if texts:
+        out.append(
+            [
+                *head(
+                    "text",
+                    "documents",
+                    "bytes",
+                    "bits per byte ± standard error",
+                    "bits per character",
+                    "characters per token",
+                    "tokens per document",
+                ),
+                *texts,
+            ]
+        )
+    return "\n\n".join("\n".join(t) for t in out) + "\n"
+
 
 # %% ../nbs/13_evaluate.ipynb #27dc9539
-@stage('evaluation', inputs=('model', 'data', 'corpus', 'adapter', 'domains'), ignore=('batch', 'device'), schema=2, resumable=True, check=_check)
+@stage(
+    "evaluation",
+    inputs=("model", "data", "corpus", "adapter", "domains"),
+    ignore=("batch", "device"),
+    schema=2,
+    resumable=True,
+    check=_check,
+)
 def evaluate(
-    model:Path,               # model folder (ours or any other), or hub id
-    out:Path,                 # folder to write: results.json, tables.md, questions.jsonl, documents.jsonl
-    tasks:list[str]=None,     # lm-eval's names, such as ceval-valid_accountant, cmmlu, mmlu, hellaswag; and bpb (None: bpb alone)
-    data:Path=None,           # folder with ceval.zip, cmmlu.zip, mmlu.zip, hellaswag_val.jsonl.xz; or "hub"
-    corpus:Path=None,         # bpb on the validation part of this corpus; None: on the text that ships
-    domains:list[str]=None,   # bpb on more text, "LANG/NAME=REF" each, such as zh/news=news.jsonl
-    adapter:Path=None,        # PEFT adapter to put on the model
-    load_in_4bit:bool=False,  # NF4
-    dtype:str=None,           # float32, bfloat16, float16, auto; None: bfloat16 on a GPU, float32 on a CPU
-    shots:int=0,              # solved examples before each question
-    limit:int=0,              # questions of each task; 0: all
-    chat:bool=False,          # ask through the model's chat template
-    samples:bool=False,       # also write samples.jsonl: each question with the likelihood of each answer
-    batch:int=0,              # sequences at once; 0: as many as fit
-    length:int=1024,          # tokens in a window, for bpb; windows overlap by half
-    n_chars:int=200_000,      # characters of each language, for bpb; 0: all
-    device:str=None,          # None: the GPU if there is one
+    model: Path,  # model folder (ours or any other), or hub id
+    out: Path,  # folder to write: results.json, tables.md, questions.jsonl, documents.jsonl
+    tasks: list[
+        str
+    ] = None,  # lm-eval's names, such as ceval-valid_accountant, cmmlu, mmlu, hellaswag; and bpb (None: bpb alone)
+    data: Path = None,  # folder with ceval.zip, cmmlu.zip, mmlu.zip, hellaswag_val.jsonl.xz; or "hub"
+    corpus: Path = None,  # bpb on the validation part of this corpus; None: on the text that ships
+    domains: list[str] = None,  # bpb on more text, "LANG/NAME=REF" each, such as zh/news=news.jsonl
+    adapter: Path = None,  # PEFT adapter to put on the model
+    load_in_4bit: bool = False,  # NF4
+    dtype: str = None,  # float32, bfloat16, float16, auto; None: bfloat16 on a GPU, float32 on a CPU
+    shots: int = 0,  # solved examples before each question
+    limit: int = 0,  # questions of each task; 0: all
+    chat: bool = False,  # ask through the model's chat template
+    samples: bool = False,  # also write samples.jsonl: each question with the likelihood of each answer
+    batch: int = 0,  # sequences at once; 0: as many as fit
+    length: int = 1024,  # tokens in a window, for bpb; windows overlap by half
+    n_chars: int = 200_000,  # characters of each language, for bpb; 0: all
+    device: str = None,  # None: the GPU if there is one
 ):
     "C-Eval, CMMLU, MMLU and HellaSwag through lm-eval; bits per byte; goes on where it was interrupted"
-    args = {k: v for k, v in locals().items() if k not in ('out', 'batch', 'device')}
-    names = split_tasks(tasks); harness, answers = [t for t in names if t != 'bpb'], Answers(out/'answers.jsonl')
+    args = {k: v for k, v in locals().items() if k not in ("out", "batch", "device")}
+    names = split_tasks(tasks)
+    harness, answers = [t for t in names if t != "bpb"], Answers(out / "answers.jsonl")
     lm = load_model(model, adapter=adapter, load_in_4bit=load_in_4bit, dtype=dtype, device=device)
-    home = _home(resolve_model(model), adapter); tok = load_tokenizer(home)
+    home = _home(resolve_model(model), adapter)
+    tok = load_tokenizer(home)
     res, questions = dict(results={}), []
     if harness:
-        res = run_lm_eval(lm, tok, harness, Path(data), shots, limit, batch or ('auto' if lm.device.type == 'cuda' else 8), chat, True, answers)
+        res = run_lm_eval(
+            lm,
+            tok,
+            harness,
+            Path(data),
+            shots,
+            limit,
+            batch or ("auto" if lm.device.type == "cuda" else 8),
+            chat,
+            True,
+            answers,
+        )
         questions = _harness_results(res, out, samples, shots)
-    if 'bpb' in names:
+    if "bpb" in names:
         docs = _ask_bits(lm, tok, eval_docs(corpus, n_chars, domains), length, batch, answers)
-        write_text(out/'documents.jsonl', ''.join(json.dumps(d, ensure_ascii=False) + '\n' for d in docs))
-        res['results'] |= bpb_results(docs)
-    _write_results(dict(res, table=subject_table(questions), letters=letters(questions)), names, args, lm, out)
-    return dict(results={t: res['results'][t] for t in names if t in res['results']}, n_asked=answers.n_asked, tokenizer=tokenizer_fingerprint(home))
+        write_text(
+            out / "documents.jsonl", "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in docs)
+        )
+        res["results"] |= bpb_results(docs)
+    _write_results(
+        dict(res, table=subject_table(questions), letters=letters(questions)), names, args, lm, out
+    )
+    return dict(
+        results={t: res["results"][t] for t in names if t in res["results"]},
+        n_asked=answers.n_asked,
+        tokenizer=tokenizer_fingerprint(home),
+    )
+
 
 # %% ../nbs/13_evaluate.ipynb #6f1d4ae2
-def _choice(r:dict)->dict:
-    "Number of the likeliest answer and of the right one"
-    likely, t = [x[0] for x in r['filtered_resps']], r['target']
-    return dict(chosen=max(range(len(likely)), key=likely.__getitem__), target='ABCD'.index(t) if t in tuple('ABCD') else int(t))
-
-def _harness_results(res:dict, out:Path, samples:bool, shots:int):
+def _harness_results(res: dict, out: Path, samples: bool, shots: int):
     "Write every question with what became of it; what the context could not hold is said"
-    rows = res.pop('samples', {})
-    questions = [dict(task=t, id=r['doc_id'], hash=r['doc_hash'][:16], **{m: r[m] for m in ('acc', 'acc_norm') if m in r}, **_choice(r)) for t in rows for r in rows[t]]
-    n = res['n_long']
-    require(not n or shots, f'{n} questions with their answers are longer than the context of the model; leave the task out, or take another model')
-    if n: say('evaluate', f'{n} prompts are longer than the context of the model: lm-eval cuts off their beginning, the examples first')
-    if questions: write_text(out/'questions.jsonl', ''.join(json.dumps(q, ensure_ascii=False) + '\n' for q in questions))
-    if samples: write_text(out/'samples.jsonl', ''.join(json.dumps(dict(task=t, **r), ensure_ascii=False, default=str) + '\n' for t in rows for r in rows[t]))
+    rows = res.pop("samples", {})
+    questions = [
+        dict(
+            task=t,
+            id=r["doc_id"],
+            hash=r["doc_hash"][:16],
+            **{m: r[m] for m in ("acc", "acc_norm") if m in r},
+            **_choice(r),
+        )
+        for t in rows
+        for r in rows[t]
+    ]
+    n = res["n_long"]
+    require(
+        not n or shots,
+        f"{n} questions with their answers are longer than the context of the model; leave the task out, or take another model",
+    )
+    if n:
+        say(
+            "evaluate",
+            f"{n} prompts are longer than the context of the model: lm-eval cuts off their beginning, the examples first",
+        )
+    if questions:
+        write_text(
+            out / "questions.jsonl",
+            "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions),
+        )
+    if samples:
+        write_text(
+            out / "samples.jsonl",
+            "".join(
+                json.dumps(dict(task=t, **r), ensure_ascii=False, default=str) + "\n"
+                for t in rows
+                for r in rows[t]
+            ),
+        )
     return questions
 
-def _write_results(res:dict, names:list[str], args:dict, model, out:Path):
+
+def _write_results(res: dict, names: list[str], args: dict, model, out: Path):
     "results.json and tables.md; the answers are in them now"
-    config = {k: v for k, v in args.items() if k not in ('model', 'data', 'corpus', 'adapter', 'out')}
-    write_json(out/'results.json', dict(res, config=dict(config, dtype=str(model.dtype).removeprefix('torch.'), device=model.device.type),
-        packages=versions(), command=_repeat(args, out)))
-    write_text(out/'tables.md', tables_text(res['table'], res['results'], res['letters']))
-    for t in (n for n in names if n in res['results']):
-        shown = {k.removesuffix(',none'): v for k, v in res['results'][t].items() if isinstance(v, float) and 'stderr' not in k and not k.startswith('tokens')}
-        say('evaluate', f'{t} ' + ', '.join(f'{k} {v:.4f}' for k, v in shown.items()))
-    for f, c in res['letters'].items():
-        if c['share'] >= .9: say('evaluate', f'{f}: {c["letter"]} is the answer to {c["share"]:.0%} of the questions; to all of them it would score {c["accuracy"]:.4f}')
-    (out/'answers.jsonl').unlink(missing_ok=True)
+    config = {
+        k: v for k, v in args.items() if k not in ("model", "data", "corpus", "adapter", "out")
+    }
+    write_json(
+        out / "results.json",
+        dict(
+            res,
+            config=dict(
+                config, dtype=str(model.dtype).removeprefix("torch."), device=model.device.type
+            ),
+            packages=versions(),
+            command=_repeat(args, out),
+        ),
+    )
+    write_text(out / "tables.md", tables_text(res["table"], res["results"], res["letters"]))
+    for t in (n for n in names if n in res["results"]):
+        shown = {
+            k.removesuffix(",none"): v
+            for k, v in res["results"][t].items()
+            if isinstance(v, float) and "stderr" not in k and not k.startswith("tokens")
+        }
+        say("evaluate", f"{t} " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+    for f, c in res["letters"].items():
+        if c["share"] >= 0.9:
+            say(
+                "evaluate",
+                f"{f}: {c['letter']} is the answer to {c['share']:.0%} of the questions; to all of them it would score {c['accuracy']:.4f}",
+            )
+    (out / "answers.jsonl").unlink(missing_ok=True)

@@ -6,231 +6,358 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PROMPTS', 'nucleus', 'encode_prompt', 'stop_ids', 'generate_text', 'decode_after', 'parse_models', 'read_prompts',
-           'samples_table', 'generate', 'chat']
+__all__ = [
+    "PROMPTS",
+    "nucleus",
+    "encode_prompt",
+    "stop_ids",
+    "generate_text",
+    "decode_after",
+    "read_prompts",
+    "samples_table",
+    "generate",
+    "chat",
+]
 
 # %% ../nbs/12_generate.ipynb #a441c38b
-import json, re, sys, uuid
+import json
+import re
+import sys
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
-from .artifact import *
-from .mixtral import resolve_model
-from .qlora import load_model
-from .vocab import encode_plain, load_tokenizer
+
+from .checkpoints import resolve_model
+from .loading import load_model
+from .machine import say
+from .options import parse_models
+from .stages import StageError, require, stage, tokenizer_fingerprint, write_text
+from .tokenizer_files import encode_plain, load_tokenizer
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+
 # %% ../nbs/12_generate.ipynb #d17ce2d0
 def nucleus(
-    logits:Tensor,        # (V,) of the next token
-    temperature:float=1., # divides the logits; below 1: bolder
-    top_p:float=1.,       # keep the likeliest tokens until they hold this share
-)->Tensor:  # (V,) probabilities
+    logits: Tensor,  # (V,) of the next token
+    temperature: float = 1.0,  # divides the logits; below 1: bolder
+    top_p: float = 1.0,  # keep the likeliest tokens until they hold this share
+) -> Tensor:  # (V,) probabilities
     "Top-p sampling (Holtzman et al. 2020): the distribution the next token is drawn from"
     p, order = (logits / temperature).softmax(-1).sort(descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0          # the likeliest token always stays
+    p[p.cumsum(-1) - p >= top_p] = 0  # the likeliest token always stays
     return p.new_zeros(len(p)).scatter(0, order, p / p.sum())
+
 
 # %% ../nbs/12_generate.ipynb #08be60f4
 def encode_prompt(
-    tok:PreTrainedTokenizerBase,
-    prompt:str|list[dict],  # text to continue, or messages (role, content) for the tokenizer's chat template
-)->list[int]:
+    tok: PreTrainedTokenizerBase,
+    prompt: str
+    | list[dict],  # text to continue, or messages (role, content) for the tokenizer's chat template
+) -> list[int]:
     "Ids to continue. Only the template writes control tokens; what is typed is text. `StageError` where the template does not render"
-    if isinstance(prompt, str): return [*([tok.bos_token_id] if tok.bos_token_id is not None else []), *encode_plain(tok, [prompt])[0]]
-    marks = {f'\ue000{uuid.uuid4().hex}\ue001': m['content'] for m in prompt}
-    try: text = tok.apply_chat_template([dict(m, content=k) for m, k in zip(prompt, marks)], tokenize=False, add_generation_prompt=True)
+    if isinstance(prompt, str):
+        return [
+            *([tok.bos_token_id] if tok.bos_token_id is not None else []),
+            *encode_plain(tok, [prompt])[0],
+        ]
+    marks = {f"\ue000{uuid.uuid4().hex}\ue001": m["content"] for m in prompt}
+    try:
+        text = tok.apply_chat_template(
+            [dict(m, content=k) for m, k in zip(prompt, marks)],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
     except Exception as e:  # of Jinja, or of what the template calls
-        raise StageError(f'the chat template does not render this conversation ({" ".join(str(e).split())[:150]}); mend chat_template.jinja, or run: cmixtral sft') from None
-    control = '|'.join(sorted(map(re.escape, _control(tok)), key=len, reverse=True))
-    fill = lambda part: re.sub('\ue000.*?\ue001', lambda k: marks[k[0]], part)
-    parts = [p for p in re.split(f'({control})', text) if p]
-    return [i for p in parts for i in ([tok.convert_tokens_to_ids(p)] if p in _control(tok) else encode_plain(tok, [fill(p)])[0])]
+        raise StageError(
+            f"the chat template does not render this conversation ({' '.join(str(e).split())[:150]}); mend chat_template.jinja, or run: cmixtral sft"
+        ) from None
+    control = "|".join(sorted(map(re.escape, _control(tok)), key=len, reverse=True))
+    fill = lambda part: re.sub("\ue000.*?\ue001", lambda k: marks[k[0]], part)
+    parts = [p for p in re.split(f"({control})", text) if p]
+    return [
+        i
+        for p in parts
+        for i in (
+            [tok.convert_tokens_to_ids(p)]
+            if p in _control(tok)
+            else encode_plain(tok, [fill(p)])[0]
+        )
+    ]
 
-def _control(tok)->set[str]:
+
+def _control(tok) -> set[str]:
     return {t.content for t in tok.added_tokens_decoder.values() if t.special}
 
+
 # %% ../nbs/12_generate.ipynb #daa491fe
-def stop_ids(
-    model, tok
-)->list[int]:  # ids that end a text
+def stop_ids(model, tok) -> list[int]:  # ids that end a text
     "What the model's configuration and the tokenizer call the end"
-    e = getattr(model.generation_config, 'eos_token_id', None)
-    return sorted({i for i in [*(e if isinstance(e, list) else [e]), tok.eos_token_id] if i is not None})
+    e = getattr(model.generation_config, "eos_token_id", None)
+    return sorted(
+        {i for i in [*(e if isinstance(e, list) else [e]), tok.eos_token_id] if i is not None}
+    )
+
 
 # %% ../nbs/12_generate.ipynb #f0dc40b3
 def generate_text(
-    model, tok,              # from `load_model` and `load_tokenizer`
-    prompt:str|list[dict],   # text to continue, or messages
-    max_new_tokens:int=100,  # stop after so many
-    temperature:float=0.8,   # 0: always the likeliest token
-    top_p:float=0.9,         # of `nucleus`
-    seed:int=0,              # of the draw
-    streamer=None,           # of transformers: gets the text as it is written
-)->dict:  # text, n_tokens, stop ("end" or "length")
+    model,
+    tok,  # from `load_model` and `load_tokenizer`
+    prompt: str | list[dict],  # text to continue, or messages
+    max_new_tokens: int = 100,  # stop after so many
+    temperature: float = 0.8,  # 0: always the likeliest token
+    top_p: float = 0.9,  # of `nucleus`
+    seed: int = 0,  # of the draw
+    streamer=None,  # of transformers: gets the text as it is written
+) -> dict:  # text, n_tokens, stop ("end" or "length")
     "Continue a prompt; `StageError` where prompt and answer are longer than the model's context"
     import torch
+
     ids, ends = encode_prompt(tok, prompt), stop_ids(model, tok)
-    room = getattr(model.config, 'max_position_embeddings', None) or 10**9
-    require(len(ids) + max_new_tokens <= room, f'the prompt has {len(ids):,} tokens, expected at most {max(0, room - max_new_tokens):,}: the model holds {room:,}, of which the answer may take {max_new_tokens:,}; '
-            'shorten it, or lower --max-new-tokens')
+    room = getattr(model.config, "max_position_embeddings", None) or 10**9
+    require(
+        len(ids) + max_new_tokens <= room,
+        f"the prompt has {len(ids):,} tokens, expected at most {max(0, room - max_new_tokens):,}: the model holds {room:,}, of which the answer may take {max_new_tokens:,}; "
+        "shorten it, or lower --max-new-tokens",
+    )
     x = torch.tensor([ids], device=model.device)
-    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
+    how = (
+        dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+        if temperature > 0
+        else dict(do_sample=False)
+    )
     torch.manual_seed(seed)
     with torch.no_grad():
-        y = model.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=max_new_tokens, eos_token_id=ends,
-                           pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else ends[0], use_cache=True, streamer=streamer, **how)
-    new = y[0, len(ids):].tolist(); ended = bool(new) and new[-1] in ends
-    return dict(text=decode_after(tok, ids, new[:len(new)-ended]), n_tokens=len(new), stop='end' if ended else 'length')
+        y = model.generate(
+            input_ids=x,
+            attention_mask=torch.ones_like(x),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else ends[0],
+            use_cache=True,
+            streamer=streamer,
+            **how,
+        )
+    new = y[0, len(ids) :].tolist()
+    ended = bool(new) and new[-1] in ends
+    return dict(
+        text=decode_after(tok, ids, new[: len(new) - ended]),
+        n_tokens=len(new),
+        stop="end" if ended else "length",
+    )
+
 
 # %% ../nbs/12_generate.ipynb #d00289f4
 def decode_after(
-    tok, before:list[int],  # ids of the prompt
-    new:list[int],          # ids that follow
-)->str:
+    tok,
+    before: list[int],  # ids of the prompt
+    new: list[int],  # ids that follow
+) -> str:
     "The text that new tokens add: decoded alone they would lose a space at the start"
     tail = before[-8:]
     whole, head = (tok.decode(i, skip_special_tokens=True) for i in (tail + new, tail))
-    return whole[len(head):] if whole.startswith(head) else tok.decode(new, skip_special_tokens=True)
+    return (
+        whole[len(head) :] if whole.startswith(head) else tok.decode(new, skip_special_tokens=True)
+    )
 
-# %% ../nbs/12_generate.ipynb #6c10b2fc
-def parse_models(
-    models:list[str],  # "NAME=FOLDER", or FOLDER alone, named after itself
-)->dict[str,str]:  # name -> folder or hub id
-    "Names and folders of the models to compare; every fault at once"
-    out, faults = {}, []
-    for m in [models] if isinstance(models, (str, Path)) else models or []:
-        name, eq, ref = str(m).partition('=')
-        if not eq or Path(str(m)).exists(): name, ref = Path(str(m)).name, str(m)
-        if not name or not ref: faults.append(f'model {str(m)!r}, expected NAME=FOLDER')
-        elif name in out: faults.append(f'two models are called {name!r}; give them other names, such as {name}2={ref}')
-        else: out[name] = ref
-    for ref in out.values():
-        try: resolve_model(ref)
-        except StageError as e: faults += e.args
-    if not out and not faults: faults.append('no model; give one or more as NAME=FOLDER')
-    if faults: raise StageError(*faults)
-    return out
 
 # %% ../nbs/12_generate.ipynb #6d9f1940
-PROMPTS = ['今天天气很好，', '中国的首都是', '人工智能是', '从前有一个', 'The capital of France is', 'Once upon a time']
+PROMPTS = [
+    "今天天气很好，",
+    "中国的首都是",
+    "人工智能是",
+    "从前有一个",
+    "The capital of France is",
+    "Once upon a time",
+]
+
 
 def read_prompts(
-    prompts:list[str]=None,  # texts, or files with one on each line; None: six short beginnings
-)->list[str]:
+    prompts: list[str] = None,  # texts, or files with one on each line; None: six short beginnings
+) -> list[str]:
     "Prompts as they are, and the lines of the files among them"
     out = []
     for p in [prompts] if isinstance(prompts, (str, Path)) else prompts or PROMPTS:
-        if len(str(p).encode()) < 256 and Path(str(p)).is_file(): out += [l for l in Path(p).read_text('utf-8').splitlines() if l.strip()]
-        else: out.append(str(p))
-    require(all(p.strip() for p in out) and out, 'an empty prompt; expected text to continue')
+        if len(str(p).encode()) < 256 and Path(str(p)).is_file():
+            out += [l for l in Path(p).read_text("utf-8").splitlines() if l.strip()]
+        else:
+            out.append(str(p))
+    require(all(p.strip() for p in out) and out, "an empty prompt; expected text to continue")
     return out
 
+
 # %% ../nbs/12_generate.ipynb #41f8420a
-def _check(models, prompts=None, max_new_tokens=1, temperature=0., top_p=1., **_):
+def _check(models, prompts=None, max_new_tokens=1, temperature=0.0, top_p=1.0, **_):
     faults = []
-    for name, v, ok, want in (('max_new_tokens', max_new_tokens, max_new_tokens >= 1, 'at least 1'), ('temperature', temperature, temperature >= 0, '0 or more'),
-                              ('top_p', top_p, 0 < top_p <= 1, 'above 0, at most 1')):
-        if not ok: faults.append(f'{name} is {v}, expected {want}')
+    for name, v, ok, want in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+    ):
+        if not ok:
+            faults.append(f"{name} is {v}, expected {want}")
     for f in (lambda: parse_models(models), lambda: read_prompts(prompts)):
-        try: f()
-        except StageError as e: faults += e.args
-    if faults: raise StageError(*faults)
+        try:
+            f()
+        except StageError as e:
+            faults += e.args
+    if faults:
+        raise StageError(*faults)
+
 
 # %% ../nbs/12_generate.ipynb #1a77db48
 def samples_table(
-    rows:list[dict],  # model, prompt, text
-)->str:  # markdown
+    rows: list[dict],  # model, prompt, text
+) -> str:  # markdown
     "Samples for people: the prompts, and below each what every model wrote"
     out = []
-    for p in dict.fromkeys(r['prompt'] for r in rows):
-        out.append(f'**{_flat(p)}**\n')
-        out += [f'- {r["model"]}: {_flat(r["text"])}' + ('' if r['stop'] == 'end' else ' …') for r in rows if r['prompt'] == p]
-        out.append('')
-    return '\n'.join(out)
+    for p in dict.fromkeys(r["prompt"] for r in rows):
+        out.append(f"**{_flat(p)}**\n")
+        out += [
+            f"- {r['model']}: {_flat(r['text'])}" + ("" if r["stop"] == "end" else " …")
+            for r in rows
+            if r["prompt"] == p
+        ]
+        out.append("")
+    return "\n".join(out)
 
-def _flat(s:str)->str:
-    return re.sub(r'([\\`*_<>|])', r'\\\1', ' '.join(s.split()))
+
+def _flat(s: str) -> str:
+    return re.sub(r"([\\`*_<>|])", r"\\\1", " ".join(s.split()))
+
 
 # %% ../nbs/12_generate.ipynb #a2d32121
-@stage('samples', inputs=('models', 'prompts'), ignore=('device',), check=_check)
+@stage("samples", inputs=("models", "prompts"), ignore=("device",), check=_check)
 def generate(
-    models:list[str],         # "NAME=FOLDER" of each model to compare
-    out:Path,                 # folder to write: samples.jsonl, samples.md
-    prompts:list[str]=None,   # texts, or files with one on each line; None: six short beginnings
-    max_new_tokens:int=100,   # stop after so many
-    temperature:float=0.8,    # 0: always the likeliest token
-    top_p:float=0.9,          # draw from the likeliest tokens that hold this share
-    chat:bool=True,           # put the prompt into the chat template of a model that has one
-    load_in_4bit:bool=False,  # NF4
-    attn:str='sdpa',          # sdpa, eager, flash_attention_2
-    seed:int=0,               # of the draw for the first prompt; the next ones count on, the same for each model
-    device:str=None,          # None: the GPU if there is one
+    models: list[str],  # "NAME=FOLDER" of each model to compare
+    out: Path,  # folder to write: samples.jsonl, samples.md
+    prompts: list[str] = None,  # texts, or files with one on each line; None: six short beginnings
+    max_new_tokens: int = 100,  # stop after so many
+    temperature: float = 0.8,  # 0: always the likeliest token
+    top_p: float = 0.9,  # draw from the likeliest tokens that hold this share
+    chat: bool = True,  # put the prompt into the chat template of a model that has one
+    load_in_4bit: bool = False,  # NF4
+    attn: str = "sdpa",  # sdpa, eager, flash_attention_2
+    seed: int = 0,  # of the draw for the first prompt; the next ones count on, the same for each model
+    device: str = None,  # None: the GPU if there is one
 ):
     "Let models continue the same prompts"
     rows, asked = [], read_prompts(prompts)
     for name, ref in parse_models(models).items():
-        model, tok = load_model(ref, load_in_4bit=load_in_4bit, attn=attn, device=device), load_tokenizer(resolve_model(ref))
+        model, tok = (
+            load_model(ref, load_in_4bit=load_in_4bit, attn=attn, device=device),
+            load_tokenizer(resolve_model(ref)),
+        )
         for i, p in enumerate(asked):
-            given = [dict(role='user', content=p)] if chat and tok.chat_template else p
-            rows.append(dict(model=name, prompt=p, **generate_text(model, tok, given, max_new_tokens, temperature, top_p, seed + i)))
+            given = [dict(role="user", content=p)] if chat and tok.chat_template else p
+            rows.append(
+                dict(
+                    model=name,
+                    prompt=p,
+                    **generate_text(
+                        model, tok, given, max_new_tokens, temperature, top_p, seed + i
+                    ),
+                )
+            )
         del model
-    write_text(out/'samples.jsonl', ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
-    write_text(out/'samples.md', samples_table(rows))
-    n = sum(r['n_tokens'] for r in rows)
-    say('generate', f'{len(rows)} samples, {n:,} tokens, {sum(r["stop"] == "end" for r in rows)} ended by themselves')
-    return dict(n_samples=len(rows), n_tokens=n, n_ended=sum(r['stop'] == 'end' for r in rows))
+    write_text(
+        out / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    )
+    write_text(out / "samples.md", samples_table(rows))
+    n = sum(r["n_tokens"] for r in rows)
+    say(
+        "generate",
+        f"{len(rows)} samples, {n:,} tokens, {sum(r['stop'] == 'end' for r in rows)} ended by themselves",
+    )
+    return dict(n_samples=len(rows), n_tokens=n, n_ended=sum(r["stop"] == "end" for r in rows))
+
 
 # %% ../nbs/12_generate.ipynb #632b086f
 def chat(
-    model:Path,                # model folder (ours or any other), or hub id
-    adapter:Path=None,         # PEFT adapter to put on it
-    system:str=None,           # what the model is told first
-    max_new_tokens:int=512,    # of an answer
-    temperature:float=0.8,     # 0: always the likeliest token
-    top_p:float=0.9,           # draw from the likeliest tokens that hold this share
-    load_in_4bit:bool=False,   # NF4
-    attn:str='sdpa',           # sdpa, eager, flash_attention_2
-    seed:int=0,                # of the first answer; the next ones count on
-    device:str=None,           # None: the GPU if there is one
+    model: Path,  # model folder (ours or any other), or hub id
+    adapter: Path = None,  # PEFT adapter to put on it
+    system: str = None,  # what the model is told first
+    max_new_tokens: int = 512,  # of an answer
+    temperature: float = 0.8,  # 0: always the likeliest token
+    top_p: float = 0.9,  # draw from the likeliest tokens that hold this share
+    load_in_4bit: bool = False,  # NF4
+    attn: str = "sdpa",  # sdpa, eager, flash_attention_2
+    seed: int = 0,  # of the first answer; the next ones count on
+    device: str = None,  # None: the GPU if there is one
 ):
     "Talk with a model; /reset forgets, /exit or end of file leaves, Ctrl-C stops an answer"
     resolve_model(model)
     net = load_model(model, adapter=adapter, load_in_4bit=load_in_4bit, attn=attn, device=device)
-    tok = load_tokenizer(adapter if adapter and tokenizer_fingerprint(adapter) else resolve_model(model))
-    require(tok.chat_template, f'{model} has no chat template; run: cmixtral sft --model {model} --out DIR, or cmixtral generate')
-    start = [dict(role='system', content=system)] if system else []
+    tok = load_tokenizer(
+        adapter if adapter and tokenizer_fingerprint(adapter) else resolve_model(model)
+    )
+    require(
+        tok.chat_template,
+        f"{model} has no chat template; run: cmixtral sft --model {model} --out DIR, or cmixtral generate",
+    )
+    start = [dict(role="system", content=system)] if system else []
     talk = list(start)
     for line in _lines():
-        if line.strip() == '/exit': break
-        if line.strip() == '/reset': talk = list(start); continue
-        if not line.strip(): continue
-        talk.append(dict(role='user', content=line))
+        if line.strip() == "/exit":
+            break
+        if line.strip() == "/reset":
+            talk = list(start)
+            continue
+        if not line.strip():
+            continue
+        talk.append(dict(role="user", content=line))
         talk = _fit(tok, talk, net.config.max_position_embeddings - max_new_tokens, len(start))
-        try: text = _answer(net, tok, talk, max_new_tokens, temperature, top_p, seed); seed += 1
-        except StageError as e: print(e, file=sys.stderr); talk.pop(); continue  # what does not fit is not said
-        talk.append(dict(role='assistant', content=text or '…'))
+        try:
+            text = _answer(net, tok, talk, max_new_tokens, temperature, top_p, seed)
+            seed += 1
+        except StageError as e:
+            print(e, file=sys.stderr)
+            talk.pop()
+            continue  # what does not fit is not said
+        talk.append(dict(role="assistant", content=text or "…"))
+
 
 # %% ../nbs/12_generate.ipynb #b85aee92
 def _lines():
     "Lines from standard input; a prompt only where somebody sees it"
     while True:
-        try: yield input('> ' if sys.stdin.isatty() else '')
-        except (EOFError, KeyboardInterrupt): return
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return
 
-def _answer(net, tok, talk, max_new_tokens, temperature, top_p, seed)->str:
+
+def _answer(net, tok, talk, max_new_tokens, temperature, top_p, seed) -> str:
     "Write an answer as it comes; what was written until Ctrl-C counts"
     from transformers import TextStreamer
-    said = []
-    class Screen(TextStreamer):
-        def on_finalized_text(self, text:str, stream_end:bool=False):
-            said.append(text); print(text, end='\n' if stream_end else '', flush=True)
-    try: generate_text(net, tok, talk, max_new_tokens, temperature, top_p, seed, Screen(tok, skip_prompt=True, skip_special_tokens=True))
-    except KeyboardInterrupt: print()
-    return ''.join(said).strip()
 
-def _fit(tok, talk:list, n:int, keep:int)->list:
+    said = []
+
+    class Screen(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False):
+            said.append(text)
+            print(text, end="\n" if stream_end else "", flush=True)
+
+    try:
+        generate_text(
+            net,
+            tok,
+            talk,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seed,
+            Screen(tok, skip_prompt=True, skip_special_tokens=True),
+        )
+    except KeyboardInterrupt:
+        print()
+    return "".join(said).strip()
+
+
+def _fit(tok, talk: list, n: int, keep: int) -> list:
     "Without its oldest questions and answers, until it has room"
-    while len(talk) > keep + 2 and len(encode_prompt(tok, talk)) > n: talk = talk[:keep] + talk[keep+2:]
+    while len(talk) > keep + 2 and len(encode_prompt(tok, talk)) > n:
+        talk = talk[:keep] + talk[keep + 2 :]
     return talk

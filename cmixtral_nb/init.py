@@ -6,391 +6,481 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['METHODS', 'piece_bytes', 'pieces_of', 'spell', 'new_tokens', 'Matrix', 'weighted_mean', 'script_of', 'n_chars',
-           'new_rows', 'row_tensors', 'grow', 'copy_config', 'copy_tokenizer', 'rewrite_shard', 'write_rows',
-           'train_briefly', 'probe_methods', 'rank_methods', 'plot_probe', 'init']
+__all__ = [
+    "METHODS",
+    "piece_bytes",
+    "pieces_of",
+    "spell",
+    "new_tokens",
+    "Matrix",
+    "weighted_mean",
+    "script_of",
+    "n_chars",
+    "new_rows",
+    "row_tensors",
+    "grow",
+    "write_rows",
+    "probe_methods",
+    "init",
+]
 
 # %% ../nbs/06_init.ipynb #7ab2c463
-import os, re, shutil, tempfile, unicodedata
+import re
+import tempfile
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from .artifact import *
-from .mixtral import *
+
+from cmixtral_nb.checkpoints import (
+    _link,
+    _write_index,
+    copy_config,
+    copy_tokenizer,
+    load_tensor,
+    resolve_model,
+    rewrite_shard,
+    tensor_files,
+)
+from cmixtral_nb.stages import (
+    StageError,
+    read_json,
+    require,
+    stage,
+    tokenizer_fingerprint,
+    write_json,
+    write_text,
+)
+
+from .base import text_blocks
+from .bits import bits_per_byte
+from .machine import say
+from .mixtral import use_by_expert
+from .probe import _probe_texts, plot_probe, rank_methods, train_briefly
+
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/06_init.ipynb #e16245fe
-_BYTE = re.compile('<0x([0-9A-F]{2})>')
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
-def _letters(tok)->dict|None:
+
+def _letters(tok) -> dict | None:
     "The letter that a byte-level vocabulary writes for each byte; None for one that is written as sentencepiece does"
     from transformers.convert_slow_tokenizer import bytes_to_unicode
-    return bytes_to_unicode() if 'ByteLevel' in str(tok.backend_tokenizer.decoder) else None
+
+    return bytes_to_unicode() if "ByteLevel" in str(tok.backend_tokenizer.decoder) else None
+
 
 def piece_bytes(
-    piece:str,  # such as ▁the, or <0xE4><0xB8>
-)->bytes:
+    piece: str,  # such as ▁the, or <0xE4><0xB8>
+) -> bytes:
     "The UTF-8 bytes that a token in sentencepiece's writing stands for"
-    return bytes(int(x, 16) for x in _BYTE.findall(piece)) if _BYTE.match(piece) else piece.replace('▁', ' ').encode()
+    return (
+        bytes(int(x, 16) for x in _BYTE.findall(piece))
+        if _BYTE.match(piece)
+        else piece.replace("▁", " ").encode()
+    )
+
 
 def pieces_of(
-    tok:PreTrainedTokenizerBase,  # of any kind
-)->list[str]:  # in the order of their ids
+    tok: PreTrainedTokenizerBase,  # of any kind
+) -> list[str]:  # in the order of their ids
     "All tokens, written as sentencepiece writes them: ▁ for a blank, <0xE4> for a byte that is no character"
     names, letters = tok.convert_ids_to_tokens(range(len(tok))), _letters(tok)
     byte = {c: b for b, c in (letters or {}).items()}
+
     def one(name):
-        if not byte or not byte.keys() >= set(name): return name
+        if not byte or not byte.keys() >= set(name):
+            return name
         b = bytes(byte[c] for c in name)
-        try: return b.decode().replace(' ', '▁')
-        except UnicodeDecodeError: return ''.join(f'<0x{x:02X}>' for x in b)
+        try:
+            return b.decode().replace(" ", "▁")
+        except UnicodeDecodeError:
+            return "".join(f"<0x{x:02X}>" for x in b)
+
     return [one(n) for n in names]
+
 
 # %% ../nbs/06_init.ipynb #f3c87691
 def spell(
-    tok:PreTrainedTokenizerBase,  # the old tokenizer, of any kind
-    pieces:list[str],             # new tokens, in sentencepiece's writing
-    method:str='mean',            # "seed": as the seed spells, with what the tokenizer puts in front
-)->list[list[int]]:  # old ids of each; one that the old tokenizer has is spelled with itself
+    tok: PreTrainedTokenizerBase,  # the old tokenizer, of any kind
+    pieces: list[str],  # new tokens, in sentencepiece's writing
+    method: str = "mean",  # "seed": as the seed spells, with what the tokenizer puts in front
+) -> list[list[int]]:  # old ids of each; one that the old tokenizer has is spelled with itself
     "Spell new tokens with old ones"
-    if method == 'seed': return tok([piece_bytes(p).decode(errors='replace') for p in pieces], add_special_tokens=True)['input_ids']
-    bpe, vocab, letters = tok.backend_tokenizer.model, tok.get_vocab(), _letters(tok)  # below the normaliser, which would put ▁ in front
+    if method == "seed":
+        return tok(
+            [piece_bytes(p).decode(errors="replace") for p in pieces], add_special_tokens=True
+        )["input_ids"]
+    bpe, vocab, letters = (
+        tok.backend_tokenizer.model,
+        tok.get_vocab(),
+        _letters(tok),
+    )  # below the normaliser, which would put ▁ in front
+
     def one(p):
-        name = ''.join(letters[b] for b in piece_bytes(p)) if letters else p
-        if name in vocab: return [vocab[name]]
-        if _BYTE.match(name): return [vocab[m[0]] for m in _BYTE.finditer(name) if m[0] in vocab]
+        name = "".join(letters[b] for b in piece_bytes(p)) if letters else p
+        if name in vocab:
+            return [vocab[name]]
+        if _BYTE.match(name):
+            return [vocab[m[0]] for m in _BYTE.finditer(name) if m[0] in vocab]
         return [t.id for t in bpe.tokenize(name)]
+
     unknown = next((i for i in (tok.unk_token_id, tok.eos_token_id) if i is not None), 0)
     return [one(p) or [unknown] for p in pieces]
 
+
 def new_tokens(
-    old:PreTrainedTokenizerBase,  # the model's tokenizer
-    new:PreTrainedTokenizerBase,  # the one that extends it
-)->list[str]|None:  # in the order of their ids; None where new does not extend old
+    old: PreTrainedTokenizerBase,  # the model's tokenizer
+    new: PreTrainedTokenizerBase,  # the one that extends it
+) -> list[str] | None:  # in the order of their ids; None where new does not extend old
     "What the new tokenizer has and the old one has not"
     a, b = (sorted(t.get_vocab().items(), key=lambda x: x[1]) for t in (old, new))
-    return [p for p, _ in b[len(a):]] if a == b[:len(a)] else None
+    return [p for p, _ in b[len(a) :]] if a == b[: len(a)] else None
+
 
 # %% ../nbs/06_init.ipynb #87a844bd
 class Matrix(NamedTuple):
     "What a method may look at when it makes new rows"
-    W:Tensor                    # (n_old, d) embedding or lm_head, any floating type
-    spellings:list[list[int]]   # old ids that spell each new token
-    pieces:list[str]            # the new tokens
-    old:list[str]               # the old tokens, in the order of their ids
-    head:bool                   # whether W is the head
-    seed:int                    # for methods that draw numbers
+
+    W: Tensor  # (n_old, d) embedding or lm_head, any floating type
+    spellings: list[list[int]]  # old ids that spell each new token
+    pieces: list[str]  # the new tokens
+    old: list[str]  # the old tokens, in the order of their ids
+    head: bool  # whether W is the head
+    seed: int  # for methods that draw numbers
+
 
 def weighted_mean(
-    W:Tensor,                        # (n_old, d)
-    ids:list[list[int]],             # old rows for each new one
-    weight:list[list[float]]=None,   # of each old row; None: all the same
-    chunk_bytes:int=2**26,           # memory for the rows that are gathered at once
-)->Tensor:  # (n_new, d) float32
+    W: Tensor,  # (n_old, d)
+    ids: list[list[int]],  # old rows for each new one
+    weight: list[list[float]] = None,  # of each old row; None: all the same
+    chunk_bytes: int = 2**26,  # memory for the rows that are gathered at once
+) -> Tensor:  # (n_new, d) float32
     "Means of old rows, for all tokens of the same length at once"
     import torch
+
     out, lengths = torch.empty(len(ids), W.shape[1]), {}
-    for i, x in enumerate(ids): lengths.setdefault(len(x), []).append(i)
+    for i, x in enumerate(ids):
+        lengths.setdefault(len(x), []).append(i)
     for k, mine in lengths.items():
         step = max(1, chunk_bytes // (4 * k * W.shape[1]))
-        for part in (mine[j:j+step] for j in range(0, len(mine), step)):
+        for part in (mine[j : j + step] for j in range(0, len(mine), step)):
             X = W[torch.tensor([ids[i] for i in part])].float()
-            if weight is None: out[part] = X.mean(1); continue
+            if weight is None:
+                out[part] = X.mean(1)
+                continue
             w = torch.tensor([weight[i] for i in part])
             out[part] = (X * (w / w.sum(1, keepdim=True))[..., None]).sum(1)
     return out
 
+
 # %% ../nbs/06_init.ipynb #db44932e
 def script_of(
-    piece:str,  # a token
-)->str:  # such as CJK, LATIN, HANGUL; '' where it has no letter
+    piece: str,  # a token
+) -> str:  # such as CJK, LATIN, HANGUL; '' where it has no letter
     "The script of a token: how Unicode calls its first letter"
-    return next((unicodedata.name(c, '').split(' ')[0] for c in piece if c.isalpha()), '') if not _BYTE.match(piece) else ''
+    return (
+        next((unicodedata.name(c, "").split(" ")[0] for c in piece if c.isalpha()), "")
+        if not _BYTE.match(piece)
+        else ""
+    )
 
-def n_chars(piece:str)->float:
+
+def n_chars(piece: str) -> float:
     "Characters that a token stands for; a byte is about a third of one"
     return len(_BYTE.findall(piece)) / 3 if _BYTE.match(piece) else max(1, len(piece))
 
-def _mean(m:Matrix)->Tensor: return weighted_mean(m.W, m.spellings)
-def _first(m:Matrix)->Tensor: return m.W[[x[0] for x in m.spellings]].float() if m.head else _mean(m)
-def _average(m:Matrix)->Tensor: return m.W.float().mean(0).expand(len(m.spellings), -1)
 
-def _normal(m:Matrix)->Tensor:
+def _mean(m: Matrix) -> Tensor:
+    return weighted_mean(m.W, m.spellings)
+
+
+def _first(m: Matrix) -> Tensor:
+    return m.W[[x[0] for x in m.spellings]].float() if m.head else _mean(m)
+
+
+def _average(m: Matrix) -> Tensor:
+    return m.W.float().mean(0).expand(len(m.spellings), -1)
+
+
+def _normal(m: Matrix) -> Tensor:
     import torch
-    X = m.W.float()
-    return X.mean(0) + torch.randn(len(m.spellings), X.shape[1], generator=torch.Generator().manual_seed(m.seed)) * X.std(0)
 
-def _asymmetric(m:Matrix)->Tensor:
+    X = m.W.float()
+    return X.mean(0) + torch.randn(
+        len(m.spellings), X.shape[1], generator=torch.Generator().manual_seed(m.seed)
+    ) * X.std(0)
+
+
+def _asymmetric(m: Matrix) -> Tensor:
     "Length-weighted in the head; scaled to the norm of the script in the embedding"
     import torch
-    if m.head: return weighted_mean(m.W, m.spellings, [[n_chars(m.old[i]) for i in x] for x in m.spellings])
+
+    if m.head:
+        return weighted_mean(
+            m.W, m.spellings, [[n_chars(m.old[i]) for i in x] for x in m.spellings]
+        )
     norm, rows, groups = m.W.float().norm(dim=1), _mean(m), {}
-    for i, t in enumerate(m.old): groups.setdefault(script_of(t), []).append(i)
+    for i, t in enumerate(m.old):
+        groups.setdefault(script_of(t), []).append(i)
     want = {s: norm[i].mean() for s, i in groups.items()}
     target = torch.stack([want.get(script_of(p), norm.mean()) for p in m.pieces])
     return rows * (target / rows.norm(dim=1).clamp(min=1e-12))[:, None]
 
-METHODS = dict(mean=_mean, seed=_mean, first=_first, asymmetric=_asymmetric, average=_average, normal=_normal)
+
+METHODS = dict(
+    mean=_mean, seed=_mean, first=_first, asymmetric=_asymmetric, average=_average, normal=_normal
+)
+
 
 # %% ../nbs/06_init.ipynb #24a7942b
 def new_rows(
-    W:Tensor,                   # (n_old, d) embedding or lm_head
-    spellings:list[list[int]],  # old ids that spell each new token
-    method:str='mean',          # a name in METHODS
-    seed:int=0,                 # for methods that draw numbers
-    pieces:list[str]=(),        # the new tokens, for methods that look at them
-    old:list[str]=(),           # the old tokens, likewise
-    head:bool=False,            # whether W is the head
-)->Tensor:  # (n_new, d), W's dtype
+    W: Tensor,  # (n_old, d) embedding or lm_head
+    spellings: list[list[int]],  # old ids that spell each new token
+    method: str = "mean",  # a name in METHODS
+    seed: int = 0,  # for methods that draw numbers
+    pieces: list[str] = (),  # the new tokens, for methods that look at them
+    old: list[str] = (),  # the old tokens, likewise
+    head: bool = False,  # whether W is the head
+) -> Tensor:  # (n_new, d), W's dtype
     "Rows for new tokens, computed in float32 and rounded once"
-    require(method in METHODS, f'method {method!r} is unknown, expected one of {", ".join(METHODS)}')
-    return METHODS[method](Matrix(W, spellings, pieces, old, head, seed)).contiguous().to(W.dtype) if spellings else W[:0]
+    require(
+        method in METHODS, f"method {method!r} is unknown, expected one of {', '.join(METHODS)}"
+    )
+    return (
+        METHODS[method](Matrix(W, spellings, pieces, old, head, seed)).contiguous().to(W.dtype)
+        if spellings
+        else W[:0]
+    )
+
 
 # %% ../nbs/06_init.ipynb #4234cfc9
 def row_tensors(
-    files:dict[str, Path],  # from tensor_files
-)->list[str]:  # the embedding, and the head unless it is tied to it
+    files: dict[str, Path],  # from tensor_files
+) -> list[str]:  # the embedding, and the head unless it is tied to it
     "Names of the tensors with one row for each token"
-    return [n for n in files if n.endswith(('embed_tokens.weight', 'wte.weight', 'lm_head.weight'))]
+    return [n for n in files if n.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))]
+
 
 def grow(
-    W:Tensor,     # (n_rows, d) embedding or lm_head
-    n_old:int,    # rows that stay where they are
-    rows:Tensor,  # (n_new, d)
-)->Tensor:  # (max(n_rows, n_old + n_new), d)
+    W: Tensor,  # (n_rows, d) embedding or lm_head
+    n_old: int,  # rows that stay where they are
+    rows: Tensor,  # (n_new, d)
+) -> Tensor:  # (max(n_rows, n_old + n_new), d)
     "Old rows as they are, then the new ones; rows that padded the matrix give way"
     import torch
-    return torch.cat([W[:n_old], rows, W[n_old + len(rows):]])
+
+    return torch.cat([W[:n_old], rows, W[n_old + len(rows) :]])
+
 
 def _check(model, tokenizer, method, transplant=False, **kw):
     "The model is whole, the tokenizer extends the model's own: nothing else need be known"
-    if method not in METHODS: raise StageError(f'method {method!r} is unknown, expected one of {", ".join(METHODS)}')
+    if method not in METHODS:
+        raise StageError(f"method {method!r} is unknown, expected one of {', '.join(METHODS)}")
     _tokens(resolve_model(model), tokenizer, transplant)
+
 
 class _Tokens(NamedTuple):
     "Which rows a model gets"
-    old:PreTrainedTokenizerBase  # the model's tokenizer
-    new:PreTrainedTokenizerBase  # the tokenizer to give it
-    keep:int                     # rows that stay where they are: all old ones, or none
-    pieces:list[str]             # tokens of the rows from there on
-    taken:dict[int, int]         # of these, which are an old row as it is: place -> old id
+
+    old: PreTrainedTokenizerBase  # the model's tokenizer
+    new: PreTrainedTokenizerBase  # the tokenizer to give it
+    keep: int  # rows that stay where they are: all old ones, or none
+    pieces: list[str]  # tokens of the rows from there on
+    taken: dict[int, int]  # of these, which are an old row as it is: place -> old id
+
 
 # %% ../nbs/06_init.ipynb #62196b00
-def _tokens(model:Path, tokenizer, transplant:bool=False)->_Tokens:
+def _tokens(model: Path, tokenizer, transplant: bool = False) -> _Tokens:
     "Old and new tokens; `StageError` where one does not follow from the other"
-    from cmixtral_nb.vocab import load_tokenizer
-    p = Path(getattr(tokenizer, 'path', tokenizer))
-    require(p.is_dir(), f'{p} does not exist; expected a tokenizer; run: cmixtral vocab --out {p}')
+    from cmixtral_nb.tokenizer_files import load_tokenizer
+
+    p = Path(getattr(tokenizer, "path", tokenizer))
+    require(p.is_dir(), f"{p} does not exist; expected a tokenizer; run: cmixtral vocab --out {p}")
     old, new = load_tokenizer(model), load_tokenizer(p)
-    n_rows = read_json(model/'config.json').get('vocab_size', len(old))
-    require(n_rows >= len(old), f'{model} has {n_rows:,} rows for {len(old):,} tokens; expected at least as many')
-    if transplant: return _Tokens(old, new, 0, pieces_of(new), _taken(old, new))
+    n_rows = read_json(model / "config.json").get("vocab_size", len(old))
+    require(
+        n_rows >= len(old),
+        f"{model} has {n_rows:,} rows for {len(old):,} tokens; expected at least as many",
+    )
+    if transplant:
+        return _Tokens(old, new, 0, pieces_of(new), _taken(old, new))
     pieces = new_tokens(old, new)
-    mend = f'run: cmixtral vocab --base {model} --out DIR'
-    require(pieces is not None, f'{p} does not extend the tokenizer of {model}: the first {len(old):,} tokens differ; {mend}; '
-        'or make all rows anew: cmixtral init --transplant')
-    require(pieces, f'{p} has no token that {model} lacks, expected an extended tokenizer; {mend}')
+    mend = f"run: cmixtral vocab --base {model} --out DIR"
+    require(
+        pieces is not None,
+        f"{p} does not extend the tokenizer of {model}: the first {len(old):,} tokens differ; {mend}; "
+        "or make all rows anew: cmixtral init --transplant",
+    )
+    require(pieces, f"{p} has no token that {model} lacks, expected an extended tokenizer; {mend}")
     return _Tokens(old, new, len(old), pieces, {})
 
-def _taken(old, new)->dict[int, int]:
+
+def _taken(old, new) -> dict[int, int]:
     "New id -> old id of tokens that both have, and of those that do the same"
     taken = {i: x[0] for i, x in enumerate(spell(old, pieces_of(new))) if len(x) == 1}
-    old_id = lambda role: getattr(old, f'{role}_token_id')
-    pairs = [(getattr(new, f'{r}_token_id'), old_id('eos') if r == 'bos' and old_id(r) is None else old_id(r)) for r in ('pad', 'unk', 'bos', 'eos')]
+    old_id = lambda role: getattr(old, f"{role}_token_id")
+    pairs = [
+        (
+            getattr(new, f"{r}_token_id"),
+            old_id("eos") if r == "bos" and old_id(r) is None else old_id(r),
+        )
+        for r in ("pad", "unk", "bos", "eos")
+    ]
     return taken | {n: o for n, o in pairs if None not in (n, o)}
 
-# %% ../nbs/06_init.ipynb #7ce9c496
-def _link(src:Path, dst:Path):
-    "The same bytes under another name: a hard link where the disk can, else a copy"
-    try: os.link(src.resolve(), dst)
-    except OSError: shutil.copyfile(src, dst)
-
-_TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja',
-                   'generation_config.json')  # the last names the tokens that end a text
-
-def copy_config(
-    model:Path, out:Path,  # folders
-    n_rows:int,            # rows of embedding and head from now on
-    **changes,             # other keys of config.json
-):
-    "config.json with the new size, and the generation settings"
-    config = read_json(model/'config.json')
-    write_json(out/'config.json', dict(config, vocab_size=n_rows, **changes))
-    if (model/'generation_config.json').is_file(): shutil.copyfile(model/'generation_config.json', out/'generation_config.json')
-
-def copy_tokenizer(folder:Path, out:Path):
-    "The files of a tokenizer, as they are"
-    for n in _TOKENIZER_FILES:
-        if (Path(folder)/n).is_file(): shutil.copyfile(Path(folder)/n, out/n)
-
-# %% ../nbs/06_init.ipynb #7dd542c5
-def rewrite_shard(
-    src:Path, dst:Path,        # safetensors files
-    changed:dict[str, Tensor], # tensors to put in
-):
-    "A shard with some tensors replaced; the others pass through one by one"
-    head = read_header(src); files = dict.fromkeys(head, src)
-    specs = [(n, t['dtype'], list(changed[n].shape) if n in changed else t['shape']) for n, t in head.items()]
-    write_tensors(dst, specs, lambda n: changed[n] if n in changed else load_tensor(files, n))
-
-def _write_index(model:Path, out:Path):
-    "The index with the sizes as they are now; a model of one file has none"
-    if not (model/INDEX).is_file(): return
-    files = tensor_files(out, check_index=False)
-    write_index(out, files, read_json(model/INDEX).get('metadata', {}))
 
 # %% ../nbs/06_init.ipynb #797d8365
 def write_rows(
-    src:Path,        # HF model folder
-    tokenizer:Path,  # folder of the new tokenizer
-    out:Path,        # folder to write
-    method:str,      # a name in METHODS
-    seed:int=0,      # for methods that draw numbers
-    transplant:bool=False,  # whether the new tokenizer replaces the old one, instead of extending it
-)->dict:  # n_old, n_new, n_rows, n_taken, sub_tokens, norms
+    src: Path,  # HF model folder
+    tokenizer: Path,  # folder of the new tokenizer
+    out: Path,  # folder to write
+    method: str,  # a name in METHODS
+    seed: int = 0,  # for methods that draw numbers
+    transplant: bool = False,  # whether the new tokenizer replaces the old one, instead of extending it
+) -> dict:  # n_old, n_new, n_rows, n_taken, sub_tokens, norms
     "The model with a row for each new token"
     files, t = tensor_files(src), _tokens(src, tokenizer, transplant)
     changed, norms, spelled, tokens = {}, {}, spell(t.old, t.pieces, method), pieces_of(t.old)
-    for i, o in t.taken.items(): spelled[i] = [o]
+    for i, o in t.taken.items():
+        spelled[i] = [o]
     for name in row_tensors(files):
-        W = load_tensor(files, name); E = W[:len(tokens)]
-        rows = new_rows(E, spelled, method, seed, t.pieces, tokens, head=name.endswith('lm_head.weight'))
-        if t.taken: rows[list(t.taken)] = E[list(t.taken.values())]
+        W = load_tensor(files, name)
+        E = W[: len(tokens)]
+        rows = new_rows(
+            E, spelled, method, seed, t.pieces, tokens, head=name.endswith("lm_head.weight")
+        )
+        if t.taken:
+            rows[list(t.taken)] = E[list(t.taken.values())]
         changed[name] = rows if transplant else grow(W, t.keep, rows)
-        norms[name] = dict(old=round(E.float().norm(dim=1).mean().item(), 4), new=round(rows.float().norm(dim=1).mean().item(), 4))
+        norms[name] = dict(
+            old=round(E.float().norm(dim=1).mean().item(), 4),
+            new=round(rows.float().norm(dim=1).mean().item(), 4),
+        )
     _write_model(src, out, files, changed)
     copy_tokenizer(Path(tokenizer), out)
-    if transplant: _write_ids(out, t.new)
-    return dict(n_old=t.keep, n_new=len(t.pieces), n_rows=len(next(iter(changed.values()))), n_taken=len(t.taken),
-                sub_tokens=round(sum(map(len, spelled)) / len(spelled), 3), norms=norms)
+    if transplant:
+        _write_ids(out, t.new)
+    return dict(
+        n_old=t.keep,
+        n_new=len(t.pieces),
+        n_rows=len(next(iter(changed.values()))),
+        n_taken=len(t.taken),
+        sub_tokens=round(sum(map(len, spelled)) / len(spelled), 3),
+        norms=norms,
+    )
+
 
 # %% ../nbs/06_init.ipynb #752169ac
-def _write_model(src:Path, out:Path, files:dict, changed:dict):
+def _write_model(src: Path, out: Path, files: dict, changed: dict):
     "The shards that change, links to the others, config and index"
     for shard in sorted(set(files.values())):
         mine = {n: t for n, t in changed.items() if files[n] == shard}
-        if mine: rewrite_shard(shard, out/shard.name, mine)
-        else: _link(shard, out/shard.name)
-    copy_config(src, out, len(next(iter(changed.values())))); _write_index(src, out)
+        if mine:
+            rewrite_shard(shard, out / shard.name, mine)
+        else:
+            _link(shard, out / shard.name)
+    copy_config(src, out, len(next(iter(changed.values()))))
+    _write_index(src, out)
 
-def _write_ids(out:Path, tok):
+
+def _write_ids(out: Path, tok):
     "Ids of the tokens that begin, end and fill a text, where the model's files name them"
-    ids = {f'{r}_token_id': getattr(tok, f'{r}_token_id') for r in ('bos', 'eos', 'pad', 'unk')}
-    for f in (out/'config.json', out/'generation_config.json'):
-        if f.is_file(): c = read_json(f); write_json(f, c | {k: v for k, v in ids.items() if k in c})
+    ids = {f"{r}_token_id": getattr(tok, f"{r}_token_id") for r in ("bos", "eos", "pad", "unk")}
+    for f in (out / "config.json", out / "generation_config.json"):
+        if f.is_file():
+            c = read_json(f)
+            write_json(f, c | {k: v for k, v in ids.items() if k in c})
 
-# %% ../nbs/06_init.ipynb #7246445b
-def train_briefly(
-    net:PreTrainedModel,  # changed
-    blocks:Tensor,        # (n, length) token ids
-    steps:int,            # optimiser steps
-    batch:int=4,          # blocks in a step
-    lr:float=1e-3,        # peak learning rate; warm-up over a tenth of the steps
-):
-    "AdamW on all parameters, nothing else"
-    import torch
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(.9, .95))
-    warm = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: min(1, (s + 1) / max(1, steps // 10)))
-    net.train()
-    for s in range(steps):
-        x = blocks[[i % len(blocks) for i in range(s * batch, (s + 1) * batch)]].to(net.device)
-        h = net.base_model(input_ids=x, use_cache=False).last_hidden_state
-        head_loss(h[:, :-1].flatten(0, 1), net.get_output_embeddings().weight, x[:, 1:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.); opt.step(); warm.step(); opt.zero_grad()
-    net.eval()
 
 # %% ../nbs/06_init.ipynb #aa2bf9a8
 def probe_methods(
-    model:Path,              # HF model folder, of a size that can be trained here
-    tokenizer:Path,          # folder of the new tokenizer
-    corpus:Path,             # corpus with held-out text
-    methods:list[str]=None,  # names in METHODS; none: all
-    seeds:int=3,             # orders of the batches
-    steps:int=50,            # optimiser steps
-    batch:int=4,             # blocks in a step
-    length:int=128,          # tokens in a block
-    lr:float=1e-3,           # peak learning rate
-    limit_chars:int=20_000,  # characters of held-out text of each language
-    transplant:bool=False,   # whether the tokenizer replaces the model's
-)->list[dict]:  # method, seed, and bits per byte by language
+    model: Path,  # HF model folder, of a size that can be trained here
+    tokenizer: Path,  # folder of the new tokenizer
+    corpus: Path,  # corpus with held-out text
+    methods: list[str] = None,  # names in METHODS; none: all
+    seeds: int = 3,  # orders of the batches
+    steps: int = 50,  # optimiser steps
+    batch: int = 4,  # blocks in a step
+    length: int = 128,  # tokens in a block
+    lr: float = 1e-3,  # peak learning rate
+    limit_chars: int = 20_000,  # characters of held-out text of each language
+    transplant: bool = False,  # whether the tokenizer replaces the model's
+) -> list[dict]:  # method, seed, and bits per byte by language
     "Train each method's model for a few steps from the same data"
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
-    experts, rows, jobs = use_by_expert(), [], [(m, s) for m in methods or METHODS for s in range(seeds)]
+
+    experts, rows, jobs = (
+        use_by_expert(),
+        [],
+        [(m, s) for m in methods or METHODS for s in range(seeds)],
+    )
     tok, train, valid = _probe_texts(tokenizer, corpus, steps * batch * length * 4, limit_chars)
-    for method, seed in tqdm(jobs, desc='probe', disable=None):
+    for method, seed in tqdm(jobs, desc="probe", disable=None):
         with tempfile.TemporaryDirectory() as d:
             write_rows(resolve_model(model), tokenizer, Path(d), method, seed, transplant)
             net = AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32)
-            if hasattr(net.config, 'num_local_experts'): net.config._experts_implementation = experts
-            train_briefly(net, text_blocks(train, length, tok.bos_token_id, tok.eos_token_id, seed), steps, batch, lr)
-            rows.append(dict(method=method, seed=seed, **{l: bits_per_byte(net, tok, t, length)['bits_per_byte'] for l, t in valid.items()}))
+            if hasattr(net.config, "num_local_experts"):
+                net.config._experts_implementation = experts
+            train_briefly(
+                net,
+                text_blocks(train, length, tok.bos_token_id, tok.eos_token_id, seed),
+                steps,
+                batch,
+                lr,
+            )
+            rows.append(
+                dict(
+                    method=method,
+                    seed=seed,
+                    **{
+                        l: bits_per_byte(net, tok, t, length)["bits_per_byte"]
+                        for l, t in valid.items()
+                    },
+                )
+            )
     return rows
 
-# %% ../nbs/06_init.ipynb #32c7b59b
-def _probe_texts(tokenizer, corpus, n_chars:int, limit_chars:int)->tuple:
-    "The tokenizer; training documents of all languages, encoded and mixed; held-out text by language"
-    import random
-    from cmixtral_nb.corpus import corpus_langs, corpus_texts
-    from cmixtral_nb.vocab import encode_plain, load_tokenizer
-    tok, langs = load_tokenizer(tokenizer), corpus_langs(corpus)
-    require(langs, f'{corpus} is no corpus, expected one with held-out text; run: cmixtral corpus --out DIR')
-    docs = [t for l in langs for t in corpus_texts(corpus, l, 'train', n_chars)]
-    valid = {l: v for l in langs if (v := [t[:2000] for t in corpus_texts(corpus, l, 'valid', limit_chars)])}
-    require(valid, f'{corpus} has no held-out text; run: cmixtral corpus --valid-share 0.01')
-    random.Random(0).shuffle(docs)
-    return tok, encode_plain(tok, docs), valid
-
-# %% ../nbs/06_init.ipynb #979b438f
-def rank_methods(
-    rows:list[dict],  # of probe_methods
-)->list[dict]:  # the best first: method, mean and spread over seeds of the mean of all languages, and each language
-    "Methods by bits per byte"
-    langs, out = [k for k in rows[0] if k not in ('method', 'seed')], []
-    for m in dict.fromkeys(r['method'] for r in rows):
-        own = [r for r in rows if r['method'] == m]; all_ = [sum(r[l] for l in langs) / len(langs) for r in own]
-        mean = sum(all_) / len(all_)
-        spread = (sum((x - mean)**2 for x in all_) / max(1, len(all_) - 1))**.5
-        out.append(dict(method=m, mean=mean, spread=spread, **{l: sum(r[l] for r in own) / len(own) for l in langs}))
-    return sorted(out, key=lambda r: r['mean'])
-
-def plot_probe(
-    rows:list[dict],  # of probe_methods
-)->Figure:
-    "One point for each method and seed: bits per byte of two languages"
-    from matplotlib.figure import Figure
-    x, y = ([k for k in rows[0] if k not in ('method', 'seed')] * 2)[:2]
-    fig = Figure(figsize=(5, 3), dpi=72, layout='constrained'); ax = fig.subplots()
-    for m in dict.fromkeys(r['method'] for r in rows):
-        own = [r for r in rows if r['method'] == m]
-        ax.plot([r[x] for r in own], [r[y] for r in own], 'o', ms=5, alpha=.7, label=m)
-    ax.set(xlabel=f'bits per byte after the probe, {x}', ylabel=f'bits per byte, {y}'); ax.legend(fontsize=8)
-    return fig
 
 # %% ../nbs/06_init.ipynb #e2ddd7c5
-@stage('model', inputs=('model', 'tokenizer', 'probe'), check=_check)
+@stage("model", inputs=("model", "tokenizer", "probe"), check=_check)
 def init(
-    model:Path,          # HF model folder, artifact or hub id
-    tokenizer:Path,      # folder of a tokenizer that extends the model's, or of any with `transplant`
-    out:Path,            # folder to write
-    method:str='mean',   # of the old rows of the sub-tokens; or seed, first, asymmetric, average, normal
-    seed:int=0,          # for "normal"
-    probe:Path=None,     # corpus: train each method for a few steps and take the best, whatever `method` says
-    steps:int=50,        # optimiser steps of the probe
-    seeds:int=3,         # orders of the probe's batches
-    transplant:bool=False, # make all rows anew, for a tokenizer that does not extend the model's
+    model: Path,  # HF model folder, artifact or hub id
+    tokenizer: Path,  # folder of a tokenizer that extends the model's, or of any with `transplant`
+    out: Path,  # folder to write
+    method: str = "mean",  # of the old rows of the sub-tokens; or seed, first, asymmetric, average, normal
+    seed: int = 0,  # for "normal"
+    probe: Path = None,  # corpus: train each method for a few steps and take the best, whatever `method` says
+    steps: int = 50,  # optimiser steps of the probe
+    seeds: int = 3,  # orders of the probe's batches
+    transplant: bool = False,  # make all rows anew, for a tokenizer that does not extend the model's
 ):
     "Give each new token a row in embedding and head; other shards are linked, not copied"
-    src = resolve_model(model); found = {}
+    src = resolve_model(model)
+    found = {}
     if probe:
-        rows = probe_methods(src, tokenizer, probe, seeds=seeds, steps=steps, transplant=transplant); ranked = rank_methods(rows)
-        method, found = ranked[0]['method'], dict(probe=ranked)
-        write_text(out/'probe.tsv', '\n'.join('\t'.join(map(str, r)) for r in [list(rows[0]), *(r.values() for r in rows)]) + '\n')
-        plot_probe(rows).savefig(out/'probe.png')
-        say('init', 'probe: ' + ', '.join(f'{r["method"]} {r["mean"]:.3f} ± {r["spread"]:.3f}' for r in ranked) + ' bits per byte')
+        rows = probe_methods(src, tokenizer, probe, seeds=seeds, steps=steps, transplant=transplant)
+        ranked = rank_methods(rows)
+        method, found = ranked[0]["method"], dict(probe=ranked)
+        write_text(
+            out / "probe.tsv",
+            "\n".join("\t".join(map(str, r)) for r in [list(rows[0]), *(r.values() for r in rows)])
+            + "\n",
+        )
+        plot_probe(rows).savefig(out / "probe.png")
+        say(
+            "init",
+            "probe: "
+            + ", ".join(f"{r['method']} {r['mean']:.3f} ± {r['spread']:.3f}" for r in ranked)
+            + " bits per byte",
+        )
     stats = write_rows(src, tokenizer, out, method, seed, transplant)
-    say('init', f'{stats["n_new"]:,} new rows by {method}, {stats["sub_tokens"]:.2f} sub-tokens each on average; {stats["n_rows"]:,} in all')
+    say(
+        "init",
+        f"{stats['n_new']:,} new rows by {method}, {stats['sub_tokens']:.2f} sub-tokens each on average; {stats['n_rows']:,} in all",
+    )
     return dict(stats, method=method, **found, tokenizer=tokenizer_fingerprint(tokenizer))

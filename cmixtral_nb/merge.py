@@ -6,486 +6,553 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FUSED', 'merge_weight', 'nf4_roundtrip', 'plain_name', 'is_linear', 'expert_pair', 'Adapter', 'both_layouts',
-           'adapter_faults', 'Merger', 'plan_shards', 'logit_difference', 'streamed', 'merge']
+__all__ = ["merge_weight", "nf4_roundtrip", "Merger", "logit_difference", "streamed", "merge"]
 
 # %% ../nbs/10_merge.ipynb #1dd5adb2
-import math, re, shutil
+import shutil
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from .artifact import *
-from .mixtral import *
-from .init import *
 from typing import TYPE_CHECKING
+
+from cmixtral_nb.adapters import (
+    _EXPERT,
+    FUSED,
+    Adapter,
+    _row_ids,
+    adapter_faults,
+    is_linear,
+    plain_name,
+)
+from cmixtral_nb.checkpoints import (
+    DTYPES,
+    copy_config,
+    copy_tokenizer,
+    load_tensor,
+    n_bytes,
+    plan_shards,
+    read_header,
+    resolve_model,
+    tensor_files,
+    write_index,
+    write_tensors,
+)
+
+from .machine import say, trim_memory
+from .stages import StageError, input_fingerprint, require, stage
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
+
 # %% ../nbs/10_merge.ipynb #d181fa47
 def merge_weight(
-    W:Tensor,         # (out, in), any dtype
-    A:Tensor,         # (r, in)
-    B:Tensor,         # (out, r)
-    scale:float,      # alpha / r
-    dtype:torch.dtype=None,  # of the result; None: as W
-    twice:bool=False, # round the update to `dtype` before it is added, as peft does for fused experts
-)->Tensor:  # (out, in)
+    W: Tensor,  # (out, in), any dtype
+    A: Tensor,  # (r, in)
+    B: Tensor,  # (out, r)
+    scale: float,  # alpha / r
+    dtype: torch.dtype = None,  # of the result; None: as W
+    twice: bool = False,  # round the update to `dtype` before it is added, as peft does for fused experts
+) -> Tensor:  # (out, in)
     "W + scale B A in float32, rounded once; by blocks of rows that stay in the cache"
     import torch
+
     out, A, B = torch.empty(W.shape, dtype=dtype or W.dtype), A.float(), B.float()
-    n = max(16, 2**17 // W.shape[1]); room = torch.empty(n, W.shape[1])
+    n = max(16, 2**17 // W.shape[1])
+    room = torch.empty(n, W.shape[1])
     for w, b, o in zip(W.split(n), B.split(n), out.split(n)):
-        D = torch.mm(b, A, out=room[:len(b)]).mul_(scale)
-        if twice: torch.add(w, D.to(out.dtype), out=o)
-        else: o.copy_(D.add_(w))
+        D = torch.mm(b, A, out=room[: len(b)]).mul_(scale)
+        if twice:
+            torch.add(w, D.to(out.dtype), out=o)
+        else:
+            o.copy_(D.add_(w))
     return out
+
 
 # %% ../nbs/10_merge.ipynb #5c409bad
 def nf4_roundtrip(
-    t:Tensor,           # a weight as the checkpoint holds it
-    dtype:str='',       # in which training computed; '': as it is
-    device:str='cpu',   # where to quantise
-)->Tensor:
+    t: Tensor,  # a weight as the checkpoint holds it
+    dtype: str = "",  # in which training computed; '': as it is
+    device: str = "cpu",  # where to quantise
+) -> Tensor:
     "What 4-bit training saw: NF4 in blocks of 64, its constants quantised again"
-    import torch, bitsandbytes  # the whole package: a thread that took only `functional`, while another imports, would find no kernels
+    import torch  # the whole package: a thread that took only `functional`, while another imports, would find no kernels
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
     t = t.to(device, getattr(torch, dtype) if dtype else t.dtype).contiguous()
-    q, state = quantize_4bit(t, blocksize=64, compress_statistics=True, quant_type='nf4')
+    q, state = quantize_4bit(t, blocksize=64, compress_statistics=True, quant_type="nf4")
     return dequantize_4bit(q, state).cpu()
 
-# %% ../nbs/10_merge.ipynb #686ad9de
-def plain_name(
-    name:str,  # of a tensor or module, in a checkpoint or an adapter
-)->str:
-    "One name for one weight: peft's prefixes dropped, Mixtral's old and new names made equal"
-    name = name.removeprefix('base_model.model.').replace('.block_sparse_moe.', '.mlp.')
-    return re.sub(r'\.(modules_to_save|base_layer|token_adapter|default)(?=\.)', '', name)
-
-def is_linear(
-    name:str,         # of a weight in a checkpoint
-    shape:list[int],  # its shape
-)->bool:
-    "Whether 4-bit training held this weight in 4 bits: every nn.Linear but the head and the router"
-    return len(shape) == 2 and name.endswith('.weight') and not re.search(r'(embed_tokens|wte|lm_head|\.gate)\.weight$', name)
-
-def _adapter_folder(folder:str|Path)->Path:
-    "The folder of a PEFT adapter, if it is one that can be read without running what is in it"
-    p = Path(getattr(folder, 'path', folder))
-    require(p.is_dir(), f'{p} does not exist; expected a PEFT adapter; run: cmixtral pretrain --out {p}')
-    require((p/'adapter_config.json').is_file(), f'{p} is not an adapter: it has no adapter_config.json; run: cmixtral pretrain --out DIR')
-    if not (p/'adapter_model.safetensors').is_file():
-        pickled = sorted(f.name for f in p.glob('adapter_model.*'))
-        raise StageError(f'{p}: {pickled[0]} is a pickle, which can run any code when opened; expected adapter_model.safetensors' if pickled
-                         else f'{p}: adapter_model.safetensors is missing; expected a PEFT adapter')
-    return p
-
-# %% ../nbs/10_merge.ipynb #e059edcc
-FUSED = dict(w1=('gate_up_proj', 0), w3=('gate_up_proj', 1), w2=('down_proj', None))  # parameter that holds a matrix of an expert; which half of its rows
-_EXPERT = re.compile(r'(.*\.experts)\.(\d+)\.(w[123])\.weight')
-
-def expert_pair(
-    A:Tensor,       # (experts * r, in) of a fused parameter
-    B:Tensor,       # (out, r * experts)
-    rank:int,       # r
-    expert:int,     # which expert
-    half:int|None,  # which half of the output rows; None: all
-)->tuple:  # A (r, in) and B (out, r) or (out / 2, r) of one matrix
-    "The part of a fused LoRA pair that belongs to one matrix of one expert"
-    n = len(A) // rank
-    A, B = A[expert * rank:(expert + 1) * rank], B[:, expert::n]
-    return A, B if half is None else B.chunk(2)[half]
-
-# %% ../nbs/10_merge.ipynb #a87903f9
-class _AdapterFile:
-    "A PEFT adapter on disk, its tensors sorted by what they do and read when they are needed"
-    def __init__(self, folder:str|Path):
-        self.path = p = _adapter_folder(folder)
-        self.config, self.head = read_json(p/'adapter_config.json'), read_header(p/'adapter_model.safetensors')
-        self.manifest = read_json(p/'manifest.json') if (p/'manifest.json').is_file() else {}
-        self.files = dict.fromkeys(self.head, p/'adapter_model.safetensors')
-        self.lora, self.whole, self.rows, self.strange, self.wrapped = {}, {}, {}, [], {}
-        for key in self.head: self._sort(key)
-        for module, pairs in self.wrapped.items(): self._name_fused(module, pairs)
-    def _sort(self, key:str):
-        "Put one tensor where it belongs: LoRA A or B, a whole weight, some rows, or what we cannot merge"
-        name = plain_name(key)
-        if m := re.fullmatch(r'(.*\.experts)\.lora_([AB])\.weight', name): self.wrapped.setdefault(m[1], {}).setdefault(key.count('.base_layer'), {})[m[2]] = key
-        elif m := re.fullmatch(r'(.*)\.lora_([AB])\.weight', name): self.lora.setdefault(m[1] + '.weight', {})[m[2]] = key
-        elif m := re.fullmatch(r'(.*)\.trainable_tokens_delta', name): self.rows[m[1] + '.weight'] = key
-        elif '.original_module.' in name: pass  # the frozen twin of a whole matrix, which peft writes where the vocabulary grew
-        elif 'lora_' in name or not name.endswith('.weight'): self.strange.append(key)
-        else: self.whole[name] = key
-    def _name_fused(self, module:str, pairs:dict):
-        "Name nested wrappers, given as depth -> keys, by the parameters the configuration targets: the innermost is the first"
-        targets = [p for p in ('gate_up_proj', 'down_proj') if any(t.split('.')[-1] == p for t in self.targets)]
-        if len(targets) != len(pairs): self.strange += [k for ab in pairs.values() for k in ab.values()]; return
-        for p, (_, ab) in zip(targets, sorted(pairs.items(), reverse=True)): self.lora[f'{module}.{p}'] = ab
-    @property
-    def targets(self)->list[str]: return list(self.config.get('target_parameters') or [])
-    def tensor(self, key:str)->Tensor: return load_tensor(self.files, key)
-    def shape(self, key:str)->list[int]: return self.head[key]['shape']
-
-# %% ../nbs/10_merge.ipynb #90483818
-class Adapter(_AdapterFile):
-    "What an adapter does to each weight"
-    def rank_alpha(self, name:str)->tuple:  # (r, alpha)
-        "Rank and alpha of one weight, with peft's patterns"
-        module, c = name.removesuffix('.weight'), self.config
-        def pick(patterns, default):
-            return next((v for k, v in (patterns or {}).items() if re.fullmatch(rf'(.*\.)?({plain_name(k)})', module)), default)
-        return pick(c.get('rank_pattern'), c['r']), pick(c.get('alpha_pattern'), c['lora_alpha'])
-    def scale(self, name:str)->float:
-        "alpha / rank of one weight; rank-stabilised (arXiv 2312.03732): alpha / √rank"
-        r, alpha = self.rank_alpha(name)
-        return alpha / math.sqrt(r) if self.config.get('use_rslora') else alpha / r
-    def pair(self, name:str)->tuple|None:  # (A, B, scale, whether peft rounds this update before it adds it)
-        "What is added to one 2-D weight, from a pair of its own or from that of a fused parameter; None: nothing"
-        read = lambda n: [self.tensor(self.lora[n][x]) for x in 'AB']
-        if name in self.lora: return *read(name), self.scale(name), any(f'.{name}'.endswith(f'.{t}') for t in self.targets)
-        if not (m := _EXPERT.fullmatch(name)): return None
-        fused, half = f'{m[1]}.{FUSED[m[3]][0]}', FUSED[m[3]][1]
-        if fused not in self.lora: return None
-        return *expert_pair(*read(fused), self.rank_alpha(fused)[0], int(m[2]), half), self.scale(fused), True
-
-# %% ../nbs/10_merge.ipynb #a7e41976
-def both_layouts(
-    shapes:dict,  # plain name -> shape, of a model
-)->dict:  # the same, with the experts both as single matrices and as fused parameters
-    "Shapes of a Mixtral under the names of both layouts"
-    out = dict(shapes)
-    for n, s in shapes.items():
-        if m := _EXPERT.fullmatch(n):
-            fused = f'{m[1]}.{FUSED[m[3]][0]}'
-            out[fused] = [max(int(m[2]) + 1, out.get(fused, [0])[0]), s[0] * (1 if FUSED[m[3]][1] is None else 2), s[1]]
-        elif len(s) == 3 and '.experts.' in n:
-            module, _, param = n.rpartition('.')
-            parts = [(w, half) for w, (p, half) in FUSED.items() if p == param]
-            out |= {f'{module}.{e}.{w}.weight': [s[1] // (1 if half is None else 2), s[2]] for e in range(s[0]) for w, half in parts}
-    return out
-
-# %% ../nbs/10_merge.ipynb #eac2eb37
-def _row_ids(a:Adapter, plain:str)->list[int]:
-    "Which rows `trainable_token_indices` names for one weight"
-    ids = a.config.get('trainable_token_indices') or []
-    if isinstance(ids, dict): ids = next((v for k, v in ids.items() if re.search(rf'(^|\.){k}\.weight$', plain)), [])
-    return ids
-
-def _pair_faults(a:Adapter, name:str, ab:dict, shape)->list[str]:
-    "What is wrong with one pair of LoRA matrices"
-    if shape is None: return [f'{a.path}: the model has no {name}; give the model the adapter was trained on']
-    if set(ab) != {'A', 'B'}: return [f'{a.path}: {name} has only lora_{"".join(ab)}']
-    A, B = a.shape(ab['A']), a.shape(ab['B'])
-    n = a.rank_alpha(name)[0] * shape[0] if len(shape) == 3 else A[0]
-    if [B[0], A[1]] == list(shape)[-2:] and A[0] == B[1] == n: return []
-    if A[0] != n: return [f'{a.path}: LoRA of {name} has {A[0]} ranks, expected {n}: rank {n // shape[0]} for each of {shape[0]} experts']
-    return [f'{a.path}: LoRA of {name} makes {[B[0], A[1]]}, the model has {list(shape)[-2:]}; give the model it was trained on']
-
-def _row_faults(a:Adapter, name:str, size:list, shape)->list[str]:
-    "What is wrong with single rows of one weight"
-    if shape is None: return [f'{a.path}: the model has no {name}; give the model the adapter was trained on']
-    ids = _row_ids(a, name)
-    if size == [len(ids), *shape[1:]] and max(ids, default=0) < shape[0]: return []
-    return [f'{a.path}: {size} rows of {name} for {len(ids)} ids up to {max(ids, default=0)}, the model has {list(shape)}; give the model it was trained on']
-
-# %% ../nbs/10_merge.ipynb #0960098a
-def _whole_faults(a:Adapter, shapes:dict)->list[str]:
-    "What is wrong with matrices that an adapter brings whole"
-    p, out, is_head = a.path, [], lambda n: n.endswith(('embed_tokens.weight', 'lm_head.weight'))
-    for name, key in a.whole.items():
-        s, t = a.shape(key), shapes.get(name)
-        if t is None and not name.endswith('lm_head.weight'): out.append(f'{p}: the model has no {name}')
-        elif t and (s[1:] != t[1:] or (s[0] < t[0] if is_head(name) else s[0] != t[0])): out.append(f'{p}: {name} is {s}, the model has {t}')
-    sizes, heads = {a.shape(k)[0] for n, k in a.whole.items() if is_head(n)}, [n for n in shapes if is_head(n)]
-    grown = any(n in a.whole and a.shape(a.whole[n])[0] != shapes[n][0] for n in heads)
-    if len(sizes) > 1 or grown and any(n not in a.whole for n in heads): out.append(f'{p}: embedding and head have different numbers of rows')
-    return out
-
-def adapter_faults(
-    adapter:Adapter,       # the adapter
-    shapes:dict,           # plain name -> shape, of the model
-    fingerprint:str='',    # of the model
-)->list[str]:
-    "Everything that keeps an adapter from being merged into this model"
-    a, c, p, out, shapes = adapter, adapter.config, adapter.path, [], both_layouts(shapes)
-    was = a.manifest.get('inputs', {}).get('model', {}).get('fingerprint')
-    if was and fingerprint and was != fingerprint: out.append(f'{p} was trained on model {was}, found {fingerprint}; give the model it was trained on')
-    if c.get('peft_type', 'LORA') != 'LORA': out.append(f'{p} is a {c["peft_type"]} adapter, expected LORA')
-    if missing := [k for k in ('r', 'lora_alpha') if k not in c]: return out + [f'{p}/adapter_config.json has no {" and no ".join(missing)}; expected a LoRA']
-    for key, what in (('use_dora', 'DoRA'), ('fan_in_fan_out', 'transposed weights (fan_in_fan_out)'), ('lora_bias', 'biases')):
-        if c.get(key): out.append(f'{p} uses {what}, which is not supported; merge it with peft')
-    if a.strange: out.append(f'{p} holds {len(a.strange)} tensors that are no LoRA of a linear layer, such as {a.strange[0]}; merge it with peft')
-    for name, ab in a.lora.items(): out += _pair_faults(a, name, ab, shapes.get(name))
-    for name, key in a.rows.items(): out += _row_faults(a, name, a.shape(key), a.shape(a.whole[name]) if name in a.whole else shapes.get(name))
-    out += _whole_faults(a, shapes)
-    return out if len(out) <= 4 else out[:4] + [f'{p}: {len(out) - 4} more faults']
 
 # %% ../nbs/10_merge.ipynb #a8f0fd90
 class _ModelAndAdapters:
     "What lies on disk: a model and the adapters for it"
-    def __init__(self, model:Path, adapters:list[Adapter], into:str='original', rounding:str='peft', device:str='cpu'):
-        self.files, self.adapters, self.into, self.rounding, self.device = tensor_files(model), adapters, into, rounding, device
-        self.head = {n: t for s in sorted(set(self.files.values())) for n, t in read_header(s).items()}
+
+    def __init__(
+        self,
+        model: Path,
+        adapters: list[Adapter],
+        into: str = "original",
+        rounding: str = "peft",
+        device: str = "cpu",
+    ):
+        self.files, self.adapters, self.into, self.rounding, self.device = (
+            tensor_files(model),
+            adapters,
+            into,
+            rounding,
+            device,
+        )
+        self.head = {
+            n: t for s in sorted(set(self.files.values())) for n, t in read_header(s).items()
+        }
         self.names = {plain_name(n): n for n in self.head}
-        stats = next((s for a in adapters if (s := a.manifest.get('stats', {})).get('quantised') is not None), {})
-        self.dtype, held = stats.get('quantised_dtype', ''), stats.get('quantised')
-        self.held = None if held is None else {plain_name(n + '.')[:-1] for n in held}
-    def in_4bit(self, name:str)->bool:
+        stats = next(
+            (
+                s
+                for a in adapters
+                if (s := a.manifest.get("stats", {})).get("quantised") is not None
+            ),
+            {},
+        )
+        self.dtype, held = stats.get("quantised_dtype", ""), stats.get("quantised")
+        self.held = None if held is None else {plain_name(n + ".")[:-1] for n in held}
+
+    def in_4bit(self, name: str) -> bool:
         "Whether training held this weight in 4 bits: the adapter's manifest says it, else the rule of `is_linear`; fused experts never are"
         plain = plain_name(name)
-        if self.held is not None: return plain.removesuffix('.weight') in self.held
-        fused = any(k.endswith(('.gate_up_proj', '.down_proj')) for a in self.adapters for k in a.lora)
-        return is_linear(plain, self.head[name]['shape']) and not (fused and '.experts.' in plain)
-    def specs(self)->list[tuple]:
+        if self.held is not None:
+            return plain.removesuffix(".weight") in self.held
+        fused = any(
+            k.endswith((".gate_up_proj", ".down_proj")) for a in self.adapters for k in a.lora
+        )
+        return is_linear(plain, self.head[name]["shape"]) and not (fused and ".experts." in plain)
+
+    def specs(self) -> list[tuple]:
         "(name, dtype, shape) of the result, in the order of the model's shards"
         whole = {n: a.shape(k) for a in self.adapters for n, k in a.whole.items()}
-        out = [(n, t['dtype'], whole.get(plain_name(n), t['shape'])) for n, t in self.head.items()]
-        return out + [(n, self.head[self.names[_EMBED]]['dtype'], s) for n, s in whole.items() if n not in self.names]  # a head that was tied
-    def type_of(self, plain:str)->torch.dtype:
-        import torch
-        return getattr(torch, DTYPES[self.head[self.names.get(plain, self.names.get(_EMBED))]['dtype']])
+        out = [(n, t["dtype"], whole.get(plain_name(n), t["shape"])) for n, t in self.head.items()]
+        return out + [
+            (n, self.head[self.names[_EMBED]]["dtype"], s)
+            for n, s in whole.items()
+            if n not in self.names
+        ]  # a head that was tied
 
-_EMBED = 'model.embed_tokens.weight'
+    def type_of(self, plain: str) -> torch.dtype:
+        import torch
+
+        return getattr(
+            torch, DTYPES[self.head[self.names.get(plain, self.names.get(_EMBED))]["dtype"]]
+        )
+
+
+_EMBED = "model.embed_tokens.weight"
+
 
 # %% ../nbs/10_merge.ipynb #fcbbe5f2
 class _Parts(_ModelAndAdapters):
     "What each weight of the merged model is made of"
-    def read(self, plain:str)->Tensor:
+
+    def read(self, plain: str) -> Tensor:
         "A weight of the model, dequantised where it was in 4 bits; of fused experts the part that belongs to one matrix; for a tied head the embedding"
         if n := self.names.get(plain):
             W = load_tensor(self.files, n)
-            return nf4_roundtrip(W, self.dtype, self.device) if self.into == 'dequantised' and self.in_4bit(n) else W
-        if not (m := _EXPERT.fullmatch(plain)): return self.read(_EMBED)
-        W, half = self.read(f'{m[1]}.{FUSED[m[3]][0]}')[int(m[2])], FUSED[m[3]][1]
+            return (
+                nf4_roundtrip(W, self.dtype, self.device)
+                if self.into == "dequantised" and self.in_4bit(n)
+                else W
+            )
+        if not (m := _EXPERT.fullmatch(plain)):
+            return self.read(_EMBED)
+        W, half = self.read(f"{m[1]}.{FUSED[m[3]][0]}")[int(m[2])], FUSED[m[3]][1]
         return W if half is None else W.chunk(2)[half]
-    def start(self, plain:str)->tuple:  # (tensor, adapters that still change it)
+
+    def start(self, plain: str) -> tuple:  # (tensor, adapters that still change it)
         "What a weight is before LoRA: that of the model, or of the last adapter that brings it whole"
         i = max((i for i, a in enumerate(self.adapters) if plain in a.whole), default=-1)
-        if i < 0: return self.read(plain), self.adapters
-        return self.adapters[i].tensor(self.adapters[i].whole[plain]).to(self.type_of(plain)), self.adapters[i:]
-    def before(self, plain:str)->Tensor:
+        if i < 0:
+            return self.read(plain), self.adapters
+        return self.adapters[i].tensor(self.adapters[i].whole[plain]).to(
+            self.type_of(plain)
+        ), self.adapters[i:]
+
+    def before(self, plain: str) -> Tensor:
         "A weight without LoRA, trained rows in their place"
         W, adapters = self.start(plain)
         for a in adapters:
-            if k := a.rows.get(plain): W = W.clone(); W[_row_ids(a, plain)] = a.tensor(k).to(W.dtype)
+            if k := a.rows.get(plain):
+                W = W.clone()
+                W[_row_ids(a, plain)] = a.tensor(k).to(W.dtype)
         return W
-    def beside(self, plain:str)->list[tuple]:
+
+    def beside(self, plain: str) -> list[tuple]:
         "LoRA of a weight that is not yet added: (A, B, scale) of each adapter"
         return [pair[:3] for a in self.start(plain)[1] if (pair := a.pair(plain))]
+
 
 # %% ../nbs/10_merge.ipynb #b585c49a
 class Merger(_Parts):
     "How each tensor of the merged model is made, none before it is asked for"
-    def add(self, a:Adapter, plain:str, W:Tensor, dtype)->Tensor:
+
+    def add(self, a: Adapter, plain: str, W: Tensor, dtype) -> Tensor:
         "One adapter added to one tensor"
-        if W.ndim == 3: return self._add_fused(a, plain, W, dtype)
-        if pair := a.pair(plain): W = merge_weight(W, *pair[:3], dtype, pair[3] and self.rounding == 'peft')
-        if k := a.rows.get(plain): W = W.to(dtype, copy=True); W[_row_ids(a, plain)] = a.tensor(k).to(dtype)
+        if W.ndim == 3:
+            return self._add_fused(a, plain, W, dtype)
+        if pair := a.pair(plain):
+            W = merge_weight(W, *pair[:3], dtype, pair[3] and self.rounding == "peft")
+        if k := a.rows.get(plain):
+            W = W.to(dtype, copy=True)
+            W[_row_ids(a, plain)] = a.tensor(k).to(dtype)
         return W
-    def _add_fused(self, a:Adapter, plain:str, W:Tensor, dtype)->Tensor:
+
+    def _add_fused(self, a: Adapter, plain: str, W: Tensor, dtype) -> Tensor:
         "The same for a fused parameter, matrix by matrix"
-        (module, _, param), out = plain.rpartition('.'), W
+        (module, _, param), out = plain.rpartition("."), W
         for w, half in [(w, half) for w, (p, half) in FUSED.items() if p == param]:
             for e in range(len(W)):
-                if not a.pair(name := f'{module}.{e}.{w}.weight'): continue
-                if out is W: out = W.to(dtype, copy=True)
+                if not a.pair(name := f"{module}.{e}.{w}.weight"):
+                    continue
+                if out is W:
+                    out = W.to(dtype, copy=True)
                 part = out[e] if half is None else out[e].chunk(2)[half]
                 part.copy_(self.add(a, name, part, dtype))
         return out
-    def __call__(self, name:str)->Tensor:
+
+    def __call__(self, name: str) -> Tensor:
         "One tensor of the result"
         import torch
-        plain = plain_name(name); dtype = self.type_of(plain); W, adapters = self.start(plain)
-        for a in adapters: W = self.add(a, plain, W, torch.promote_types(dtype, torch.float32) if self.rounding == 'once' else dtype)
-        require(_finite(W := W.to(dtype)), f'{self.files.get(name)}: {name} holds NaN or infinity; make the model again')
+
+        plain = plain_name(name)
+        dtype = self.type_of(plain)
+        W, adapters = self.start(plain)
+        for a in adapters:
+            W = self.add(
+                a,
+                plain,
+                W,
+                torch.promote_types(dtype, torch.float32) if self.rounding == "once" else dtype,
+            )
+        require(
+            _finite(W := W.to(dtype)),
+            f"{self.files.get(name)}: {name} holds NaN or infinity; make the model again",
+        )
         return W
 
-def _finite(t:Tensor)->bool:
+
+def _finite(t: Tensor) -> bool:
     "Whether no number is NaN or infinite: then neither the least nor the greatest is, and NaN would be both"
     import torch
-    return not t.is_floating_point() or not t.numel() or bool(torch.stack(torch.aminmax(t)).isfinite().all())
+
+    return (
+        not t.is_floating_point()
+        or not t.numel()
+        or bool(torch.stack(torch.aminmax(t)).isfinite().all())
+    )
+
 
 # %% ../nbs/10_merge.ipynb #ebfd28e9
-def plan_shards(
-    specs:list,        # (name, dtype, shape)
-    shard_bytes:int,   # most bytes in a shard, but for a single tensor that is larger
-)->dict[str, list]:  # file name -> its specs
-    "Fill shards in order; names as transformers writes them"
-    groups, size = [[]], 0
-    for s in specs:
-        n = n_bytes([s])
-        if groups[-1] and size + n > shard_bytes: groups.append([]); size = 0
-        groups[-1].append(s); size += n
-    if len(groups) == 1: return {'model.safetensors': groups[0]}
-    return {f'model-{i:05d}-of-{len(groups):05d}.safetensors': g for i, g in enumerate(groups, 1)}
-
-def _mallopt(trim:int):
+def _mallopt(trim: int):
     "How many bytes of freed memory glibc keeps; tensors below 32 MB come from it, and need no pages that must be cleared first"
     import ctypes
+
     with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(-3, 2**25); libc.mallopt(-1, trim)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**25)
+        libc.mallopt(-1, trim)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     trim_memory()
+
 
 @contextmanager
 def _one_thread_each():
     "Each of our threads computes alone, without helpers to wait for, and takes its next tensor from the memory of the last"
     import torch
-    was = torch.get_num_threads(); torch.set_num_threads(1); _mallopt(2**30)
-    try: yield
-    finally: torch.set_num_threads(was); _mallopt(2**26)
+
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _mallopt(2**30)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(was)
+        _mallopt(2**26)
+
 
 # %% ../nbs/10_merge.ipynb #1aedb17d
-_TEXTS = ['The river rises in the mountains and', 'To install the package, run the following command:', '人工智能正在改变', '春眠不觉晓，处处闻']
+_TEXTS = [
+    "The river rises in the mountains and",
+    "To install the package, run the following command:",
+    "人工智能正在改变",
+    "春眠不觉晓，处处闻",
+]
+
 
 def logit_difference(
-    a, b,             # two models
-    tok,              # their tokenizer
-    texts:list[str],  # sentences
-)->float:  # largest difference of a logit, as a share of the largest logit
+    a,
+    b,  # two models
+    tok,  # their tokenizer
+    texts: list[str],  # sentences
+) -> float:  # largest difference of a logit, as a share of the largest logit
     "How differently two models answer"
     import torch
-    from cmixtral_nb.vocab import encode_plain
-    worst = top = 0.
+
+    from cmixtral_nb.tokenizer_files import encode_plain
+
+    worst = top = 0.0
     with torch.no_grad():
         for ids in encode_plain(tok, texts):
             x = torch.tensor([[tok.bos_token_id, *ids]])
-            za, zb = (m.eval()(input_ids=x.to(m.device), use_cache=False).logits.float().cpu() for m in (a, b))
+            za, zb = (
+                m.eval()(input_ids=x.to(m.device), use_cache=False).logits.float().cpu()
+                for m in (a, b)
+            )
             n = min(za.shape[-1], zb.shape[-1])
-            worst, top = max(worst, (za - zb)[..., :n].abs().max().item()), max(top, za.abs().max().item())
+            worst, top = (
+                max(worst, (za - zb)[..., :n].abs().max().item()),
+                max(top, za.abs().max().item()),
+            )
     return worst / top
 
-def _follow(routes:dict, name:str, router, x, found):
+
+def _follow(routes: dict, name: str, router, x, found):
     "Hook of a router: it takes the experts that are noted under its name, or notes its own"
     chosen, p = routes.setdefault(name, found[2]), found[0].float().softmax(-1)
     return found[0], (p := p.gather(-1, chosen)) / p.sum(-1, keepdim=True), chosen
 
+
 # %% ../nbs/10_merge.ipynb #cc32302e
 def streamed(
-    folder:Path,          # model folder, for its config.json
-    weight:Callable,      # plain name -> tensor
-    pairs:Callable=None,  # plain name -> [(A, B, scale)], LoRA beside it
-    routes:dict=None,     # filled with the experts each router chooses; where it is filled, the routers follow it
-)->PreTrainedModel:  # computes in float32 on the CPU
+    folder: Path,  # model folder, for its config.json
+    weight: Callable,  # plain name -> tensor
+    pairs: Callable = None,  # plain name -> [(A, B, scale)], LoRA beside it
+    routes: dict = None,  # filled with the experts each router chooses; where it is filled, the routers follow it
+) -> PreTrainedModel:  # computes in float32 on the CPU
     "A causal language model whose matrices are read when they are needed, one in memory at a time"
-    import torch, torch.nn.functional as F
+    import torch
+    import torch.nn.functional as F
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
-    from cmixtral_nb.qlora import _config, mixtral_linear
-    config, pairs, routes = _config(folder), pairs or (lambda name: []), {} if routes is None else routes
-    if config.model_type == 'mixtral_linear': mixtral_linear()
+
+    from cmixtral_nb.loading import _config
+    from cmixtral_nb.qlora import mixtral_linear
+
+    config, pairs, routes = (
+        _config(folder),
+        pairs or (lambda name: []),
+        {} if routes is None else routes,
+    )
+    if config.model_type == "mixtral_linear":
+        mixtral_linear()
+
     def linear(name, bias, x):
-        W = weight(name + '.weight')
+        W = weight(name + ".weight")
         y = torch.cat([F.linear(x, w.float()) for w in W.split(max(16, 2**18 // W.shape[1]))], -1)
-        for A, B, scale in pairs(name + '.weight'): y += scale * F.linear(F.linear(x, A.float()), B.float())
-        return y if bias is None else y + weight(name + '.bias').float()
-    with init_empty_weights(include_buffers=False): net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for A, B, scale in pairs(name + ".weight"):
+            y += scale * F.linear(F.linear(x, A.float()), B.float())
+        return y if bias is None else y + weight(name + ".bias").float()
+
+    with init_empty_weights(include_buffers=False):
+        net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, m in net.named_modules():
-        if type(m).__name__ == 'MixtralTopKRouter': m.register_forward_hook(partial(_follow, routes, name))
-        if isinstance(m, torch.nn.Linear): m.forward = partial(linear, name, m.bias)
-        elif isinstance(m, torch.nn.Embedding): m.forward = lambda ids, name=name: weight(name + '.weight')[ids].float()
+        if type(m).__name__ == "MixtralTopKRouter":
+            m.register_forward_hook(partial(_follow, routes, name))
+        if isinstance(m, torch.nn.Linear):
+            m.forward = partial(linear, name, m.bias)
+        elif isinstance(m, torch.nn.Embedding):
+            m.forward = lambda ids, name=name: weight(name + ".weight")[ids].float()
         else:
-            for k in [k for k, _ in m.named_parameters(recurse=False)]:  # norms and routers are small
-                W = weight(n := f'{name}.{k}').float()
-                m.register_parameter(k, torch.nn.Parameter(sum((s * B.float() @ A.float() for A, B, s in pairs(n)), W), requires_grad=False))
+            for k in [
+                k for k, _ in m.named_parameters(recurse=False)
+            ]:  # norms and routers are small
+                W = weight(n := f"{name}.{k}").float()
+                m.register_parameter(
+                    k,
+                    torch.nn.Parameter(
+                        sum((s * B.float() @ A.float() for A, B, s in pairs(n)), W),
+                        requires_grad=False,
+                    ),
+                )
     return net
 
+
 # %% ../nbs/10_merge.ipynb #0b647763
-def _sentences(folder:Path, n_rows:int)->list[list[int]]:
+def _sentences(folder: Path, n_rows: int) -> list[list[int]]:
     "A few sentences as ids; where there is no tokenizer, ids that are spread over the vocabulary"
-    if not (folder/'tokenizer.json').is_file(): return [[i * 7919 % n_rows for i in range(j, j + 12)] for j in range(4)]
-    from cmixtral_nb.vocab import encode_plain, load_tokenizer
+    if not (folder / "tokenizer.json").is_file():
+        return [[i * 7919 % n_rows for i in range(j, j + 12)] for j in range(4)]
+    from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer
+
     tok = load_tokenizer(folder)
     return [[tok.bos_token_id, *ids] for ids in encode_plain(tok, _TEXTS)]
 
-def _compare(make:Merger, src:Path, out:Path, adapters:list, n_rows:int)->float:
+
+def _compare(make: Merger, src: Path, out: Path, adapters: list, n_rows: int) -> float:
     "Largest difference of the logits of model + adapters and of the merged model, each read one matrix at a time"
     import torch
+
     ids, done, routes = _sentences(out, n_rows), Merger(out, []), {}
-    x = torch.tensor([i + [0] * (max(map(len, ids)) - len(i)) for i in ids])  # what stands to the right of a token does not change it
-    with torch.no_grad(): za, zb = (streamed(out, *read, routes)(input_ids=x, use_cache=False).logits for read in ((make.before, make.beside), (done.read, None)))
+    x = torch.tensor(
+        [i + [0] * (max(map(len, ids)) - len(i)) for i in ids]
+    )  # what stands to the right of a token does not change it
+    with torch.no_grad():
+        za, zb = (
+            streamed(out, *read, routes)(input_ids=x, use_cache=False).logits
+            for read in ((make.before, make.beside), (done.read, None))
+        )
     real = torch.arange(x.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
     found = ((za - zb)[real].abs().max() / za[real].abs().max()).item()
-    most = 0.05 if {t['dtype'] for t in done.head.values()} & {'BF16', 'F16'} else 1e-3
-    require(found <= most, f'{out}: logits of the merged model differ by {found:.2%} from model and adapter, expected at most {most:.1%}; '
-        f'was {adapters[0].path} trained on this model in 4 bits? if not: --into original')
-    return float(f'{found:.0e}')
+    most = 0.05 if {t["dtype"] for t in done.head.values()} & {"BF16", "F16"} else 1e-3
+    require(
+        found <= most,
+        f"{out}: logits of the merged model differ by {found:.2%} from model and adapter, expected at most {most:.1%}; "
+        f"was {adapters[0].path} trained on this model in 4 bits? if not: --into original",
+    )
+    return float(f"{found:.0e}")
+
 
 # %% ../nbs/10_merge.ipynb #345a211f
-def _adapters(adapter)->list:  # one adapter or several
+def _adapters(adapter) -> list:  # one adapter or several
     return list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
 
-def _check(model, adapter, into, rounding='peft', out=None, shard_bytes=1, **kw):
+
+def _check(model, adapter, into, rounding="peft", out=None, shard_bytes=1, **kw):
     "Everything that can be known before the first tensor is written"
-    require(into in ('dequantised', 'original'), f'into is {into!r}, expected dequantised or original')
-    require(rounding in ('peft', 'once'), f'rounding is {rounding!r}, expected peft or once')
-    require(shard_bytes > 0, f'shard_bytes is {shard_bytes}, expected more than 0')
-    require(_adapters(adapter), 'no adapter is given; expected one or several')
+    require(
+        into in ("dequantised", "original"), f"into is {into!r}, expected dequantised or original"
+    )
+    require(rounding in ("peft", "once"), f"rounding is {rounding!r}, expected peft or once")
+    require(shard_bytes > 0, f"shard_bytes is {shard_bytes}, expected more than 0")
+    require(_adapters(adapter), "no adapter is given; expected one or several")
     faults, found, src = [], [], None
     for a in _adapters(adapter):
-        try: found.append(Adapter(a))
-        except StageError as e: faults += e.args
-    try: src = resolve_model(model)
-    except StageError as e: faults += e.args
+        try:
+            found.append(Adapter(a))
+        except StageError as e:
+            faults += e.args
+    try:
+        src = resolve_model(model)
+    except StageError as e:
+        faults += e.args
     if src:
-        heads = {n: t for s in sorted(set(tensor_files(src).values())) for n, t in read_header(s).items()}
-        shapes, was = {plain_name(n): t['shape'] for n, t in heads.items()}, input_fingerprint(model)
-        if stored := next((n for n in heads if '.absmax' in n or '.quant_state' in n), ''):
-            faults.append(f'{model} is stored in 4 bits ({stored}); give the model it was made from')
+        heads = {
+            n: t for s in sorted(set(tensor_files(src).values())) for n, t in read_header(s).items()
+        }
+        shapes, was = (
+            {plain_name(n): t["shape"] for n, t in heads.items()},
+            input_fingerprint(model),
+        )
+        if stored := next((n for n in heads if ".absmax" in n or ".quant_state" in n), ""):
+            faults.append(
+                f"{model} is stored in 4 bits ({stored}); give the model it was made from"
+            )
         for a in found:
             faults += adapter_faults(a, shapes, was)
             shapes |= {n: a.shape(k) for n, k in a.whole.items()}
-    for a in found: faults += [f'{a.path}: {k} holds NaN or infinity; train it again' for k in a.head if not _finite(a.tensor(k))][:5]
-    if faults: raise StageError(*faults)
+    for a in found:
+        faults += [
+            f"{a.path}: {k} holds NaN or infinity; train it again"
+            for k in a.head
+            if not _finite(a.tensor(k))
+        ][:5]
+    if faults:
+        raise StageError(*faults)
+
 
 # %% ../nbs/10_merge.ipynb #66a90a54
-def _whole(path:Path, specs:list)->bool:
+def _whole(path: Path, specs: list) -> bool:
     "Whether a shard of an interrupted merge is complete and as planned"
-    try: return path.is_file() and {n: (t['dtype'], list(t['shape'])) for n, t in read_header(path).items()} == {n: (d, list(s)) for n, d, s in specs}
-    except StageError: return False
+    try:
+        return path.is_file() and {
+            n: (t["dtype"], list(t["shape"])) for n, t in read_header(path).items()
+        } == {n: (d, list(s)) for n, d, s in specs}
+    except StageError:
+        return False
 
-def _require_space(out:Path, plan:dict):
+
+def _require_space(out: Path, plan: dict):
     "Refuse before the first byte if the disk cannot hold the result"
-    need = sum(n_bytes(specs) for f, specs in plan.items() if not _whole(out/f, specs)) + 10_000_000
+    need = (
+        sum(n_bytes(specs) for f, specs in plan.items() if not _whole(out / f, specs)) + 10_000_000
+    )
     free = shutil.disk_usage(out).free
-    require(need <= free, f'{out}: the merged model needs {need/1e6:,.0f} MB, {free/1e6:,.0f} MB are free; free some, or choose another --out')
+    require(
+        need <= free,
+        f"{out}: the merged model needs {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; free some, or choose another --out",
+    )
 
-def _finish(src:Path, adapters:list, out:Path, make:Merger, check:bool)->dict:
+
+def _finish(src: Path, adapters: list, out: Path, make: Merger, check: bool) -> dict:
     "Configuration, tokenizer and index beside the weights; the check; what was done"
     files, specs = tensor_files(out, check_index=False), make.specs()
-    n_rows = next(s[0] for n, _, s in specs if n.endswith(('embed_tokens.weight', 'wte.weight')))
-    copy_config(src, out, n_rows, **(dict(tie_word_embeddings=False) if len(specs) > len(make.head) else {}))
-    copy_tokenizer(next((a.path for a in reversed(adapters) if (a.path/'tokenizer.json').is_file()), src), out)
-    if len(set(files.values())) > 1: write_index(out, files)
+    n_rows = next(s[0] for n, _, s in specs if n.endswith(("embed_tokens.weight", "wte.weight")))
+    copy_config(
+        src, out, n_rows, **(dict(tie_word_embeddings=False) if len(specs) > len(make.head) else {})
+    )
+    copy_tokenizer(
+        next((a.path for a in reversed(adapters) if (a.path / "tokenizer.json").is_file()), src),
+        out,
+    )
+    if len(set(files.values())) > 1:
+        write_index(out, files)
     n_lora, n_whole = sum(len(a.lora) for a in adapters), sum(len(a.whole) for a in adapters)
-    n_4bit = sum(make.in_4bit(n) for n in make.head) if make.into == 'dequantised' else 0
-    stats = dict(into=make.into, n_adapters=len(adapters), n_lora=n_lora, n_whole=n_whole, n_rows=n_rows, n_dequantised=n_4bit, shards=len(set(files.values())))
-    if check: stats['logit_difference'] = _compare(make, src, out, adapters, n_rows)
-    say('merge', f'{n_lora} LoRA pairs and {n_whole} whole matrices into the {make.into} weights' + (f'; logits differ by {stats["logit_difference"]:.0e}' if check else ''))
+    n_4bit = sum(make.in_4bit(n) for n in make.head) if make.into == "dequantised" else 0
+    stats = dict(
+        into=make.into,
+        n_adapters=len(adapters),
+        n_lora=n_lora,
+        n_whole=n_whole,
+        n_rows=n_rows,
+        n_dequantised=n_4bit,
+        shards=len(set(files.values())),
+    )
+    if check:
+        stats["logit_difference"] = _compare(make, src, out, adapters, n_rows)
+    say(
+        "merge",
+        f"{n_lora} LoRA pairs and {n_whole} whole matrices into the {make.into} weights"
+        + (f"; logits differ by {stats['logit_difference']:.0e}" if check else ""),
+    )
     return stats
 
+
 # %% ../nbs/10_merge.ipynb #11d34a1d
-@stage('model', inputs=('model', 'adapter'), ignore=('device',), resumable=True, check=_check)
+@stage("model", inputs=("model", "adapter"), ignore=("device",), resumable=True, check=_check)
 def merge(
-    model:Path,                # model the adapter was trained on: HF folder, artifact or hub id
-    adapter:list[str],         # PEFT adapter, ours or another tool's; of several each is added to the result of those before
-    out:Path,                  # folder to write
-    into:str='dequantised',    # weights to add to: dequantised (what 4-bit training saw) or original
-    rounding:str='peft',       # peft: to the model's type after each adapter, and before fused experts' update is added; once: at the end
-    check:bool=True,           # compare logits with those of model + adapter, one matrix in memory at a time
-    shard_bytes:int=5_000_000_000,  # most bytes in a file
-    device:str=None,           # where to quantise; None: the GPU if there is one
+    model: Path,  # model the adapter was trained on: HF folder, artifact or hub id
+    adapter: list[
+        str
+    ],  # PEFT adapter, ours or another tool's; of several each is added to the result of those before
+    out: Path,  # folder to write
+    into: str = "dequantised",  # weights to add to: dequantised (what 4-bit training saw) or original
+    rounding: str = "peft",  # peft: to the model's type after each adapter, and before fused experts' update is added; once: at the end
+    check: bool = True,  # compare logits with those of model + adapter, one matrix in memory at a time
+    shard_bytes: int = 5_000_000_000,  # most bytes in a file
+    device: str = None,  # where to quantise; None: the GPU if there is one
 ):
     "Add adapters to their model, one tensor in memory at a time"
-    from tqdm import tqdm
     import torch
+    from tqdm import tqdm
+
     src, adapters = resolve_model(model), [Adapter(a) for a in _adapters(adapter)]
-    make = Merger(src, adapters, into, rounding, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    make = Merger(
+        src, adapters, into, rounding, device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
     plan = plan_shards(make.specs(), shard_bytes)
     _require_space(out, plan)
-    todo, sums = [f for f, specs in plan.items() if not _whole(out/f, specs)], {}
-    with _one_thread_each(), tqdm(total=sum(n_bytes(plan[f]) for f in todo), desc='merge', unit='B', unit_scale=True, disable=None) as bar:
-        for f in todo: sums[f] = write_tensors(out/f, plan[f], make, bar.update)
+    todo, sums = [f for f, specs in plan.items() if not _whole(out / f, specs)], {}
+    with (
+        _one_thread_each(),
+        tqdm(
+            total=sum(n_bytes(plan[f]) for f in todo),
+            desc="merge",
+            unit="B",
+            unit_scale=True,
+            disable=None,
+        ) as bar,
+    ):
+        for f in todo:
+            sums[f] = write_tensors(out / f, plan[f], make, bar.update)
     return dict(_finish(src, adapters, out, make, check), sha256=sums)

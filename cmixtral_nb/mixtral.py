@@ -6,454 +6,79 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['INDEX', 'DTYPES', 'small_config', 'by_expert', 'use_by_expert', 'read_header', 'tensor_files', 'load_tensor',
-           'n_bytes', 'ahead', 'write_tensors', 'write_index', 'resolve_model', 'windows', 'document_bits',
-           'bits_per_byte', 'head_loss', 'text_blocks', 'base']
+__all__ = ["small_config", "by_expert", "use_by_expert"]
 
 # %% ../nbs/05_mixtral.ipynb #d119e133
-import errno, hashlib, inspect, json, math, os, re, struct, sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
-from .artifact import *
 
-# %% ../nbs/05_mixtral.ipynb #d5e622d4
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from concurrent.futures import Executor
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 # %% ../nbs/05_mixtral.ipynb #87308efa
 def small_config(
-    hidden:int=192,        # width d
-    layers:int=4,          # decoder layers
-    experts:int=4,         # experts in each layer
-    top_k:int=2,           # experts for each token
-    intermediate:int=512,  # width inside an expert
-    heads:int=6,           # query heads
-    kv_heads:int=2,        # key and value heads
-    vocab_size:int=32000,  # tokens
-    positions:int=4096,    # max_position_embeddings
-    aux_loss:float=0.02,   # weight of the router's balancing loss
+    hidden: int = 192,  # width d
+    layers: int = 4,  # decoder layers
+    experts: int = 4,  # experts in each layer
+    top_k: int = 2,  # experts for each token
+    intermediate: int = 512,  # width inside an expert
+    heads: int = 6,  # query heads
+    kv_heads: int = 2,  # key and value heads
+    vocab_size: int = 32000,  # tokens
+    positions: int = 4096,  # max_position_embeddings
+    aux_loss: float = 0.02,  # weight of the router's balancing loss
 ):
     "A `MixtralConfig` like Mixtral-8x7B's, smaller"
     from transformers import MixtralConfig
-    return MixtralConfig(vocab_size=vocab_size, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, num_local_experts=experts, num_experts_per_tok=top_k,
-        max_position_embeddings=positions, router_aux_loss_coef=aux_loss, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2)
+
+    return MixtralConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+        max_position_embeddings=positions,
+        router_aux_loss_coef=aux_loss,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
 
 # %% ../nbs/05_mixtral.ipynb #612d4bd3
 def by_expert(
-    self,            # the experts of a layer, in their fused tensors
-    x:Tensor,        # (n, d) hidden states
-    index:Tensor,    # (n, k) the experts of each token
-    weights:Tensor,  # (n, k) their weights
-)->Tensor:  # (n, d)
+    self,  # the experts of a layer, in their fused tensors
+    x: Tensor,  # (n, d) hidden states
+    index: Tensor,  # (n, k) the experts of each token
+    weights: Tensor,  # (n, k) their weights
+) -> Tensor:  # (n, d)
     "Forward of fused experts: sort tokens by expert, one matrix product for each, back in order"
-    import torch, torch.nn.functional as F
+    import torch
+    import torch.nn.functional as F
+
     k = index.shape[-1]
     expert, order = torch.sort(index.reshape(-1), stable=True)
     counts = torch.bincount(expert, minlength=self.num_experts).tolist()
     rows = x[order // k].split(counts)
-    y = torch.cat([F.linear(self._apply_gate(F.linear(r, gate_up)), down)
-                   for r, gate_up, down in zip(rows, self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)])
-    back = torch.empty_like(order); back[order] = torch.arange(len(order), device=order.device)
+    y = torch.cat(
+        [
+            F.linear(self._apply_gate(F.linear(r, gate_up)), down)
+            for r, gate_up, down in zip(
+                rows, self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True
+            )
+        ]
+    )
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
     return (y * weights.reshape(-1)[order, None])[back].view(len(x), k, -1).sum(1).to(x.dtype)
 
-def use_by_expert()->str:
+
+def use_by_expert() -> str:
     "Register `by_expert` with transformers; the name to give as `experts_implementation`"
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    ALL_EXPERTS_FUNCTIONS.register('by_expert', by_expert)
-    return 'by_expert'
 
-# %% ../nbs/05_mixtral.ipynb #35b29de9
-def read_header(
-    path:str|Path,  # a .safetensors file
-)->dict:  # tensor name -> {dtype, shape, data_offsets (bytes, within the data)}
-    "What a safetensors file says it holds; `StageError` where its size disagrees"
-    size = Path(path).stat().st_size
-    with open(path, 'rb') as f:
-        n = struct.unpack('<Q', f.read(8))[0] if size >= 8 else size
-        require(8 + n <= size, f'{path} is truncated: {size:,} bytes end within its header; copy or download it again')
-        try: head = json.loads(f.read(n))
-        except ValueError: raise StageError(f'{path} is not a safetensors file: its header is not JSON') from None
-    head.pop('__metadata__', None)
-    end = 8 + n + max((t['data_offsets'][1] for t in head.values()), default=0)
-    require(size == end, f'{path} is truncated: {size:,} bytes, its header promises {end:,}; copy or download it again'
-        if size < end else f'{path} has {size:,} bytes, its header promises {end:,}')
-    return head
-
-# %% ../nbs/05_mixtral.ipynb #a16b0c00
-INDEX = 'model.safetensors.index.json'
-
-def tensor_files(
-    folder:str|Path,         # HF model folder
-    check_index:bool=True,   # False while the index is still to be written
-)->dict[str, Path]:  # tensor name -> the shard that holds it, in the order of the shards
-    "Where each tensor lies; all faults of the checkpoint at once"
-    p = Path(folder); where = {}
-    if check_index and (p/INDEX).is_file():
-        index = read_json(p/INDEX); weight_map = index.get('weight_map', {})
-        shards = sorted({p/s for s in weight_map.values()})
-        faults = [f'{s} is missing; {INDEX} names it' for s in shards if not s.is_file()]
-    else:
-        one = p/'model.safetensors'
-        shards, weight_map, faults = [one] if one.is_file() else sorted(p.glob('*.safetensors')), {}, []
-    for s in shards:
-        if not s.is_file(): continue
-        try: where |= dict.fromkeys(read_header(s), s)
-        except StageError as e: faults += e.args
-    if not faults: faults = [f'{p/f} lacks {n}, which {INDEX} promises' for n, f in weight_map.items() if where.get(n) != p/f][:5]
-    if not shards:
-        pickles = sorted(f.name for g in ('*.bin', '*.pt', '*.pth', '*.ckpt') for f in p.glob(g) if f.name != 'training_args.bin')
-        faults = [f'{p} holds only pickled weights ({pickles[0]}), which can run any code when opened; expected *.safetensors; '
-                  'convert them where you trust them' if pickles else f'{p} has no *.safetensors; expected an HF model folder']
-    if faults: raise StageError(*faults)
-    return where
-
-# %% ../nbs/05_mixtral.ipynb #617c0c81
-DTYPES = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', I64='int64', I32='int32', I16='int16', I8='int8', U8='uint8', BOOL='bool')
-
-def load_tensor(
-    files:dict[str, Path],  # as `tensor_files` gives them
-    name:str,               # which tensor
-)->Tensor:
-    "One tensor of a checkpoint; the others stay on disk"
-    from safetensors import safe_open
-    with safe_open(files[name], 'pt') as f: return f.get_tensor(name)
-
-def n_bytes(
-    specs:list,  # (name, dtype such as "BF16", shape)
-)->int:
-    "What tensors take on disk"
-    import torch
-    return sum(math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize for _, dtype, shape in specs)
-
-def _header(specs:list)->bytes:
-    "The first bytes of a safetensors file: the length of the JSON, and the JSON"
-    head, end = {'__metadata__': {'format': 'pt'}}, 0
-    for spec in specs: head[spec[0]] = dict(dtype=spec[1], shape=list(spec[2]), data_offsets=[end, end := end + n_bytes([spec])])
-    text = json.dumps(head, separators=(',', ':')).encode(); text += b' ' * (-len(text) % 8)
-    return struct.pack('<Q', len(text)) + text
-
-# %% ../nbs/05_mixtral.ipynb #a28edbed
-def _reserve(f, size:int):
-    "Room for the whole file: a full disk says so before the first byte, and the disk writes in long runs"
-    with suppress(AttributeError):  # a system without the call
-        try: os.posix_fallocate(f.fileno(), 0, size)
-        except OSError as e:
-            if e.errno == errno.ENOSPC: raise
-
-def _to_disk(f, start:int, every:int=2**25)->int:  # where what is still to be sent begins
-    "Have the system write what it holds of a file since `start`, so that the end need not wait for all of it"
-    if (n := f.tell() - start) < every: return start
-    with suppress(AttributeError, OSError): os.posix_fadvise(f.fileno(), start, n, os.POSIX_FADV_DONTNEED)
-    return start + n
-
-def ahead(
-    pool:Executor,   # threads or processes
-    f,               # a function of one argument
-    items:Iterable,  # its arguments
-    waiting:int=2,   # results that may wait
-)->Iterator:
-    "f(x) for each x in order, while the pool makes the next ones"
-    jobs = deque()
-    for x in items:
-        jobs.append(pool.submit(f, x))
-        if len(jobs) > waiting: yield jobs.popleft().result()
-    while jobs: yield jobs.popleft().result()
-
-# %% ../nbs/05_mixtral.ipynb #1eb69ae6
-def write_tensors(
-    path:str|Path,  # file to write; seen only when whole
-    specs:list,     # (name, dtype such as "BF16", shape) in the order of the file
-    tensor,         # function: name -> tensor, called once for each, by threads; few are in memory at a time
-    progress=None,  # called with the bytes of each tensor that is written
-)->str:  # SHA-256 of the file, 64 hexadecimal digits
-    "A safetensors file written tensor by tensor"
-    import torch
-    part, digest = Path(path).with_name(Path(path).name + '.part'), hashlib.sha256(head := _header(specs))
-    with open(part, 'wb') as f, ThreadPoolExecutor(2) as pool:
-        _reserve(f, len(head) + n_bytes(specs))
-        f.write(head); sent = 0
-        for (name, dtype, shape), t in zip(specs, ahead(pool, tensor, [n for n, *_ in specs]), strict=True):
-            assert list(t.shape) == list(shape) and t.dtype == getattr(torch, DTYPES[dtype]), (name, t.shape, t.dtype)
-            data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            for i in range(0, len(data), 2**20): digest.update(data[i:i+2**20]); f.write(data[i:i+2**20])  # from the cache; a large write costs eight times as much
-            sent = _to_disk(f, sent)
-            if progress: progress(len(data))
-        f.flush(); os.fsync(f.fileno())
-    os.replace(part, path)
-    return digest.hexdigest()
-
-# %% ../nbs/05_mixtral.ipynb #11048fc0
-def write_index(
-    folder:str|Path,        # HF model folder with all its shards
-    files:dict[str, Path],  # tensor name -> shard
-    metadata:dict=None,     # of an older index, to keep what else it says
-):
-    "The index of a model in several shards, its total size counted from their headers"
-    sizes = [t['data_offsets'][1] - t['data_offsets'][0] for s in sorted(set(files.values())) for t in read_header(s).values()]
-    n = sum(math.prod(t['shape']) for s in sorted(set(files.values())) for t in read_header(s).values())
-    old = metadata or {}
-    meta = dict(old, total_size=sum(sizes), **({'total_parameters': n} if 'total_parameters' in old else {}))
-    write_json(Path(folder)/INDEX, dict(metadata=meta, weight_map={k: files[k].name for k in sorted(files)}))
-
-# %% ../nbs/05_mixtral.ipynb #c4ab22e2
-_HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
-_HUB_FILES = ['*.safetensors', '*.json', '*.jinja', 'tokenizer.model']
-
-def _download(name:str)->Path:
-    "A model from the hub: weights as safetensors, configuration, tokenizer, nothing that runs"
-    from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise StageError(f'{name}: no such folder here, and the hub did not give it ({why})') from None
-
-def resolve_model(
-    ref:str|Path,  # HF model folder, or a hub id such as mistralai/Mixtral-8x7B-v0.1
-)->Path:  # a folder with config.json and sound safetensors
-    "Find a model and check that all of it is there, before anything is loaded"
-    p = Path(getattr(ref, 'path', ref)); name = str(ref).removeprefix('hub:')
-    if not p.exists() and _HUB_ID.fullmatch(name) and (name != str(ref) or not p.parent.is_dir()): p = _download(name)
-    require(p.is_dir(), f'{p} ' + ('is a file' if p.is_file() else 'does not exist') +
-        '; expected an HF model folder or a hub id; run: cmixtral base --out DIR')
-    faults = [] if (p/'config.json').is_file() else [f'{p} has no config.json; expected an HF model folder']
-    try: tensor_files(p)
-    except StageError as e: faults += e.args
-    if faults: raise StageError(*faults)
-    require('model_type' in read_json(p/'config.json'), f'{p}/config.json names no model_type; expected an HF model folder')
-    return p
-
-# %% ../nbs/05_mixtral.ipynb #e01c9b25
-def windows(
-    ids:list[int],  # tokens of one document, without BOS
-    length:int,     # tokens in a window
-    bos:int,        # id that starts the document
-    stride:int=0,   # tokens that a window scores, the others are context; 0: all, windows do not overlap
-)->list[tuple]:  # (inputs, targets); the targets belong to the last inputs
-    "Cut a document so that each of its tokens is a target exactly once"
-    seq = [bos, *ids[:-1]]
-    if not stride: return [(seq[i:i+length], ids[i:i+length]) for i in range(0, len(ids), length)]
-    ends = [*range(min(length, len(ids)), len(ids), stride), len(ids)]
-    return [(seq[max(0, e-length):e], ids[b:e]) for b, e in zip([0, *ends], ends) if e > b]
-
-# %% ../nbs/05_mixtral.ipynb #d26496ef
-def _nats(model, rows:list, device)->list[float]:
-    "-log p of the targets of each window of a batch, in float32 row by row; logits only from the first target on"
-    import torch
-    n, first = max(len(x) for x, _ in rows), min(len(x) - len(y) for x, y in rows)
-    x = torch.tensor([a + [0] * (n - len(a)) for a, _ in rows], device=device)
-    plain = getattr(model, 'get_base_model', lambda: model)()  # of a model with an adapter
-    few = dict(logits_to_keep=n - first) if first and 'logits_to_keep' in inspect.signature(plain.forward).parameters else {}
-    logits = model(input_ids=x, use_cache=False, **few).logits
-    skip = n - logits.shape[1]
-    return [torch.nn.functional.cross_entropy(z[len(a)-len(y)-skip:len(a)-skip].float(), torch.tensor(y, device=device), reduction='sum').item()
-            for z, (a, y) in zip(logits, rows, strict=True)]
-
-# %% ../nbs/05_mixtral.ipynb #72381c2c
-def document_bits(
-    model:PreTrainedModel,        # any causal language model
-    tok:PreTrainedTokenizerBase,  # its tokenizer
-    texts:list[str],              # documents; no context crosses from one to the next
-    length:int=256,               # tokens in a window
-    batch:int=8,                  # windows at once
-    stride:int=0,                 # of `windows`
-)->list[dict]:  # bits, n_tokens, n_bytes, n_chars of each document
-    "How many bits the model needs for each document"
-    import torch
-    from cmixtral_nb.vocab import encode_plain
-    bos = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
-    ids = encode_plain(tok, texts)
-    top, V = max((max(d) for d in ids if d), default=0), model.config.vocab_size
-    require(top < V, f'the tokenizer gives the id {top:,}, the model has {V:,} rows: they do not belong together; run: cmixtral init --tokenizer DIR')
-    rows = sorted(((i, w) for i, d in enumerate(ids) for w in windows(d, length, bos, stride)),
-        key=lambda r: (len(r[1][0]), len(r[1][0]) - len(r[1][1])), reverse=True)  # alike in length and in where the targets begin
-    nats, training = [0.] * len(texts), model.training; model.eval()
-    with torch.no_grad():
-        for k in range(0, len(rows), batch):
-            for (i, _), x in zip(rows[k:k+batch], _nats(model, [w for _, w in rows[k:k+batch]], model.device)): nats[i] += x
-    model.train(training)
-    return [dict(bits=x / math.log(2), n_tokens=len(d), n_bytes=len(t.encode()), n_chars=len(t)) for x, d, t in zip(nats, ids, texts)]
-
-# %% ../nbs/05_mixtral.ipynb #827dc953
-def bits_per_byte(
-    model:PreTrainedModel,         # any causal language model
-    tok:PreTrainedTokenizerBase,   # its tokenizer
-    texts:list[str],               # documents
-    length:int=256,                # tokens in a window
-    batch:int=8,                   # windows at once
-    stride:int=0,                  # tokens that a window scores, the others are context; 0: all, context does not cross its edge
-)->dict:  # bits_per_byte, bits_per_char, n_tokens, n_bytes, n_chars
-    "How many bits the model needs for each UTF-8 byte of the texts: comparable across vocabularies"
-    texts = [t for t in texts if t]
-    require(texts, 'no text to measure bits per byte on; expected at least one document that is not empty')
-    docs = document_bits(model, tok, texts, length, batch, stride)
-    n = {k: sum(d[k] for d in docs) for k in docs[0]}; bits = n.pop('bits')
-    return dict(bits_per_byte=bits / n['n_bytes'], bits_per_char=bits / n['n_chars'], **n)
-
-# %% ../nbs/05_mixtral.ipynb #5c8a6b22
-def head_loss(
-    h:Tensor,        # (n, d) last hidden states
-    W:Tensor,        # (V, d) lm_head
-    labels:Tensor,   # (n,) next tokens; negative: not counted
-    block:int=256,   # rows of logits in memory at once
-)->Tensor:  # mean cross entropy, differentiable in h and W
-    "Cross entropy of `h @ W.T` without ever holding all its logits"
-    return _head_loss_function().apply(h, W, labels, block)
-
-# %% ../nbs/05_mixtral.ipynb #f4551937
-def _head_loss_function():
-    import torch
-    class HeadLoss(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, h, W, labels, block):
-            n, loss, dh, dW = (labels >= 0).sum().clamp(min=1), h.new_zeros(()), torch.empty_like(h), torch.zeros_like(W)
-            logits = torch.empty(min(block, len(h)), len(W), dtype=h.dtype, device=h.device)
-            for i in range(0, len(h), block):
-                x, y, keep = h[i:i+block], labels[i:i+block].clamp(min=0)[:, None], (labels[i:i+block] >= 0)[:, None]
-                p = torch.mm(x, W.T, out=logits[:len(x)])
-                right, top = p.gather(1, y), p.max(1, keepdim=True).values
-                total = p.sub_(top).exp_().sum(1, keepdim=True)
-                loss = loss + ((total.log() + top - right) * keep).sum()
-                p.div_(total).scatter_add_(1, y, -torch.ones_like(right)).mul_(keep / n)
-                torch.mm(p, W, out=dh[i:i+block]); dW.addmm_(p.T, x)
-            ctx.save_for_backward(dh, dW)
-            return loss / n
-        @staticmethod
-        def backward(ctx, g): return ctx.saved_tensors[0] * g, ctx.saved_tensors[1] * g, None, None
-    return HeadLoss
-
-# %% ../nbs/05_mixtral.ipynb #e96029ec
-def text_blocks(
-    docs:list,   # token ids of documents
-    length:int,  # tokens in a block
-    bos:int, eos:int,  # ids around each document
-    seed:int=0,  # order of the blocks
-)->Tensor:  # (n, length) int64
-    "Documents end to end, cut into blocks, shuffled: enough for a stand-in (07_pack keeps documents apart)"
-    import numpy as np, torch
-    flat = np.concatenate([np.array([bos, *d, eos]) for d in docs])
-    n = len(flat) // length
-    rows = flat[:n * length].reshape(n, length)
-    return torch.from_numpy(rows[np.random.default_rng(seed).permutation(n)].astype(np.int64))
-
-# %% ../nbs/05_mixtral.ipynb #5ec4357c
-def _trainer(model, data, out:Path, steps:int, batch:int, lr:float, warmup:float, weight_decay:float, seed:int, device:str|None):
-    "transformers' Trainer with the loss in blocks and the router's balancing loss"
-    from transformers import Trainer, TrainingArguments, PrinterCallback
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-    class BaseTrainer(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kw):
-            x, c = inputs['input_ids'], model.config
-            o = model.model(input_ids=x, use_cache=False, output_router_logits=True)
-            loss = head_loss(o.last_hidden_state[:, :-1].flatten(0, 1), model.lm_head.weight, x[:, 1:].flatten())
-            loss = loss + c.router_aux_loss_coef * load_balancing_loss_func(o.router_logits, c.num_local_experts, c.num_experts_per_tok)
-            require(loss.isfinite(), f'the loss is {loss.item()} at step {self.state.global_step + 1}; lower --lr (now {lr:g})')
-            return loss
-    args = TrainingArguments(output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr,
-        lr_scheduler_type='cosine', warmup_steps=round(warmup * steps), weight_decay=weight_decay, adam_beta2=0.95,
-        max_grad_norm=1.0, seed=seed, data_seed=seed, save_strategy='no', report_to=[], logging_steps=max(1, steps // 50),
-        disable_tqdm=not sys.stderr.isatty(), use_cpu=device == 'cpu', remove_unused_columns=False, optim='adamw_torch_fused',
-        dataloader_pin_memory=False)
-    t = BaseTrainer(model=model, args=args, train_dataset=[dict(input_ids=r) for r in data])
-    t.remove_callback(PrinterCallback)
-    return t
-
-# %% ../nbs/05_mixtral.ipynb #449dab15
-def _check_base(corpus, lang, hidden, experts, top_k, heads, kv_heads, steps, length, **kw):
-    "Everything about `base` that can be known before the first step"
-    from cmixtral_nb.vocab import base_tokenizer_model
-    faults = []
-    if hidden % heads or hidden // heads % 2: faults.append(f'hidden={hidden} and heads={heads}: expected an even number of dimensions for each head')
-    if heads % kv_heads: faults.append(f'heads={heads}, kv_heads={kv_heads}: expected a multiple')
-    if not 0 < top_k <= experts: faults.append(f'top_k={top_k}, expected 1 to experts={experts}')
-    if steps < 1: faults.append(f'steps={steps}, expected at least 1')
-    if length < 2: faults.append(f'length={length}, expected at least 2')
-    try: base_tokenizer_model(kw['tokenizer'])
-    except StageError as e: faults += e.args
-    try: next(_texts(corpus, lang, 'train'), None)
-    except StageError as e: faults += e.args
-    if faults: raise StageError(*faults)
-
-def _texts(corpus, lang:str, split:str):
-    "Texts of a corpus; a file of another origin has no valid split"
-    from cmixtral_nb.corpus import corpus_langs, corpus_texts
-    p = Path(getattr(corpus, 'path', corpus))
-    if (p/'manifest.json').is_file(): Artifact.load(p, 'corpus')
-    if split == 'train' or corpus_langs(p): yield from corpus_texts(corpus, lang, split)
-
-# %% ../nbs/05_mixtral.ipynb #5f524c16
-def _take(texts, limit_chars:int)->list[str]:
-    "Documents until `limit_chars` characters are full; 0: all"
-    out, n = [], 0
-    for t in texts:
-        out.append(t); n += len(t)
-        if limit_chars and n >= limit_chars: break
-    return out
-
-def _save_base(model, tok, out:Path, log:list, n_tokens:int, valid:list, lang:str, length:int)->dict:
-    "Stock names, float32, safetensors; what was measured"
-    import shutil
-    from transformers.utils.logging import disable_progress_bar
-    shutil.rmtree(out/'trainer', ignore_errors=True)
-    losses = [r['loss'] for r in log]
-    bpb = bits_per_byte(model, tok, valid, length) if valid else {}
-    model.config.use_cache = True
-    if not sys.stderr.isatty(): disable_progress_bar()
-    model.save_pretrained(out)
-    n = model.num_parameters(); rows = 2 * model.config.vocab_size * model.config.hidden_size
-    found = f'; {bpb["bits_per_byte"]:.3f} bits per byte ({lang})' if bpb else ''
-    say('base', f'{n/1e6:.1f}M parameters, {(n - rows)/1e6:.1f}M besides the embeddings; {n_tokens:,} tokens; '
-        f'loss {losses[0]:.2f} to {losses[-1]:.2f}{found}')
-    return dict(n_params=n, n_params_body=n - rows, n_tokens=n_tokens, loss_first=losses[0], loss_last=losses[-1],
-        **({f'bits_per_byte_{lang}': round(bpb['bits_per_byte'], 4)} if bpb else {}))
-
-# %% ../nbs/05_mixtral.ipynb #a1cb35b5
-@stage('model', inputs=('corpus',), ignore=('device',), check=_check_base)
-def base(
-    corpus:Path,             # corpus artifact, or a jsonl or txt file
-    out:Path,                # folder to write: an HF model with its tokenizer
-    lang:str='en',           # language of the corpus to train on
-    tokenizer:str='mixtral', # "mixtral", or a sentencepiece model
-    hidden:int=192,          # width
-    layers:int=4,            # decoder layers
-    experts:int=4,           # experts in each layer
-    top_k:int=2,             # experts for each token
-    intermediate:int=512,    # width inside an expert
-    heads:int=6,             # query heads
-    kv_heads:int=2,          # key and value heads
-    steps:int=120,           # optimiser steps
-    batch:int=8,             # blocks in a step
-    length:int=256,          # tokens in a block
-    lr:float=3e-3,           # peak learning rate, cosine to zero
-    warmup:float=0.05,       # share of the steps
-    weight_decay:float=0.1,  # on matrices
-    aux_loss:float=0.02,     # weight of the router's balancing loss
-    limit_chars:int=0,       # use only the first so many characters; 0: all
-    seed:int=0,              # weights and order
-    device:str=None,         # "cpu", or what transformers finds
-):
-    "Train a small Mixtral from scratch: the stand-in for Mixtral-8x7B in the tiny recipe"
-    from transformers import MixtralForCausalLM, set_seed
-    from cmixtral_nb.vocab import base_tokenizer_model, encode_plain, load_tokenizer, write_tokenizer
-    write_tokenizer(base_tokenizer_model(tokenizer), out)
-    tok = load_tokenizer(out)
-    docs = _take(_texts(corpus, lang, 'train'), limit_chars)
-    data = text_blocks(encode_plain(tok, docs), length, tok.bos_token_id, tok.eos_token_id, seed) if docs else []
-    require(len(data) >= batch, f'{corpus} gives {len(data)} blocks of {length} tokens in "{lang}", expected at least '
-        f'batch={batch}; add text, or lower length and batch')
-    set_seed(seed)
-    config = small_config(hidden, layers, experts, top_k, intermediate, heads, kv_heads, len(tok), 4096, aux_loss)
-    config._experts_implementation = use_by_expert()
-    model = MixtralForCausalLM(config)
-    trainer = _trainer(model, data, out/'trainer', steps, batch, lr, warmup, weight_decay, seed, device)
-    trainer.train()
-    log = [{k: r[k] for k in ('step', 'loss', 'learning_rate', 'grad_norm') if k in r} for r in trainer.state.log_history if 'loss' in r]
-    write_text(out/'log.jsonl', ''.join(json.dumps(r) + '\n' for r in log))
-    return _save_base(model.cpu(), tok, out, log, steps * batch * length, list(_texts(corpus, lang, 'valid')), lang, length)
+    ALL_EXPERTS_FUNCTIONS.register("by_expert", by_expert)
+    return "by_expert"

@@ -6,461 +6,298 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['rows', 'positions', 'collate', 'parse_mix', 'takes', 'repeats', 'encode_docs', 'line_spans', 'encoded', 'encode_part',
-           'Parts', 'gather', 'RowWriter', 'finish_rows', 'pack', 'load_rows', 'valid_texts', 'pack_job']
+__all__ = [
+    "rows",
+    "positions",
+    "collate",
+    "parse_mix",
+    "repeats",
+    "pack",
+    "load_rows",
+    "valid_texts",
+]
 
 # %% ../nbs/07_pack.ipynb #2217c98d
-import json, math, os, shutil
+import json
+import math
+import shutil
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
-from functools import cache, partial
-from inspect import signature
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
-from .artifact import *
-from .corpus import corpus_langs, corpus_texts, doc_files, is_heldout, text_batches
-from .mixtral import ahead
-from .vocab import encode_plain, load_tokenizer
+
+from cmixtral_nb.packing import (
+    Parts,
+    RowWriter,
+    _dtype,
+    _fraction,
+    _part_faults,
+    _special,
+    _texts,
+    encode_part,
+    finish_rows,
+    gather,
+)
+from cmixtral_nb.stages import (
+    Artifact,
+    StageError,
+    fingerprint,
+    require,
+    stage,
+    tokenizer_fingerprint,
+    write_text,
+)
+
+from .corpus import corpus_langs
+from .documents import doc_files
+from .machine import say
+from .tokenizer_files import load_tokenizer
+
 if TYPE_CHECKING:
     from datasets import Dataset
-    from datatrove.executor.base import PipelineExecutor
     from numpy import ndarray
+
 
 # %% ../nbs/07_pack.ipynb #a31e8f17
 def rows(
-    stream:Iterable[ndarray],  # token ids, joined end to end, in pieces of any size
-    length:int,                # tokens in a row
-    block:int=1024,            # rows that are given at a time
-)->Iterator[ndarray]:  # (block, length), the last one (n, length); the last row, if shorter, is dropped
+    stream: Iterable[ndarray],  # token ids, joined end to end, in pieces of any size
+    length: int,  # tokens in a row
+    block: int = 1024,  # rows that are given at a time
+) -> Iterator[
+    ndarray
+]:  # (block, length), the last one (n, length); the last row, if shorter, is dropped
     "Cut a stream of tokens into rows, in time linear in the tokens"
     import numpy as np
+
     parts, held, size = [], 0, block * length
     for ids in stream:
-        parts.append(ids); held += len(ids)
+        parts.append(ids)
+        held += len(ids)
         if held >= size:
-            flat = np.concatenate(parts); n = held // size * size
+            flat = np.concatenate(parts)
+            n = held // size * size
             yield from flat[:n].reshape(-1, block, length)
-            parts = [flat[n:]]; held = len(parts[0])
-    if n := held // length: yield np.concatenate(parts)[:n*length].reshape(n, length)
+            parts = [flat[n:]]
+            held = len(parts[0])
+    if n := held // length:
+        yield np.concatenate(parts)[: n * length].reshape(n, length)
+
 
 # %% ../nbs/07_pack.ipynb #a82f2fce
 def positions(
-    ids:ndarray,  # (n, length) rows
-    bos:int,      # id with which each document starts
-)->ndarray:  # (n, length) int64; 0 at the start of each document and of each row
+    ids: ndarray,  # (n, length) rows
+    bos: int,  # id with which each document starts
+) -> ndarray:  # (n, length) int64; 0 at the start of each document and of each row
     "Position of each token in its document: what keeps documents apart in attention"
     import numpy as np
+
     at = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     return at - np.maximum.accumulate(np.where(ids == bos, at, 0), axis=1)
 
+
 def collate(
-    examples:list[dict],  # rows with `input_ids`
-    bos:int,              # id with which each document starts
-)->dict:  # input_ids, position_ids, labels: int64 tensors of shape (batch, length)
+    examples: list[dict],  # rows with `input_ids`
+    bos: int,  # id with which each document starts
+) -> dict:  # input_ids, position_ids, labels: int64 tensors of shape (batch, length)
     "A batch in which no document sees another or is asked to guess where one starts"
-    import numpy as np, torch
-    ids = np.stack([np.asarray(e['input_ids']) for e in examples]).astype(np.int64)
-    batch = dict(input_ids=ids, position_ids=positions(ids, bos), labels=np.where(ids == bos, -100, ids))
+    import numpy as np
+    import torch
+
+    ids = np.stack([np.asarray(e["input_ids"]) for e in examples]).astype(np.int64)
+    batch = dict(
+        input_ids=ids, position_ids=positions(ids, bos), labels=np.where(ids == bos, -100, ids)
+    )
     return {k: torch.from_numpy(v) for k, v in batch.items()}
+
 
 # %% ../nbs/07_pack.ipynb #d8fce449
 def parse_mix(
-    mix:list[str],  # "RATIO:LANG" or "LANG", such as ["1:zh", "0.5:en"]
-)->dict[str, float]:  # language -> ratio
+    mix: list[str],  # "RATIO:LANG" or "LANG", such as ["1:zh", "0.5:en"]
+) -> dict[str, float]:  # language -> ratio
     "How often each source is used; `StageError` lists every entry that cannot be read"
     out, faults = {}, []
     for m in [mix] if isinstance(mix, str) else mix:
-        ratio, _, lang = str(m).rpartition(':')
-        try: r = float(ratio or 1)
-        except ValueError: r = math.nan
-        if not lang or not 0 < r < math.inf: faults.append(f'mix has {m!r}, expected RATIO:LANG with a ratio above 0, such as 0.5:en')
-        elif lang in out: faults.append(f'mix names {lang} twice; give one ratio, such as {out[lang] + r:g}:{lang}')
-        else: out[lang] = r
-    if not mix: faults.append('mix is empty, expected RATIO:LANG, such as 1:zh')
-    if faults: raise StageError(*faults)
+        ratio, _, lang = str(m).rpartition(":")
+        try:
+            r = float(ratio or 1)
+        except ValueError:
+            r = math.nan
+        if not lang or not 0 < r < math.inf:
+            faults.append(
+                f"mix has {m!r}, expected RATIO:LANG with a ratio above 0, such as 0.5:en"
+            )
+        elif lang in out:
+            faults.append(
+                f"mix names {lang} twice; give one ratio, such as {out[lang] + r:g}:{lang}"
+            )
+        else:
+            out[lang] = r
+    if not mix:
+        faults.append("mix is empty, expected RATIO:LANG, such as 1:zh")
+    if faults:
+        raise StageError(*faults)
     return out
 
+
 # %% ../nbs/07_pack.ipynb #13d863b2
-@cache
-def _fraction(ratio:float)->tuple[int, int]: return Fraction(ratio).limit_denominator(10**6).as_integer_ratio()
-
-def takes(
-    i:int,        # number of the document in its source
-    ratio:float,  # 0.5: every second one; 1 and above: every one
-    seed:int=0,   # shifts which ones
-)->bool:
-    "Whether the first pass takes a document: n·ratio of n, exact to one"
-    num, den = _fraction(min(ratio, 1.))
-    return (i + 1 + seed) * num // den > (i + seed) * num // den
-
 def repeats(
-    n:int,        # documents of the source
-    ratio:float,  # 1 and below: no repeats; 2: one; 2.5: one and a half
-    seed:int=0,   # of the permutations
-)->Iterator[ndarray]:  # numbers of documents
+    n: int,  # documents of the source
+    ratio: float,  # 1 and below: no repeats; 2: one; 2.5: one and a half
+    seed: int = 0,  # of the permutations
+) -> Iterator[ndarray]:  # numbers of documents
     "The order of the documents in each pass after the first, drawn anew for each"
     import numpy as np
+
     num, den = _fraction(ratio)
     whole, part = divmod(num, den)
     for p in range(1, whole + (part > 0)):
         order = np.random.default_rng([seed, p]).permutation(n)
-        yield order if p < whole else order[:n * part // den]
+        yield order if p < whole else order[: n * part // den]
 
-# %% ../nbs/07_pack.ipynb #e2ff8b6e
-def encode_docs(
-    tok,                 # loaded tokenizer
-    texts:list[str],     # documents
-    bos:int,             # id put before each document
-    eos:int,             # id put after it
-    dtype:str='uint16',  # of the ids
-)->tuple[ndarray, ndarray]:  # (n_tokens,) stream; (n_docs, 3) uint32: tokens with BOS and EOS, characters, bytes
-    "A batch of documents as one stream of tokens, and what each of them holds"
-    import numpy as np
-    ids = encode_plain(tok, texts)
-    ends = list(accumulate(len(d) + 2 for d in ids))
-    stream = np.empty(ends[-1] if ends else 0, dtype)
-    for d, end in zip(ids, ends, strict=True):
-        stream[end-len(d)-2], stream[end-len(d)-1:end-1], stream[end-1] = bos, d, eos
-    counts = [(len(d) + 2, len(t), len(t.encode())) for d, t in zip(ids, texts, strict=True)]
-    return stream, np.array(counts, np.uint32).reshape(-1, 3)
-
-# %% ../nbs/07_pack.ipynb #41facb9a
-def line_spans(
-    path:Path,           # one document a line
-    part:int=0,          # which part of the file
-    n_parts:int=1,       # of how many
-    size_bytes:int=2**20,# of a span, about
-)->Iterator[tuple[int, int]]:  # first byte, byte after the last
-    "A part of a file in spans of whole lines; all parts in their order are the file"
-    total = path.stat().st_size; n = -(-total // size_bytes)
-    def cut(k):
-        if k: f.seek(min(k * size_bytes, total) - 1); f.readline()
-        return f.tell() if k else 0
-    with open(path, 'rb') as f:
-        lo = cut(n * part // n_parts)
-        for k in range(n * part // n_parts, n * (part + 1) // n_parts):
-            hi = cut(k + 1)
-            if hi > lo: yield lo, hi
-            lo = hi
-
-def _n_lines(path:Path, lo:int, hi:int)->int:
-    with open(path, 'rb') as f:
-        f.seek(lo)
-        return sum(f.read(min(2**20, hi - at)).count(b'\n') for at in range(lo, hi, 2**20))
-
-# %% ../nbs/07_pack.ipynb #e6cf2f44
-def _span_texts(path:str, lo:int, hi:int, first:int, ratio:float, seed:int)->list[str]:
-    "The documents of a span that the first pass takes; `first` is the number of its first line"
-    with open(path, 'rb') as f: f.seek(lo); lines = f.read(hi - lo).split(b'\n')
-    out = []
-    for i, line in enumerate(lines):
-        if not line.strip() or not takes(first + i, ratio, seed): continue
-        try: out.append(json.loads(line)['text'] + '')
-        except (ValueError, KeyError, TypeError):
-            n = _n_lines(Path(path), 0, lo) + i + 1
-            raise StageError(f'{path}:{n}: expected an object with a string under "text"; mend the line, or run: cmixtral corpus --force') from None
-    return out
-
-_worker = {}  # of a process that encodes: its tokenizer and how to use it
-def _start(tokenizer:str, **how):
-    from tokenizers import Tokenizer
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
-    _worker.update(how, tok=Tokenizer.from_str(tokenizer))
-def _encode(job): return encode_docs(texts=job if isinstance(job, list) else _span_texts(*job), **_worker)
-
-# %% ../nbs/07_pack.ipynb #463e7122
-def _texts(corpus, lang:str, split:str, valid_share:float)->Iterator[str]:
-    "Texts of a corpus; a file of another origin is split by the hash of each document"
-    if corpus_langs(corpus): yield from corpus_texts(corpus, lang, split); return
-    for t in corpus_texts(corpus, lang):
-        if is_heldout(t, valid_share) == (split == 'valid'): yield t
-
-def _jobs(corpus, lang:str, ratio:float, valid_share:float, seed:int, part:int, n_parts:int)->Iterator:
-    "What is to be encoded: spans of a corpus, or batches of texts of anything else"
-    path = Path(getattr(corpus, 'path', corpus))/f'{lang}.train.jsonl'
-    if not path.is_file():
-        require(n_parts == 1, f'{corpus} is no corpus and cannot be encoded in parts; run: cmixtral corpus --sources {lang}={corpus} --out DIR')
-        texts = _texts(corpus, lang, 'train', valid_share)
-        yield from text_batches(t for i, t in enumerate(texts) if takes(i, ratio, seed)); return
-    first, seen = 0, 0
-    for lo, hi in line_spans(path, part, n_parts):
-        if ratio < 1: first += _n_lines(path, seen, lo); seen = lo
-        yield str(path), lo, hi, first, ratio, seed
-
-def _identity(corpus, tokenizer, lang:str, ratio:float, valid_share:float, seed:int)->str:
-    "What all parts of a source have in common, whoever encodes them"
-    own = [] if corpus_langs(corpus) else [valid_share]
-    return fingerprint([input_fingerprint(corpus), tokenizer_fingerprint(tokenizer), lang, *([ratio, seed] if ratio < 1 else []), *own])
-
-def _dtype(tok)->str: return 'uint16' if len(tok) <= 2**16 else 'uint32'
-def _special(tok)->dict: return dict(bos=tok.bos_token_id, eos=tok.eos_token_id)
-
-# %% ../nbs/07_pack.ipynb #a9eb5adb
-def encoded(
-    jobs:Iterable,   # spans or batches of texts
-    tok,             # loaded tokenizer
-    workers:int=1,   # processes; 1: this one, with as many threads as the tokenizer likes
-    **how,           # bos, eos, dtype
-)->Iterator[tuple[ndarray, ndarray]]:  # stream and counts of each job, in the order of the jobs
-    "Encode jobs; order and result are the same for any number of workers"
-    if workers <= 1:
-        for j in jobs: yield encode_docs(tok, j if isinstance(j, list) else _span_texts(*j), **how)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-    start = partial(_start, tok.backend_tokenizer.to_str(), **how)
-    try:
-        with ProcessPoolExecutor(workers, get_context('spawn'), start) as pool: yield from ahead(pool, _encode, jobs, 2 * workers)
-    except BrokenProcessPool: raise StageError('a process that encodes died, of memory perhaps; run it with fewer: --workers 1') from None
-
-# %% ../nbs/07_pack.ipynb #ac704bc8
-def encode_part(
-    corpus:str|Path,        # as for `pack`
-    tokenizer:str|Path,     # folder with a tokenizer
-    out:str|Path,           # folder of the parts, made where it is missing
-    lang:str,               # source
-    ratio:float=1.,         # below 1, not all documents are encoded
-    valid_share:float=.001, # as for `pack`
-    seed:int=0,             # as for `pack`
-    part:int=0,             # which part
-    n_parts:int=1,          # of how many
-    workers:int=1,          # processes
-)->dict:  # what was encoded: n_docs, n_tokens, n_chars, n_bytes
-    "Encode a part of a source into `out`; a part that is there already is left as it is"
-    out, name = Path(out), f'{lang}.{part:05}-of-{n_parts:05}'; out.mkdir(parents=True, exist_ok=True)
-    same = _identity(corpus, tokenizer, lang, ratio, valid_share, seed)
-    if (out/f'{name}.json').is_file() and (had := read_json(out/f'{name}.json')).get('identity') == same: return had
-    from tqdm import tqdm
-    tok = load_tokenizer(tokenizer); total = [0] * 4; (out/f'{name}.json').unlink(missing_ok=True)
-    jobs = tqdm(_jobs(corpus, lang, ratio, valid_share, seed, part, n_parts), desc=f'encode {lang}', unit=' batches', disable=None)
-    with open(out/f'{name}.ids', 'wb') as ids, open(out/f'{name}.docs', 'wb') as docs:
-        for stream, counts in encoded(jobs, tok, workers, dtype=_dtype(tok), **_special(tok)):
-            stream.tofile(ids); counts.tofile(docs)
-            total = [a + int(b) for a, b in zip(total, [len(counts), *counts.sum(0)], strict=True)]
-    had = dict(zip(('n_docs', 'n_tokens', 'n_chars', 'n_bytes'), total, strict=True), identity=same)
-    write_json(out/f'{name}.json', had)
-    return had
-
-# %% ../nbs/07_pack.ipynb #0bff578f
-class Parts:
-    "The encoded documents of a source, from all its parts"
-    def __init__(self,
-        folder:Path,         # holds the parts
-        lang:str,            # source
-        dtype:str='uint16',  # of the ids
-    ):
-        self.files, self.dtype = sorted(Path(folder).glob(f'{lang}.*-of-*.ids')), dtype
-        heads = [read_json(f.with_suffix('.json')) for f in self.files]
-        self.stats = {k: sum(h[k] for h in heads) for k in ('n_docs', 'n_tokens', 'n_chars', 'n_bytes')}
-
-    def stream(self, n:int=2**20)->Iterator[ndarray]:
-        "All documents in the order of the corpus, in pieces of `n` tokens"
-        import numpy as np
-        for file in self.files:
-            with open(file, 'rb') as f:
-                while len(ids := np.fromfile(f, self.dtype, n)): yield ids
-
-    def counts(self)->ndarray:  # (n_docs, 3) uint32: tokens, characters, bytes
-        import numpy as np
-        return np.concatenate([np.fromfile(f.with_suffix('.docs'), np.uint32).reshape(-1, 3) for f in self.files])
-
-# %% ../nbs/07_pack.ipynb #7ab3455d
-def gather(
-    parts:Parts,
-    order:ndarray,        # numbers of documents
-    counts:ndarray,       # of the parts
-    n_docs:int=1000,      # documents in a piece
-)->Iterator[ndarray]:
-    "Documents in another order"
-    import numpy as np
-    width, ends = np.dtype(parts.dtype).itemsize, np.cumsum(counts[:, 0], dtype=np.int64)
-    begins = np.cumsum([0] + [f.stat().st_size // width for f in parts.files])  # first token of each part
-    files = [open(f, 'rb', buffering=0) for f in parts.files]
-    def doc(i):
-        start = ends[i] - counts[i, 0]; k = np.searchsorted(begins, start, 'right') - 1
-        files[k].seek(int(start - begins[k]) * width)
-        return files[k].read(int(counts[i, 0]) * width)
-    try:
-        for i in range(0, len(order), n_docs): yield np.frombuffer(b''.join(map(doc, order[i:i+n_docs])), parts.dtype)
-    finally:
-        for f in files: f.close()
-
-# %% ../nbs/07_pack.ipynb #a78566c4
-class RowWriter:
-    "Rows into a folder for `datasets.load_from_disk`: Arrow files and two small JSON files"
-    def __init__(self,
-        out:Path,                # folder to make
-        length:int,              # tokens in a row
-        dtype:str='uint16',      # or uint32
-        shard_rows:int=500_000,  # rows in a file, about
-    ):
-        import pyarrow as pa
-        self.out, self.length, self.dtype, self.shard_rows = Path(out), length, dtype, shard_rows
-        self.schema = pa.schema([('input_ids', pa.list_(getattr(pa, dtype)(), length)), ('source', pa.uint8())])
-        self.files, self.n, self.sink = [], 0, None
-        self.out.mkdir(parents=True)
-
-    def write(self, block:ndarray, source:int):
-        import numpy as np, pyarrow as pa
-        if self.n >= self.shard_rows * len(self.files):
-            if self.sink: self.sink.close()
-            self.files.append(f'data-{len(self.files):05}.arrow')
-            self.sink = pa.ipc.new_stream(str(self.out/self.files[-1]), self.schema)
-        ids = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), self.length)
-        self.sink.write_batch(pa.record_batch([ids, pa.array(np.full(len(block), source, np.uint8))], schema=self.schema))
-        self.n += len(block)
-
-# %% ../nbs/07_pack.ipynb #8c2be01f
-def finish_rows(
-    writer:RowWriter,  # all rows are written
-    key:str,           # what `datasets` takes for the identity of the rows
-):
-    "The JSON files without which `datasets` does not know the folder"
-    from datasets import Features, List, Value
-    if writer.sink: writer.sink.close()
-    features = Features(input_ids=List(Value(writer.dtype), length=writer.length), source=Value('uint8'))
-    write_json(writer.out/'dataset_info.json', dict(features=features.to_dict()))
-    write_json(writer.out/'state.json', dict(_data_files=[dict(filename=f) for f in writer.files], _fingerprint=key,
-        _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split='train'))
 
 # %% ../nbs/07_pack.ipynb #f6e2f3b6
-def _part_faults(parts, corpus, tokenizer, langs:dict, valid_share:float, seed:int)->list[str]:
-    "What keeps encoded parts from being the ones asked for"
-    faults = []
-    for lang, ratio in langs.items():
-        heads = sorted(Path(parts).glob(f'{lang}.*-of-*.json')); n = len({f.name.split('-of-')[1] for f in heads})
-        same = _identity(corpus, tokenizer, lang, ratio, valid_share, seed)
-        if n != 1: faults.append(f'{parts} holds {"no part" if not n else "parts of several divisions"} of {lang}; encode them again, into an empty folder'); continue
-        total = int(heads[0].stem.split('-of-')[1])
-        if len(heads) < total: faults.append(f'{parts} holds {len(heads)} of {total} parts of {lang}; run the missing tasks again')
-        if any(read_json(h).get('identity') != same for h in heads): faults.append(f'{parts}: {lang} was encoded from another corpus, with another tokenizer, ratio or seed; encode it again, into an empty folder')
-    return faults
-
-def _check(corpus, tokenizer, mix, length, valid_share=0., seed=0, workers=1, parts=None, **_):
+def _check(corpus, tokenizer, mix, length, valid_share=0.0, seed=0, workers=1, parts=None, **_):
     langs, have, faults = parse_mix(mix), corpus_langs(corpus), []
-    if have: faults += [f'{corpus} has no language {l!r}, it has {", ".join(have)}; run: cmixtral corpus --sources {l}=REF --out DIR'
-                        for l in langs if l not in have]
-    elif not doc_files(corpus): faults.append(f'{corpus} is neither a corpus nor a text file; run: cmixtral corpus --sources zh=REF --out DIR')
-    elif len(langs) > 1: faults.append(f'{corpus} is one text, mix names {len(langs)} languages; run: cmixtral corpus --sources zh=REF en=REF --out DIR')
-    if not 8 <= length <= 2**20: faults.append(f'length is {length}, expected 8 to {2**20:,} tokens')
-    if seed < 0: faults.append(f'seed is {seed}, expected 0 or more')
-    if workers < 1: faults.append(f'workers is {workers}, expected 1 or more')
-    if not (Path(tokenizer)/'tokenizer.json').is_file(): faults.append(f'{tokenizer} holds no tokenizer.json; run: cmixtral vocab --out DIR')
-    if parts and not faults: faults = _part_faults(parts, corpus, tokenizer, langs, valid_share, seed)
-    if faults: raise StageError(*faults)
+    if have:
+        faults += [
+            f"{corpus} has no language {l!r}, it has {', '.join(have)}; run: cmixtral corpus --sources {l}=REF --out DIR"
+            for l in langs
+            if l not in have
+        ]
+    elif not doc_files(corpus):
+        faults.append(
+            f"{corpus} is neither a corpus nor a text file; run: cmixtral corpus --sources zh=REF --out DIR"
+        )
+    elif len(langs) > 1:
+        faults.append(
+            f"{corpus} is one text, mix names {len(langs)} languages; run: cmixtral corpus --sources zh=REF en=REF --out DIR"
+        )
+    if not 8 <= length <= 2**20:
+        faults.append(f"length is {length}, expected 8 to {2**20:,} tokens")
+    if seed < 0:
+        faults.append(f"seed is {seed}, expected 0 or more")
+    if workers < 1:
+        faults.append(f"workers is {workers}, expected 1 or more")
+    if not (Path(tokenizer) / "tokenizer.json").is_file():
+        faults.append(f"{tokenizer} holds no tokenizer.json; run: cmixtral vocab --out DIR")
+    if parts and not faults:
+        faults = _part_faults(parts, corpus, tokenizer, langs, valid_share, seed)
+    if faults:
+        raise StageError(*faults)
+
 
 # %% ../nbs/07_pack.ipynb #6ad96899
-def _pack_source(writer, k:int, parts:Parts, ratio:float, seed:int)->dict:
+def _pack_source(writer, k: int, parts: Parts, ratio: float, seed: int) -> dict:
     "Write one source, pass after pass; what it gave"
     n = dict(ratio=ratio, **parts.stats, n_rows=0)
+
     def stream():
         yield from parts.stream()
-        if ratio <= 1: return
+        if ratio <= 1:
+            return
         counts = parts.counts()
         for order in repeats(len(counts), ratio, seed):
-            n['n_docs'] += len(order)
-            for j, key in enumerate(('n_tokens', 'n_chars', 'n_bytes')): n[key] += int(counts[order, j].sum(dtype='int64'))
+            n["n_docs"] += len(order)
+            for j, key in enumerate(("n_tokens", "n_chars", "n_bytes")):
+                n[key] += int(counts[order, j].sum(dtype="int64"))
             yield from gather(parts, order, counts)
-    for block in rows(stream(), writer.length): writer.write(block, k); n['n_rows'] += len(block)
-    return dict(n, chars_per_token=round(n['n_chars'] / max(1, n['n_tokens']), 4))
 
-def _write_valid(path:Path, texts:Iterable[str], limit_chars:int)->int:
+    for block in rows(stream(), writer.length):
+        writer.write(block, k)
+        n["n_rows"] += len(block)
+    return dict(n, chars_per_token=round(n["n_chars"] / max(1, n["n_tokens"]), 4))
+
+
+def _write_valid(path: Path, texts: Iterable[str], limit_chars: int) -> int:
     n, lines = 0, []
     for t in texts:
-        if n >= limit_chars: break
-        lines.append(json.dumps(dict(text=t), ensure_ascii=False) + '\n'); n += len(t)
-    write_text(path, ''.join(lines))
+        if n >= limit_chars:
+            break
+        lines.append(json.dumps(dict(text=t), ensure_ascii=False) + "\n")
+        n += len(t)
+    write_text(path, "".join(lines))
     return len(lines)
 
+
 # %% ../nbs/07_pack.ipynb #db04f8f6
-@stage('tokens', inputs=('corpus', 'tokenizer'), ignore=('workers', 'parts'), check=_check)
+@stage("tokens", inputs=("corpus", "tokenizer"), ignore=("workers", "parts"), check=_check)
 def pack(
-    corpus:Path,              # artifact made by `corpus`, or a text file
-    tokenizer:Path,           # folder with a tokenizer
-    out:Path,                 # folder to write
-    mix:list[str]=['1:zh', '0.5:en'],  # RATIO:LANG; 0.5 takes every second document, 2 takes all of them twice
-    length:int=2048,          # tokens in a row
-    valid_chars:int=200_000,  # held-out characters kept of each language
-    valid_share:float=0.001,  # of documents held out, where the corpus is a text file
-    seed:int=0,               # which documents a ratio below 1 takes, and in which order repeats come
-    workers:int=1,            # processes that encode; as many as there are cores, where the corpus is large
-    parts:Path=None,          # folder that `encode_part` filled, on one machine or many; None: encode here
+    corpus: Path,  # artifact made by `corpus`, or a text file
+    tokenizer: Path,  # folder with a tokenizer
+    out: Path,  # folder to write
+    mix: list[str] = [
+        "1:zh",
+        "0.5:en",
+    ],  # RATIO:LANG; 0.5 takes every second document, 2 takes all of them twice
+    length: int = 2048,  # tokens in a row
+    valid_chars: int = 200_000,  # held-out characters kept of each language
+    valid_share: float = 0.001,  # of documents held out, where the corpus is a text file
+    seed: int = 0,  # which documents a ratio below 1 takes, and in which order repeats come
+    workers: int = 1,  # processes that encode; as many as there are cores, where the corpus is large
+    parts: Path = None,  # folder that `encode_part` filled, on one machine or many; None: encode here
 ):
     "Encode documents with BOS and EOS around each, mix them by ratio, cut the stream into rows"
     tok, fp = load_tokenizer(tokenizer), tokenizer_fingerprint(tokenizer)
-    writer, sources = RowWriter(out/'train', length, _dtype(tok)), {}
+    writer, sources = RowWriter(out / "train", length, _dtype(tok)), {}
     for k, (lang, ratio) in enumerate(parse_mix(mix).items()):
-        if not parts: encode_part(corpus, tokenizer, out/'parts', lang, ratio, valid_share, seed, workers=workers)
-        n = _pack_source(writer, k, Parts(parts or out/'parts', lang, writer.dtype), ratio, seed)
-        shutil.rmtree(out/'parts', ignore_errors=True)
-        sources[lang] = dict(n, n_valid=_write_valid(out/f'valid.{lang}.jsonl', _texts(corpus, lang, 'valid', valid_share), valid_chars))
-    n = sum(s['n_tokens'] for s in sources.values())
-    require(writer.n, f'{corpus} gives {n:,} tokens, less than one row of {length:,}; give more text or a smaller --length')
+        if not parts:
+            encode_part(
+                corpus, tokenizer, out / "parts", lang, ratio, valid_share, seed, workers=workers
+            )
+        n = _pack_source(writer, k, Parts(parts or out / "parts", lang, writer.dtype), ratio, seed)
+        shutil.rmtree(out / "parts", ignore_errors=True)
+        sources[lang] = dict(
+            n,
+            n_valid=_write_valid(
+                out / f"valid.{lang}.jsonl", _texts(corpus, lang, "valid", valid_share), valid_chars
+            ),
+        )
+    n = sum(s["n_tokens"] for s in sources.values())
+    require(
+        writer.n,
+        f"{corpus} gives {n:,} tokens, less than one row of {length:,}; give more text or a smaller --length",
+    )
     finish_rows(writer, fingerprint([fp, sources, length]))
-    say('pack', f'{n:,} tokens in {writer.n:,} rows of {length:,}: ' + ', '.join(f'{s["n_tokens"]:,} {l}' for l, s in sources.items()))
-    return dict(tokenizer=fp, n_rows=writer.n, n_tokens=n, length=length, dtype=writer.dtype, vocab_size=len(tok), **_special(tok), sources=sources)
+    say(
+        "pack",
+        f"{n:,} tokens in {writer.n:,} rows of {length:,}: "
+        + ", ".join(f"{s['n_tokens']:,} {l}" for l, s in sources.items()),
+    )
+    return dict(
+        tokenizer=fp,
+        n_rows=writer.n,
+        n_tokens=n,
+        length=length,
+        dtype=writer.dtype,
+        vocab_size=len(tok),
+        **_special(tok),
+        sources=sources,
+    )
+
 
 # %% ../nbs/07_pack.ipynb #74601fb0
 def load_rows(
-    tokens:str|Path,  # artifact made by `pack`
-)->Dataset:  # memory-mapped; columns input_ids and source
+    tokens: str | Path,  # artifact made by `pack`
+) -> Dataset:  # memory-mapped; columns input_ids and source
     "The rows to train on"
     from datasets import load_from_disk
-    return load_from_disk(str(Artifact.load(tokens, 'tokens')/'train'), keep_in_memory=False)
+
+    return load_from_disk(str(Artifact.load(tokens, "tokens") / "train"), keep_in_memory=False)
+
 
 def valid_texts(
-    tokens:str|Path,    # artifact made by `pack`
-    lang:str,           # such as zh
-    limit_chars:int=0,  # stop after so many characters; 0: all
-)->list[str]:
+    tokens: str | Path,  # artifact made by `pack`
+    lang: str,  # such as zh
+    limit_chars: int = 0,  # stop after so many characters; 0: all
+) -> list[str]:
     "Held-out documents of a language"
-    path, out, n = Artifact.load(tokens, 'tokens')/f'valid.{lang}.jsonl', [], 0
-    require(path.is_file(), f'{path}: no such file; run: cmixtral pack --mix 1:{lang} --out DIR')
-    with open(path, encoding='utf-8', newline='\n') as f:  # other line ends, such as U+2028, stand inside documents
+    path, out, n = Artifact.load(tokens, "tokens") / f"valid.{lang}.jsonl", [], 0
+    require(path.is_file(), f"{path}: no such file; run: cmixtral pack --mix 1:{lang} --out DIR")
+    with open(
+        path, encoding="utf-8", newline="\n"
+    ) as f:  # other line ends, such as U+2028, stand inside documents
         for line in f:
-            out.append(json.loads(line)['text']); n += len(out[-1])
-            if limit_chars and n >= limit_chars: break
+            out.append(json.loads(line)["text"])
+            n += len(out[-1])
+            if limit_chars and n >= limit_chars:
+                break
     return out
-
-# %% ../nbs/07_pack.ipynb #dcf5643b
-_executors = dict(local='LocalPipelineExecutor', slurm='SlurmPipelineExecutor', ray='RayPipelineExecutor')
-
-def _executor(name:str):
-    from importlib import import_module
-    require(name in _executors, f'executor is {name!r}, expected {", ".join(_executors)}')
-    try: return getattr(import_module(f'datatrove.executor.{name}'), _executors[name])
-    except ImportError: raise StageError("datatrove is not installed; run: pip install 'cmixtral_nb[cluster]'") from None
-
-def _encode_step(_, part:int, n_parts:int, langs:dict, **how):
-    for lang, ratio in langs.items(): encode_part(lang=lang, ratio=ratio, part=part, n_parts=n_parts, **how)
-
-def _pack_step(_, part:int, n_parts:int, **how): pack(**how)
-
-# %% ../nbs/07_pack.ipynb #efd3a55c
-def pack_job(
-    corpus:str|Path,         # made by `corpus`, on a disk that all machines see
-    tokenizer:str|Path,      # folder with a tokenizer
-    out:str|Path,            # folder to write; the parts and the logs go to OUT.parts, which may be deleted afterwards
-    mix:list[str]=['1:zh', '0.5:en'],  # as for `pack`
-    tasks:int=2,             # parts of each source
-    executor:str='local',    # of datatrove: local, slurm, ray
-    where:dict|None=None,    # what the executor wants to know, such as workers, partition, time
-    seed:int=0,              # as for `pack`
-    **how,                   # length, valid_chars
-)->PipelineExecutor:  # its `run()` does it all
-    "The work of `pack` as two jobs of datatrove: encode in parts, then join; the artifact is the one `pack` makes alone"
-    make, langs, where = _executor(executor), parse_mix(mix), dict(where or {})
-    require(tasks >= 1, f'tasks is {tasks}, expected 1 or more')
-    require(corpus_langs(corpus), f'{corpus} is no corpus and cannot be encoded in parts; run: cmixtral corpus --sources zh={corpus} --out DIR')
-    corpus, tokenizer, out = (Path(getattr(p, 'path', p)).resolve() for p in (corpus, tokenizer, out))
-    parts = out.with_name(out.name + '.parts')
-    same = dict(corpus=corpus, tokenizer=tokenizer, seed=seed)
-    signature(pack).bind(out=out, mix=mix, **same, **how)  # a misspelt parameter is found now, not after hours
-    _check(**same, mix=mix, length=how.get('length', 2048))
-    job = lambda step, n, **kw: make([step], tasks=n, skip_completed=False, **{**where, **kw})
-    try:
-        encode = job(partial(_encode_step, langs=langs, out=parts, **same), tasks, logging_dir=str(parts/'logs/encode'))
-        return job(partial(_pack_step, out=out, parts=parts, mix=mix, **same, **how), 1, logging_dir=str(parts/'logs/join'), depends=encode)
-    except TypeError as e: raise StageError(f'executor {executor}: {e}; give it in where, such as where=dict(partition="cpu", time="08:00:00")') from None

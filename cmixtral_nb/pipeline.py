@@ -6,632 +6,146 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CHAIN', 'STEPS', 'STAGES', 'MODULES', 'NAMES', 'GROUPS', 'Step', 'command', 'nearest', 'anno_type', 'fits',
-           'read_recipe', 'arguments', 'check_recipe', 'preflight', 'settings', 'plan_inputs', 'plan_of', 'tokens_of',
-           'plan', 'run', 'run_states', 'status', 'unchanged', 'report_data', 'render_report', 'report', 'card',
-           'parser', 'overview', 'main']
+__all__ = ["run", "run_states", "status"]
 
 # %% ../nbs/14_pipeline.ipynb #810d2542
-import argparse, difflib, html, inspect, json, logging, os, re, sys, tomllib, warnings
-from dataclasses import dataclass, field
-from importlib import import_module
+import sys
 from pathlib import Path
-from .artifact import *
-from .compare import LANGUAGES, changes, gain_figure, percent, verdicts
-from .corpus import corpus_langs
-from .report import *
 
-# %% ../nbs/14_pipeline.ipynb #dce00f72
-@dataclass(frozen=True)
-class Step:
-    "A stage at its place in a run"
-    stage: str                # name for --from and --to
-    command: str              # function that does it, and table of the recipe
-    folder: str               # inside the run's folder
-    inputs: dict = field(default_factory=dict)  # parameter -> folder of an earlier step
-    fixed: dict = field(default_factory=dict)   # parameter -> value that this place demands
-CHAIN = ('base', 'model', 'adapter', 'merged', 'chat')  # the models of a run, in order of birth
-STEPS = [
-    Step('corpus',    'corpus',    'corpus'),
-    Step('tokenizer', 'tokenizer', 'pieces',    dict(corpus='corpus')),
-    Step('search',    'search',    'search',    dict(pieces='pieces', corpus='corpus')),
-    Step('vocab',     'vocab',     'tokenizer', dict(pieces='pieces', search='search', corpus='corpus')),
-    Step('base',      'base',      'base',      dict(corpus='corpus')),
-    Step('init',      'init',      'model',     dict(model='base', tokenizer='tokenizer')),
-    Step('pack',      'pack',      'tokens',    dict(corpus='corpus', tokenizer='tokenizer')),
-    Step('pretrain',  'pretrain',  'adapter',   dict(model='model', tokens='tokens', corpus='corpus')),
-    Step('merge',     'merge',     'merged',    dict(model='model', adapter='adapter')),
-    Step('sft',       'sft',       'sft',       dict(model='merged')),
-    Step('chat',      'merge',     'chat',      dict(model='merged', adapter='sft')),
-    Step('generate',  'generate',  'samples',   dict(models=['base', 'merged', 'chat'])),
-    Step('evaluate',  'evaluate',  'evaluation/base',    dict(model='base', corpus='corpus')),
-    Step('evaluate',  'evaluate',  'evaluation/model',   dict(model='model', corpus='corpus')),
-    Step('evaluate',  'evaluate',  'evaluation/adapter', dict(model='model', adapter='adapter', corpus='corpus'), dict(load_in_4bit=True, tasks=['bpb'])),
-    Step('evaluate',  'evaluate',  'evaluation/merged',  dict(model='merged', corpus='corpus')),
-    Step('evaluate',  'evaluate',  'evaluation/chat',    dict(model='chat', corpus='corpus')),
-    Step('efficiency', 'efficiency', 'efficiency',       dict(models=['base', 'merged'], corpus='corpus')),
-]
-STAGES = list(dict.fromkeys(s.stage for s in STEPS)) + ['report']
+from cmixtral_nb.recipes import (
+    STAGES,
+    Step,
+    _recipe_file,
+    _steps,
+    arguments,
+    check_recipe,
+    command,
+    read_recipe,
+)
 
-# %% ../nbs/14_pipeline.ipynb #dd11ceb5
-MODULES = dict(corpus='corpus', tokenizer='tokenizer', search='search', vocab='vocab', base='mixtral', init='init', pack='pack',
-    pretrain='pretrain', merge='merge', sft='sft', generate='generate', chat='generate', export='serve', serve='serve', page='serve', evaluate='evaluate',
-    efficiency='compare', compare='report', run='pipeline', plan='pipeline', status='pipeline', report='pipeline', card='pipeline', docs='site')
+from .machine import process_rank, say, trim_memory
+from .options import nearest
+from .preflight import preflight
+from .stages import Artifact, StageError, read_json, require, write_text
 
-def command(
-    name:str,  # such as "vocab"
-):  # the function behind `cmixtral NAME`
-    "Function of a command; `StageError` with the nearest name for an unknown one"
-    require(name in MODULES, f'unknown command {name!r}{nearest(name, MODULES)}; run: cmixtral --help')
-    return getattr(import_module(f'cmixtral_nb.{MODULES[name]}'), name)
-
-def nearest(
-    name:str,  # what was written
-    names,     # what exists
-)->str:  # ", did you mean ...?" or nothing
-    "The name that was probably meant"
-    hit = difflib.get_close_matches(name, list(names), 1, .5)
-    return f', did you mean {hit[0]!r}?' if hit else ''
-
-class _Parser(argparse.ArgumentParser):
-    "One line for an error, with the nearest option"
-    def error(self, message):
-        if message.startswith('unrecognized arguments: -'):
-            found = message.split()[2].split('=')[0]
-            message = f'unknown option {found}' + nearest(found, [o for a in self._actions for o in a.option_strings])
-        raise StageError(f'{self.prog}: {message}; run: {self.prog} --help')
-
-# %% ../nbs/14_pipeline.ipynb #d8580bb4
-_types = {'str': str, 'int': int, 'float': float, 'bool': bool, 'Path': str, 'list[str]': [str], 'list[int]': [int], 'list[float]': [float]}
-
-def anno_type(anno):
-    "A parameter's type as the command line and a recipe need it: `str`, `int`, `float`, `bool`, or a list of one of them"
-    text = anno if isinstance(anno, str) else getattr(anno, '__name__', str(anno))
-    for part in text.split('|'):
-        if part.strip() in _types: return _types[part.strip()]
-    return str
-
-def fits(value, typ)->bool:
-    "Whether a TOML value has the type of a parameter; an integer is a good float, a truth value is not a number"
-    if isinstance(typ, list): return isinstance(value, list) and all(fits(v, typ[0]) for v in value)
-    if typ is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, typ) and (typ is bool or not isinstance(value, bool))
-def _type_name(typ)->str: return f'list of {typ[0].__name__}' if isinstance(typ, list) else typ.__name__
-
-def _recipe_file(recipe:str)->Path:
-    "The TOML file of that name, else the shipped recipe of that name; it need not exist"
-    return Path(recipe) if Path(recipe).is_file() else package_data(f'recipes/{recipe}.toml')
-
-def read_recipe(
-    recipe:str,  # name of a shipped recipe, or a TOML file
-)->dict:  # tables as they stand in the file, with "name"
-    "Read a recipe; `StageError` where there is none or it is not TOML"
-    path = _recipe_file(recipe)
-    names = sorted(p.stem for p in package_data('recipes').glob('*.toml'))
-    require(path.is_file(), f'{recipe}: no such recipe; expected a TOML file or one of {", ".join(names)}')
-    try: out = tomllib.loads(path.read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise StageError(f'{path}: not valid TOML ({e})') from None
-    return {'name': path.stem, **out}
-
-# %% ../nbs/14_pipeline.ipynb #584c460a
-def _steps(recipe:dict)->list[Step]:
-    "The steps of a recipe: those whose table stands in it"
-    return [s for s in STEPS if s.command in recipe]
-
-def arguments(
-    step:Step,     # where in the chain
-    recipe:dict,   # as read
-    out:Path,      # folder of the run
-)->dict:  # keyword arguments of the stage, without `out`
-    "What a step is called with: its table, what its place demands, and the folders of the steps before it"
-    made = {s.folder: out/s.folder for s in _steps(recipe)}
-    if model := recipe.get('init', {}).get('model'): made['base'] = model  # a model from elsewhere is the base
-    wired = {}
-    for k, v in step.inputs.items():
-        if isinstance(v, list): wired[k] = [f'{n}={made[n]}' for n in v if n in made]
-        elif v in made: wired[k] = made[v]
-    params = inspect.signature(command(step.command)).parameters
-    table = {k: v for k, v in recipe.get(step.command, {}).items() if k not in step.inputs or k not in wired}
-    return {k: v for k, v in {**wired, **table, **step.fixed}.items() if k in params}
-
-# %% ../nbs/14_pipeline.ipynb #fdc32d05
-def check_recipe(
-    recipe:dict,  # as read
-)->list[str]:  # one line for each fault, all of them
-    "Unknown tables and keys (with the nearest name), wrong types, inputs that no step makes"
-    commands, faults = {s.command for s in STEPS}, []
-    for name, table in recipe.items():
-        if name in ('name', 'about'): continue
-        if name not in commands: faults.append(f'unknown table [{name}]{nearest(name, commands)}'); continue
-        if not isinstance(table, dict): faults.append(f'{name} = {table!r}: expected a table [{name}]'); continue
-        params = inspect.signature(command(name)).parameters
-        for k, v in table.items():
-            if k not in params or k in ('out', 'force'): faults.append(f'[{name}] unknown key {k!r}{nearest(k, params)}')
-            elif not fits(v, typ := anno_type(params[k].annotation)):
-                faults.append(f'[{name}] {k} = {json.dumps(v, ensure_ascii=False)}: expected {_type_name(typ)}')
-    for s in _steps({k: v for k, v in recipe.items() if isinstance(v, dict)}):
-        params, got = inspect.signature(command(s.command)).parameters, arguments(s, recipe, Path())
-        faults += [f'[{s.command}] {k} is missing: give it, or add the table [{_maker(s.inputs.get(k))}] that makes it'
-                   for k, p in params.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and k not in got and k != 'out']
-    return list(dict.fromkeys(faults))
-
-def _maker(folder): return next((s.command for s in STEPS if s.folder == folder), folder)
-
-# %% ../nbs/14_pipeline.ipynb #b86d7eb9
-def _hub_ids(recipe:dict)->list[tuple]:
-    "(table, key, hub id) of everything a recipe wants from the hub"
-    out = []
-    for name, table in recipe.items():
-        for k, v in (table.items() if isinstance(table, dict) else ()):
-            for x in v if isinstance(v, list) else [v]:
-                if not isinstance(x, str): continue
-                if (name, k, x) == ('evaluate', 'data', 'hub'): out += [(name, k, i) for i in _benchmarks(table)]; continue
-                ref = x.split('=', 1)[-1]
-                if ref.startswith('hub:'): out.append((name, k, re.split('[:@#]', ref[4:])[0]))
-                elif k in ('model', 'tokenizer', 'adapter') and ref.count('/') == 1 and ref[0] not in './~' and not Path(ref).exists():
-                    out.append((name, k, ref))
-    return list(dict.fromkeys(out))
-
-def _benchmarks(table:dict)->list[str]:
-    "Where lm-eval would fetch the tasks of a recipe from; nothing where it is not installed or a name is wrong, which is said elsewhere"
-    from cmixtral_nb.evaluate import hub_datasets, split_tasks, task_files
-    return hub_datasets([t for t in split_tasks(table.get('tasks')) if t in task_files()])
-
-def _evaluate_faults(recipe:dict)->list[str]:
-    "An exam without questions should not be found after weeks of training"
-    from cmixtral_nb.evaluate import _task_faults, split_tasks
-    t = recipe.get('evaluate', {}); names = [n for n in split_tasks(t.get('tasks')) if n != 'bpb']
-    return [f'[evaluate] {f}' for f in _task_faults(names, t.get('data'), t.get('shots', 0))] if names else []
-
-# %% ../nbs/14_pipeline.ipynb #96d5150d
-def preflight(
-    recipe:dict,           # as read and checked
-    steps:list[Step],      # what is going to run
-)->list[str]:  # one line for each thing that is missing
-    "What a run would miss later: hub repositories, local files, a GPU for a large model"
-    faults, commands = [], {s.command for s in steps}
-    for name, key, ref in _hub_ids({k: v for k, v in recipe.items() if k in commands}):
-        kind = 'model' if key in ('model', 'tokenizer', 'adapter') else 'dataset'
-        if fault := _hub_fault(kind, ref):
-            faults.append(f'[{name}] {key}: {fault}; run with network access and `hf auth login`, or give a local copy')
-    return faults + (_evaluate_faults(recipe) if 'evaluate' in commands else []) + _memory_faults(recipe, commands)
-
-def _memory_faults(recipe:dict, commands:set)->list[str]:
-    "Does what is trained fit the GPU, or the RAM where there is none?"
-    from cmixtral_nb.plan import gpu_bytes, plan_faults
-    faults, device = [], 'cuda' if gpu_bytes() else 'cpu'
-    for stage in commands & {'pretrain', 'sft'}:
-        try: p = plan_inputs(recipe, stage)
-        except StageError: continue  # a model of the hub whose size is known once it is here
-        faults += plan_faults(p['config'], p['settings'], p['length'], p['vocab_size'], p['settings'].get('device') or device,
-            world_size(), stage=stage, recipe=recipe['name'])
-    return sorted(faults)
-
-def _hub_fault(kind:str, ref:str)->str:
-    "Why a repository of the hub cannot be had now, or nothing"
-    from huggingface_hub import HfApi
-    try: HfApi().repo_info(ref, repo_type=kind, timeout=10)
-    except Exception as e: return f'{ref}: not to be had from the hub ({type(e).__name__})'
-    return ''
-
-# %% ../nbs/14_pipeline.ipynb #ff380a39
-def settings(
-    name:str,      # of a command
-    recipe:dict,   # as read
-)->dict:  # parameter -> value
-    "Parameters of a stage: its defaults, and what the recipe says"
-    params = inspect.signature(command(name)).parameters
-    return {**{k: p.default for k, p in params.items() if p.default is not p.empty}, **recipe.get(name, {})}
-
-def _model_config(recipe:dict):
-    "Configuration of the base: the stand-in's, a local model's, one that the hub's cache holds, or Mixtral-8x7B's"
-    from huggingface_hub import try_to_load_from_cache
-    from cmixtral_nb.plan import MIXTRAL_8X7B
-    if not (model := recipe.get('init', {}).get('model') or recipe.get('pretrain', {}).get('model')):
-        b = settings('base', recipe)
-        return dict(vocab_size=32000, hidden_size=b['hidden'], intermediate_size=b['intermediate'], num_hidden_layers=b['layers'],
-            num_attention_heads=b['heads'], num_key_value_heads=b['kv_heads'], num_local_experts=b['experts'], num_experts_per_tok=b['top_k'], dtype='float32')
-    if (Path(model)/'config.json').is_file(): return read_json(Path(model)/'config.json')
-    hub = model.removeprefix('hub:')
-    cached = try_to_load_from_cache(hub, 'config.json') if hub.count('/') == 1 and hub[0] not in './~' else None
-    if isinstance(cached, str): return read_json(cached)
-    require('Mixtral-8x7B' in model, f'[init] model = {model!r}: its size is not known before it is here; download it and give its folder')
-    return MIXTRAL_8X7B
-
-# %% ../nbs/14_pipeline.ipynb #9514c67d
-def plan_inputs(
-    recipe:dict,            # as read
-    stage:str='pretrain',   # or sft
-    out:Path=None,          # folder of the run, where the vocabulary may have been made
-)->dict:  # config, settings, length (tokens), vocab_size
-    "What a recipe says about the memory of a training stage"
-    c, s, v = _model_config(recipe), settings(stage, recipe), settings('vocab', recipe)
-    if not (n := v['n_pieces']): n = max([int(x) for x in settings('search', recipe)['totals'] or [0]]) if 'search' in recipe else 0  # the search takes at most its largest
-    V = c['vocab_size'] + (n + len(v['tokens'] or []) if 'vocab' in recipe else 0)
-    if v['multiple']: V += -V % v['multiple']
-    if out and (out/'model'/'config.json').is_file(): V = read_json(out/'model'/'config.json')['vocab_size']
-    if stage == 'pretrain': s = dict(s, n_old=s['n_old'] or c['vocab_size'])
-    return dict(config=c, settings=s, length=s['length'] if 'length' in s else settings('pack', recipe)['length'], vocab_size=V)
-
-def plan_of(
-    recipe:dict,            # as read
-    stage:str='pretrain',   # or sft
-    device:str='cuda',      # cpu, or a GPU
-    out:Path=None,          # folder of the run, where the vocabulary may have been made
-)->dict:  # from `memory_plan`
-    "Memory plan of a training stage of a recipe"
-    from cmixtral_nb.plan import settings_plan
-    return settings_plan(**plan_inputs(recipe, stage, out), device=device)
-
-# %% ../nbs/14_pipeline.ipynb #fed1715e
-def tokens_of(
-    recipe:dict,    # as read
-    out:Path=None,  # folder of the run, where the tokens may have been packed
-)->int:  # 0: not known yet
-    "Tokens to train on: by steps, as packed, or as `about` says (`30B tokens of ... and 12B of ...`)"
-    s, length = settings('pretrain', recipe), settings('pack', recipe)['length']
-    if s['steps']: return s['steps'] * s['batch'] * s['accumulation'] * length
-    if out and (out/'tokens'/'manifest.json').is_file(): return round(s['epochs'] * read_json(out/'tokens'/'manifest.json')['stats']['n_tokens'])
-    about = recipe.get('about', '')
-    return round(s['epochs'] * 1e9 * sum(map(float, re.findall(r'(?<![\w.])(\d+(?:\.\d+)?)B\b', about)))) if 'tokens' in about else 0
-
-def _disk(recipe:dict, p:dict, trained:dict, n_tokens:int)->dict:
-    "Bytes that the stages of a recipe leave on disk"
-    from cmixtral_nb.plan import disk_plan
-    model, c, n = next((m for t in ('init', 'pretrain') if (m := recipe.get(t, {}).get('model'))), ''), p['config'], sum(trained.values())
-    width = 4 if 'float32' in (c.get('dtype'), c.get('torch_dtype')) else 2
-    folder = Path(model) if model and any(Path(model).glob('*.safetensors')) else None  # the weights may be on their way yet
-    disk = disk_plan(c, p['vocab_size'], n, p['settings']['optim'], n_tokens, width, folder)
-    if 'sft' in recipe: disk |= {'sft: adapter': 4 * sum(plan_of(recipe, 'sft')['trainable'].values()), 'chat: model': disk['merge: model']}
-    return disk
-
-# %% ../nbs/14_pipeline.ipynb #1cfda5f1
-def plan(
-    recipe:str='paper',      # shipped recipe (tiny, paper) or TOML file
-    out:Path=None,           # folder of the run; default runs/NAME
-    utilisation:float=0.3,   # share of a GPU's peak that training reaches, for the hours
-):
-    "Show what a recipe needs: memory by kind, which GPUs, hours, disk, and what is missing here"
-    from cmixtral_nb import plan as p
-    rec = read_recipe(recipe)
-    if faults := check_recipe(rec): raise StageError(*faults)
-    out = Path(out or f'runs/{rec["name"]}')
-    x, device = plan_inputs(rec, 'pretrain', out), 'cpu' if 'base' in rec and not p.gpu_bytes() else 'cuda'
-    known, s, n = plan_of(rec, 'pretrain', device, out), x['settings'], tokens_of(rec, out)
-    plain = p.settings_plan(x['config'], {**s, 'checkpointing': False}, x['length'], x['vocab_size'], device)
-    print(f'pre-training, batch = {s["batch"]}, {x["length"]:,} tokens in a row, ' + ('on the CPU in float32' if device == 'cpu' else 'on one GPU in bfloat16'))
-    print(p.plan_table(known, plain), '\non several GPUs:\n', sep='\n')
-    need = lambda zero, n: p.settings_plan(**{**x, 'settings': {**s, 'zero': zero if n > 1 else 0}}, n_gpus=n)['bytes']['total']
-    print(p.gpu_table(need), '', p.fits_text(**x), '', sep='\n')
-    print(p.time_text(x['config'], n, utilisation, vocab_size=x['vocab_size'], rank=s['rank'], rows=s['rows'], length=x['length']), '', sep='\n')
-    print(p.disk_text(_disk(rec, x, known['trainable'], n)))
-    print('\nstages: ' + ', '.join(dict.fromkeys(s.stage for s in _steps(rec))) + f', report; folder: {out}')
-    for fault in preflight(rec, _steps(rec)): print('missing here: ' + fault)
 
 # %% ../nbs/14_pipeline.ipynb #2fd8d6b9
-def _select(steps:list[Step], first:str, last:str)->list[Step]:
+def _select(steps: list[Step], first: str, last: str) -> list[Step]:
     "The steps from stage `first` to stage `last`, both included"
-    for name in (first, last): require(not name or name in STAGES, f'unknown stage {name!r}{nearest(name, STAGES)}; expected one of {", ".join(STAGES)}')
+    for name in (first, last):
+        require(
+            not name or name in STAGES,
+            f"unknown stage {name!r}{nearest(name, STAGES)}; expected one of {', '.join(STAGES)}",
+        )
     lo, hi = STAGES.index(first) if first else 0, STAGES.index(last) if last else len(STAGES)
-    require(lo <= hi, f'--from {first} comes after --to {last}')
+    require(lo <= hi, f"--from {first} comes after --to {last}")
     return [s for s in steps if lo <= STAGES.index(s.stage) <= hi]
 
+
 def run(
-    recipe:str='tiny',  # shipped recipe (tiny, paper) or TOML file
-    out:Path=None,      # folder of the run; default runs/NAME
-    from_:str='',       # first stage to run; those before it must be there
-    to:str='',          # last stage to run
-    force:bool=False,   # make the stages anew even where they are up to date
-)->Path:  # folder of the run
+    recipe: str = "tiny",  # shipped recipe (tiny, paper) or TOML file
+    out: Path = None,  # folder of the run; default runs/NAME
+    from_: str = "",  # first stage to run; those before it must be there
+    to: str = "",  # last stage to run
+    force: bool = False,  # make the stages anew even where they are up to date
+) -> Path:  # folder of the run
     "Run a recipe from the corpus to the report"
-    rec, text = read_recipe(recipe), _recipe_file(recipe).read_text(encoding='utf-8')
-    if faults := check_recipe(rec): raise StageError(*faults)
-    out = Path(out or f'runs/{rec["name"]}')
+    rec, text = read_recipe(recipe), _recipe_file(recipe).read_text(encoding="utf-8")
+    if faults := check_recipe(rec):
+        raise StageError(*faults)
+    out = Path(out or f"runs/{rec['name']}")
     steps, todo = _steps(rec), _select(_steps(rec), from_, to)
-    require(not out.exists() or out.is_dir(), f'{out} is a file, expected a folder; choose another --out')
-    for s in steps[:steps.index(todo[0])] if todo else steps: Artifact.load(out/s.folder)
-    if faults := preflight(rec, todo): raise StageError(*faults)
+    require(
+        not out.exists() or out.is_dir(),
+        f"{out} is a file, expected a folder; choose another --out",
+    )
+    for s in steps[: steps.index(todo[0])] if todo else steps:
+        Artifact.load(out / s.folder)
+    if faults := preflight(rec, todo):
+        raise StageError(*faults)
     if process_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out/'recipe.toml', text)
+        write_text(out / "recipe.toml", text)
     for i, s in enumerate(todo, 1):
-        if process_rank() == 0: print(f'[{i}/{len(todo)}] ', end='')
+        if process_rank() == 0:
+            print(f"[{i}/{len(todo)}] ", end="")
         _run_step(s, rec, out, force)
-    if (not to or to == 'report') and process_rank() == 0: report(out)
+    if (not to or to == "report") and process_rank() == 0:
+        command("report")(out)
     return out
 
+
 # %% ../nbs/14_pipeline.ipynb #206b8ea2
-def _run_step(s:Step, recipe:dict, out:Path, force:bool)->Artifact:
+def _run_step(s: Step, recipe: dict, out: Path, force: bool) -> Artifact:
     "One stage at its place; says why where it is made again"
     f, args = command(s.command), arguments(s, recipe, out)
-    state = f.state(**args, out=out/s.folder)
-    if state.startswith(('stale', 'damaged')): say(s.stage, f'{out/s.folder} is {state}; making it again')
-    (out/s.folder).parent.mkdir(parents=True, exist_ok=True)
-    try: return f(**args, out=out/s.folder, force=force or 'stale')
-    finally: _free()
+    state = f.state(**args, out=out / s.folder)
+    if state.startswith(("stale", "damaged")):
+        say(s.stage, f"{out / s.folder} is {state}; making it again")
+    (out / s.folder).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return f(**args, out=out / s.folder, force=force or "stale")
+    finally:
+        _free()
+
 
 def _free():
     "Give memory of a finished stage back before the next one is measured"
-    import gc; gc.collect()
-    if 'torch' in sys.modules and sys.modules['torch'].cuda.is_available(): sys.modules['torch'].cuda.empty_cache()
+    import gc
+
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()
     trim_memory()
+
 
 # %% ../nbs/14_pipeline.ipynb #6a98153a
 def run_states(
-    out:Path,  # folder of a run
-)->list[dict]:  # stage, folder, state, bytes, seconds, peak_bytes, fingerprint
+    out: Path,  # folder of a run
+) -> list[dict]:  # stage, folder, state, bytes, seconds, peak_bytes, fingerprint
     "State of each step of a run, without running any"
     out = Path(out)
-    require(out.is_dir(), f'{out} does not exist; run: cmixtral run --out {out}')
-    require((out/'recipe.toml').is_file(), f'{out} is not a run (no recipe.toml); run: cmixtral run --out {out}')
-    rec, rows = read_recipe(str(out/'recipe.toml')), []
-    if faults := check_recipe(rec): raise StageError(*faults)
+    require(out.is_dir(), f"{out} does not exist; run: cmixtral run --out {out}")
+    require(
+        (out / "recipe.toml").is_file(),
+        f"{out} is not a run (no recipe.toml); run: cmixtral run --out {out}",
+    )
+    rec, rows = read_recipe(str(out / "recipe.toml")), []
+    if faults := check_recipe(rec):
+        raise StageError(*faults)
     for s in _steps(rec):
-        try: state = command(s.command).state(**arguments(s, rec, out), out=out/s.folder)
-        except StageError as e: state = 'missing' if not (out/s.folder).exists() else f'waits: {e.args[0]}'
-        man = read_json(out/s.folder/'manifest.json') if (out/s.folder/'manifest.json').is_file() else {}
-        rows.append(dict(stage=s.stage, folder=s.folder, state=state, bytes=sum(f['bytes'] for f in man.get('files', {}).values()),
-            seconds=man.get('seconds'), peak_bytes=man.get('peak_bytes'), fingerprint=man.get('fingerprint', '')))
+        try:
+            state = command(s.command).state(**arguments(s, rec, out), out=out / s.folder)
+        except StageError as e:
+            state = "missing" if not (out / s.folder).exists() else f"waits: {e.args[0]}"
+        man = (
+            read_json(out / s.folder / "manifest.json")
+            if (out / s.folder / "manifest.json").is_file()
+            else {}
+        )
+        rows.append(
+            dict(
+                stage=s.stage,
+                folder=s.folder,
+                state=state,
+                bytes=sum(f["bytes"] for f in man.get("files", {}).values()),
+                seconds=man.get("seconds"),
+                peak_bytes=man.get("peak_bytes"),
+                fingerprint=man.get("fingerprint", ""),
+            )
+        )
     return rows
 
+
 def status(
-    run:Path,  # folder of a run
+    run: Path,  # folder of a run
 ):
     "Show which stages of a run are up to date, stale, interrupted or missing"
-    print(f'{"stage":10}{"folder":20}{"MB":>9}{"seconds":>9}{"peak GB":>9}  {"fingerprint":18}state')
+    print(
+        f"{'stage':10}{'folder':20}{'MB':>9}{'seconds':>9}{'peak GB':>9}  {'fingerprint':18}state"
+    )
     for r in run_states(run):
-        n = lambda k, d, p: f'{r[k]/d:9.{p}f}' if r[k] else ' '*9
-        print(f'{r["stage"]:10}{r["folder"]:20}{n("bytes",1e6,1)}{n("seconds",1,1)}{n("peak_bytes",1e9,2)}  {r["fingerprint"]:18}{r["state"]}')
-
-# %% ../nbs/14_pipeline.ipynb #213b0179
-def _results(out:Path)->dict:
-    "Metrics of each evaluated model: {model: {task: {metric: value}}}"
-    return {p.name: read_json(p/'results.json')['results'] for p in sorted((out/'evaluation').glob('*')) if (p/'results.json').is_file()}
-
-def _rows(path:Path)->list[dict]:
-    "Rows of a jsonl file; none where it does not exist"
-    return [json.loads(l) for l in path.read_text(encoding='utf-8').splitlines() if l.strip()] if path.is_file() else []
-
-def unchanged(
-    before:str|Path,     # folder of the base model or tokenizer
-    after:str|Path,      # folder of the extended tokenizer
-    texts:list[str],     # documents in the language that must not change
-)->dict:  # n_docs, n_changed, share
-    "Documents whose token ids differ between two tokenizers"
-    from cmixtral_nb.vocab import load_tokenizer, encode_plain
-    a, b = (encode_plain(load_tokenizer(t), texts) for t in (before, after))
-    n = sum(x != y for x, y in zip(a, b))
-    return dict(n_docs=len(texts), n_changed=n, share=n/max(1, len(texts)))
-
-def _vocabulary(out:Path)->dict:
-    "Size of the vocabulary and what it did to English"
-    from cmixtral_nb.corpus import corpus_texts
-    if not ((out/'tokenizer').is_dir() and (out/'corpus').is_dir()): return {}
-    before = out/'base' if (out/'base').is_dir() else None
-    stats = _stats(out/'tokenizer')
-    english = unchanged(before, out/'tokenizer', list(corpus_texts(out/'corpus', 'en', 'valid'))) if before else {}
-    return dict(stats, english_ids_changed=english)
-
-# %% ../nbs/14_pipeline.ipynb #eac04e96
-def report_data(
-    out:Path,  # folder of a run
-)->dict:  # what report.json holds
-    "Everything the report says, gathered from the manifests and results of a run"
-    out, res = Path(out), _results(out)
-    bpb = {name: r['bpb'] for name, r in res.items() if 'bpb' in r}
-    data = dict(recipe=read_recipe(str(out/'recipe.toml'))['name'],
-        vocabulary=_vocabulary(out), bits_per_byte={n: {l: bpb[n][f'bits_per_byte_{l}'] for l in ('zh', 'en')} for n in CHAIN if n in bpb},
-        characters_per_token={n: {l: bpb[n][f'chars_per_token_{l}'] for l in ('zh', 'en')} for n in CHAIN if n in bpb},
-        merge=dict(into=_stats(out/'merged').get('into'), logit_difference=_stats(out/'merged').get('logit_difference')),
-        parameters=_stats(out/'adapter').get('parameters', []),
-        benchmarks={n: {t: m for t, m in r.items() if not t.startswith('bpb')} for n, r in res.items()},
-        losses={k: _rows(out/k/'log.jsonl') for k in ('base', 'adapter', 'sft')},
-        router_load=read_json(out/'adapter'/'router.json') if (out/'adapter'/'router.json').is_file() else None,
-        samples=_rows(out/'samples'/'samples.jsonl'), stages=run_states(out), versions=versions(),
-        efficiency=read_json(f) if (f := out/'efficiency'/'efficiency.json').is_file() else None,
-        changes=changes({n: out/'evaluation'/n for n in CHAIN if n in res}) if res else [], manifests=_manifests(out))
-    return dict(data, gain=_gain(data), verdicts=verdicts(data['changes']))
-
-def _manifests(out:Path, n_files:int=20)->dict:
-    "Manifest of each folder of a run; of many files the first are named"
-    found = {s.folder: read_json(f) for s in STEPS if (f := out/s.folder/'manifest.json').is_file()}
-    short = lambda fs: dict(list(fs.items())[:n_files], **({'…': f'{len(fs) - n_files} more'} if len(fs) > n_files else {}))
-    return {k: dict(m, files=short(m['files'])) for k, m in found.items()}
-
-def _stats(folder:Path)->dict:
-    return read_json(folder/'manifest.json')['stats'] if (folder/'manifest.json').is_file() else {}
-
-# %% ../nbs/14_pipeline.ipynb #0c19a7d8
-NAMES = dict(base='base', model='after init', adapter='after pre-training', merged='after merge', chat='chat')
-
-def _best(rows:list[dict], key:str)->tuple:
-    "The last model of the chain before it learned to chat, and its change of a measure"
-    row = next((r for r in rows if r['key'] == key), None); names = [n for n in CHAIN[:-1] if row and 'change' in row['models'].get(n, {})]
-    return (names[-1], row['models'][names[-1]]) if names else (None, None)
-
-def _span(m)->str: return '' if not m or m['change_low'] is None else f' ({percent(m["change_low"], m["change"])} to {percent(m["change_high"], m["change"])})'
-
-def _tile(number, text, source=''):
-    number = html.escape(str(number))
-    return f'<div class="tile"><b>{f"<a href=#{anchor(source)}>{number}</a>" if source else number}</b>{html.escape(text)}</div>'
-
-def _tiles(d:dict)->str:
-    "The first screen: what was gained, what was lost"
-    v, g, en = d['vocabulary'], d['gain'], d['vocabulary'].get('english_ids_changed') or {}
-    out = [_tile(f'{v["n_pieces"]:,}', f'pieces added, {v["n_vocab"]:,} in all', 'tokenizer')] if 'n_pieces' in v else []
-    if x := g['characters_per_token_zh']:
-        out.append(_tile(f'{x:.2f}×', 'characters of held-out Chinese per token, against the base tokenizer', 'evaluation/model'))
-    for lang, name in LANGUAGES.items():
-        n, m = _best(d['changes'], lang)
-        if m: out.append(_tile(percent(m['change']), f'bits per byte of {name} {NAMES[n]}, against the base{_span(m)}', f'evaluation/{n}'))
-    if en: out.append(_tile(f'{en["n_changed"]} of {en["n_docs"]:,}', 'held-out English documents whose token ids changed', 'tokenizer'))
-    return f'<div class="tiles">{"".join(out)}</div>'
-
-# %% ../nbs/14_pipeline.ipynb #8b820009
-def _parameters(d:dict)->str:
-    "Parameters of the model in training: the experts must show about half a byte each"
-    num = lambda x, f: Cell(format(x, f), 'adapter', x)
-    return table(['part', '#parameters', '#trained', '#MB', '#bytes per parameter'], [[r['part'], num(r['n_params'], ',d'), num(r['trainable'], ',d'),
-        num(r['bytes']/1e6, ',.2f'), num(r['bytes']/max(1, r['n_params']), '.3f')] for r in d['parameters']])
-
-def _stages(d:dict)->str:
-    num = lambda r, k, scale, f: '' if r[k] is None else Cell(format(r[k]/scale, f), r['folder'], r[k])
-    rows = [[r['stage'], r['folder'], num(r, 'seconds', 1, ',.1f'), num(r, 'peak_bytes', 1e9, '.2f'), num(r, 'bytes', 1e6, ',.1f'),
-        Cell(r['fingerprint'], r['folder'] if r['fingerprint'] else ''), r['state']] for r in d['stages']]
-    total = sum(r['seconds'] or 0 for r in d['stages'])
-    return table(['stage', 'folder', '#seconds', '#peak memory, GB', '#MB on disk', 'fingerprint', 'state'], rows, f'{total:,.1f} seconds in all')
-
-def _how(d:dict)->str:
-    "Parameters of the samples, in words"
-    p = d['manifests'].get('samples', {}).get('params', {})
-    return f'Up to {p["max_new_tokens"]} tokens, temperature {p["temperature"]}, top-p {p["top_p"]}, seed {p["seed"]} and counting on.' if p else ''
-
-def _gain(d:dict)->dict:
-    "The numbers of the first screen: each a ratio of two measured values"
-    b, c = d['bits_per_byte'], d['characters_per_token']
-    ratio = lambda t, x, y, l: t[x][l] / t[y][l] if x in t and y in t else None
-    return dict(characters_per_token_zh=ratio(c, 'model', 'base', 'zh'), bits_per_byte_zh_of_init=ratio(b, 'adapter', 'model', 'zh'),
-        bits_per_byte_en_of_base=ratio(b, 'adapter', 'base', 'en'), bits_per_byte_zh_merged_of_adapter=ratio(b, 'merged', 'adapter', 'zh'))
-
-# %% ../nbs/14_pipeline.ipynb #d14e0001
-def render_report(
-    d:dict,          # from `report_data`
-    recipe:str,      # text of the recipe
-    search:str='',   # SVG of the vocabulary search
-)->str:  # one HTML page
-    "The report as a page: first what was gained and lost, then how, then what made it"
-    rows, sources = d['changes'], {n: f'evaluation/{n}' for n in CHAIN}
-    figure = lambda s: f'<figure>{s}</figure>'
-    parts = [f'<h1>{html.escape(d["recipe"])}</h1><p class="lead">What a new vocabulary gained and what it cost, measured on text that no stage has seen. '
-             f'Numbers lead to the manifest they come from; in brackets 95% intervals.</p>{_tiles(d)}']
-    if rows: parts += [section('Verdict', verdict_list(rows, NAMES)), text_section(rows, NAMES, sources), exam_section(rows, NAMES, sources)]
-    parts.append(efficiency_section(d['efficiency'], 'efficiency'))
-    parts.append(sample_section(d['samples'], NAMES, _how(d), 'samples'))
-    if d['parameters']: parts.append(section('What was trained', _parameters(d)))
-    if any(d['losses'].values()): parts.append(section('Training', figure(loss_figure(d['losses']))))
-    if d['router_load']:
-        told = '<p>Which share of the tokens each expert takes. Every row sums to one.</p>'
-        parts.append(section('Router load', told, figure(router_figure(d['router_load']))))
-    if (diff := d['merge']['logit_difference']) is not None:
-        parts.append(section('Merge', f'<p>Merged into the {html.escape(str(d["merge"]["into"]))} weights; logits of the merged model differ from those '
-            f'of base and adapter by <a href="#{anchor("merged")}">{diff:.1e}</a> of their size.</p>'))
-    if search: parts.append(section('Vocabulary search', figure(plain_svg(search))))
-    parts += [section('Stages', _stages(d)), section('Recipe', f'<pre>{html.escape(recipe)}</pre>'), manifest_section(d['manifests']),
-              f'<p class="lead">{html.escape(", ".join(f"{k} {v}" for k, v in d["versions"].items()))}</p>']
-    return page(f'{d["recipe"]}: report', [p for p in parts if p])
-
-# %% ../nbs/14_pipeline.ipynb #9db877cd
-def report(
-    run:Path,  # folder of a run
-):
-    "Write report.html and report.json into the folder of a run"
-    out = Path(run)
-    states = run_states(out)
-    made = fingerprint([[(r['folder'], r['fingerprint'], r['state']) for r in states], read_recipe(str(out/'recipe.toml'))])
-    if (out/'report.json').is_file() and (out/'report.html').is_file() and read_json(out/'report.json').get('made_from') == made:
-        say('report', f'{out/"report.html"} is up to date'); return
-    data = dict(report_data(out), made_from=made)
-    svg = next(iter(sorted((out/'search').glob('*.svg'))), None)
-    page = render_report(data, (out/'recipe.toml').read_text(encoding='utf-8'), svg.read_text(encoding='utf-8') if svg else '')
-    write_json(out/'report.json', data); write_text(out/'report.html', page)
-    say('report', f'{out/"report.html"}')
-
-# %% ../nbs/14_pipeline.ipynb #d14e0003
-def _conversations(sft:dict)->tuple:
-    "What a chat model was tuned on, by the manifest of its adapter: files or builtin, and how many of builtin's translations"
-    return (sft['inputs'].get('conversations', {}).get('path', ['builtin']), sft['params']['n_translations']) if sft else ()
-
-def card(
-    run:Path,                    # folder of a run
-    model:str='chat',            # which of its models: base, model, merged, chat
-    name:str='',                 # of the model on the hub; default: recipe and model
-    licence:str='apache-2.0',    # of the weights, as the hub spells it
-    out:Path=None,               # file to write; default: cards/MODEL.md in the run
-):
-    "Write a model card for the hub from the manifests of a run"
-    run = Path(run); states, names = run_states(run), [n for n in CHAIN if n != 'adapter']
-    require(model in names, f'unknown model {model!r}{nearest(model, names)}; expected one of {", ".join(names)}')
-    require(any(r['folder'] == model and r['fingerprint'] for r in states), f'{run/model} does not exist; run: cmixtral run {run/"recipe.toml"} --out {run}')
-    d, rec = report_data(run), read_recipe(str(run/'recipe.toml'))
-    born = dict(base=3, model=4, merged=6, chat=8)[model]  # what a model is made of
-    made = {k: d['manifests'][k] for k in ('corpus', 'tokenizer', 'base', 'model', 'adapter', 'merged', 'sft', 'chat')[:born] if k in d['manifests']}
-    base, ref = rec.get('init', {}).get('model'), run/'evaluation'/model/'results.json'
-    about = f'`{model}` of the run `{rec["name"]}`, made with cmixtral_nb: ' + (rec.get('about') or 'a base language model taught a new language.')
-    text = model_card(dict(name=name or f'{rec["name"]}-{model}', model=model, base_model=base if base and not Path(base).exists() else None, licence=licence,
-        languages=corpus_langs(run/'corpus'), about=about, manifests=made, rows=d['changes'],
-        licences=data_licences(rec.get('corpus', {}).get('sources', []), *_conversations(made.get('sft'))), speed={k: _rows(run/k/'logs'/'speed.jsonl') for k in ('adapter', 'sft')}, commands=[read_json(ref)['command']] if ref.is_file() else []))
-    out = Path(out or run/'cards'/f'{model}.md'); out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, text); say('card', f'{out}')
-
-# %% ../nbs/14_pipeline.ipynb #ef620f0a
-def parser(
-    name:str,  # of a command, such as "merge"
-)->argparse.ArgumentParser:
-    "Command line of a function: an option for each parameter, help from its docment"
-    from fastcore.docments import docments
-    f = command(name); docs, params = docments(f), inspect.signature(f).parameters
-    p = _Parser(prog=f'cmixtral {name}', description=inspect.getdoc(f), formatter_class=argparse.RawDescriptionHelpFormatter)
-    for k, v in params.items():
-        if v.kind in (v.VAR_KEYWORD, v.VAR_POSITIONAL): continue
-        typ, doc = anno_type(v.annotation), (docs.get(k) or ('make it anew even where it is up to date' if k == 'force' else '')).replace('%', '%%')
-        need = v.default is v.empty
-        kw = dict(help=doc + ('' if need or v.default in (None, '', False) else f' (default {_shown(v.default)})'))
-        if isinstance(typ, list): kw |= dict(nargs='+', type=typ[0])
-        elif typ is bool: kw |= dict(action='store_true' if v.default is False else argparse.BooleanOptionalAction)
-        else: kw |= dict(type=typ)
-        if typ is not bool: kw |= dict(metavar=_metavar(typ, k))
-        if (f.__module__.endswith('.pipeline') and k in ('recipe', 'run')) or (name, k) == ('compare', 'models'):
-            many = {} if need else dict(nargs='?')
-            p.add_argument(k, default=None if need else v.default, **many, **{**kw, 'metavar': k.upper()}); continue
-        p.add_argument('--' + k.strip('_').replace('_', '-'), dest=k, default=None if need else v.default, required=need, **kw)
-    return p
-def _shown(v): return ' '.join(map(str, v)) if isinstance(v, (list, tuple)) else v
-def _metavar(typ, k): return {int: 'N', float: 'X'}.get(typ[0] if isinstance(typ, list) else typ, 'DIR' if k == 'out' else k.strip('_').upper())
-
-# %% ../nbs/14_pipeline.ipynb #9fe167ee
-GROUPS = {'The whole way': ['run', 'plan', 'status', 'report'],
-          'One stage': ['corpus', 'tokenizer', 'search', 'vocab', 'base', 'init', 'pack', 'pretrain', 'merge', 'sft', 'generate', 'evaluate', 'efficiency'],
-          'Use and read': ['chat', 'export', 'serve', 'page', 'compare', 'card', 'docs']}
-
-def overview()->str:
-    "What `cmixtral --help` says: each command with the first line of its docstring"
-    from cmixtral_nb import __version__
-    line = lambda n: f'  {n:12}{(inspect.getdoc(command(n)) or "").splitlines()[0]}'
-    parts = [f'{title}\n' + '\n'.join(map(line, names)) for title, names in GROUPS.items()]
-    return '\n\n'.join([f'cmixtral {__version__}: teach a base language model a new language cheaply\n\nusage: cmixtral COMMAND [OPTIONS]', *parts,
-        'cmixtral COMMAND --help shows the options of a command. Start with: cmixtral run'])
-
-def _quiet(argv:list[str]):
-    "No warnings of libraries between the lines, and no network unless something on the command line is a hub id"
-    for k, v in dict(TRANSFORMERS_VERBOSITY='error', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='true',
-            GOMP_SPINCOUNT='1000').items():  # threads that wait soon leave their core to those that work
-        os.environ.setdefault(k, v)
-    if argv[:1] in (['run'], ['plan']):
-        try: hub = bool(_hub_ids(read_recipe(next((a for a in argv[1:] if not a.startswith('-')), 'tiny'))))
-        except StageError: hub = False
-    else: hub = any('hub:' in a or a == 'hub' or (a.count('/') == 1 and a[0] not in './-~' and not Path(a).exists()) for a in argv[1:])
-    if not hub: os.environ.setdefault('HF_HUB_OFFLINE', '1')
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
-    if not sys.warnoptions: warnings.simplefilter('ignore')
-
-# %% ../nbs/14_pipeline.ipynb #fad5a6e8
-def main(
-    argv:list[str]=None,  # arguments; default: those of the process
-)->int:  # exit status: 0, 2 for a fault, 130 when interrupted
-    "The command `cmixtral`"
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        if not argv or argv[0] in ('-h', '--help', 'help'): print(overview()); return 0
-        if argv[0] == '--version':
-            from cmixtral_nb import __version__; print(__version__); return 0
-        p = parser(argv[0]); args = vars(p.parse_args(argv[1:]))
-        _quiet(argv)
-        command(argv[0])(**args)
-        return 0
-    except StageError as e:
-        for fault in e.args: print(f'StageError: {fault}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('interrupted; the same command goes on from here', file=sys.stderr)
-        return 130
-    except BrokenPipeError: return 0
+        n = lambda k, d, p: f"{r[k] / d:9.{p}f}" if r[k] else " " * 9
+        print(
+            f"{r['stage']:10}{r['folder']:20}{n('bytes', 1e6, 1)}{n('seconds', 1, 1)}{n('peak_bytes', 1e9, 2)}  {r['fingerprint']:18}{r['state']}"
+        )

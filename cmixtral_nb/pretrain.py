@@ -6,376 +6,457 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['router_load', 'param_groups', 'cosine', 'write_log', 'read_log', 'checkpoints', 'drop_half_written',
-           'flops_per_token', 'log_speed', 'Numbered', 'trainer', 'training_arguments', 'full_precision', 'pretrain']
+__all__ = ["router_load", "param_groups", "cosine", "trainer", "pretrain"]
 
 # %% ../nbs/09_pretrain.ipynb #b608af06
-import json, math, os, shutil, sys, time
+import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from .artifact import *
+
+from cmixtral_nb.stages import (
+    Artifact,
+    StageError,
+    input_fingerprint,
+    read_json,
+    same_tokenizer,
+    stage,
+    write_json,
+)
+from cmixtral_nb.training import (
+    Numbered,
+    _keeper,
+    _tensorboard,
+    _Watched,
+    checkpoints,
+    drop_half_written,
+    full_precision,
+    read_log,
+    training_arguments,
+)
+
+from .adapters import save_adapter
+from .bits import bits_per_byte
+from .checkpoints import resolve_model
 from .corpus import corpus_texts
-from .mixtral import bits_per_byte, resolve_model
+from .loading import load_model
+from .machine import default_device, gpu_bytes, process_rank, say, world_size
 from .pack import collate, load_rows, valid_texts
-from .plan import PEAK_FLOPS, gpu_bytes, plan_faults
-from .qlora import add_lora, default_device, load_model, parameter_table, quantised, quiet, save_adapter
-from .vocab import encode_plain, load_tokenizer
+from .plan import plan_faults
+from .qlora import add_lora, parameter_table, quantised
+from .tokenizer_files import encode_plain, load_tokenizer
+
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import Trainer
+
 
 # %% ../nbs/09_pretrain.ipynb #a9434762
 def router_load(
-    model,             # a Mixtral, with or without an adapter
-    tok,               # its tokenizer
-    texts:list[str],   # what to route
-    length:int=256,    # tokens a window
-)->list[list[float]]:  # for each layer the share of each expert; a layer sums to 1
+    model,  # a Mixtral, with or without an adapter
+    tok,  # its tokenizer
+    texts: list[str],  # what to route
+    length: int = 256,  # tokens a window
+) -> list[list[float]]:  # for each layer the share of each expert; a layer sums to 1
     "Where the router sends the tokens of some texts"
     import torch
+
     ids = [i for t in encode_plain(tok, texts) for i in [tok.bos_token_id, *t]]
     k, n = model.config.num_experts_per_tok, model.config.num_local_experts
-    total, was = 0, model.training; model.eval()
+    total, was = 0, model.training
+    model.eval()
     for i in range(0, len(ids), length):
         with torch.no_grad():
-            x = torch.tensor([ids[i:i+length]], device=model.device)
-            logits = model(input_ids=x, output_router_logits=True, use_cache=False, logits_to_keep=1).router_logits
-        total = total + torch.stack([l.topk(k, -1).indices.flatten().bincount(minlength=n) for l in logits]).cpu()
+            x = torch.tensor([ids[i : i + length]], device=model.device)
+            logits = model(
+                input_ids=x, output_router_logits=True, use_cache=False, logits_to_keep=1
+            ).router_logits
+        total = (
+            total
+            + torch.stack(
+                [l.topk(k, -1).indices.flatten().bincount(minlength=n) for l in logits]
+            ).cpu()
+        )
     model.train(was)
-    return [[round(s, 4) for s in layer] for layer in (total / total.sum(-1, keepdim=True)).tolist()]
+    return [
+        [round(s, 4) for s in layer] for layer in (total / total.sum(-1, keepdim=True)).tolist()
+    ]
+
 
 # %% ../nbs/09_pretrain.ipynb #97fc6fe8
 def param_groups(
-    model,          # PeftModel
-    lr:float,       # of LoRA
-    rows_lr:float,  # of embedding and head
-)->list[dict]:
+    model,  # PeftModel
+    lr: float,  # of LoRA
+    rows_lr: float,  # of embedding and head
+) -> list[dict]:
     "Trainable parameters in two groups, each with its learning rate"
-    is_row = lambda name: 'modules_to_save' in name or 'trainable_tokens' in name
+    is_row = lambda name: "modules_to_save" in name or "trainable_tokens" in name
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [dict(params=[p for n, p in named if is_row(n) == r], lr=x, rows=r) for r, x in ((False, lr), (True, rows_lr))]
-    return [g for g in groups if g['params']]
+    groups = [
+        dict(params=[p for n, p in named if is_row(n) == r], lr=x, rows=r)
+        for r, x in ((False, lr), (True, rows_lr))
+    ]
+    return [g for g in groups if g["params"]]
+
 
 def cosine(
-    step:int,    # optimiser steps done
-    steps:int,   # in all
-    warmup:int,  # of them until the highest rate
-    first:int=0, # until which the rate is 0
-)->float:  # share of the highest learning rate
+    step: int,  # optimiser steps done
+    steps: int,  # in all
+    warmup: int,  # of them until the highest rate
+    first: int = 0,  # until which the rate is 0
+) -> float:  # share of the highest learning rate
     "Linear warm-up, then half a cosine to zero (SGDR, arXiv 1608.03983, without restarts)"
-    if step < first: return 0.
-    if step - first < warmup: return (step - first) / warmup
-    return max(0., .5 * (1 + math.cos(math.pi * (step - first - warmup) / max(1, steps - first - warmup))))
+    if step < first:
+        return 0.0
+    if step - first < warmup:
+        return (step - first) / warmup
+    return max(
+        0.0,
+        0.5 * (1 + math.cos(math.pi * (step - first - warmup) / max(1, steps - first - warmup))),
+    )
+
 
 # %% ../nbs/09_pretrain.ipynb #e724dcb3
 class _TwoRates:
     "Part of a Trainer: the groups of `param_groups`, each with its own `cosine`"
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             cls, kw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = param_groups(self.model, self.args.learning_rate, self.rows_lr)
             self.optimizer = cls(groups, **kw)
         return self.optimizer
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         import torch
+
         if self.lr_scheduler is None:
-            optimizer = optimizer or self.optimizer; warmup = self.args.get_warmup_steps(num_training_steps)
-            rates = [partial(cosine, steps=num_training_steps, warmup=warmup, first=0 if g['rows'] else self.rows_steps) for g in optimizer.param_groups]
+            optimizer = optimizer or self.optimizer
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            rates = [
+                partial(
+                    cosine,
+                    steps=num_training_steps,
+                    warmup=warmup,
+                    first=0 if g["rows"] else self.rows_steps,
+                )
+                for g in optimizer.param_groups
+            ]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         return self.lr_scheduler
 
-# %% ../nbs/09_pretrain.ipynb #b93b9ced
-def write_log(
-    path:Path,          # log.jsonl
-    history:list[dict], # of the Trainer
-):
-    "One line for each logged step: what was measured, without what a clock says"
-    names = dict(step='step', loss='loss', learning_rate='lr', grad_norm='grad_norm')
-    keep = [{names.get(k, k): h[k] for k in [*names, *sorted(h)] if k in h and (k in names or k.startswith('bpb_'))} for h in history]
-    write_text(path, ''.join(json.dumps(h) + '\n' for h in keep if h.keys() - {'step'}))
-
-def read_log(
-    folder:str|Path,  # adapter made by `pretrain`
-)->list[dict]:
-    "The log of a training run"
-    return [json.loads(l) for l in (Path(getattr(folder, 'path', folder))/'log.jsonl').read_text().splitlines()]
-
-# %% ../nbs/09_pretrain.ipynb #5bda6614
-def checkpoints(
-    folder:Path,  # holds checkpoint-N folders
-)->list[Path]:  # whole ones, oldest first
-    "Checkpoints that were written to their end: the mark is the last file written"
-    return sorted((p.parent for p in Path(folder).glob('checkpoint-*/complete')), key=lambda p: int(p.name.split('-')[1]))
-
-def drop_half_written(
-    folder:Path,  # holds checkpoint-N folders
-):
-    "Remove checkpoints without the mark, once for all processes"
-    for p in Path(folder).glob('checkpoint-*') if process_rank() == 0 else []:
-        if not (p/'complete').exists(): shutil.rmtree(p)
-    meet()
-
-# %% ../nbs/09_pretrain.ipynb #60b9c6bd
-def flops_per_token(
-    model,  # a causal language model, with or without an adapter
-)->float:
-    "6 operations for each parameter that a token meets; embeddings are looked up"
-    c = model.config; share = c.num_experts_per_tok / c.num_local_experts if getattr(c, 'num_local_experts', 0) else 1
-    n = {r['part']: r['n_params'] for r in parameter_table(model)}
-    return 6 * sum(v * (share if 'experts' in k else 1) for k, v in n.items() if k.split()[0] != 'embedding' and not k.endswith('(trained copy)'))
-
-def log_speed(
-    path:Path,       # speed.jsonl
-    step:int,        # optimiser steps done
-    speed:float,     # tokens per second of all devices
-    model,           # that is trained
-    n_devices:int=1, # side by side
-):
-    "One line: tokens per second, peak memory of a device, and utilisation where the peak of the device is known"
-    import torch
-    gpu = torch.cuda.get_device_name(model.device) if model.device.type == 'cuda' else ''
-    peak = next((f for name, f in PEAK_FLOPS.items() if name in gpu), 0) * n_devices
-    row = dict(step=step, tokens_per_second=round(speed, 1), peak_bytes=torch.cuda.max_memory_allocated(model.device) if gpu else peak_bytes(), device=gpu or 'cpu')
-    if peak: row['utilisation'] = round(flops_per_token(model) * speed / peak, 4)
-    path.parent.mkdir(exist_ok=True)
-    with open(path, 'a') as f: f.write(json.dumps(row) + '\n')
-
-# %% ../nbs/09_pretrain.ipynb #8dd7d6bb
-class Numbered:
-    "Examples that know their number, so that a bad batch can be named"
-    def __init__(self, rows): self.rows = rows
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i:int): return i, self.rows[i]
-    def __getitems__(self, ids:list[int]): return [*zip(ids, self.rows.__getitems__(ids) if hasattr(self.rows, '__getitems__') else [self.rows[i] for i in ids])]
-    def collate(self, f): return lambda examples: dict(f([e for _, e in examples]), row=[i for i, _ in examples])
-
-# %% ../nbs/09_pretrain.ipynb #c033d15b
-class _Watched:
-    "Part of a Trainer: reads in order if asked, ends at the first loss that is no number, evaluates with `measure`"
-    n_tokens = 0  # that this process has read
-    def _get_train_sampler(self, *a):
-        import torch
-        return torch.utils.data.SequentialSampler(self.train_dataset) if self.ordered else super()._get_train_sampler(*a)
-    def training_step(self, model, inputs, *a, **kw):
-        import torch
-        row = inputs.pop('row'); self.n_tokens += inputs['input_ids'].numel()
-        loss = super().training_step(model, inputs, *a, **kw)
-        require(torch.isfinite(loss), f'loss is {loss.item()} at step {self.state.global_step + 1}, rows {", ".join(map(str, row))}; '
-            f'lower --lr (now {self.args.learning_rate:g}) or --rows-lr (now {self.rows_lr:g})')
-        if self.state.global_step < self.rows_steps:  # no gradient, no moments
-            for n, p in self.model.named_parameters(): p.grad = None if 'lora_' in n else p.grad
-        return loss
-    def evaluate(self, *a, **kw):
-        found = self.measure(); self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
-
-# %% ../nbs/09_pretrain.ipynb #8740df31
-def _keeper(log:Path, count):
-    "Marks whole checkpoints and keeps the logs on disk up to date"
-    from transformers import TrainerCallback
-    class Keeper(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kw): self.seconds, self.tokens = 0., count()
-        def on_step_begin(self, args, state, control, **kw): self.start = time.perf_counter()
-        def on_step_end(self, args, state, control, **kw): self.seconds += time.perf_counter() - self.start
-        def on_save(self, args, state, control, **kw):
-            meet()  # each process has written its random state
-            if state.is_world_process_zero: write_text(Path(args.output_dir)/f'checkpoint-{state.global_step}'/'complete', '')
-        def on_log(self, args, state, control, logs, model, **kw):
-            if not state.is_world_process_zero: return
-            write_log(log, state.log_history)
-            if 'loss' in logs and self.seconds:
-                log_speed(log.parent/'logs'/'speed.jsonl', state.global_step, (count() - self.tokens) * args.world_size / self.seconds, model, args.world_size)
-                self.seconds, self.tokens = 0., count()
-    return Keeper()
 
 # %% ../nbs/09_pretrain.ipynb #6de8970e
 def trainer(
-    model,              # PeftModel from `add_lora`
-    rows,               # dataset of examples
-    args,               # from `training_arguments`
-    collate,            # callable: examples -> batch
-    rows_lr:float,      # learning rate of embedding and head rows
-    measure,            # callable: dict of what to log at each evaluation
-    log:Path,           # log.jsonl
-    ordered:bool=False, # read the rows as they lie; else in an order drawn from the seed
-    rows_steps:int=0,   # first steps, in which only the rows are trained
-)->Trainer:
+    model,  # PeftModel from `add_lora`
+    rows,  # dataset of examples
+    args,  # from `training_arguments`
+    collate,  # callable: examples -> batch
+    rows_lr: float,  # learning rate of embedding and head rows
+    measure,  # callable: dict of what to log at each evaluation
+    log: Path,  # log.jsonl
+    ordered: bool = False,  # read the rows as they lie; else in an order drawn from the seed
+    rows_steps: int = 0,  # first steps, in which only the rows are trained
+) -> Trainer:
     "transformers' Trainer with two learning rates, evaluation in bits per byte and an end at the first loss that is no number"
     from transformers import PrinterCallback, Trainer
-    own = dict(rows_lr=rows_lr, rows_steps=rows_steps, ordered=ordered, measure=staticmethod(measure))
-    rows, cls = Numbered(rows), type('OurTrainer', (_TwoRates, _Watched, Trainer), own)
-    run = cls(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=rows.collate(collate))
-    run.remove_callback(PrinterCallback); run.add_callback(_keeper(log, lambda: run.n_tokens))
-    if process_rank() == 0 and (board := _tensorboard(log.parent/'logs')): run.add_callback(board)
+
+    own = dict(
+        rows_lr=rows_lr, rows_steps=rows_steps, ordered=ordered, measure=staticmethod(measure)
+    )
+    rows, cls = Numbered(rows), type("OurTrainer", (_TwoRates, _Watched, Trainer), own)
+    run = cls(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=rows.collate(collate),
+    )
+    run.remove_callback(PrinterCallback)
+    run.add_callback(_keeper(log, lambda: run.n_tokens))
+    if process_rank() == 0 and (board := _tensorboard(log.parent / "logs")):
+        run.add_callback(board)
     return run
 
-def _tensorboard(folder:Path):
-    "The same log for TensorBoard, where it is installed"
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: return None
-    from transformers.integrations import TensorBoardCallback
-    return TensorBoardCallback(SummaryWriter(str(folder)))
-
-# %% ../nbs/09_pretrain.ipynb #13e0f631
-def training_arguments(
-    out:Path,    # folder of the checkpoints
-    device:str,  # "cpu", or a GPU
-    zero:int=0,  # 2: DeepSpeed ZeRO-2; its configuration is written beside the checkpoints
-    checkpointing:bool=None,  # compute activations again in the backward pass; None: on a GPU
-    **kw,        # more of transformers' TrainingArguments
-):
-    "TrainingArguments that touch neither the network nor the home folder"
-    from transformers import TrainingArguments
-    gpu = device != 'cpu'
-    if zero:
-        if process_rank() == 0: write_json(out.parent/'deepspeed.json', _zero_config())
-        kw['deepspeed'] = _zero_config()
-    if gpu if checkpointing is None else checkpointing: kw.update(gradient_checkpointing=True, gradient_checkpointing_kwargs={'use_reentrant': False})
-    return TrainingArguments(output_dir=str(out), use_cpu=not gpu, bf16=gpu, report_to='none', disable_tqdm=not sys.stderr.isatty(),
-        remove_unused_columns=False, logging_nan_inf_filter=False, logging_first_step=True, eval_strategy='steps', save_strategy='steps',
-        save_total_limit=2, dataloader_pin_memory=gpu, weight_decay=0., ddp_find_unused_parameters=False, **kw)
-
-def _zero_config()->dict:
-    "ZeRO-2 (arXiv 1910.02054): every process holds all weights, but only its part of gradients and optimiser"
-    return dict(zero_optimization=dict(stage=2, overlap_comm=True, contiguous_gradients=True, reduce_bucket_size=int(5e7)), gradient_clipping='auto', bf16=dict(enabled='auto'),
-        train_micro_batch_size_per_gpu='auto', gradient_accumulation_steps='auto', zero_allow_untested_optimizer=True)
 
 # %% ../nbs/09_pretrain.ipynb #d10dc374
-def _check(model, tokens, corpus=None, rank=1, alpha=1, dropout=0., lr=1., rows_lr=0., batch=1, accumulation=1, steps=0, epochs=1., rows='all', n_old=0, rows_steps=0, zero=0, device=None, **kw):
-    t = Artifact.load(tokens, 'tokens'); folder = resolve_model(model)
-    same_tokenizer(tokens, model if Path(model).exists() else folder, f'cmixtral pack --tokenizer {model} --out DIR')
-    n_rows, need, faults = t.stats['n_rows'], batch * accumulation * world_size(), []
-    n_vocab = read_json(folder/'config.json')['vocab_size']
-    if t.stats['vocab_size'] > n_vocab: faults.append(f'{tokens} has ids up to {t.stats["vocab_size"] - 1:,}, {model} has {n_vocab:,} rows; run: cmixtral init --model {model} --tokenizer DIR --out DIR')
-    if n_rows < need: faults.append(f'{tokens} has {n_rows:,} rows, a step takes {need:,} (batch × accumulation × devices); lower --batch')
-    for name, ok, want in (('rank', rank >= (rows == 'none'), f'at least {int(rows == "none")}'), ('zero', zero in (0, 2), '0 or 2'), ('rows_steps', 0 <= rows_steps, 'at least 0'), ('dropout', 0 <= dropout < 1, '0 to below 1'), ('lr', lr > 0, 'above 0'),
-                           ('batch', batch >= 1, 'at least 1'), ('accumulation', accumulation >= 1, 'at least 1'),
-                           ('epochs', steps > 0 or epochs > 0, 'above 0'), ('rows', rows in ('all', 'new', 'none'), 'all, new or none')):
-        if not ok: faults.append(f'{name} is {locals()[name]!r}, expected {want}')
+def _check(
+    model,
+    tokens,
+    corpus=None,
+    rank=1,
+    alpha=1,
+    dropout=0.0,
+    lr=1.0,
+    rows_lr=0.0,
+    batch=1,
+    accumulation=1,
+    steps=0,
+    epochs=1.0,
+    rows="all",
+    n_old=0,
+    rows_steps=0,
+    zero=0,
+    device=None,
+    **kw,
+):
+    t = Artifact.load(tokens, "tokens")
+    folder = resolve_model(model)
+    same_tokenizer(
+        tokens,
+        model if Path(model).exists() else folder,
+        f"cmixtral pack --tokenizer {model} --out DIR",
+    )
+    n_rows, need, faults = t.stats["n_rows"], batch * accumulation * world_size(), []
+    n_vocab = read_json(folder / "config.json")["vocab_size"]
+    if t.stats["vocab_size"] > n_vocab:
+        faults.append(
+            f"{tokens} has ids up to {t.stats['vocab_size'] - 1:,}, {model} has {n_vocab:,} rows; run: cmixtral init --model {model} --tokenizer DIR --out DIR"
+        )
+    if n_rows < need:
+        faults.append(
+            f"{tokens} has {n_rows:,} rows, a step takes {need:,} (batch × accumulation × devices); lower --batch"
+        )
+    for name, ok, want in (
+        ("rank", rank >= (rows == "none"), f"at least {int(rows == 'none')}"),
+        ("zero", zero in (0, 2), "0 or 2"),
+        ("rows_steps", rows_steps >= 0, "at least 0"),
+        ("dropout", 0 <= dropout < 1, "0 to below 1"),
+        ("lr", lr > 0, "above 0"),
+        ("batch", batch >= 1, "at least 1"),
+        ("accumulation", accumulation >= 1, "at least 1"),
+        ("epochs", steps > 0 or epochs > 0, "above 0"),
+        ("rows", rows in ("all", "new", "none"), "all, new or none"),
+    ):
+        if not ok:
+            faults.append(f"{name} is {locals()[name]!r}, expected {want}")
     if not faults:
-        p = dict(kw, rank=rank, alpha=alpha, dropout=dropout, rows=rows, n_old=_n_old(model, n_old), batch=batch, accumulation=accumulation, zero=zero)
-        faults = plan_faults(folder, p, t.stats['length'], device=device or ('cuda' if gpu_bytes() else 'cpu'), n_gpus=world_size())
-    if faults: raise StageError(*faults)
+        p = dict(
+            kw,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            rows=rows,
+            n_old=_n_old(model, n_old),
+            batch=batch,
+            accumulation=accumulation,
+            zero=zero,
+        )
+        faults = plan_faults(
+            folder,
+            p,
+            t.stats["length"],
+            device=device or ("cuda" if gpu_bytes() else "cpu"),
+            n_gpus=world_size(),
+        )
+    if faults:
+        raise StageError(*faults)
+
 
 # %% ../nbs/09_pretrain.ipynb #75d7d7fd
-def _n_old(model, n_old:int)->int:
+def _n_old(model, n_old: int) -> int:
     "Rows of the model before its vocabulary grew: as given, or as `init` wrote it down"
-    p = Path(model)/'manifest.json'
-    return n_old or (read_json(p)['stats'].get('n_old', 0) if p.is_file() else 0)
+    p = Path(model) / "manifest.json"
+    return n_old or (read_json(p)["stats"].get("n_old", 0) if p.is_file() else 0)
 
-def _valid(corpus, tokens, lang:str, limit_chars:int)->list[str]:
-    return valid_texts(tokens, lang, limit_chars) if corpus is None else list(corpus_texts(corpus, lang, 'valid', limit_chars))
 
-def _measure(model, tok, texts:dict, length:int, batch:int)->dict:
+def _valid(corpus, tokens, lang: str, limit_chars: int) -> list[str]:
+    return (
+        valid_texts(tokens, lang, limit_chars)
+        if corpus is None
+        else list(corpus_texts(corpus, lang, "valid", limit_chars))
+    )
+
+
+def _measure(model, tok, texts: dict, length: int, batch: int) -> dict:
     "Bits per byte of each language on held-out text"
-    was = model.training; model.eval(); found = {}
+    was = model.training
+    model.eval()
+    found = {}
     for lang, ts in texts.items():
-        if not ts: continue
-        mine = bits_per_byte(model, tok, part, length=length, batch=batch) if (part := ts[process_rank()::world_size()]) else dict(bits_per_byte=0., n_bytes=0)
-        found[f'bpb_{lang}'] = round(_over_all([(mine['bits_per_byte'] * mine['n_bytes'], mine['n_bytes'])]), 4)
+        if not ts:
+            continue
+        mine = (
+            bits_per_byte(model, tok, part, length=length, batch=batch)
+            if (part := ts[process_rank() :: world_size()])
+            else dict(bits_per_byte=0.0, n_bytes=0)
+        )
+        found[f"bpb_{lang}"] = round(
+            _over_all([(mine["bits_per_byte"] * mine["n_bytes"], mine["n_bytes"])]), 4
+        )
     model.train(was)
     return found
 
-def _over_all(mine:list[tuple])->float:
+
+def _over_all(mine: list[tuple]) -> float:
     "Bits per byte over the documents of all processes"
     if world_size() > 1:
         from accelerate.utils import gather_object
+
         mine = gather_object(mine)
     bits, n_bytes = map(sum, zip(*mine))
     return bits / n_bytes
 
+
 # %% ../nbs/09_pretrain.ipynb #f1efdbfc
-def _loads(model, tok, texts:dict)->dict:
+def _loads(model, tok, texts: dict) -> dict:
     "Router load of each language; empty where there is no router"
-    if not getattr(model.config, 'num_local_experts', 0): return {}
+    if not getattr(model.config, "num_local_experts", 0):
+        return {}
     return {lang: router_load(model, tok, _first(ts, 20_000)) for lang, ts in texts.items() if ts}
 
-def _note_loads(out:Path, when:str, model, tok, texts:dict):
+
+def _note_loads(out: Path, when: str, model, tok, texts: dict):
     "Router load into router.json, by one process"
-    if process_rank() == 0: write_json(out/'router.json', {**(read_json(out/'router.json') if when == 'after' else {}), when: _loads(model, tok, texts)})
+    if process_rank() == 0:
+        write_json(
+            out / "router.json",
+            {
+                **(read_json(out / "router.json") if when == "after" else {}),
+                when: _loads(model, tok, texts),
+            },
+        )
 
-def full_precision(model):
-    "The float32 weights that DeepSpeed keeps of what it trains, in their place; nothing without DeepSpeed"
-    if not hasattr(p := next(p for p in model.parameters() if p.requires_grad), '_hp_mapping'): return
-    from deepspeed.utils import safe_get_full_fp32_param
-    for p in model.parameters():
-        if p.requires_grad: p.data = safe_get_full_fp32_param(p).to(p.device)
 
-def _first(texts:list[str], n_chars:int)->list[str]:
+def _first(texts: list[str], n_chars: int) -> list[str]:
     out = []
     for t in texts:
-        if n_chars <= 0: break
-        out.append(t[:n_chars]); n_chars -= len(t)
+        if n_chars <= 0:
+            break
+        out.append(t[:n_chars])
+        n_chars -= len(t)
     return out
 
+
 # %% ../nbs/09_pretrain.ipynb #6158fdfe
-def _stats(model, run, tokens, folder:Path, log:list[dict])->dict:
+def _stats(model, run, tokens, folder: Path, log: list[dict]) -> dict:
     "What the manifest says of a run"
-    import torch
-    losses = [h['loss'] for h in log if 'loss' in h]
-    bpb = {k[4:]: dict(before=b[0], after=b[-1]) for k in log[0] if k.startswith('bpb_') and (b := [h[k] for h in log if k in h])}
-    n_step = run.args.train_batch_size * run.args.gradient_accumulation_steps * run.args.world_size * tokens.stats['length']
-    say('pretrain', f'{run.state.global_step:,} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}; bits per byte ' +
-        ', '.join(f'{l} {b["before"]:.3f} → {b["after"]:.3f}' for l, b in bpb.items()))
-    return dict(tokenizer=tokens.manifest['tokenizer'], base=input_fingerprint(folder), steps=run.state.global_step, n_trained_tokens=run.state.global_step * n_step,
-        loss=dict(first=losses[0], last=losses[-1]), bpb=bpb, parameters=parameter_table(model), quantised=quantised(model),
-        quantised_dtype=str(model.dtype).removeprefix('torch.'))
+
+    losses = [h["loss"] for h in log if "loss" in h]
+    bpb = {
+        k[4:]: dict(before=b[0], after=b[-1])
+        for k in log[0]
+        if k.startswith("bpb_") and (b := [h[k] for h in log if k in h])
+    }
+    n_step = (
+        run.args.train_batch_size
+        * run.args.gradient_accumulation_steps
+        * run.args.world_size
+        * tokens.stats["length"]
+    )
+    say(
+        "pretrain",
+        f"{run.state.global_step:,} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}; bits per byte "
+        + ", ".join(f"{l} {b['before']:.3f} → {b['after']:.3f}" for l, b in bpb.items()),
+    )
+    return dict(
+        tokenizer=tokens.manifest["tokenizer"],
+        base=input_fingerprint(folder),
+        steps=run.state.global_step,
+        n_trained_tokens=run.state.global_step * n_step,
+        loss=dict(first=losses[0], last=losses[-1]),
+        bpb=bpb,
+        parameters=parameter_table(model),
+        quantised=quantised(model),
+        quantised_dtype=str(model.dtype).removeprefix("torch."),
+    )
+
 
 # %% ../nbs/09_pretrain.ipynb #6facb8b0
-@stage('adapter', inputs=('model', 'tokens', 'corpus'), ignore=('device',), resumable=True, check=_check, parallel=True)
+@stage(
+    "adapter",
+    inputs=("model", "tokens", "corpus"),
+    ignore=("device",),
+    resumable=True,
+    check=_check,
+    parallel=True,
+)
 def pretrain(
-    model:Path,                # model folder (ours or any other) or hub id
-    tokens:Path,               # artifact made by `pack`, with the model's tokenizer
-    out:Path,                  # folder to write
-    corpus:Path=None,          # take the held-out texts from here; None: those that `pack` kept
-    load_in_4bit:bool=True,    # hold the frozen weights, experts too, in NF4
-    rank:int=64,               # r of LoRA; 0: none, the rows alone
-    alpha:float=128,           # the update is scaled by alpha / rank
-    dropout:float=0.05,        # on the input of LoRA
-    rows:str='all',            # embedding and head rows that are trained: all, new, none
-    n_old:int=0,               # rows before the vocabulary grew, for rows="new"; 0: as `init` wrote it down
-    lr:float=1e-4,             # highest learning rate of LoRA
-    rows_lr:float=0,           # highest learning rate of the rows; 0: as `lr`
-    rows_steps:int=0,          # first steps, in which only the rows are trained
-    aux:float=0.02,            # weight of the router's balance in the loss; 0.02 in Mixtral-8x7B's config.json
-    batch:int=16,              # rows a step and device
-    accumulation:int=1,        # batches added up to one step
-    steps:int=0,               # optimiser steps; 0: by epochs
-    epochs:float=1,            # passes over the tokens
-    warmup:float=0.05,         # of the steps, until the highest learning rate
-    optim:str='adamw_torch',   # of transformers; paged_adamw_8bit saves memory on a GPU
-    eval_every:int=500,        # steps between evaluations
-    eval_chars:int=100_000,    # held-out characters of each language an evaluation reads
-    save_every:int=500,        # steps between checkpoints
-    log_every:int=10,          # steps between lines of the log
-    attn:str='sdpa',           # sdpa, eager, flash_attention_2
-    zero:int=0,                # on several GPUs, which torchrun starts: 2 divides gradients and optimiser among them (DeepSpeed)
-    checkpointing:bool=None,   # compute activations again in the backward pass; None: on a GPU
-    seed:int=0,                # of LoRA, of the order of the rows and of dropout
-    device:str=None,           # None: the GPU if there is one
+    model: Path,  # model folder (ours or any other) or hub id
+    tokens: Path,  # artifact made by `pack`, with the model's tokenizer
+    out: Path,  # folder to write
+    corpus: Path = None,  # take the held-out texts from here; None: those that `pack` kept
+    load_in_4bit: bool = True,  # hold the frozen weights, experts too, in NF4
+    rank: int = 64,  # r of LoRA; 0: none, the rows alone
+    alpha: float = 128,  # the update is scaled by alpha / rank
+    dropout: float = 0.05,  # on the input of LoRA
+    rows: str = "all",  # embedding and head rows that are trained: all, new, none
+    n_old: int = 0,  # rows before the vocabulary grew, for rows="new"; 0: as `init` wrote it down
+    lr: float = 1e-4,  # highest learning rate of LoRA
+    rows_lr: float = 0,  # highest learning rate of the rows; 0: as `lr`
+    rows_steps: int = 0,  # first steps, in which only the rows are trained
+    aux: float = 0.02,  # weight of the router's balance in the loss; 0.02 in Mixtral-8x7B's config.json
+    batch: int = 16,  # rows a step and device
+    accumulation: int = 1,  # batches added up to one step
+    steps: int = 0,  # optimiser steps; 0: by epochs
+    epochs: float = 1,  # passes over the tokens
+    warmup: float = 0.05,  # of the steps, until the highest learning rate
+    optim: str = "adamw_torch",  # of transformers; paged_adamw_8bit saves memory on a GPU
+    eval_every: int = 500,  # steps between evaluations
+    eval_chars: int = 100_000,  # held-out characters of each language an evaluation reads
+    save_every: int = 500,  # steps between checkpoints
+    log_every: int = 10,  # steps between lines of the log
+    attn: str = "sdpa",  # sdpa, eager, flash_attention_2
+    zero: int = 0,  # on several GPUs, which torchrun starts: 2 divides gradients and optimiser among them (DeepSpeed)
+    checkpointing: bool = None,  # compute activations again in the backward pass; None: on a GPU
+    seed: int = 0,  # of LoRA, of the order of the rows and of dropout
+    device: str = None,  # None: the GPU if there is one
 ):
     "Continue pre-training with QLoRA; killed, it goes on from its last checkpoint"
-    device, t = device or default_device(), Artifact.load(tokens, 'tokens')
+    device, t = device or default_device(), Artifact.load(tokens, "tokens")
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
     net.config.output_router_logits = True
-    net.router_aux_loss_coef = aux / (accumulation * world_size())  # the Trainer adds up the losses of a step's batches
+    net.router_aux_loss_coef = aux / (
+        accumulation * world_size()
+    )  # the Trainer adds up the losses of a step's batches
     net = add_lora(net, rank, alpha, dropout, rows, _n_old(model, n_old), seed)
     tok = load_tokenizer(resolve_model(model))
-    texts = {l: _valid(corpus, tokens, l, eval_chars) for l in t.stats['sources']}
-    done = checkpoints(out/'checkpoints'); drop_half_written(out/'checkpoints')
-    args = training_arguments(out/'checkpoints', device, zero, checkpointing, dataloader_drop_last=True, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-        max_steps=steps or -1, num_train_epochs=epochs, learning_rate=lr, warmup_steps=warmup, optim=optim, seed=seed, logging_steps=log_every,
-        eval_steps=eval_every, save_steps=save_every, eval_on_start=not done)
-    measure = partial(_measure, net, tok, texts, t.stats['length'], batch)
-    data = load_rows(tokens).select_columns('input_ids').with_format('numpy')
-    run = trainer(net, data, args, partial(collate, bos=t.stats['bos']), rows_lr or lr, measure, out/'log.jsonl', rows_steps=rows_steps)
-    if not done: _note_loads(out, 'before', net, tok, texts)
+    texts = {l: _valid(corpus, tokens, l, eval_chars) for l in t.stats["sources"]}
+    done = checkpoints(out / "checkpoints")
+    drop_half_written(out / "checkpoints")
+    args = training_arguments(
+        out / "checkpoints",
+        device,
+        zero,
+        checkpointing,
+        dataloader_drop_last=True,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps or -1,
+        num_train_epochs=epochs,
+        learning_rate=lr,
+        warmup_steps=warmup,
+        optim=optim,
+        seed=seed,
+        logging_steps=log_every,
+        eval_steps=eval_every,
+        save_steps=save_every,
+        eval_on_start=not done,
+    )
+    measure = partial(_measure, net, tok, texts, t.stats["length"], batch)
+    data = load_rows(tokens).select_columns("input_ids").with_format("numpy")
+    run = trainer(
+        net,
+        data,
+        args,
+        partial(collate, bos=t.stats["bos"]),
+        rows_lr or lr,
+        measure,
+        out / "log.jsonl",
+        rows_steps=rows_steps,
+    )
+    if not done:
+        _note_loads(out, "before", net, tok, texts)
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
-    if run.state.global_step > max((h['step'] for h in run.state.log_history if any(k.startswith('bpb_') for k in h)), default=-1): run.evaluate()
+    if run.state.global_step > max(
+        (h["step"] for h in run.state.log_history if any(k.startswith("bpb_") for k in h)),
+        default=-1,
+    ):
+        run.evaluate()
     full_precision(net)
-    if process_rank(): return {}
-    _note_loads(out, 'after', net, tok, texts)
-    save_adapter(net, out, Path(model).name if Path(model).exists() else str(model)); shutil.rmtree(out/'checkpoints', ignore_errors=True)
+    if process_rank():
+        return {}
+    _note_loads(out, "after", net, tok, texts)
+    save_adapter(net, out, Path(model).name if Path(model).exists() else str(model))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return _stats(net, run, t, resolve_model(model), read_log(out))

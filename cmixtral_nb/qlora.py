@@ -6,91 +6,128 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ATTENTION', 'expert_bytes', 'quantised', 'route', 'mixtral_linear', 'quiet', 'default_device', 'load_model',
-           'save_4bit', 'save_stock', 'without_lora', 'add_lora', 'parameter_table', 'save_adapter']
+__all__ = [
+    "ATTENTION",
+    "expert_bytes",
+    "quantised",
+    "route",
+    "mixtral_linear",
+    "without_lora",
+    "add_lora",
+    "parameter_table",
+]
 
 # %% ../nbs/08_qlora.ipynb #913eb517
-import contextlib, functools, os, re, sys, warnings, weakref
-from pathlib import Path
+import functools
+import re
+import weakref
 from typing import TYPE_CHECKING
-from .artifact import *
-from .mixtral import resolve_model, tensor_files
+
+from .machine import quiet
+from .stages import StageError, require
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
+
 # %% ../nbs/08_qlora.ipynb #f912aef1
 def expert_bytes(
-    model  # any model; experts are the matrices whose name holds ".experts."
-)->dict:  # n_params, bytes, bytes_per_param
+    model,  # any model; experts are the matrices whose name holds ".experts."
+) -> dict:  # n_params, bytes, bytes_per_param
     "Memory of the experts' frozen weights and of their constants (not of the two codebooks that all of them share, 1,088 bytes)"
     n = size = 0
     for name, p in model.named_parameters():
-        if '.experts.' in name and 'lora_' not in name: n += _count(p); size += _held(p)
-    return dict(n_params=n, bytes=size, bytes_per_param=size / n if n else 0.)
+        if ".experts." in name and "lora_" not in name:
+            n += _count(p)
+            size += _held(p)
+    return dict(n_params=n, bytes=size, bytes_per_param=size / n if n else 0.0)
 
-def _count(p)->int:
+
+def _count(p) -> int:
     "Weights that a parameter stands for; in 4 bits it has half as many bytes"
-    state = getattr(p, 'quant_state', None)
+    state = getattr(p, "quant_state", None)
     return p.numel() if state is None else state.shape.numel()
 
-def _held(p)->int:
+
+def _held(p) -> int:
     "Bytes of a parameter and of the constants of its blocks"
-    state = getattr(p, 'quant_state', None); tensors = [p, *(q.absmax for q in (state, getattr(state, 'state2', None)) if q)]
+    state = getattr(p, "quant_state", None)
+    tensors = [p, *(q.absmax for q in (state, getattr(state, "state2", None)) if q)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
-def quantised(model)->list[str]:  # names of modules
+
+def quantised(model) -> list[str]:  # names of modules
     "The matrices that are held in 4 bits"
     from bitsandbytes.nn import Linear4bit
-    return sorted({re.sub(r'^base_model\.model\.|\.base_layer$', '', name) for name, m in model.named_modules() if isinstance(m, Linear4bit)})
+
+    return sorted(
+        {
+            re.sub(r"^base_model\.model\.|\.base_layer$", "", name)
+            for name, m in model.named_modules()
+            if isinstance(m, Linear4bit)
+        }
+    )
+
 
 # %% ../nbs/08_qlora.ipynb #6f5f2cb1
 @functools.cache
-def _carry()->Callable:
+def _carry() -> Callable:
     "Rows to their experts, k copies of each, or back; the gradient is collected at the other end of the way, in a fixed order"
     import torch
+
     class Carry(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, there, back, k):
-            ctx.save_for_backward(back); ctx.k = k
+            ctx.save_for_backward(back)
+            ctx.k = k
             return x.index_select(0, there // k)
+
         @staticmethod
         def backward(ctx, g):
             g = g.index_select(0, *ctx.saved_tensors)
             return g if ctx.k == 1 else g.view(-1, ctx.k, g.shape[1]).sum(1), None, None, None
+
     return Carry.apply
 
-def _lower(x:Tensor)->Tensor:
+
+def _lower(x: Tensor) -> Tensor:
     "As autocast would have it at every matrix of every expert, but once"
     import torch
+
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
+
 # %% ../nbs/08_qlora.ipynb #8eabf1e6
 def route(
-    experts,        # one callable for each expert, (n, d) -> (n, d)
-    x:Tensor,       # (n, d) hidden states
-    chosen:Tensor,  # (n, k) the experts of each token
-    weight:Tensor,  # (n, k) their weights
-)->Tensor:  # (n, d)
+    experts,  # one callable for each expert, (n, d) -> (n, d)
+    x: Tensor,  # (n, d) hidden states
+    chosen: Tensor,  # (n, k) the experts of each token
+    weight: Tensor,  # (n, k) their weights
+) -> Tensor:  # (n, d)
     "Send each token to its k experts and add what they return (sparse mixture of experts)"
     import torch
+
     n, k = chosen.shape
-    order = chosen.flatten().argsort(stable=True)               # positions, all of expert 0 first
+    order = chosen.flatten().argsort(stable=True)  # positions, all of expert 0 first
     counts = chosen.flatten().bincount(minlength=len(experts)).tolist()
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(n*k, device=order.device))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=order.device))
     parts = _carry()(_lower(x), order, back, k).split(counts)
     # In training an expert without tokens runs too: its LoRA then has a gradient of zeros, as DDP expects.
     y = torch.cat([f(p) if len(p) or f.training else p for f, p in zip(experts, parts)])
     return (_carry()(y, back, order, 1).view(n, k, -1) * weight[..., None]).sum(1).to(x.dtype)
+
 
 # %% ../nbs/08_qlora.ipynb #34758196
 def _experts_class():
     "The experts of one layer, each of three `nn.Linear` named as in the checkpoints"
     from torch import nn
     from transformers.activations import ACT2FN
+
     class Expert(nn.Module):
         def __init__(self, c):
             super().__init__()
@@ -98,201 +135,111 @@ def _experts_class():
             self.w2 = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)  # down
             self.w3 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)  # up
             self.act = ACT2FN[c.hidden_act]
-        def forward(self, x): return self.w2(self.act(self.w1(x)) * self.w3(x))
+
+        def forward(self, x):
+            return self.w2(self.act(self.w1(x)) * self.w3(x))
+
     class Experts(nn.ModuleList):
-        def __init__(self, c): super().__init__(Expert(c) for _ in range(c.num_local_experts))
-        def forward(self, x, chosen, weight): return route(self, x, chosen, weight)
+        def __init__(self, c):
+            super().__init__(Expert(c) for _ in range(c.num_local_experts))
+
+        def forward(self, x, chosen, weight):
+            return route(self, x, chosen, weight)
+
     return Experts
+
 
 # %% ../nbs/08_qlora.ipynb #ca075543
 @functools.cache
-def mixtral_linear()->tuple:  # (config class, model class)
+def mixtral_linear() -> tuple:  # (config class, model class)
     "Mixtral with one `nn.Linear` for each matrix of each expert; made known to the Auto classes"
     from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
+
     Experts = _experts_class()
-    class MixtralLinearConfig(MixtralConfig): model_type = 'mixtral_linear'
+
+    class MixtralLinearConfig(MixtralConfig):
+        model_type = "mixtral_linear"
+
     class MixtralLinearForCausalLM(MixtralForCausalLM):
         config_class = MixtralLinearConfig
+
         def __init__(self, config):
             super().__init__(config)
-            for layer in self.model.layers: layer.mlp.experts = Experts(config)
+            for layer in self.model.layers:
+                layer.mlp.experts = Experts(config)
             self.post_init()
-    AutoConfig.register('mixtral_linear', MixtralLinearConfig)
+
+    AutoConfig.register("mixtral_linear", MixtralLinearConfig)
     AutoModelForCausalLM.register(MixtralLinearConfig, MixtralLinearForCausalLM)
-    register_checkpoint_conversion_mapping('mixtral_linear', [WeightRenaming('.block_sparse_moe.', '.mlp.')], overwrite=True)
+    register_checkpoint_conversion_mapping(
+        "mixtral_linear", [WeightRenaming(".block_sparse_moe.", ".mlp.")], overwrite=True
+    )
     return MixtralLinearConfig, MixtralLinearForCausalLM
 
-# %% ../nbs/08_qlora.ipynb #39991078
-@contextlib.contextmanager
-def quiet():
-    "No progress bars of transformers where nobody watches, and no advice about kernels that do not exist for this CPU"
-    import logging
-    from transformers.utils import logging as hf
-    bars, bnb = hf.is_progress_bar_enabled(), logging.getLogger('bitsandbytes')
-    level = bnb.level; bnb.setLevel(logging.ERROR)
-    if not sys.stderr.isatty(): hf.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', FutureWarning)  # peft asks for a property that transformers renames
-            yield
-    finally:
-        bnb.setLevel(level)
-        if bars: hf.enable_progress_bar()
-
-def _nf4(dtype):
-    "4-bit NormalFloat with double quantisation, as in QLoRA; the head stays as it is"
-    from transformers import BitsAndBytesConfig
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=['lm_head'])
-
-# %% ../nbs/08_qlora.ipynb #8bfa9837
-def _avoid_cpu_repacking(model):
-    # bitsandbytes on CPUs with AVX512-BF16: one forward pass in eval mode repacks the weights in place,
-    # after which training loses the gradient through them, with no more than a warning.
-    for m in model.modules():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
-
-def _quant_states(model)->list:
-    states = [s for p in model.parameters() if (s := getattr(p, 'quant_state', None))]
-    return states + [s.state2 for s in states if s.state2]
-
-def _share_codebooks(model):
-    "One copy of the 16 values of NF4 and of the 256 values of its constants, where bitsandbytes keeps one for each matrix"
-    codes = {}
-    for q in _quant_states(model): q.code = codes.setdefault((len(q.code), q.code.device, q.code.dtype), q.code)
-
-def _config(folder:Path):
-    from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != 'mixtral': return config
-    # The JSON's "mixtral" would win over the class, and every expert would be MISSING without an error.
-    d = config.to_dict(); d.update(model_type='mixtral_linear', architectures=['MixtralLinearForCausalLM'])
-    return mixtral_linear()[0].from_dict(d)
-
-# %% ../nbs/08_qlora.ipynb #417ab70c
-def default_device()->str:
-    "The GPU of this process where there is one, else the CPU"
-    import torch
-    return f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
-
-def _dtype(dtype, device:str):
-    import torch
-    if dtype is None: dtype = 'float32' if device == 'cpu' else 'bfloat16'
-    return getattr(torch, dtype) if isinstance(dtype, str) and dtype != 'auto' else dtype
-
-def _require_4bit(model, path, most:float=0.55):
-    found = expert_bytes(model)['bytes_per_param']
-    require(found <= most, f'{path}: experts take {found:.2f} bytes per parameter, expected at most {most}; '
-            f'{type(model).__name__} keeps them outside nn.Linear, where 4 bits do not reach; use load_in_4bit=False')
-
-def _for_training(model):
-    "Norms and router in float32, as QLoRA has it; embedding and head wait until `add_lora` copies what is trained of them"
-    for name, p in model.named_parameters():
-        if re.search(r'norm\.weight$|\.gate\.weight$', name): p.data = p.data.float()
-    model.config.use_cache = False
-
-# %% ../nbs/08_qlora.ipynb #95c56d4a
-class _Weight:
-    "A tensor of a checkpoint, read when it is asked for; not through a map of the file, whose pages would count as memory of this process"
-    def __init__(self, file, name:str): self.file, self.name = file, name
-    def __getitem__(self, i):
-        trim_memory()  # what the last matrix used in 16 bits
-        return self.file.get_tensor(self.name)[i]
-
-def _quantise(folder:Path, config, dtype, **how):
-    "A model whose matrices are read and quantised one after the other, never two in 16 bits in memory"
-    from safetensors import safe_open
-    from transformers import GenerationConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    files = tensor_files(folder)
-    with contextlib.ExitStack() as stack:
-        shards = {f: stack.enter_context(safe_open(f, 'pt', backend='pread')) for f in set(files.values())}
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, dtype=dtype, quantization_config=_nf4(dtype),
-            state_dict={n: _Weight(shards[f], n) for n, f in files.items()}, **how)
-    if (folder/'generation_config.json').is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)
-    trim_memory()
-    return model
-
-# %% ../nbs/08_qlora.ipynb #a3146925
-def load_model(
-    path:str|Path,             # model folder (ours or any other), artifact, or hub id
-    adapter:str|Path=None,     # PEFT adapter folder to put on it
-    load_in_4bit:bool=False,   # NF4 with double quantisation: every nn.Linear but the head
-    dtype:str=None,            # of what is not in 4 bits; None: bfloat16 on a GPU, float32 on a CPU; "auto": as stored
-    attn:str='sdpa',           # sdpa, eager, flash_attention_2
-    device:str=None,           # None: the GPU if there is one
-    trainable:bool=False,      # True: ready for training (small frozen parts in float32, adapter trainable)
-)->PreTrainedModel|PeftModel:
-    "Load a causal language model; experts of a Mixtral become single matrices, so that 4 bits and LoRA reach them"
-    from transformers import AutoModelForCausalLM
-    folder = resolve_model(path)
-    if adapter is not None: adapter = _check_adapter(adapter, path, folder)
-    device = str(device or default_device()); dtype = _dtype(dtype, device)
-    config = _config(folder)
-    if config.model_type == 'mixtral_linear': mixtral_linear()
-    if getattr(config, 'quantization_config', None): load_in_4bit = False  # it says itself how it is stored
-    load = _quantise if load_in_4bit else AutoModelForCausalLM.from_pretrained
-    with quiet(): model = load(folder, config=config, dtype=dtype, attn_implementation=attn, device_map={'': device})
-    _avoid_cpu_repacking(model); _share_codebooks(model)
-    if load_in_4bit: _require_4bit(model, path)
-    model.requires_grad_(False); model.eval()
-    model.config.use_cache = True
-    if trainable: _for_training(model)
-    return model if adapter is None else _put_adapter(model, adapter, trainable)
-
-# %% ../nbs/08_qlora.ipynb #1bbf0d7d
-def save_4bit(
-    model:PreTrainedModel,  # from `load_model(..., load_in_4bit=True)`
-    out:str|Path,           # folder
-):
-    "Save a model in 4 bits; `load_model` reads it"
-    for q in _quant_states(model): q.code = q.code.clone()  # in the file each matrix has its own
-    try:
-        with quiet(): model.save_pretrained(str(out))
-    finally: _share_codebooks(model)
-
-# %% ../nbs/08_qlora.ipynb #cc4cba98
-def save_stock(
-    model:PreTrainedModel,  # from `load_model`, not in 4 bits
-    out:str|Path,           # folder
-):
-    "Save under Mixtral's own names and model type, as transformers, vLLM and llama.cpp expect them"
-    with quiet(): model.save_pretrained(str(out))
-    config = read_json(Path(out)/'config.json')
-    if config['model_type'] == 'mixtral_linear': write_json(Path(out)/'config.json', dict(config, model_type='mixtral', architectures=['MixtralForCausalLM']))
 
 # %% ../nbs/08_qlora.ipynb #7e094c0f
-ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
-def _targets(model)->list[str]:
+
+def _targets(model) -> list[str]:
     "Attention and every matrix of every expert; of another architecture, every linear layer but the head"
-    if model.config.model_type == 'mixtral_linear': return ATTENTION + ['w1', 'w2', 'w3']
+    if model.config.model_type == "mixtral_linear":
+        return ATTENTION + ["w1", "w2", "w3"]
     from torch import nn
-    head = model.get_output_embeddings()
-    return sorted({name.rsplit('.', 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head})
 
-def without_lora(model)->list[str]:  # names of modules
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Linear) and m is not head
+        }
+    )
+
+
+def without_lora(model) -> list[str]:  # names of modules
     "Matrices of attention and experts on which no LoRA sits"
     from torch import nn
-    bare = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(r'\.(experts|self_attn)\.', n) and not re.search('lora_|base_layer', n)]
-    return bare + [n for n, p in model.named_parameters() if '.experts.' in n and p.ndim == 3 and 'lora_' not in n]
+
+    bare = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+        and re.search(r"\.(experts|self_attn)\.", n)
+        and not re.search("lora_|base_layer", n)
+    ]
+    return bare + [
+        n
+        for n, p in model.named_parameters()
+        if ".experts." in n and p.ndim == 3 and "lora_" not in n
+    ]
+
 
 def _prepare(model):
     "What is trained is held in float32. Under autocast a product casts its inputs itself, so LoRA need not cast them, and is added in one operation"
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
+
     for p in model.parameters():
-        if p.requires_grad and p.is_floating_point(): p.data = p.data.float()
-    layers, mine = weakref.WeakSet(m for m in model.modules() if isinstance(m, BaseTunerLayer)), _at_once()
+        if p.requires_grad and p.is_floating_point():
+            p.data = p.data.float()
+    layers, mine = (
+        weakref.WeakSet(m for m in model.modules() if isinstance(m, BaseTunerLayer)),
+        _at_once(),
+    )
+
     def choose(net, *_):
         on = torch.is_autocast_enabled(net.device.type)
         for m in layers:
             m.cast_input_dtype_enabled = not on
-            for a in getattr(m, 'lora_A', ()):
-                if m.lora_variant.setdefault(a, mine) is mine and not on: del m.lora_variant[a]  # peft's own line
+            for a in getattr(m, "lora_A", ()):
+                if m.lora_variant.setdefault(a, mine) is mine and not on:
+                    del m.lora_variant[a]  # peft's own line
+
     model.get_base_model().register_forward_pre_hook(choose)
+
 
 # %% ../nbs/08_qlora.ipynb #at0nce01
 @functools.cache
@@ -300,115 +247,108 @@ def _at_once():
     "LoRA's product, scaled and added to the frozen matrix's in one operation; as a variant of LoRA, which peft calls in place of its own line"
     import torch
     from peft.tuners.lora.layer import LoraVariant
+
     class AtOnce(LoraVariant):
         @staticmethod
         def forward(module, active_adapter, x, result, **kw):
             h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
             B, scale = module.lora_B[active_adapter], module.scaling[active_adapter]
-            if B.bias is not None: return result + B(h) * scale
-            return torch.addmm(result.flatten(0, -2), h.flatten(0, -2), B.weight.T, alpha=scale).view(result.shape)
+            if B.bias is not None:
+                return result + B(h) * scale
+            return torch.addmm(
+                result.flatten(0, -2), h.flatten(0, -2), B.weight.T, alpha=scale
+            ).view(result.shape)
+
         @staticmethod
-        def merge_safe(module, active_adapter, orig_weight): return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        def merge_safe(module, active_adapter, orig_weight):
+            return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
         @staticmethod
-        def merge_unsafe(module, active_adapter, orig_weight): orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        def merge_unsafe(module, active_adapter, orig_weight):
+            orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
         @staticmethod
-        def unmerge(module, active_adapter, orig_weight): return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        def unmerge(module, active_adapter, orig_weight):
+            return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
     return AtOnce()
+
 
 # %% ../nbs/08_qlora.ipynb #99707932
 def add_lora(
-    model:PreTrainedModel,  # from `load_model(..., trainable=True)`
-    rank:int=64,            # r of the two thin matrices; 0: no LoRA, the rows alone
-    alpha:float=128,        # the update is scaled by alpha / rank
-    dropout:float=0.05,     # on the input of LoRA
-    rows:str='all',         # embedding and head rows that are trained: all, new, none
-    n_old:int=0,            # rows of the model before its vocabulary grew; for rows="new"
-    seed:int=0,             # of the random matrices A
-)->PeftModel:  # every trainable parameter is float32
+    model: PreTrainedModel,  # from `load_model(..., trainable=True)`
+    rank: int = 64,  # r of the two thin matrices; 0: no LoRA, the rows alone
+    alpha: float = 128,  # the update is scaled by alpha / rank
+    dropout: float = 0.05,  # on the input of LoRA
+    rows: str = "all",  # embedding and head rows that are trained: all, new, none
+    n_old: int = 0,  # rows of the model before its vocabulary grew; for rows="new"
+    seed: int = 0,  # of the random matrices A
+) -> PeftModel:  # every trainable parameter is float32
     "LoRA on attention and on every expert; `StageError` where one was left out"
-    with quiet(): from peft import LoraConfig, get_peft_model
+    with quiet():
+        from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
     from transformers import set_seed
-    require(rows in ('all', 'new', 'none'), f'rows is {rows!r}, expected all, new or none')
-    require(rank or rows != 'none', 'rank is 0 and rows is none: nothing would be trained; give one of them')
+
+    require(rows in ("all", "new", "none"), f"rows is {rows!r}, expected all, new or none")
+    require(
+        rank or rows != "none",
+        "rank is 0 and rows is none: nothing would be trained; give one of them",
+    )
     n_rows = model.get_input_embeddings().weight.shape[0]
-    require(rows != 'new' or 0 < n_old < n_rows, f'rows="new" needs n_old, the rows before the vocabulary grew, from 1 to {n_rows - 1:,}; found {n_old}')
+    require(
+        rows != "new" or 0 < n_old < n_rows,
+        f'rows="new" needs n_old, the rows before the vocabulary grew, from 1 to {n_rows - 1:,}; found {n_old}',
+    )
     new = list(range(n_old, n_rows))
-    config = LoraConfig(r=rank or 1, lora_alpha=alpha, lora_dropout=dropout, task_type='CAUSAL_LM', target_modules=_targets(model) if rank else DUMMY_TARGET_MODULES,
-        modules_to_save=['embed_tokens', 'lm_head'] if rows == 'all' else None,
-        trainable_token_indices={'embed_tokens': new, 'lm_head': new} if rows == 'new' else None)
+    config = LoraConfig(
+        r=rank or 1,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        task_type="CAUSAL_LM",
+        target_modules=_targets(model) if rank else DUMMY_TARGET_MODULES,
+        modules_to_save=["embed_tokens", "lm_head"] if rows == "all" else None,
+        trainable_token_indices={"embed_tokens": new, "lm_head": new} if rows == "new" else None,
+    )
     set_seed(seed)
-    with quiet(): model = get_peft_model(model, config)
-    model.peft_config['default'].base_model_name_or_path = ''  # else peft looks for it, on the hub too, at each checkpoint
+    with quiet():
+        model = get_peft_model(model, config)
+    model.peft_config[
+        "default"
+    ].base_model_name_or_path = ""  # else peft looks for it, on the hub too, at each checkpoint
     _prepare(model)
-    if rank and (missed := without_lora(model)): raise StageError(f'LoRA is missing on {len(missed)} matrices, such as {missed[0]}')
+    if rank and (missed := without_lora(model)):
+        raise StageError(f"LoRA is missing on {len(missed)} matrices, such as {missed[0]}")
     return model
 
+
 # %% ../nbs/08_qlora.ipynb #599389cb
-def parameter_table(model)->list[dict]:  # part, n_params, trainable, bytes
+def parameter_table(model) -> list[dict]:  # part, n_params, trainable, bytes
     "Parameters of a model by part: how many, how many are trained, how much memory they hold"
     parts = {}
     for name, p in model.named_parameters():
-        row, n = parts.setdefault(_part(name), dict(part=_part(name), n_params=0, trainable=0, bytes=0)), _count(p)
-        row['n_params'] += n; row['trainable'] += n * p.requires_grad; row['bytes'] += _held(p)
-    return sorted(parts.values(), key=lambda r: -r['n_params'])
+        row, n = (
+            parts.setdefault(_part(name), dict(part=_part(name), n_params=0, trainable=0, bytes=0)),
+            _count(p),
+        )
+        row["n_params"] += n
+        row["trainable"] += n * p.requires_grad
+        row["bytes"] += _held(p)
+    return sorted(parts.values(), key=lambda r: -r["n_params"])
 
-def _part(name:str)->str:
-    if 'lora_' in name: return 'LoRA experts' if '.experts.' in name else 'LoRA attention'
-    for key, part in (('.experts.', 'experts'), ('_proj', 'attention'), ('embed_tokens', 'embedding'), ('lm_head', 'head'), ('.gate.', 'router')):
-        if key in name: return part + (' (trained copy)' if 'modules_to_save' in name or 'trainable_tokens' in name else '')
-    return 'norms'
 
-# %% ../nbs/08_qlora.ipynb #ca7e3e68
-def save_adapter(
-    model:PeftModel,  # with one adapter
-    out:str|Path,     # folder: adapter_model.safetensors, adapter_config.json
-    base:str='',      # name of the model it belongs to
-):
-    "Write an adapter: LoRA, trained rows, nothing else; the same bytes for the same adapter"
-    model.save_pretrained(str(out), safe_serialization=True, save_embedding_layers=False)
-    config = read_json(Path(out)/'adapter_config.json')
-    config.update({k: sorted(v) for k, v in config.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}, base_model_name_or_path=base)
-    write_json(Path(out)/'adapter_config.json', config)
-    (Path(out)/'README.md').unlink(missing_ok=True)
-
-def _check_adapter(adapter, path, folder:Path)->Path:
-    "A PEFT adapter in safetensors that belongs to this model, or `StageError`"
-    from safetensors import SafetensorError, safe_open
-    p, path = Path(getattr(adapter, 'path', adapter)), getattr(path, 'path', path)
-    require(p.is_dir() and (p/'adapter_config.json').is_file(), f'{p} is not an adapter: it has no adapter_config.json')
-    if not (p/'adapter_model.safetensors').is_file():
-        pickled = [f.name for f in p.glob('adapter_model.*')]
-        raise StageError(f'{p}: ' + (f'{pickled[0]} is a pickle, which can run any code; save the adapter as safetensors' if pickled
-                                     else 'adapter_model.safetensors is missing'))
-    try:
-        with safe_open(p/'adapter_model.safetensors', 'np') as f: f.keys()
-    except SafetensorError as e: raise StageError(f'{p}/adapter_model.safetensors is truncated or not safetensors ({e})') from None
-    if (p/'manifest.json').is_file():
-        was = read_json(p/'manifest.json').get('inputs', {}).get('model', {}).get('fingerprint')
-        now = input_fingerprint(path)
-        require(not was or was == now, f'{p} was trained on model {was}, {path} is {now}; give the model it was trained on')
-    return p
-
-# %% ../nbs/08_qlora.ipynb #89192ee1
-def _put_adapter(model, p:Path, trainable:bool):
-    "Put a saved adapter on a loaded model; more rows than the model has make it grow"
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
-    tensors = {k.replace('.block_sparse_moe.', '.mlp.'): t for k, t in load_file(p/'adapter_model.safetensors').items()}  # names of older transformers
-    n = max([t.shape[0] for k, t in tensors.items() if re.search(r'(embed_tokens|lm_head)\.weight$', k)], default=0)
-    if n > model.get_input_embeddings().weight.shape[0]: model.resize_token_embeddings(n, mean_resizing=False)
-    config = PeftConfig.from_pretrained(p); config.inference_mode = not trainable
-    config.base_model_name_or_path = model.name_or_path
-    if isinstance(config.target_modules, str): config.target_modules = config.target_modules.replace('block_sparse_moe', 'mlp')
-    with quiet(): model = get_peft_model(model, config)
-    name = model.config.name_or_path
-    try: found = set_peft_model_state_dict(model, tensors)
-    except (KeyError, RuntimeError) as e:
-        part = re.search(r'size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]', ' '.join(str(e).split()))
-        raise StageError(f'{p} does not fit {name}: ' + (f'{part[1]} is {part[2]}, expected {part[3]}' if part else f'it lacks {e}') + '; give the model it was trained on') from None
-    if faults := [*[k for k in found.missing_keys if 'lora_' in k], *found.unexpected_keys]:
-        raise StageError(f'{p} does not fit {name}: {len(faults)} matrices without a partner, such as {faults[0]}; give the model it was trained on')
-    if not trainable: model.requires_grad_(False)
-    else: _prepare(model)
-    return model.eval()
+def _part(name: str) -> str:
+    if "lora_" in name:
+        return "LoRA experts" if ".experts." in name else "LoRA attention"
+    for key, part in (
+        (".experts.", "experts"),
+        ("_proj", "attention"),
+        ("embed_tokens", "embedding"),
+        ("lm_head", "head"),
+        (".gate.", "router"),
+    ):
+        if key in name:
+            return part + (
+                " (trained copy)" if "modules_to_save" in name or "trainable_tokens" in name else ""
+            )
+    return "norms"

@@ -6,9 +6,29 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['alp', 'base_pieces', 'Step', 'byte_pieces', 'n_base_chars', 'growth', 'select_pieces', 'heldout', 'Heldout',
-           'read_heldout', 'scores_below', 'run_model', 'token_counts', 'prefix_counts', 'search_table', 'knee',
-           'choose', 'plot_search', 'default_grid', 'search', 'read_choice']
+__all__ = [
+    "alp",
+    "base_pieces",
+    "Step",
+    "byte_pieces",
+    "n_base_chars",
+    "growth",
+    "select_pieces",
+    "heldout",
+    "Heldout",
+    "read_heldout",
+    "scores_below",
+    "run_model",
+    "token_counts",
+    "prefix_counts",
+    "search_table",
+    "knee",
+    "choose",
+    "plot_search",
+    "default_grid",
+    "search",
+    "read_choice",
+]
 
 # %% ../nbs/03_search.ipynb #96372593
 import re
@@ -16,186 +36,302 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from .artifact import *
-from .corpus import *
-from .tokenizer import *
+
+from cmixtral_nb.stages import (
+    Artifact,
+    StageError,
+    read_json,
+    require,
+    stage,
+    write_json,
+    write_text,
+)
+
+from .corpus import FEW_CHARS, corpus_langs, lang_faults
+from .documents import read_docs
+from .languages import script_pattern
+from .machine import say
+from .pieces import Piece, base_tokenizer_model, read_model, read_pieces
+from .runs import mark_pattern, run_pattern
+from .tokenizer import base_cutter, bpe_parts
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
+
 # %% ../nbs/03_search.ipynb #817a1d39
 def alp(
-    counts:np.ndarray,  # (V,) occurrences of each token in D
-    n_sentences:int,    # |D|
-)->float:  # nats per sentence, not positive
+    counts: np.ndarray,  # (V,) occurrences of each token in D
+    n_sentences: int,  # |D|
+) -> float:  # nats per sentence, not positive
     "Average log probability of a vocabulary (Zheng et al. 2021, arXiv 2109.07306)"
     import numpy as np
+
     n = counts[counts > 0]
     return float((n * np.log(n / n.sum())).sum() / n_sentences)
 
+
 # %% ../nbs/03_search.ipynb #ad7c7f30
 def base_pieces(
-    model_file:str|Path,  # sentencepiece model of the base
-    script:str='Han',     # script of interest
-)->dict[str, float]:  # piece -> score, only runs of that script and single marks
+    model_file: str | Path,  # sentencepiece model of the base
+    script: str = "Han",  # script of interest
+) -> dict[str, float]:  # piece -> score, only runs of that script and single marks
     "What the base vocabulary already has that runs are made of"
     own, mark = run_pattern(script), mark_pattern()
-    return {p.piece: p.score for p in read_model(model_file).pieces if p.type == 1 and (own.fullmatch(p.piece) or mark.fullmatch(p.piece))}
+    return {
+        p.piece: p.score
+        for p in read_model(model_file).pieces
+        if p.type == 1 and (own.fullmatch(p.piece) or mark.fullmatch(p.piece))
+    }
+
 
 class Step(NamedTuple):
     "A piece to append, and the two tokens (or the bytes) that it replaces"
-    piece:Piece
-    parts:tuple[str, ...]
 
-def byte_pieces(char:str)->tuple[str, ...]:
+    piece: Piece
+    parts: tuple[str, ...]
+
+
+def byte_pieces(char: str) -> tuple[str, ...]:
     "How the base spells a character that it lacks"
-    return tuple(f'<0x{b:02X}>' for b in char.encode())
+    return tuple(f"<0x{b:02X}>" for b in char.encode())
+
 
 # %% ../nbs/03_search.ipynb #78f739cc
-def _order(pieces:list[Piece], base:dict[str, float], n_chars:int)->list[Piece]:
+def _order(pieces: list[Piece], base: dict[str, float], n_chars: int) -> list[Piece]:
     "The seed's order, or by tokens saved"
     new = [p for p in pieces if p.piece not in base]
-    chars, words = ([p for p in new if p.kind == k] for k in ('char', 'word'))
-    if n_chars: chars = chars[:max(0, n_chars - n_base_chars(base))]
-    if n_chars or not any(p.count for p in words): return chars + words  # counts of foreign lists are not known
-    return sorted(chars + words, key=lambda p: (-p.count * (len(byte_pieces(p.piece)) - 1 if p.kind == 'char' else 1), p.kind, -p.score))
+    chars, words = ([p for p in new if p.kind == k] for k in ("char", "word"))
+    if n_chars:
+        chars = chars[: max(0, n_chars - n_base_chars(base))]
+    if n_chars or not any(p.count for p in words):
+        return chars + words  # counts of foreign lists are not known
+    return sorted(
+        chars + words,
+        key=lambda p: (
+            -p.count * (len(byte_pieces(p.piece)) - 1 if p.kind == "char" else 1),
+            p.kind,
+            -p.score,
+        ),
+    )
 
-def n_base_chars(base:Iterable[str])->int:
+
+def n_base_chars(base: Iterable[str]) -> int:
     "Single characters of the base, marks not counted"
     return sum(len(b) == 1 and not mark_pattern().match(b) for b in base)
 
+
 # %% ../nbs/03_search.ipynb #55dd98da
 def growth(
-    pieces:list[Piece],     # candidates: characters by count, words in the order of their merges
-    base:dict[str, float],  # of base_pieces
-    n_chars:int=0,          # single characters of the extended vocabulary, the base's included; 0: order by tokens saved
-)->list[Step]:
+    pieces: list[Piece],  # candidates: characters by count, words in the order of their merges
+    base: dict[str, float],  # of base_pieces
+    n_chars: int = 0,  # single characters of the extended vocabulary, the base's included; 0: order by tokens saved
+) -> list[Step]:
     "The order in which pieces are appended; every prefix is a vocabulary without dead pieces"
     rank, known, out = {b: -s - 1e12 for b, s in base.items()}, {b for b in base if len(b) == 1}, []
-    def take(p)->bool:  # whether it can be built of what there is
-        if p.kind == 'char': known.add(p.piece); out.append(Step(p, byte_pieces(p.piece))); return True
-        parts = bpe_parts(p.piece, lambda t: rank.get(t, float('inf'))) if known.issuperset(p.piece) else ()
-        if len(parts) == 2: rank[p.piece] = len(out); out.append(Step(p, tuple(parts)))
+
+    def take(p) -> bool:  # whether it can be built of what there is
+        if p.kind == "char":
+            known.add(p.piece)
+            out.append(Step(p, byte_pieces(p.piece)))
+            return True
+        parts = (
+            bpe_parts(p.piece, lambda t: rank.get(t, float("inf")))
+            if known.issuperset(p.piece)
+            else ()
+        )
+        if len(parts) == 2:
+            rank[p.piece] = len(out)
+            out.append(Step(p, tuple(parts)))
         return len(parts) == 2
+
     rest, n = _order(pieces, base, n_chars), -1
-    while len(rest) != n: n, rest = len(rest), [p for p in rest if not take(p)]  # lists of others may name wholes before parts
+    while len(rest) != n:
+        n, rest = (
+            len(rest),
+            [p for p in rest if not take(p)],
+        )  # lists of others may name wholes before parts
     return out
 
+
 def select_pieces(
-    pieces:list[Piece],     # candidates
-    base:dict[str, float],  # of base_pieces
-    n_pieces:int,           # how many to append
-    n_chars:int=0,          # single characters of the extended vocabulary, the base's included; 0: by tokens saved
-)->list[Piece]:  # at most n_pieces
+    pieces: list[Piece],  # candidates
+    base: dict[str, float],  # of base_pieces
+    n_pieces: int,  # how many to append
+    n_chars: int = 0,  # single characters of the extended vocabulary, the base's included; 0: by tokens saved
+) -> list[Piece]:  # at most n_pieces
     "The pieces of a vocabulary"
     return [s.piece for s in growth(pieces, base, n_chars)[:n_pieces]]
 
+
 # %% ../nbs/03_search.ipynb #c8f4f46b
 def heldout(
-    corpus:Artifact|str|Path,  # a corpus folder, or a file or folder of text
-    lang:str='zh',             # language
-    limit_chars:int=0,         # of each domain; 0: all
-    domains:list[str]=None,    # more text, "NAME=REF" each
-)->dict[str, list[str]]:  # domain -> documents; sources with less than 2% of the text are one domain, "other"
+    corpus: Artifact | str | Path,  # a corpus folder, or a file or folder of text
+    lang: str = "zh",  # language
+    limit_chars: int = 0,  # of each domain; 0: all
+    domains: list[str] = None,  # more text, "NAME=REF" each
+) -> dict[
+    str, list[str]
+]:  # domain -> documents; sources with less than 2% of the text are one domain, "other"
     "Held-out text by domain; `StageError` where there is none"
-    p = Path(getattr(corpus, 'path', corpus))
-    require(p.exists(), f'{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}')
-    if faults := lang_faults(p, lang): raise StageError(*faults)
+    p = Path(getattr(corpus, "path", corpus))
+    require(p.exists(), f"{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}")
+    if faults := lang_faults(p, lang):
+        raise StageError(*faults)
     if langs := corpus_langs(p):
-        require((p/f'{lang}.valid.jsonl').stat().st_size, f'{p} has no held-out {lang} text; run: cmixtral corpus --valid-share 0.01')
-    out = _by_source(read_docs(p/f'{lang}.valid.jsonl' if langs else p), limit_chars)
+        require(
+            (p / f"{lang}.valid.jsonl").stat().st_size,
+            f"{p} has no held-out {lang} text; run: cmixtral corpus --valid-share 0.01",
+        )
+    out = _by_source(read_docs(p / f"{lang}.valid.jsonl" if langs else p), limit_chars)
     for d in domains or []:
-        name, _, ref = d.partition('=')
-        require(name and ref, f'domains: {d!r}, expected NAME=REF, such as news=news.jsonl')
+        name, _, ref = d.partition("=")
+        require(name and ref, f"domains: {d!r}, expected NAME=REF, such as news=news.jsonl")
         docs = [t for g in _by_source(read_docs(ref), limit_chars).values() for t in g]
-        require(docs, f'domains: {d} is empty, expected held-out text; give another file')
+        require(docs, f"domains: {d} is empty, expected held-out text; give another file")
         out[name] = docs
-    require(any(map(len, out.values())), f'{p} holds no text to judge by; give held-out text')
+    require(any(map(len, out.values())), f"{p} holds no text to judge by; give held-out text")
     return out
 
-def _by_source(rows:Iterable[dict], limit_chars:int)->dict[str, list[str]]:
+
+def _by_source(rows: Iterable[dict], limit_chars: int) -> dict[str, list[str]]:
     out, n = {}, Counter()
     for r in rows:
-        if not limit_chars or n[r['source']] < limit_chars: out.setdefault(r['source'], []).append(r['text']); n[r['source']] += len(r['text'])
-    small = [s for s in out if n[s] < .02 * n.total()]
-    if len(small) > 1: out['other'] = [t for s in small for t in out.pop(s)]
+        if not limit_chars or n[r["source"]] < limit_chars:
+            out.setdefault(r["source"], []).append(r["text"])
+            n[r["source"]] += len(r["text"])
+    small = [s for s in out if n[s] < 0.02 * n.total()]
+    if len(small) > 1:
+        out["other"] = [t for s in small for t in out.pop(s)]
     return out
+
 
 # %% ../nbs/03_search.ipynb #c8a84fb4
 class Heldout(NamedTuple):
     "Held-out text, ready to be cut by any extension of a base"
-    runs:Counter      # run -> count
-    rest:Counter      # token of the base that no extension changes -> count
-    n_chars:int       # characters of the text
-    n_sentences:int   # sentences with the script
 
-_sentence_end = re.compile('[。！？；!?;\n]+')
+    runs: Counter  # run -> count
+    rest: Counter  # token of the base that no extension changes -> count
+    n_chars: int  # characters of the text
+    n_sentences: int  # sentences with the script
 
-def _spelled(tokens:Counter, known:set[str])->Counter:
+
+_sentence_end = re.compile("[。！？；!?;\n]+")
+
+
+def _spelled(tokens: Counter, known: set[str]) -> Counter:
     "Characters that the base lacks, in bytes"
     n = Counter()
     for t, k in tokens.items():
-        for x in (t,) if t in known else byte_pieces(t): n[x] += k
+        for x in (t,) if t in known else byte_pieces(t):
+            n[x] += k
     return n
+
 
 # %% ../nbs/03_search.ipynb #c6aa6226
 def read_heldout(
-    texts:Iterable[str],     # documents
-    base_file:str|Path,      # sentencepiece model of the base
-    script:str='Han',        # script to judge
-)->Heldout:
+    texts: Iterable[str],  # documents
+    base_file: str | Path,  # sentencepiece model of the base
+    script: str = "Han",  # script to judge
+) -> Heldout:
     "Cut documents with the base and take the runs out"
-    sp, own, begin, kinds = base_cutter(base_file), script_pattern(script), re.compile(f'{mark_pattern().pattern}|{run_pattern(script).pattern}'), {}
-    known, runs, rest, n, sentences = {sp.id_to_piece(i) for i in range(len(sp))}, Counter(), Counter(), 0, 0
+    sp, own, begin, kinds = (
+        base_cutter(base_file),
+        script_pattern(script),
+        re.compile(f"{mark_pattern().pattern}|{run_pattern(script).pattern}"),
+        {},
+    )
+    known, runs, rest, n, sentences = (
+        {sp.id_to_piece(i) for i in range(len(sp))},
+        Counter(),
+        Counter(),
+        0,
+        0,
+    )
+
     def kind(token):  # 2: goes on in a run; 1: may begin one; 0: neither
-        if token not in kinds: kinds[token] = 2 if own.fullmatch(token) else 1 if begin.fullmatch(token) else 0
+        if token not in kinds:
+            kinds[token] = 2 if own.fullmatch(token) else 1 if begin.fullmatch(token) else 0
         return kinds[token]
-    def end(stretch): (runs if own.search(stretch) else rest)[stretch] += 1
+
+    def end(stretch):
+        (runs if own.search(stretch) else rest)[stretch] += 1
+
     for t in texts:
-        run = ''
-        for x in (c for token in sp.encode('▁' + t, out_type=str) for c in ((token,) if token in known else token)):
+        run = ""
+        for x in (
+            c
+            for token in sp.encode("▁" + t, out_type=str)
+            for c in ((token,) if token in known else token)
+        ):
             k = kind(x)
-            if k == 2: run += x; continue
-            if run: end(run); run = ''
-            if k: run = x
-            else: rest[x] += 1
-        if run: end(run)
-        n += len(t); sentences += sum(bool(own.search(s)) for s in _sentence_end.split(t))
+            if k == 2:
+                run += x
+                continue
+            if run:
+                end(run)
+                run = ""
+            if k:
+                run = x
+            else:
+                rest[x] += 1
+        if run:
+            end(run)
+        n += len(t)
+        sentences += sum(bool(own.search(s)) for s in _sentence_end.split(t))
     return Heldout(runs, _spelled(rest, known), n, sentences)
+
 
 # %% ../nbs/03_search.ipynb #10d01ab9
 def scores_below(
-    lowest:float,  # of the base
-    n:int,         # how many
-)->list[float]:  # falling, all different in float32
+    lowest: float,  # of the base
+    n: int,  # how many
+) -> list[float]:  # falling, all different in float32
     "Scores for pieces that may be joined only when nothing of the base can be"
     import numpy as np
-    step = max(1., float(np.spacing(np.float32(2 * abs(lowest)))))
+
+    step = max(1.0, float(np.spacing(np.float32(2 * abs(lowest)))))
     return [lowest - step * i for i in range(1, n + 1)]
 
+
 def run_model(
-    base:dict[str, float],  # of base_pieces
-    pieces:list[Piece],     # what is appended, first merge first
+    base: dict[str, float],  # of base_pieces
+    pieces: list[Piece],  # what is appended, first merge first
 ):  # sentencepiece processor
     "A model of runs alone"
     import sentencepiece as spm
     from sentencepiece import sentencepiece_model_pb2 as pb
+
     m, T = pb.ModelProto(), pb.ModelProto.SentencePiece.Type.Value
-    m.pieces.add(piece='<unk>', type=T('UNKNOWN'))
-    for b in range(256): m.pieces.add(piece=f'<0x{b:02X}>', type=T('BYTE'))
-    for t, s in base.items(): m.pieces.add(piece=t, score=s)
-    for p, s in zip(pieces, scores_below(min(base.values(), default=0.), len(pieces))): m.pieces.add(piece=p.piece, score=s)
-    m.trainer_spec.model_type, m.trainer_spec.byte_fallback, m.trainer_spec.vocab_size = 2, True, len(m.pieces)
-    m.normalizer_spec.name, m.normalizer_spec.add_dummy_prefix, m.normalizer_spec.remove_extra_whitespaces = 'identity', False, False
+    m.pieces.add(piece="<unk>", type=T("UNKNOWN"))
+    for b in range(256):
+        m.pieces.add(piece=f"<0x{b:02X}>", type=T("BYTE"))
+    for t, s in base.items():
+        m.pieces.add(piece=t, score=s)
+    for p, s in zip(pieces, scores_below(min(base.values(), default=0.0), len(pieces))):
+        m.pieces.add(piece=p.piece, score=s)
+    m.trainer_spec.model_type, m.trainer_spec.byte_fallback, m.trainer_spec.vocab_size = (
+        2,
+        True,
+        len(m.pieces),
+    )
+    (
+        m.normalizer_spec.name,
+        m.normalizer_spec.add_dummy_prefix,
+        m.normalizer_spec.remove_extra_whitespaces,
+    ) = "identity", False, False
     return spm.SentencePieceProcessor(model_proto=m.SerializeToString())
+
 
 # %% ../nbs/03_search.ipynb #4f403f91
 def token_counts(
-    sp,         # of run_model
-    h:Heldout,  # text
-)->Counter:  # token -> count, the rest of the text included
+    sp,  # of run_model
+    h: Heldout,  # text
+) -> Counter:  # token -> count, the rest of the text included
     "How often each token occurs in the whole text"
     import numpy as np
+
     n, rows = Counter(), list(h.runs.items())
     ids = sp.encode([r for r, _ in rows])
     weights = np.repeat(np.fromiter((k for _, k in rows), float, len(rows)), [len(i) for i in ids])
@@ -204,202 +340,360 @@ def token_counts(
     n.update(h.rest)
     return n
 
+
 # %% ../nbs/03_search.ipynb #5d3fec7d
 def prefix_counts(
-    steps:list[Step],       # of growth
-    base:dict[str, float],  # of base_pieces
-    h:Heldout,              # text
-    totals:list[int],       # lengths of prefixes
-)->dict[int, Counter]:  # total -> token -> count
+    steps: list[Step],  # of growth
+    base: dict[str, float],  # of base_pieces
+    h: Heldout,  # text
+    totals: list[int],  # lengths of prefixes
+) -> dict[int, Counter]:  # total -> token -> count
     "What every prefix of the pieces makes of a text, cut once"
     top = max(totals)
     n, out = token_counts(run_model(base, [s.piece for s in steps[:top]]), h), {}
     for i in range(top, -1, -1):
-        if i in totals: out[i] = Counter({t: k for t, k in n.items() if k})
-        if i and (k := n.pop(steps[i-1].piece.piece, 0)):
-            for t in steps[i-1].parts: n[t] += k
+        if i in totals:
+            out[i] = Counter({t: k for t, k in n.items() if k})
+        if i and (k := n.pop(steps[i - 1].piece.piece, 0)):
+            for t in steps[i - 1].parts:
+                n[t] += k
     return out
 
+
 # %% ../nbs/03_search.ipynb #57fe01d7
-def _row(counts:Counter, h:Heldout, steps:list[Step], n:int)->dict:
+def _row(counts: Counter, h: Heldout, steps: list[Step], n: int) -> dict:
     "What is measured of one vocabulary on one text"
     import numpy as np
-    total, added, last = counts.total(), [counts[s.piece.piece] for s in steps[:n]], max(1, n // 10)
-    return dict(n_tokens=total, chars_per_token=h.n_chars / total, alp=alp(np.fromiter(counts.values(), float), h.n_sentences),
-        byte_share=sum(counts[f'<0x{b:02X}>'] for b in range(256)) / total,
-        per_row=1e6 * sum(added) / max(1, n) / h.n_chars, per_last_row=1e6 * sum(added[-last:]) / last / h.n_chars)
 
-def _mean(rows:list[dict])->dict:
+    total, added, last = counts.total(), [counts[s.piece.piece] for s in steps[:n]], max(1, n // 10)
+    return dict(
+        n_tokens=total,
+        chars_per_token=h.n_chars / total,
+        alp=alp(np.fromiter(counts.values(), float), h.n_sentences),
+        byte_share=sum(counts[f"<0x{b:02X}>"] for b in range(256)) / total,
+        per_row=1e6 * sum(added) / max(1, n) / h.n_chars,
+        per_last_row=1e6 * sum(added[-last:]) / last / h.n_chars,
+    )
+
+
+def _mean(rows: list[dict]) -> dict:
     "The mean over domains; tokens are added"
-    return {k: sum(r[k] for r in rows) / (1 if k == 'n_tokens' else len(rows)) for k in rows[0]}
+    return {k: sum(r[k] for r in rows) / (1 if k == "n_tokens" else len(rows)) for k in rows[0]}
+
 
 # %% ../nbs/03_search.ipynb #701cdcdd
 def search_table(
-    pieces:list[Piece],        # candidates
-    base:dict[str, float],     # of base_pieces
-    texts:dict[str, Heldout],  # domain -> held-out text
-    totals:list[int],          # pieces to append
-    chars:list[int],           # single characters of the extended vocabulary; 0: order by tokens saved
-    width:int=4096,            # hidden size of the model
-)->list[dict]:  # a row for each vocabulary that can be made and each domain, and for their mean
+    pieces: list[Piece],  # candidates
+    base: dict[str, float],  # of base_pieces
+    texts: dict[str, Heldout],  # domain -> held-out text
+    totals: list[int],  # pieces to append
+    chars: list[int],  # single characters of the extended vocabulary; 0: order by tokens saved
+    width: int = 4096,  # hidden size of the model
+) -> list[dict]:  # a row for each vocabulary that can be made and each domain, and for their mean
     "Tokens, ALP, bytes and cost of every vocabulary"
-    rows, most = [], n_base_chars(base) + sum(p.kind == 'char' and p.piece not in base for p in pieces)
+    rows, most = (
+        [],
+        n_base_chars(base) + sum(p.kind == "char" and p.piece not in base for p in pieces),
+    )
     for c in sorted({min(c, most) for c in chars}):
         steps = growth(pieces, base, c)
-        made = [t for t in sorted(totals) if t <= len(steps) and any(s.piece.kind == 'word' for s in steps[:t])]
-        if not made: continue
+        made = [
+            t
+            for t in sorted(totals)
+            if t <= len(steps) and any(s.piece.kind == "word" for s in steps[:t])
+        ]
+        if not made:
+            continue
         counts = {d: prefix_counts(steps, base, h, made) for d, h in texts.items()}
         for t in made:
-            n_new = sum(s.piece.kind == 'char' for s in steps[:t])
-            head = dict(n_chars=c, n_all_chars=n_base_chars(base) + n_new, n_pieces=t, n_params=2*width*t, bf16_bytes=4*width*t)
+            n_new = sum(s.piece.kind == "char" for s in steps[:t])
+            head = dict(
+                n_chars=c,
+                n_all_chars=n_base_chars(base) + n_new,
+                n_pieces=t,
+                n_params=2 * width * t,
+                bf16_bytes=4 * width * t,
+            )
             own = {d: _row(n[t], texts[d], steps, t) for d, n in counts.items()}
-            rows += [dict(head, domain=d, **r) for d, r in dict(own, mean=_mean(list(own.values()))).items()]
+            rows += [
+                dict(head, domain=d, **r)
+                for d, r in dict(own, mean=_mean(list(own.values()))).items()
+            ]
     return rows
+
 
 # %% ../nbs/03_search.ipynb #b402de0f
 def knee(
-    x:list[float],  # increasing
-    y:list[float],  # rising ever more slowly
-)->float|None:  # the x of the knee; None where the curve has none
+    x: list[float],  # increasing
+    y: list[float],  # rising ever more slowly
+) -> float | None:  # the x of the knee; None where the curve has none
     "Where a curve bends most (Kneedle, Satopää et al. 2011)"
     from kneed import KneeLocator
-    if len(x) < 3 or min(y) == max(y): return None
-    at = KneeLocator(x, y, curve='concave', direction='increasing').knee
+
+    if len(x) < 3 or min(y) == max(y):
+        return None
+    at = KneeLocator(x, y, curve="concave", direction="increasing").knee
     return None if at is None or at == x[0] else float(at)
+
 
 # %% ../nbs/03_search.ipynb #2db3dcce
 def choose(
-    rows:list[dict],        # of search_table
-    base_tokens:float,      # tokens of the same texts with the base
-    budget:float=0,         # characters that the training will read; 0: not asked
-    min_saving:float=.1,    # of the tokens
-    min_seen:float=20,      # times that one of the last tenth of the rows occurs in the training
-)->dict:  # n_pieces (0: do not extend), n_chars, and why
+    rows: list[dict],  # of search_table
+    base_tokens: float,  # tokens of the same texts with the base
+    budget: float = 0,  # characters that the training will read; 0: not asked
+    min_saving: float = 0.1,  # of the tokens
+    min_seen: float = 20,  # times that one of the last tenth of the rows occurs in the training
+) -> dict:  # n_pieces (0: do not extend), n_chars, and why
     "The knee of the best ALP at each total, or less where rows would be seen too rarely, or nothing"
-    best, mean = {}, [r for r in rows if r['domain'] == 'mean']
+    best, mean = {}, [r for r in rows if r["domain"] == "mean"]
     for r in mean:
-        if r['n_pieces'] not in best or r['alp'] > best[r['n_pieces']]['alp']: best[r['n_pieces']] = r
-    x = sorted(best); at = knee(x, [best[k]['alp'] for k in x])
-    at, where = (x[-1], 'no knee, so the last') if at is None else (int(at), 'the knee of the best ALP')
-    where += f' of {len(x)} totals from {x[0]:,} to {x[-1]:,}'
-    most = 1 - min(r['n_tokens'] for r in mean) / base_tokens
-    if most < min_saving: return _verdict(0, best[x[0]], f'do not extend: {x[-1]:,} pieces save {most:.1%} of the tokens, less than {min_saving:.0%}')
-    seen = {k: best[k]['per_last_row'] * budget / 1e6 for k in x if k <= at}
+        if r["n_pieces"] not in best or r["alp"] > best[r["n_pieces"]]["alp"]:
+            best[r["n_pieces"]] = r
+    x = sorted(best)
+    at = knee(x, [best[k]["alp"] for k in x])
+    at, where = (
+        (x[-1], "no knee, so the last") if at is None else (int(at), "the knee of the best ALP")
+    )
+    where += f" of {len(x)} totals from {x[0]:,} to {x[-1]:,}"
+    most = 1 - min(r["n_tokens"] for r in mean) / base_tokens
+    if most < min_saving:
+        return _verdict(
+            0,
+            best[x[0]],
+            f"do not extend: {x[-1]:,} pieces save {most:.1%} of the tokens, less than {min_saving:.0%}",
+        )
+    seen = {k: best[k]["per_last_row"] * budget / 1e6 for k in x if k <= at}
     enough = [k for k in seen if not budget or seen[k] >= min_seen]
     if not enough:
-        return _verdict(0, best[x[0]], f'do not extend: in {budget:,.0f} characters of training the last rows of {x[0]:,} pieces '
-                        f'are seen {seen[x[0]]:.1f} times, fewer than {min_seen:g}; train on more, or try smaller totals')
-    k = max(enough); r = best[k]
-    if k < at: where = f'the largest total up to {where.replace(" of ", f" ({at:,}) of ", 1)} whose last rows are seen {min_seen:g} times'
-    return _verdict(k, r, f'append {k:,} pieces, {"by tokens saved" if not r["n_chars"] else "in the seed’s order"}, {r["n_all_chars"]:,} single characters: '
-        f'{where}; {1 - r["n_tokens"]/base_tokens:.1%} fewer tokens for {r["n_params"]/1e6:,.1f}M parameters ({r["bf16_bytes"]/1e6:,.0f} MB in 16 bits)'
-        + (f'; in {budget:,.0f} characters of training an average new row is seen {r["per_row"]*budget/1e6:,.0f} times, '
-           f'one of the last tenth {seen[k]:,.0f} times' if budget else ''))
+        return _verdict(
+            0,
+            best[x[0]],
+            f"do not extend: in {budget:,.0f} characters of training the last rows of {x[0]:,} pieces "
+            f"are seen {seen[x[0]]:.1f} times, fewer than {min_seen:g}; train on more, or try smaller totals",
+        )
+    k = max(enough)
+    r = best[k]
+    if k < at:
+        where = f"the largest total up to {where.replace(' of ', f' ({at:,}) of ', 1)} whose last rows are seen {min_seen:g} times"
+    return _verdict(
+        k,
+        r,
+        f"append {k:,} pieces, {'by tokens saved' if not r['n_chars'] else 'in the seed’s order'}, {r['n_all_chars']:,} single characters: "
+        f"{where}; {1 - r['n_tokens'] / base_tokens:.1%} fewer tokens for {r['n_params'] / 1e6:,.1f}M parameters ({r['bf16_bytes'] / 1e6:,.0f} MB in 16 bits)"
+        + (
+            f"; in {budget:,.0f} characters of training an average new row is seen {r['per_row'] * budget / 1e6:,.0f} times, "
+            f"one of the last tenth {seen[k]:,.0f} times"
+            if budget
+            else ""
+        ),
+    )
 
-def _verdict(n:int, r:dict, why:str)->dict:
-    return dict(n_pieces=n, **{k: r[k] for k in ('n_chars', 'n_all_chars', 'alp', 'chars_per_token')}, why=why)
+
+def _verdict(n: int, r: dict, why: str) -> dict:
+    return dict(
+        n_pieces=n,
+        **{k: r[k] for k in ("n_chars", "n_all_chars", "alp", "chars_per_token")},
+        why=why,
+    )
+
 
 # %% ../nbs/03_search.ipynb #71eabd60
 def plot_search(
-    rows:list[dict],  # of search_table
-    choice:dict,      # of choose
-)->Figure:
+    rows: list[dict],  # of search_table
+    choice: dict,  # of choose
+) -> Figure:
     "ALP and characters per token over pieces appended, one curve for each order"
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(7.6, 3), dpi=72, layout='constrained'); rows = [r for r in rows if r['domain'] == 'mean']
-    for ax, key, label in zip(fig.subplots(1, 2), ('alp', 'chars_per_token'), ('ALP, nats per sentence', 'characters per token')):
-        for c in sorted({r['n_chars'] for r in rows}):
-            own = [r for r in rows if r['n_chars'] == c]
-            ax.plot([r['n_pieces'] for r in own], [r[key] for r in own], 'o-' if c else 'k.--', ms=3, lw=1, label=f'{c:,}' if c else 'by tokens saved')
-        if choice['n_pieces']: ax.plot(choice['n_pieces'], choice[key], 'o', ms=12, mfc='none', mec='k', label='choice')
-        ax.set(xlabel='pieces appended', ylabel=label)
-    ax.legend(title='single characters')
+
+    fig = Figure(figsize=(7.6, 3), dpi=72, layout="constrained")
+    rows = [r for r in rows if r["domain"] == "mean"]
+    for ax, key, label in zip(
+        fig.subplots(1, 2),
+        ("alp", "chars_per_token"),
+        ("ALP, nats per sentence", "characters per token"),
+    ):
+        for c in sorted({r["n_chars"] for r in rows}):
+            own = [r for r in rows if r["n_chars"] == c]
+            ax.plot(
+                [r["n_pieces"] for r in own],
+                [r[key] for r in own],
+                "o-" if c else "k.--",
+                ms=3,
+                lw=1,
+                label=f"{c:,}" if c else "by tokens saved",
+            )
+        if choice["n_pieces"]:
+            ax.plot(
+                choice["n_pieces"], choice[key], "o", ms=12, mfc="none", mec="k", label="choice"
+            )
+        ax.set(xlabel="pieces appended", ylabel=label)
+    ax.legend(title="single characters")
     return fig
+
 
 # %% ../nbs/03_search.ipynb #218cbb87
 def default_grid(
-    pieces:list[Piece],     # candidates
-    base:dict[str, float],  # of base_pieces
-)->tuple[list[int], list[int]]:  # totals, numbers of single characters
+    pieces: list[Piece],  # candidates
+    base: dict[str, float],  # of base_pieces
+) -> tuple[list[int], list[int]]:  # totals, numbers of single characters
     "Sixteen totals up to all candidates; the order by tokens saved and four numbers of single characters up to all"
-    new = [p for p in pieces if p.piece not in base]; n_chars = sum(p.kind == 'char' for p in new)
-    return sorted({max(1, len(new)*i//16) for i in range(1, 17)}), [0] + [n_base_chars(base) + n_chars*i//4 for i in range(1, 5)]
+    new = [p for p in pieces if p.piece not in base]
+    n_chars = sum(p.kind == "char" for p in new)
+    return sorted({max(1, len(new) * i // 16) for i in range(1, 17)}), [0] + [
+        n_base_chars(base) + n_chars * i // 4 for i in range(1, 5)
+    ]
 
-def _numbers(name:str, values, least:int, faults:list[str])->list[int]:
+
+def _numbers(name: str, values, least: int, faults: list[str]) -> list[int]:
     "Whole numbers, sorted, each once"
-    try: out = sorted({int(v) for v in values or []})
-    except (TypeError, ValueError): out = [least - 1]
-    if out and out[0] < least: faults.append(f'{name} is {list(values)}, expected whole numbers from {least} on')
+    try:
+        out = sorted({int(v) for v in values or []})
+    except (TypeError, ValueError):
+        out = [least - 1]
+    if out and out[0] < least:
+        faults.append(f"{name} is {list(values)}, expected whole numbers from {least} on")
     return out
 
-def _check(pieces, corpus, base='mixtral', lang='zh', script='Han', chars=None, totals=None, domains=None, **_):
+
+def _check(
+    pieces,
+    corpus,
+    base="mixtral",
+    lang="zh",
+    script="Han",
+    chars=None,
+    totals=None,
+    domains=None,
+    **_,
+):
     faults = []
-    _numbers('chars', chars, 0, faults); _numbers('totals', totals, 1, faults)
-    for need in (lambda: read_pieces(pieces, script), lambda: read_model(base_tokenizer_model(base)), lambda: heldout(corpus, lang, 1, domains)):
-        try: need()
-        except StageError as e: faults += e.args
-    if faults: raise StageError(*dict.fromkeys(faults))
+    _numbers("chars", chars, 0, faults)
+    _numbers("totals", totals, 1, faults)
+    for need in (
+        lambda: read_pieces(pieces, script),
+        lambda: read_model(base_tokenizer_model(base)),
+        lambda: heldout(corpus, lang, 1, domains),
+    ):
+        try:
+            need()
+        except StageError as e:
+            faults += e.args
+    if faults:
+        raise StageError(*dict.fromkeys(faults))
+
 
 # %% ../nbs/03_search.ipynb #93348223
-@stage('search', inputs=('pieces', 'corpus', 'base', 'domains'), check=_check, schema=2)
+@stage("search", inputs=("pieces", "corpus", "base", "domains"), check=_check, schema=2)
 def search(
-    pieces:Path,               # folder of candidates, table of pieces, or sentencepiece model
-    corpus:Path,               # corpus whose held-out part judges, or a jsonl or text file
-    out:Path,                  # folder to write
-    base:str='mixtral',        # base tokenizer: 'mixtral', a folder, or a sentencepiece file
-    chars:list[str]=None,      # numbers of single characters to try, the base's included, 0 for the order by tokens saved; none: 0 and four
-    totals:list[str]=None,     # numbers of pieces to append to try; none: sixteen
-    domains:list[str]=None,    # more held-out text, "NAME=REF" each
-    lang:str='zh',             # language of the held-out text
-    script:str='Han',          # script of the pieces
-    limit_chars:int=500000,    # characters of held-out text to read, of each domain
-    budget:int=0,              # characters of this language that the training will read; 0: the corpus once, where it is one
-    min_saving:float=.1,       # of the tokens; less is not worth it
-    min_seen:float=20.,        # times that the rarest new rows should be seen in the training
-    width:int=4096,            # hidden size of the model, for the cost of a row
+    pieces: Path,  # folder of candidates, table of pieces, or sentencepiece model
+    corpus: Path,  # corpus whose held-out part judges, or a jsonl or text file
+    out: Path,  # folder to write
+    base: str = "mixtral",  # base tokenizer: 'mixtral', a folder, or a sentencepiece file
+    chars: list[
+        str
+    ] = None,  # numbers of single characters to try, the base's included, 0 for the order by tokens saved; none: 0 and four
+    totals: list[str] = None,  # numbers of pieces to append to try; none: sixteen
+    domains: list[str] = None,  # more held-out text, "NAME=REF" each
+    lang: str = "zh",  # language of the held-out text
+    script: str = "Han",  # script of the pieces
+    limit_chars: int = 500000,  # characters of held-out text to read, of each domain
+    budget: int = 0,  # characters of this language that the training will read; 0: the corpus once, where it is one
+    min_saving: float = 0.1,  # of the tokens; less is not worth it
+    min_seen: float = 20.0,  # times that the rarest new rows should be seen in the training
+    width: int = 4096,  # hidden size of the model, for the cost of a row
 ):
     "Try vocabularies on held-out text: the knee of their average log probability, what it saves and costs, and a verdict"
     base_file = base_tokenizer_model(base)
     candidates, have = read_pieces(pieces, script), base_pieces(base_file, script)
-    texts = {d: h for d, t in heldout(corpus, lang, limit_chars, domains).items() if (h := read_heldout(t, base_file, script)).n_sentences}
-    require(texts, f'{corpus}: the held-out {lang} text has no {script} characters; run: cmixtral corpus --sources {lang}=REF')
+    texts = {
+        d: h
+        for d, t in heldout(corpus, lang, limit_chars, domains).items()
+        if (h := read_heldout(t, base_file, script)).n_sentences
+    }
+    require(
+        texts,
+        f"{corpus}: the held-out {lang} text has no {script} characters; run: cmixtral corpus --sources {lang}=REF",
+    )
     if (n := sum(h.n_chars for h in texts.values())) < FEW_CHARS:
-        say('search', f'{n:,} characters are few to judge by; give more with --domains, or run: cmixtral corpus --valid-share SHARE')
+        say(
+            "search",
+            f"{n:,} characters are few to judge by; give more with --domains, or run: cmixtral corpus --valid-share SHARE",
+        )
     grid = default_grid(candidates, have)
-    rows = search_table(candidates, have, texts, _numbers('totals', totals, 1, []) or grid[0], _numbers('chars', chars, 0, []) or grid[1], width)
-    require(rows, f'{pieces}: {len(candidates):,} candidates are too few for every total and number of characters; '
-        'lower both, or run: cmixtral tokenizer --n-pieces N')
-    before = {d: _row(token_counts(run_model(have, []), h), h, [], 0) for d, h in texts.items()}; mean = _mean(list(before.values()))
+    rows = search_table(
+        candidates,
+        have,
+        texts,
+        _numbers("totals", totals, 1, []) or grid[0],
+        _numbers("chars", chars, 0, []) or grid[1],
+        width,
+    )
+    require(
+        rows,
+        f"{pieces}: {len(candidates):,} candidates are too few for every total and number of characters; "
+        "lower both, or run: cmixtral tokenizer --n-pieces N",
+    )
+    before = {d: _row(token_counts(run_model(have, []), h), h, [], 0) for d, h in texts.items()}
+    mean = _mean(list(before.values()))
     budget = budget or _train_chars(corpus, lang)
-    choice = choose(rows, mean['n_tokens'], budget, min_saving, min_seen)
+    choice = choose(rows, mean["n_tokens"], budget, min_saving, min_seen)
     _write_search(out, rows, choice)
-    say('search', f'{choice["why"]}; {script} text, characters per token {mean["chars_per_token"]:.2f} -> {choice["chars_per_token"]:.2f}, '
-        f'{len({(r["n_chars"], r["n_pieces"]) for r in rows})} vocabularies tried on {len(texts)} domains')
-    return dict(choice, chars_per_token_base=mean['chars_per_token'], alp_base=mean['alp'], budget=budget, n_sentences=sum(h.n_sentences for h in texts.values()),
-                n_tried=len({(r['n_chars'], r['n_pieces']) for r in rows}), domains={d: h.n_chars for d, h in texts.items()})
+    say(
+        "search",
+        f"{choice['why']}; {script} text, characters per token {mean['chars_per_token']:.2f} -> {choice['chars_per_token']:.2f}, "
+        f"{len({(r['n_chars'], r['n_pieces']) for r in rows})} vocabularies tried on {len(texts)} domains",
+    )
+    return dict(
+        choice,
+        chars_per_token_base=mean["chars_per_token"],
+        alp_base=mean["alp"],
+        budget=budget,
+        n_sentences=sum(h.n_sentences for h in texts.values()),
+        n_tried=len({(r["n_chars"], r["n_pieces"]) for r in rows}),
+        domains={d: h.n_chars for d, h in texts.items()},
+    )
+
 
 # %% ../nbs/03_search.ipynb #5a8a8471
-def _train_chars(corpus, lang:str)->int:
+def _train_chars(corpus, lang: str) -> int:
     "Characters of a corpus's training text; 0 where it is no corpus of ours"
-    p = Path(getattr(corpus, 'path', corpus))
-    return Artifact.load(p).stats.get(lang, {}).get('train', {}).get('n_chars', 0) if (p/'manifest.json').is_file() else 0
+    p = Path(getattr(corpus, "path", corpus))
+    return (
+        Artifact.load(p).stats.get(lang, {}).get("train", {}).get("n_chars", 0)
+        if (p / "manifest.json").is_file()
+        else 0
+    )
 
-def _write_search(out:Path, rows:list[dict], choice:dict):
+
+def _write_search(out: Path, rows: list[dict], choice: dict):
     "The table, the choice and the figure"
     import matplotlib
+
     keys = list(rows[0])
-    lines = ['\t'.join(keys)] + ['\t'.join(f'{r[k]:.4f}' if isinstance(r[k], float) else str(r[k]) for k in keys) for r in rows]
-    write_text(out/'table.tsv', '\n'.join(lines) + '\n')
-    write_json(out/'choice.json', choice)
-    with matplotlib.rc_context({'svg.hashsalt': 'cmixtral'}): plot_search(rows, choice).savefig(out/'curve.svg', metadata={'Date': None})
+    lines = ["\t".join(keys)] + [
+        "\t".join(f"{r[k]:.4f}" if isinstance(r[k], float) else str(r[k]) for k in keys)
+        for r in rows
+    ]
+    write_text(out / "table.tsv", "\n".join(lines) + "\n")
+    write_json(out / "choice.json", choice)
+    with matplotlib.rc_context({"svg.hashsalt": "cmixtral"}):
+        plot_search(rows, choice).savefig(out / "curve.svg", metadata={"Date": None})
+
 
 def read_choice(
-    search:Artifact|str|Path,  # search folder, or choice.json
-)->tuple[int, int]:  # n_pieces, n_chars
+    search: Artifact | str | Path,  # search folder, or choice.json
+) -> tuple[int, int]:  # n_pieces, n_chars
     "What a search chose; `StageError` where it chose nothing"
-    p = Path(getattr(search, 'path', search))
-    c = read_json(p/'choice.json' if p.is_dir() else p)
-    require(isinstance(c, dict) and isinstance(c.get('n_pieces'), int) and isinstance(c.get('n_chars'), int),
-            f'{p} holds no choice (n_pieces, n_chars); run: cmixtral search --out DIR')
-    require(c['n_pieces'], f'{p} says: {c.get("why", "do not extend")}; to extend all the same, give a number: cmixtral vocab --n-pieces N')
-    return c['n_pieces'], c['n_chars']
+    p = Path(getattr(search, "path", search))
+    c = read_json(p / "choice.json" if p.is_dir() else p)
+    require(
+        isinstance(c, dict)
+        and isinstance(c.get("n_pieces"), int)
+        and isinstance(c.get("n_chars"), int),
+        f"{p} holds no choice (n_pieces, n_chars); run: cmixtral search --out DIR",
+    )
+    require(
+        c["n_pieces"],
+        f"{p} says: {c.get('why', 'do not extend')}; to extend all the same, give a number: cmixtral vocab --n-pieces N",
+    )
+    return c["n_pieces"], c["n_chars"]

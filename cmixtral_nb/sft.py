@@ -6,47 +6,103 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FORMS', 'BEGIN', 'END', 'PAD', 'Form', 'chat_template', 'chat_tokenizer', 'form_of', 'write_chat_tokenizer',
-           'encode_chat', 'ColouredTokens', 'decode_chat', 'to_messages', 'Faults', 'read_conversations',
-           'translations', 'BPE', 'dropout_encoder', 'grow_rows', 'Rounds', 'collate_chat', 'answer_bits', 'sft']
+__all__ = [
+    "FORMS",
+    "BEGIN",
+    "END",
+    "PAD",
+    "Form",
+    "chat_template",
+    "chat_tokenizer",
+    "form_of",
+    "write_chat_tokenizer",
+    "encode_chat",
+    "ColouredTokens",
+    "decode_chat",
+    "BPE",
+    "dropout_encoder",
+    "grow_rows",
+    "Rounds",
+    "collate_chat",
+    "answer_bits",
+    "sft",
+]
 
 # %% ../nbs/11_sft.ipynb #4cd4d99d
-import hashlib, heapq, json, random, re, shutil, sys
+import heapq
+import json
+import random
+import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
-from .artifact import *
-from .corpus import is_heldout, open_text
-from .mixtral import resolve_model
-from .plan import gpu_bytes, plan_faults
-from .pretrain import checkpoints, drop_half_written, full_precision, read_log, trainer, training_arguments
-from .qlora import add_lora, default_device, load_model, parameter_table, quantised, save_adapter
-from .vocab import encode_plain, load_tokenizer
+from typing import TYPE_CHECKING, NamedTuple
+
+from cmixtral_nb.stages import (
+    StageError,
+    input_fingerprint,
+    read_json,
+    require,
+    stage,
+    tokenizer_fingerprint,
+    write_json,
+)
+from cmixtral_nb.training import (
+    checkpoints,
+    drop_half_written,
+    full_precision,
+    read_log,
+    training_arguments,
+)
+
+from .adapters import save_adapter
+from .checkpoints import resolve_model
+from .conversations import Faults, read_conversations
+from .corpus import is_heldout
+from .loading import load_model
+from .machine import default_device, gpu_bytes, meet, process_rank, say, world_size
+from .plan import plan_faults
+from .pretrain import trainer
+from .qlora import add_lora, parameter_table, quantised
+from .tokenizer_files import encode_plain, load_tokenizer
+
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
 
 # %% ../nbs/11_sft.ipynb #a2cdc151
 class Form(NamedTuple):
     "The marks around an utterance, and what its first line calls the speaker"
+
     begin: str
     end: str
     roles: dict
 
+
 FORMS = dict(
-    huozi=Form('<|beginofutterance|>', '<|endofutterance|>', dict(system='系统', user='用户', assistant='助手')),
-    chatml=Form('<|im_start|>', '<|im_end|>', dict(system='system', user='user', assistant='assistant')))
-BEGIN, END = FORMS['huozi'][:2]
-PAD = '<|pad|>'
+    huozi=Form(
+        "<|beginofutterance|>",
+        "<|endofutterance|>",
+        dict(system="系统", user="用户", assistant="助手"),
+    ),
+    chatml=Form(
+        "<|im_start|>", "<|im_end|>", dict(system="system", user="user", assistant="assistant")
+    ),
+)
+
+
+BEGIN, END = FORMS["huozi"][:2]
+
+
+PAD = "<|pad|>"
+
 
 # %% ../nbs/11_sft.ipynb #6c3dca3d
 def chat_template(
-    form:Form,          # of `FORMS`
-    control:list[str],  # tokens that words must not become
-)->str:  # Jinja
+    form: Form,  # of `FORMS`
+    control: list[str],  # tokens that words must not become
+) -> str:  # Jinja
     "Template of a form. `<s>` in somebody's words is written `< s>`, because most engines look for control tokens in the finished text"
-    safe = ''.join(f" | replace({t!r}, {t[0] + ' ' + t[1:]!r})" for t in control if len(t) > 1)
+    safe = "".join(f" | replace({t!r}, {t[0] + ' ' + t[1:]!r})" for t in control if len(t) > 1)
     return (
         f"{{{{ bos_token }}}}{{% set roles = {form.roles!r} %}}{{% for m in messages %}}"
         "{% if m['role'] not in roles %}{{ raise_exception('unknown role ' + m['role'] + ', expected system, user or assistant') }}{% endif %}"
@@ -54,439 +110,630 @@ def chat_template(
         f"{{% set words = (m['content'] if m['content'] is string else m['content'] | map(attribute='text') | join('\\n')){safe} %}}{{{{ '{form.begin}' + roles[m['role']] + '\n' }}}}"
         f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{{{{ words + '{form.end}' }}}}{{% endgeneration %}}"
         f"{{% else %}}{{{{ words + '{form.end}' }}}}{{% endif %}}{{{{ '\n' }}}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ '{form.begin}{form.roles['assistant']}\n' }}}}{{% endif %}}")
+        f"{{% if add_generation_prompt %}}{{{{ '{form.begin}{form.roles['assistant']}\n' }}}}{{% endif %}}"
+    )
+
 
 # %% ../nbs/11_sft.ipynb #9f28fa58
 def chat_tokenizer(
-    tok:PreTrainedTokenizerBase,  # of the model; changed in place
-    template:str='huozi',         # name in `FORMS`
-)->PreTrainedTokenizerBase:  # the same, with three tokens at its end
+    tok: PreTrainedTokenizerBase,  # of the model; changed in place
+    template: str = "huozi",  # name in `FORMS`
+) -> PreTrainedTokenizerBase:  # the same, with three tokens at its end
     "Add the two marks of an utterance, a pad of its own and the chat template; the end of an utterance ends generation"
     from tokenizers import AddedToken
+
     form = FORMS[template]
-    tok.add_special_tokens(dict(eos_token=form.end, pad_token=PAD, additional_special_tokens=[AddedToken(form.begin, special=True, normalized=False)]))
-    tok.chat_template = chat_template(form, sorted(t.content for t in tok.added_tokens_decoder.values()))
+    tok.add_special_tokens(
+        dict(
+            eos_token=form.end,
+            pad_token=PAD,
+            additional_special_tokens=[AddedToken(form.begin, special=True, normalized=False)],
+        )
+    )
+    tok.chat_template = chat_template(
+        form, sorted(t.content for t in tok.added_tokens_decoder.values())
+    )
     return tok
 
+
 def form_of(
-    tok:PreTrainedTokenizerBase,  # from `chat_tokenizer`
-)->Form:
+    tok: PreTrainedTokenizerBase,  # from `chat_tokenizer`
+) -> Form:
     "The form whose mark ends the tokenizer's texts"
     form = next((f for f in FORMS.values() if f.end == tok.eos_token), None)
-    require(form, f'the tokenizer ends its texts with {tok.eos_token!r}, expected one of {", ".join(f.end for f in FORMS.values())}; run: cmixtral sft')
+    require(
+        form,
+        f"the tokenizer ends its texts with {tok.eos_token!r}, expected one of {', '.join(f.end for f in FORMS.values())}; run: cmixtral sft",
+    )
     return form
+
 
 # %% ../nbs/11_sft.ipynb #61a0670c
 def write_chat_tokenizer(
-    model:Path,  # folder with the tokenizer to extend
-    out:Path,    # folder of the adapter
-    template:str='huozi',  # name in `FORMS`
-)->PreTrainedTokenizerBase:
+    model: Path,  # folder with the tokenizer to extend
+    out: Path,  # folder of the adapter
+    template: str = "huozi",  # name in `FORMS`
+) -> PreTrainedTokenizerBase:
     "Everything that transformers, vLLM and llama.cpp need to read the chat tokenizer"
     tok = chat_tokenizer(load_tokenizer(model), template)
     tok.save_pretrained(out)
-    conf = read_json(out/'tokenizer_config.json') | dict(tokenizer_class='PreTrainedTokenizerFast')  # a name that older releases know
-    write_json(out/'tokenizer_config.json', {k: v for k, v in conf.items() if k not in ('backend', 'is_local', 'local_files_only')})
-    if (model/'tokenizer.model').is_file(): shutil.copy(model/'tokenizer.model', out)
-    write_json(out/'special_tokens_map.json', tok.special_tokens_map)  # one that lies here already would win
-    write_json(out/'generation_config.json', dict(bos_token_id=tok.bos_token_id, eos_token_id=[tok.eos_token_id], pad_token_id=tok.pad_token_id))
-    write_json(out/'added_tokens.json', {t: tok.convert_tokens_to_ids(t) for t in (tok.eos_token, PAD, form_of(tok).begin)})
+    conf = read_json(out / "tokenizer_config.json") | dict(
+        tokenizer_class="PreTrainedTokenizerFast"
+    )  # a name that older releases know
+    write_json(
+        out / "tokenizer_config.json",
+        {k: v for k, v in conf.items() if k not in ("backend", "is_local", "local_files_only")},
+    )
+    if (model / "tokenizer.model").is_file():
+        shutil.copy(model / "tokenizer.model", out)
+    write_json(
+        out / "special_tokens_map.json", tok.special_tokens_map
+    )  # one that lies here already would win
+    write_json(
+        out / "generation_config.json",
+        dict(
+            bos_token_id=tok.bos_token_id,
+            eos_token_id=[tok.eos_token_id],
+            pad_token_id=tok.pad_token_id,
+        ),
+    )
+    write_json(
+        out / "added_tokens.json",
+        {t: tok.convert_tokens_to_ids(t) for t in (tok.eos_token, PAD, form_of(tok).begin)},
+    )
     return tok
+
 
 # %% ../nbs/11_sft.ipynb #d8dde485
 def encode_chat(
-    tok:PreTrainedTokenizerBase,  # from `chat_tokenizer`
-    messages:list[dict],          # role (system, user, assistant), content
-    generate:bool=False,          # end with the head of an answer
-    encode=None,                  # callable: text -> ids; None: `encode_plain`
-)->tuple[list[int], list[int]]:  # ids, and 1 where the loss counts: the assistant's words and the end token
+    tok: PreTrainedTokenizerBase,  # from `chat_tokenizer`
+    messages: list[dict],  # role (system, user, assistant), content
+    generate: bool = False,  # end with the head of an answer
+    encode=None,  # callable: text -> ids; None: `encode_plain`
+) -> tuple[
+    list[int], list[int]
+]:  # ids, and 1 where the loss counts: the assistant's words and the end token
     "The template's ids, but only the template writes control tokens: what people type is text"
     words = encode or (lambda t: encode_plain(tok, [t])[0])
-    form = form_of(tok); roles, (begin, end) = form.roles, tok.convert_tokens_to_ids([form.begin, form.end])
-    newline = encode_plain(tok, ['\n'])[0]
+    form = form_of(tok)
+    roles, (begin, end) = form.roles, tok.convert_tokens_to_ids([form.begin, form.end])
+    newline = encode_plain(tok, ["\n"])[0]
     ids, mask = [tok.bos_token_id], [0]
     for m in messages:
-        n_head = len(encode_plain(tok, [roles[m['role']] + '\n'])[0])
+        n_head = len(encode_plain(tok, [roles[m["role"]] + "\n"])[0])
         body = words(f"{roles[m['role']]}\n{m['content']}")
-        mine = int(m['role'] == 'assistant')
+        mine = int(m["role"] == "assistant")
         ids += [begin, *body, end, *newline]
         mask += [0] * (1 + n_head) + [mine] * (len(body) - n_head + 1) + [0] * len(newline)
     if generate:
-        head = encode_plain(tok, [roles['assistant'] + '\n'])[0]
-        ids += [begin, *head]; mask += [0] * (1 + len(head))
+        head = encode_plain(tok, [roles["assistant"] + "\n"])[0]
+        ids += [begin, *head]
+        mask += [0] * (1 + len(head))
     return ids, mask
+
 
 # %% ../nbs/11_sft.ipynb #305ac5da
 class ColouredTokens:
     "Tokens of a conversation: green ones carry the loss, grey ones are control tokens"
-    def __init__(self,
-        tok,             # from `chat_tokenizer`
-        ids:list[int],   # of `encode_chat`
-        mask:list[int],  # of `encode_chat`
-    ): self.tok, self.ids, self.mask = tok, ids, mask
-    def _repr_html_(self)->str:
+
+    def __init__(
+        self,
+        tok,  # from `chat_tokenizer`
+        ids: list[int],  # of `encode_chat`
+        mask: list[int],  # of `encode_chat`
+    ):
+        self.tok, self.ids, self.mask = tok, ids, mask
+
+    def _repr_html_(self) -> str:
         from html import escape
+
         control = set(self.tok.all_special_ids)
+
         def span(i, m):
-            t = escape(self.tok.convert_ids_to_tokens(i)).replace('&lt;0x0A&gt;', '⏎')
-            style = 'background:#bfe3c0;color:#000' if m else 'background:#ddd;color:#555' if i in control else 'background:#f6f6f6;color:#000'
-            return f'<span style="{style};padding:1px 3px;margin:1px;border-radius:3px;display:inline-block">{t}</span>' + '<br>' * (t == '⏎' and not m)
-        return '<div style="font-family:monospace;line-height:1.7">' + ''.join(map(span, self.ids, self.mask)) + '</div>'
+            t = escape(self.tok.convert_ids_to_tokens(i)).replace("&lt;0x0A&gt;", "⏎")
+            style = (
+                "background:#bfe3c0;color:#000"
+                if m
+                else "background:#ddd;color:#555"
+                if i in control
+                else "background:#f6f6f6;color:#000"
+            )
+            return (
+                f'<span style="{style};padding:1px 3px;margin:1px;border-radius:3px;display:inline-block">{t}</span>'
+                + "<br>" * (t == "⏎" and not m)
+            )
+
+        return (
+            '<div style="font-family:monospace;line-height:1.7">'
+            + "".join(map(span, self.ids, self.mask))
+            + "</div>"
+        )
+
 
 # %% ../nbs/11_sft.ipynb #d5c4567f
 def decode_chat(
-    tok:PreTrainedTokenizerBase,  # from `chat_tokenizer`
-    ids:list[int],                # of a conversation
-)->str:
+    tok: PreTrainedTokenizerBase,  # from `chat_tokenizer`
+    ids: list[int],  # of a conversation
+) -> str:
     "The text of a conversation; encoded again it gives the same ids"
     control, parts = set(tok.all_special_ids) | {tok.bos_token_id}, [[]]
-    for i in ids: parts += [[i], []] if i in control else []; parts[-1] += [] if i in control else [i]
-    return ''.join(tok.decode(p) for p in parts)
+    for i in ids:
+        parts += [[i], []] if i in control else []
+        parts[-1] += [] if i in control else [i]
+    return "".join(tok.decode(p) for p in parts)
 
-# %% ../nbs/11_sft.ipynb #44c76d1f
-_from = dict(human='user', user='user', gpt='assistant', assistant='assistant', chatgpt='assistant', bing='assistant', system='system',
-             系统='system', 用户='user', 助手='assistant')
-
-def to_messages(
-    r:dict,               # ShareGPT (conversations: from, value), OpenAI (messages: role, content) or Alpaca (instruction, input, output)
-    forms:Counter=None,   # counts the form
-)->list[dict]:  # role, content
-    "One conversation in the form of OpenAI's messages; `ValueError` with the reason where that cannot be"
-    if not isinstance(r, dict): raise ValueError('not an object')
-    forms = Counter() if forms is None else forms
-    if turns := r.get('messages') or r.get('conversations') or r.get('conversation') or r.get('items'):
-        if not (isinstance(turns, list) and all(isinstance(t, dict) for t in turns)): raise ValueError('turns that are no list of objects')
-        talk = _checked([dict(role=_role(t), content=_words(t.get('content', t.get('value')))) for t in turns])
-        forms['OpenAI' if 'role' in turns[0] else 'ShareGPT'] += 1
-        return talk
-    if 'instruction' in r and 'output' in r:
-        ask = '\n'.join(x for x in (_words(r['instruction']), _words(r.get('input'))) if x)
-        past = [m for q, a in r.get('history') or [] for m in (dict(role='user', content=q), dict(role='assistant', content=a))]
-        head = [dict(role='system', content=r['system'])] if r.get('system') else []
-        talk = _checked([*head, *past, dict(role='user', content=ask), dict(role='assistant', content=_words(r['output']))])
-        forms['Alpaca'] += 1
-        return talk
-    raise ValueError('unknown form')
-
-# %% ../nbs/11_sft.ipynb #0ed650f1
-def _role(t:dict)->str:
-    role = t.get('role', t.get('from'))
-    if role not in _from: raise ValueError(f'unknown role {str(role)[:40]!r}')
-    return _from[role]
-
-def _words(content)->str:
-    "OpenAI's content may be a list of parts"
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get('text'), str) for p in content): content = '\n'.join(p['text'] for p in content)
-    if not isinstance(content, str | None): raise ValueError('content that is no text')
-    return content or ''
-
-def _checked(messages:list[dict])->list[dict]:
-    for m in messages:
-        if not isinstance(m['content'], str): raise ValueError('content that is no text')
-        if not m['content'].strip(): raise ValueError('empty answer' if m['role'] == 'assistant' else f'empty turn of {m["role"]}')
-        if any('\ud800' <= c <= '\udfff' for c in m['content']): raise ValueError('half a character')
-    roles = [m['role'] for m in messages]
-    if 'assistant' not in roles: raise ValueError('no answer')
-    while messages[-1]['role'] != 'assistant': messages, roles = messages[:-1], roles[:-1]  # a question that nobody answered
-    turns = roles[roles[0] == 'system':]
-    for a, b in zip(turns, turns[1:]):
-        if a == b: raise ValueError(f'two turns of {a} in a row')
-    if turns != ['user', 'assistant'] * (len(turns) // 2) or not turns: raise ValueError(f'begins with {turns[0]}' if turns and turns[0] != 'user' else 'turns do not alternate')
-    return messages
-
-# %% ../nbs/11_sft.ipynb #12253ef4
-class Faults(Counter):
-    "Reasons with their counts, and the lines where each was met first"
-    def __init__(self, *a, **kw): super().__init__(*a, **kw); self.where = {}
-    def note(self, path, n:int, reason:str): self[reason] += 1; self.where.setdefault(reason, []).append((path, n))
-    def lines(self, most:int=20)->list[str]:
-        "A line for each fault, in the order of the files"
-        all_ = sorted((str(p), n, r) for r, w in self.where.items() for p, n in w)
-        return [f'{p}:{n}: {r}; mend the line, or go on without it with --on-error skip' for p, n, r in all_[:most]] + [f'and {len(all_) - most:,} more'] * (len(all_) > most)
-    def __str__(self): return ', '.join(f'{r} {n:,}' + (f' (line {", ".join(str(i) for _, i in self.where[r][:3])}{" …" * (n > 3)})' if r in self.where else '') for r, n in self.most_common())
-
-def _records(path:Path, counts:Faults)->Iterator:
-    "Objects of a jsonl file, or of a JSON file that holds one list"
-    with open_text(path) as f:
-        for n, line in enumerate(f, 1):
-            if n == 1 and line.lstrip().startswith(b'['): f.seek(0); yield from enumerate(_json_list(path, f), 1); return
-            if not line.strip(): continue
-            try: yield n, json.loads(line.decode('utf-8-sig'))
-            except UnicodeDecodeError: counts.note(path, n, 'invalid UTF-8')
-            except ValueError: counts.note(path, n, 'invalid JSON')
-
-def _json_list(path, f):
-    try: return json.loads(f.read().decode('utf-8-sig'))
-    except ValueError as e: raise StageError(f'{path}: not valid JSON ({e})') from None
-
-# %% ../nbs/11_sft.ipynb #237c6329
-def read_conversations(
-    ref:str,                    # jsonl or json file (also .xz, .gz), builtin, builtin:translation, builtin:handwritten
-    on_error:str='skip',        # bad conversations: skip (and count) them, or stop and list them
-    counts:Faults=None,         # reason -> how many were dropped
-    n_translations:int=2000,    # of builtin
-    forms:Counter=None,         # form -> how many were read
-)->Iterator[list[dict]]:
-    "Conversations of a source, whichever of the usual forms each has"
-    found, forms = Faults(), Counter() if forms is None else forms
-    if ref in ('builtin', 'builtin:translation'): yield from translations(n_translations)
-    if ref in ('builtin', 'builtin:handwritten'): ref = str(package_data('data/conversations.jsonl'))
-    if ref.startswith('builtin'): return
-    for n, r in _records(Path(ref), found):
-        try: yield to_messages(r, forms)
-        except ValueError as e: found.note(ref, n, str(e))
-    if found and on_error == 'stop': raise StageError(*found.lines())
-    if counts is not None:
-        counts.update(found)
-        if isinstance(counts, Faults): counts.where |= found.where
-
-# %% ../nbs/11_sft.ipynb #1f242c0d
-_ask = dict(  # instruction, then the sentence
-    en=['Translate into English: {}', '把下面的句子翻译成英文：{}', '用英文怎么说：{}', '翻译成英文：\n{}'],
-    zh=['翻译成中文：{}', 'Translate into Chinese: {}', '把下面的句子翻译成中文：{}', '用中文怎么说：{}'])
-_plain = re.compile(r'[^<>{}%$_\\|@#^~\n\t\[\]]{4,80}')  # no markup, no place holders
-_sentence = re.compile(r'.*[\u4e00-\u9fff].*[。！？]')
-
-def translations(
-    n:int=2000,   # how many
-)->Iterator[list[dict]]:
-    "Translation tasks from the parallel strings that ship with the package, half of them into each language"
-    with open_text(package_data('data/parallel.jsonl.xz')) as f: pairs = [json.loads(l) for l in f]
-    pairs = [p for p in pairs if _plain.fullmatch(p['en']) and _plain.fullmatch(p['zh']) and _sentence.fullmatch(p['zh'])]
-    key = lambda p: hashlib.sha256(p['en'].encode()).digest()
-    for i, p in enumerate(sorted(pairs, key=key)[:n]):
-        to, back = ('zh', 'en') if i % 2 else ('en', 'zh')
-        ask = _ask[to][key(p)[-1] % len(_ask[to])].format(p[back])
-        yield [dict(role='user', content=ask), dict(role='assistant', content=p[to])]
 
 # %% ../nbs/11_sft.ipynb #36f9cdd8
 class BPE:
     "The merges of a sentencepiece model, one by one, so that some can be skipped"
+
     def __init__(self, sp):  # SentencePieceProcessor of a BPE model
         self.sp, n = sp, range(len(sp))
-        self.pieces = {sp.id_to_piece(i): (-sp.get_score(i), i) for i in n if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))}
+        self.pieces = {
+            sp.id_to_piece(i): (-sp.get_score(i), i)
+            for i in n
+            if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))
+        }
         self.spell = {sp.id_to_piece(i): i for i in n if sp.is_byte(i)}
-    def __call__(self,
-        text:str,       # to encode
-        p:float=0.,     # each merge is skipped with this probability
-        seed:int=0,     # the same seed cuts the same text in the same way, on every machine
-        keep:int=0,     # characters at the start that are cut as ever
-    )->list[int]:
+
+    def __call__(
+        self,
+        text: str,  # to encode
+        p: float = 0.0,  # each merge is skipped with this probability
+        seed: int = 0,  # the same seed cuts the same text in the same way, on every machine
+        keep: int = 0,  # characters at the start that are cut as ever
+    ) -> list[int]:
         s, rng, heap = list(self.sp.normalize(text)), random.Random(seed), []
-        keep, after, before = len(self.sp.normalize(text[:keep])), list(range(1, len(s) + 1)), list(range(-1, len(s) - 1))
+        keep, after, before = (
+            len(self.sp.normalize(text[:keep])),
+            list(range(1, len(s) + 1)),
+            list(range(-1, len(s) - 1)),
+        )
+
         def offer(i):
-            if 0 <= i and after[i] < len(s) and (t := s[i] + s[after[i]]) in self.pieces: heapq.heappush(heap, (self.pieces[t][0], i, t))
-        for i in range(len(s)): offer(i)
+            if i >= 0 and after[i] < len(s) and (t := s[i] + s[after[i]]) in self.pieces:
+                heapq.heappush(heap, (self.pieces[t][0], i, t))
+
+        for i in range(len(s)):
+            offer(i)
         while heap:
             _, i, t = heapq.heappop(heap)
-            if not s[i] or after[i] == len(s) or s[i] + s[after[i]] != t: continue  # one of the two has gone into another piece
-            if p and i >= keep and rng.random() < p: continue
-            j = after[i]; s[i], s[j], after[i] = t, '', after[j]
-            if after[i] < len(s): before[after[i]] = i
-            offer(i); offer(before[i])
-        return [k for t in s if t for k in ([self.pieces[t][1]] if t in self.pieces else self._bytes(t))]
-    def _bytes(self, t:str)->list[int]:
-        return [self.spell[f'<0x{b:02X}>'] for b in t.encode()] if self.spell else [self.sp.unk_id()]
+            if not s[i] or after[i] == len(s) or s[i] + s[after[i]] != t:
+                continue  # one of the two has gone into another piece
+            if p and i >= keep and rng.random() < p:
+                continue
+            j = after[i]
+            s[i], s[j], after[i] = t, "", after[j]
+            if after[i] < len(s):
+                before[after[i]] = i
+            offer(i)
+            offer(before[i])
+        return [
+            k for t in s if t for k in ([self.pieces[t][1]] if t in self.pieces else self._bytes(t))
+        ]
+
+    def _bytes(self, t: str) -> list[int]:
+        return (
+            [self.spell[f"<0x{b:02X}>"] for b in t.encode()] if self.spell else [self.sp.unk_id()]
+        )
+
 
 # %% ../nbs/11_sft.ipynb #aae17d01
 def dropout_encoder(
-    bpe:BPE,      # of the model
-    p:float,      # each merge is skipped with this probability
-    seed:int,     # the same seed cuts the same text the same way
+    bpe: BPE,  # of the model
+    p: float,  # each merge is skipped with this probability
+    seed: int,  # the same seed cuts the same text the same way
 ):  # callable: text -> ids
     "BPE-dropout (Provilkov et al. 2020) for the words of an utterance; its first line, the role, stays whole"
-    return lambda text: bpe(text, p, seed, keep=text.index('\n') + 1)
+    return lambda text: bpe(text, p, seed, keep=text.index("\n") + 1)
+
 
 # %% ../nbs/11_sft.ipynb #ad85b8ca
 def grow_rows(
-    model,                # causal language model
-    n:int,                # rows it needs
-    like:dict[int,int],   # new id -> old id whose rows it starts from
+    model,  # causal language model
+    n: int,  # rows it needs
+    like: dict[int, int],  # new id -> old id whose rows it starts from
 ):
     "Embedding and head rows for new tokens"
     import torch
+
     n = max(n, model.get_input_embeddings().weight.shape[0])
     model.resize_token_embeddings(n, mean_resizing=False)
     with torch.no_grad():
         for W in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-            for new, old in like.items(): W[new] = W[old]
+            for new, old in like.items():
+                W[new] = W[old]
+
 
 # %% ../nbs/11_sft.ipynb #0fc234eb
 class Rounds:
     "Conversation `k` of an endless reading: every round in another order, every text cut anew; `k` alone decides"
-    def __init__(self,
-        talks:list,          # conversations
-        tok,                 # from `chat_tokenizer`
-        bpe,                 # `BPE`, None without BPE-dropout
-        n:int,               # how many are read in all
-        bpe_dropout:float=0, # of `dropout_encoder`
-        seed:int=0,          # of the orders and of BPE-dropout
-    ): self.talks, self.tok, self.bpe, self.n, self.p, self.seed, self.orders = talks, tok, bpe, n, bpe_dropout, seed, {}
-    def __len__(self): return self.n
-    def __getitem__(self, k:int):
-        if not 0 <= k < self.n: raise IndexError(k)
+
+    def __init__(
+        self,
+        talks: list,  # conversations
+        tok,  # from `chat_tokenizer`
+        bpe,  # `BPE`, None without BPE-dropout
+        n: int,  # how many are read in all
+        bpe_dropout: float = 0,  # of `dropout_encoder`
+        seed: int = 0,  # of the orders and of BPE-dropout
+    ):
+        self.talks, self.tok, self.bpe, self.n, self.p, self.seed, self.orders = (
+            talks,
+            tok,
+            bpe,
+            n,
+            bpe_dropout,
+            seed,
+            {},
+        )
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, k: int):
+        if not 0 <= k < self.n:
+            raise IndexError(k)
         lap, i = divmod(k, len(self.talks))
         talk = self.talks[self.order(lap)[i]]
         encode = dropout_encoder(self.bpe, self.p, self.seed * 1_000_003 + k) if self.p else None
         return encode_chat(self.tok, talk, encode=encode)
-    def order(self, lap:int)->list[int]:
-        if lap not in self.orders: self.orders = {lap: random.Random(f'{self.seed} {lap}').sample(range(len(self.talks)), len(self.talks))}
+
+    def order(self, lap: int) -> list[int]:
+        if lap not in self.orders:
+            self.orders = {
+                lap: random.Random(f"{self.seed} {lap}").sample(
+                    range(len(self.talks)), len(self.talks)
+                )
+            }
         return self.orders[lap]
+
 
 # %% ../nbs/11_sft.ipynb #ab9be678
 def collate_chat(
-    examples:list[tuple[list[int], list[int]]],  # ids and mask of each conversation
-    length:int,                                  # longer conversations are cut
-)->dict:  # int64 tensors: input_ids, position_ids, labels (1, n); logits_to_keep (k,); shift_labels (1, k)
+    examples: list[tuple[list[int], list[int]]],  # ids and mask of each conversation
+    length: int,  # longer conversations are cut
+) -> dict:  # int64 tensors: input_ids, position_ids, labels (1, n); logits_to_keep (k,); shift_labels (1, k)
     "Conversations end to end, with a label only where the loss counts"
     import torch
+
     ids = torch.tensor([i for x, _ in examples for i in x[:length]])
     mask = torch.tensor([m for _, x in examples for m in x[:length]])
     labels = ids.where(mask == 1, -100)
     keep = (labels[1:] != -100).nonzero()[:, 0]
-    return dict(input_ids=ids[None], position_ids=torch.cat([torch.arange(len(x[:length])) for x, _ in examples])[None],
-                labels=labels[None], logits_to_keep=keep, shift_labels=labels[1:][keep][None])
+    return dict(
+        input_ids=ids[None],
+        position_ids=torch.cat([torch.arange(len(x[:length])) for x, _ in examples])[None],
+        labels=labels[None],
+        logits_to_keep=keep,
+        shift_labels=labels[1:][keep][None],
+    )
+
 
 # %% ../nbs/11_sft.ipynb #175ac971
 def answer_bits(
-    model, tok,       # a chat model and its tokenizer
-    talks:list,       # conversations
-    length:int=1024,  # tokens of a conversation
-    batch:int=8,      # conversations at once
-)->float:  # bits for each UTF-8 byte of the answers, end tokens included in the bits
+    model,
+    tok,  # a chat model and its tokenizer
+    talks: list,  # conversations
+    length: int = 1024,  # tokens of a conversation
+    batch: int = 8,  # conversations at once
+) -> float:  # bits for each UTF-8 byte of the answers, end tokens included in the bits
     "How well a model predicts the answers of conversations it has not seen"
-    import math, torch
+    import math
+
+    import torch
     from torch.nn.functional import cross_entropy
-    was, nats = model.training, 0.
+
+    was, nats = model.training, 0.0
     model.eval()
     for i in range(0, len(talks), batch):
-        b = {k: v.to(model.device) for k, v in collate_chat([encode_chat(tok, t) for t in talks[i:i+batch]], length).items()}
-        with torch.no_grad(): logits = model(**{k: b[k] for k in ('input_ids', 'position_ids', 'logits_to_keep')}, use_cache=False).logits
-        nats += cross_entropy(logits[0].float(), b['shift_labels'][0], reduction='sum').item()
+        b = {
+            k: v.to(model.device)
+            for k, v in collate_chat(
+                [encode_chat(tok, t) for t in talks[i : i + batch]], length
+            ).items()
+        }
+        with torch.no_grad():
+            logits = model(
+                **{k: b[k] for k in ("input_ids", "position_ids", "logits_to_keep")},
+                use_cache=False,
+            ).logits
+        nats += cross_entropy(logits[0].float(), b["shift_labels"][0], reduction="sum").item()
     model.train(was)
-    return nats / math.log(2) / sum(len(m['content'].encode()) for t in talks for m in t if m['role'] == 'assistant')
+    return (
+        nats
+        / math.log(2)
+        / sum(len(m["content"].encode()) for t in talks for m in t if m["role"] == "assistant")
+    )
+
 
 # %% ../nbs/11_sft.ipynb #6ea1a23b
-def _refs(conversations)->list[str]:
-    return [conversations] if isinstance(conversations, str) else [str(c) for c in conversations or ['builtin']]
+def _refs(conversations) -> list[str]:
+    return (
+        [conversations]
+        if isinstance(conversations, str)
+        else [str(c) for c in conversations or ["builtin"]]
+    )
 
-def _check(model, conversations=None, rank=1, dropout=0., rows='all', lr=1., batch=1, accumulation=1, steps=0, epochs=1., length=2,
-           neftune=0., bpe_dropout=0., on_error='skip', valid_share=0., template='huozi', device=None, **kw):
+
+def _check(
+    model,
+    conversations=None,
+    rank=1,
+    dropout=0.0,
+    rows="all",
+    lr=1.0,
+    batch=1,
+    accumulation=1,
+    steps=0,
+    epochs=1.0,
+    length=2,
+    neftune=0.0,
+    bpe_dropout=0.0,
+    on_error="skip",
+    valid_share=0.0,
+    template="huozi",
+    device=None,
+    **kw,
+):
     faults, got = [], locals()
-    for name, ok, want in (('rank', rank >= 1, 'at least 1'), ('dropout', 0 <= dropout < 1, '0 to below 1'), ('lr', lr > 0, 'above 0'),
-            ('batch', batch >= 1, 'at least 1'), ('accumulation', accumulation >= 1, 'at least 1'), ('epochs', steps > 0 or epochs > 0, 'above 0'),
-            ('length', length >= 16, 'at least 16'), ('neftune', neftune >= 0, '0 or more'), ('bpe_dropout', 0 <= bpe_dropout < 1, '0 to below 1'),
-            ('rows', rows in ('all', 'none'), 'all or none'), ('on_error', on_error in ('skip', 'stop'), 'skip or stop'), ('valid_share', 0 <= valid_share < 1, '0 to below 1'),
-            ('template', template in FORMS, ' or '.join(FORMS))):
-        if not ok: faults.append(f'{name} is {got[name]!r}, expected {want}')
+    for name, ok, want in (
+        ("rank", rank >= 1, "at least 1"),
+        ("dropout", 0 <= dropout < 1, "0 to below 1"),
+        ("lr", lr > 0, "above 0"),
+        ("batch", batch >= 1, "at least 1"),
+        ("accumulation", accumulation >= 1, "at least 1"),
+        ("epochs", steps > 0 or epochs > 0, "above 0"),
+        ("length", length >= 16, "at least 16"),
+        ("neftune", neftune >= 0, "0 or more"),
+        ("bpe_dropout", 0 <= bpe_dropout < 1, "0 to below 1"),
+        ("rows", rows in ("all", "none"), "all or none"),
+        ("on_error", on_error in ("skip", "stop"), "skip or stop"),
+        ("valid_share", 0 <= valid_share < 1, "0 to below 1"),
+        ("template", template in FORMS, " or ".join(FORMS)),
+    ):
+        if not ok:
+            faults.append(f"{name} is {got[name]!r}, expected {want}")
     for r in _refs(conversations):
-        if r not in ('builtin', 'builtin:translation', 'builtin:handwritten') and not Path(r).is_file():
-            faults.append(f'{r}: no such file; expected conversations in jsonl, or builtin, builtin:translation, builtin:handwritten')
+        if (
+            r not in ("builtin", "builtin:translation", "builtin:handwritten")
+            and not Path(r).is_file()
+        ):
+            faults.append(
+                f"{r}: no such file; expected conversations in jsonl, or builtin, builtin:translation, builtin:handwritten"
+            )
     try:
         folder = resolve_model(model)
-        if not (folder/'tokenizer.json').is_file(): faults.append(f'{model} holds no tokenizer.json; run: cmixtral init --model {model} --tokenizer DIR --out DIR')
-        if bpe_dropout and not (folder/'tokenizer.model').is_file(): faults.append(f'{model} holds no tokenizer.model, which BPE-dropout needs; use --bpe-dropout 0')
-    except StageError as e: faults += e.args
+        if not (folder / "tokenizer.json").is_file():
+            faults.append(
+                f"{model} holds no tokenizer.json; run: cmixtral init --model {model} --tokenizer DIR --out DIR"
+            )
+        if bpe_dropout and not (folder / "tokenizer.model").is_file():
+            faults.append(
+                f"{model} holds no tokenizer.model, which BPE-dropout needs; use --bpe-dropout 0"
+            )
+    except StageError as e:
+        faults += e.args
     if not faults:
         p = dict(kw, rank=rank, dropout=dropout, rows=rows, batch=batch, accumulation=accumulation)
-        faults = plan_faults(folder, p, length, device=device or ('cuda' if gpu_bytes() else 'cpu'), n_gpus=world_size(), stage='sft')
-    if faults: raise StageError(*faults)
+        faults = plan_faults(
+            folder,
+            p,
+            length,
+            device=device or ("cuda" if gpu_bytes() else "cpu"),
+            n_gpus=world_size(),
+            stage="sft",
+        )
+    if faults:
+        raise StageError(*faults)
+
 
 # %% ../nbs/11_sft.ipynb #e1ed850f
-def _talks(refs:list[str], tok, on_error, n_translations, length, valid_share)->tuple[list, list, Faults, dict]:
+def _talks(
+    refs: list[str], tok, on_error, n_translations, length, valid_share
+) -> tuple[list, list, Faults, dict]:
     "Conversations to train on, held-out ones, why others were dropped, and what was counted"
-    counts, faults, train, valid, seen, n = Faults(), [], [], [], set(), dict(forms=Counter(), tokens=0, answers=0)
+    counts, faults, train, valid, seen, n = (
+        Faults(),
+        [],
+        [],
+        [],
+        set(),
+        dict(forms=Counter(), tokens=0, answers=0),
+    )
     for ref in refs:
         forms, own = Counter(), Faults()
-        try: talks = list(read_conversations(ref, on_error, own, n_translations, forms))
-        except StageError as e: faults += e.args; continue
+        try:
+            talks = list(read_conversations(ref, on_error, own, n_translations, forms))
+        except StageError as e:
+            faults += e.args
+            continue
         for talk in talks:
             text = json.dumps(talk, ensure_ascii=False)
-            if text in seen: own['repeated'] += 1; continue
-            seen.add(text); mask = encode_chat(tok, talk)[1][:length]
-            if not any(mask): own['no answer within length'] += 1; continue
-            if is_heldout(text, valid_share): valid.append(talk); continue
-            train.append(talk); n['tokens'] += len(mask); n['answers'] += sum(mask)
-        if not ref.startswith('builtin'):
-            say('sft', f'{ref}: ' + (', '.join(f'{k:,} {f}' for f, k in forms.items()) or 'no conversation') + (f'; dropped: {own}' if own else ''))
-        n['forms'][ref] = dict(forms) or dict(builtin=len(talks)); counts.update(own); counts.where |= own.where
-    if faults: raise StageError(*faults)
-    require(train, f'no conversation left to train on of {", ".join(refs)}; dropped: {counts or "none"}')
-    return train, valid, counts, dict(n, forms=dict(n['forms']))
+            if text in seen:
+                own["repeated"] += 1
+                continue
+            seen.add(text)
+            mask = encode_chat(tok, talk)[1][:length]
+            if not any(mask):
+                own["no answer within length"] += 1
+                continue
+            if is_heldout(text, valid_share):
+                valid.append(talk)
+                continue
+            train.append(talk)
+            n["tokens"] += len(mask)
+            n["answers"] += sum(mask)
+        if not ref.startswith("builtin"):
+            say(
+                "sft",
+                f"{ref}: "
+                + (", ".join(f"{k:,} {f}" for f, k in forms.items()) or "no conversation")
+                + (f"; dropped: {own}" if own else ""),
+            )
+        n["forms"][ref] = dict(forms) or dict(builtin=len(talks))
+        counts.update(own)
+        counts.where |= own.where
+    if faults:
+        raise StageError(*faults)
+    require(
+        train, f"no conversation left to train on of {', '.join(refs)}; dropped: {counts or 'none'}"
+    )
+    return train, valid, counts, dict(n, forms=dict(n["forms"]))
+
 
 # %% ../nbs/11_sft.ipynb #9bb03511
-def _chat_stats(net, run, log, train, valid, counts, n, folder, out)->dict:
+def _chat_stats(net, run, log, train, valid, counts, n, folder, out) -> dict:
     "What the manifest says of a run"
-    losses = [h['loss'] for h in log if 'loss' in h]; bits = [h['bpb_answers'] for h in log if 'bpb_answers' in h]
-    say('sft', f'{len(train):,} conversations, {n["tokens"]:,} tokens, the loss on {n["answers"]:,} of them ({n["answers"] / n["tokens"]:.0%})')
-    say('sft', f'{run.state.global_step:,} steps on {len(train):,} conversations, loss {losses[0]:.3f} → {losses[-1]:.3f}' +
-        (f'; bits per byte of {len(valid)} held-out answers {bits[0]:.3f} → {bits[-1]:.3f}' if bits else ''))
-    return dict(tokenizer=tokenizer_fingerprint(out), base=input_fingerprint(folder), steps=run.state.global_step, n_conversations=len(train), n_valid=len(valid),
-        dropped=dict(counts), sources=n['forms'], n_tokens=n['tokens'], n_answer_tokens=n['answers'], loss=dict(first=losses[0], last=losses[-1]), bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
-        parameters=parameter_table(net), quantised=quantised(net), quantised_dtype=str(net.dtype).removeprefix('torch.'))
+    losses = [h["loss"] for h in log if "loss" in h]
+    bits = [h["bpb_answers"] for h in log if "bpb_answers" in h]
+    say(
+        "sft",
+        f"{len(train):,} conversations, {n['tokens']:,} tokens, the loss on {n['answers']:,} of them ({n['answers'] / n['tokens']:.0%})",
+    )
+    say(
+        "sft",
+        f"{run.state.global_step:,} steps on {len(train):,} conversations, loss {losses[0]:.3f} → {losses[-1]:.3f}"
+        + (
+            f"; bits per byte of {len(valid)} held-out answers {bits[0]:.3f} → {bits[-1]:.3f}"
+            if bits
+            else ""
+        ),
+    )
+    return dict(
+        tokenizer=tokenizer_fingerprint(out),
+        base=input_fingerprint(folder),
+        steps=run.state.global_step,
+        n_conversations=len(train),
+        n_valid=len(valid),
+        dropped=dict(counts),
+        sources=n["forms"],
+        n_tokens=n["tokens"],
+        n_answer_tokens=n["answers"],
+        loss=dict(first=losses[0], last=losses[-1]),
+        bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
+        parameters=parameter_table(net),
+        quantised=quantised(net),
+        quantised_dtype=str(net.dtype).removeprefix("torch."),
+    )
 
-def _bpe(folder:Path)->BPE:
+
+def _bpe(folder: Path) -> BPE:
     import sentencepiece as spm
-    return BPE(spm.SentencePieceProcessor(model_file=str(folder/'tokenizer.model')))
+
+    return BPE(spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")))
+
 
 # %% ../nbs/11_sft.ipynb #af6ef9ab
-@stage('adapter', inputs=('model', 'conversations'), ignore=('device',), resumable=True, check=_check, parallel=True)
+@stage(
+    "adapter",
+    inputs=("model", "conversations"),
+    ignore=("device",),
+    resumable=True,
+    check=_check,
+    parallel=True,
+)
 def sft(
-    model:Path,                # model folder (ours or any other) or hub id
-    out:Path,                  # folder to write
-    conversations:list[str]=None,  # jsonl files in the form of ShareGPT, OpenAI or Alpaca; builtin; None: builtin
-    load_in_4bit:bool=True,    # hold the frozen weights, experts too, in NF4
-    rank:int=64,               # r of LoRA
-    alpha:float=128,           # the update is scaled by alpha / rank
-    dropout:float=0.05,        # on the input of LoRA
-    rows:str='all',            # embedding and head rows that are trained: all, none
-    lr:float=1e-5,             # highest learning rate of LoRA
-    rows_lr:float=0,           # highest learning rate of the rows; 0: as `lr`
-    aux:float=0.001,           # weight of the router's balance in the loss
-    batch:int=1,               # conversations a step and device
-    accumulation:int=20,       # batches added up to one step
-    steps:int=0,               # optimiser steps; 0: by epochs
-    epochs:float=2,            # times each conversation is read
-    length:int=4096,           # tokens; longer conversations are cut
-    warmup:float=0.05,         # of the steps, until the highest learning rate
-    neftune:float=5.,          # NEFTune's alpha, noise on the embeddings; 0: none
-    bpe_dropout:float=0.1,     # each merge of the tokenizer is skipped with this probability; 0: none
-    n_translations:int=2000,   # translation tasks of builtin
-    on_error:str='skip',       # bad conversations: skip (and count) them, or stop and list them
-    template:str='huozi',      # form of a conversation: huozi, chatml
-    valid_share:float=0.02,    # of the conversations held out to measure on
-    optim:str='adamw_torch',   # of transformers; paged_adamw_8bit saves memory on a GPU
-    eval_every:int=200,        # steps between evaluations
-    save_every:int=200,        # steps between checkpoints
-    log_every:int=10,          # steps between lines of the log
-    attn:str='sdpa',           # sdpa, eager, flash_attention_2
-    seed:int=0,                # of LoRA, of the order and of every noise
-    device:str=None,           # None: the GPU if there is one
+    model: Path,  # model folder (ours or any other) or hub id
+    out: Path,  # folder to write
+    conversations: list[
+        str
+    ] = None,  # jsonl files in the form of ShareGPT, OpenAI or Alpaca; builtin; None: builtin
+    load_in_4bit: bool = True,  # hold the frozen weights, experts too, in NF4
+    rank: int = 64,  # r of LoRA
+    alpha: float = 128,  # the update is scaled by alpha / rank
+    dropout: float = 0.05,  # on the input of LoRA
+    rows: str = "all",  # embedding and head rows that are trained: all, none
+    lr: float = 1e-5,  # highest learning rate of LoRA
+    rows_lr: float = 0,  # highest learning rate of the rows; 0: as `lr`
+    aux: float = 0.001,  # weight of the router's balance in the loss
+    batch: int = 1,  # conversations a step and device
+    accumulation: int = 20,  # batches added up to one step
+    steps: int = 0,  # optimiser steps; 0: by epochs
+    epochs: float = 2,  # times each conversation is read
+    length: int = 4096,  # tokens; longer conversations are cut
+    warmup: float = 0.05,  # of the steps, until the highest learning rate
+    neftune: float = 5.0,  # NEFTune's alpha, noise on the embeddings; 0: none
+    bpe_dropout: float = 0.1,  # each merge of the tokenizer is skipped with this probability; 0: none
+    n_translations: int = 2000,  # translation tasks of builtin
+    on_error: str = "skip",  # bad conversations: skip (and count) them, or stop and list them
+    template: str = "huozi",  # form of a conversation: huozi, chatml
+    valid_share: float = 0.02,  # of the conversations held out to measure on
+    optim: str = "adamw_torch",  # of transformers; paged_adamw_8bit saves memory on a GPU
+    eval_every: int = 200,  # steps between evaluations
+    save_every: int = 200,  # steps between checkpoints
+    log_every: int = 10,  # steps between lines of the log
+    attn: str = "sdpa",  # sdpa, eager, flash_attention_2
+    seed: int = 0,  # of LoRA, of the order and of every noise
+    device: str = None,  # None: the GPU if there is one
 ):
     "Teach a model to answer; killed, it goes on from its last checkpoint"
     from functools import partial
+
     device, folder = device or default_device(), resolve_model(model)
     old = load_tokenizer(folder)
-    if process_rank() == 0: write_chat_tokenizer(folder, out, template)
-    meet(); tok = load_tokenizer(out)
-    train, valid, counts, n = _talks(_refs(conversations), tok, on_error, n_translations, length, valid_share)
+    if process_rank() == 0:
+        write_chat_tokenizer(folder, out, template)
+    meet()
+    tok = load_tokenizer(out)
+    train, valid, counts, n = _talks(
+        _refs(conversations), tok, on_error, n_translations, length, valid_share
+    )
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
-    like = dict(zip(tok.convert_tokens_to_ids([*form_of(tok)[:2], PAD]), (old.bos_token_id, old.eos_token_id, old.eos_token_id)))
-    grow_rows(net, len(tok), {new: row for new, row in like.items() if new >= len(old)})  # a chat model has its rows already
+    like = dict(
+        zip(
+            tok.convert_tokens_to_ids([*form_of(tok)[:2], PAD]),
+            (old.bos_token_id, old.eos_token_id, old.eos_token_id),
+        )
+    )
+    grow_rows(
+        net, len(tok), {new: row for new, row in like.items() if new >= len(old)}
+    )  # a chat model has its rows already
     net.config.output_router_logits = True
     net.router_aux_loss_coef = aux / (accumulation * world_size())
     net = add_lora(net, rank, alpha, dropout, rows, seed=seed)
-    n_batch = batch * accumulation * world_size(); n_steps = steps or max(1, round(epochs * len(train) / n_batch))
-    reading = Rounds(train, tok, _bpe(folder) if bpe_dropout else None, n_steps * n_batch, bpe_dropout, seed)
-    done = checkpoints(out/'checkpoints'); drop_half_written(out/'checkpoints')
-    args = training_arguments(out/'checkpoints', device, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=n_steps,
-        learning_rate=lr, warmup_steps=warmup, optim=optim, seed=seed, logging_steps=log_every, eval_steps=eval_every, save_steps=save_every,
-        eval_on_start=not done, neftune_noise_alpha=neftune * batch**.5 or None)  # the row is `batch` conversations long
-    measure = lambda: dict(bpb_answers=round(answer_bits(net, tok, valid, length), 4)) if valid else {}
-    run = trainer(net, reading, args, partial(collate_chat, length=length), rows_lr or lr, measure, out/'log.jsonl', ordered=True)
+    n_batch = batch * accumulation * world_size()
+    n_steps = steps or max(1, round(epochs * len(train) / n_batch))
+    reading = Rounds(
+        train, tok, _bpe(folder) if bpe_dropout else None, n_steps * n_batch, bpe_dropout, seed
+    )
+    done = checkpoints(out / "checkpoints")
+    drop_half_written(out / "checkpoints")
+    args = training_arguments(
+        out / "checkpoints",
+        device,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=n_steps,
+        learning_rate=lr,
+        warmup_steps=warmup,
+        optim=optim,
+        seed=seed,
+        logging_steps=log_every,
+        eval_steps=eval_every,
+        save_steps=save_every,
+        eval_on_start=not done,
+        neftune_noise_alpha=neftune * batch**0.5 or None,
+    )  # the row is `batch` conversations long
+    measure = lambda: (
+        dict(bpb_answers=round(answer_bits(net, tok, valid, length), 4)) if valid else {}
+    )
+    run = trainer(
+        net,
+        reading,
+        args,
+        partial(collate_chat, length=length),
+        rows_lr or lr,
+        measure,
+        out / "log.jsonl",
+        ordered=True,
+    )
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
-    if run.state.global_step % eval_every: run.evaluate()
+    if run.state.global_step % eval_every:
+        run.evaluate()
     full_precision(net)
-    if process_rank(): return {}
-    save_adapter(net, out); shutil.rmtree(out/'checkpoints', ignore_errors=True)
+    if process_rank():
+        return {}
+    save_adapter(net, out)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return _chat_stats(net, run, read_log(out), train, valid, counts, n, folder, out)

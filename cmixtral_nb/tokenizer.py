@@ -6,551 +6,408 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['mark_ranges', 'mark_pattern', 'run_pattern', 'find_runs', 'read_runs', 'count_runs', 'char_counts', 'frequent_chars',
-           'split_runs', 'read_model', 'train_pieces', 'Piece', 'kind_of', 'bpe_parts', 'token_totals', 'made_counts',
-           'describe_pieces', 'write_pieces', 'read_pieces', 'package_file', 'base_tokenizer_model', 'parse_shares',
-           'lexicon_file', 'read_lexicon', 'Source', 'mass', 'mix_runs', 'run_sources', 'base_cutter', 'base_symbols',
-           'from_symbols', 'tokenizer']
+__all__ = [
+    "char_counts",
+    "frequent_chars",
+    "split_runs",
+    "train_pieces",
+    "bpe_parts",
+    "token_totals",
+    "made_counts",
+    "describe_pieces",
+    "base_cutter",
+    "base_symbols",
+    "from_symbols",
+    "tokenizer",
+]
 
 # %% ../nbs/02_tokenizer.ipynb #e022abde
-import functools, heapq, importlib.util, itertools, re, sys, unicodedata, zlib
+import itertools
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
-from .artifact import *
-from .corpus import *
 
-# %% ../nbs/02_tokenizer.ipynb #399e692c
-@functools.cache
-def mark_ranges()->str:  # the inside of a character class
-    "Punctuation and symbols, and ▁, which stands for a blank; no other white space"
-    marks = [c for c in range(0x10000) if unicodedata.category(chr(c))[0] in 'PS' and c != 0x2581] + [0x2581]
-    found = [[c for _, c in g] for _, g in itertools.groupby(enumerate(marks), key=lambda x: x[1] - x[0])]
-    return ''.join(f'{re.escape(chr(g[0]))}-{re.escape(chr(g[-1]))}' for g in found)
+from cmixtral_nb.lexicons import (
+    _opencc,
+    lexicon_file,
+    mass,
+    mix_runs,
+    parse_shares,
+    read_lexicon,
+    run_sources,
+)
+from cmixtral_nb.pieces import (
+    Piece,
+    _normal,
+    _order,
+    base_tokenizer_model,
+    kind_of,
+    package_file,
+    read_model,
+    write_pieces,
+)
 
-@functools.cache
-def mark_pattern()->re.Pattern:
-    "One mark"
-    return re.compile(f'[{mark_ranges()}]')
+from .corpus import corpus_texts, lang_faults
+from .languages import script_pattern
+from .machine import say
+from .runs import count_runs, mark_pattern, read_runs, run_pattern
+from .stages import StageError, require, stage
 
-@functools.cache
-def run_pattern(
-    script:str='Han',  # names of scripts, with blanks between them
-    marks:bool=True,   # one mark may stand in front
-)->re.Pattern:
-    "A run: characters of a script, and perhaps one mark in front"
-    own = script_pattern(script).pattern
-    return re.compile(f'{mark_pattern().pattern}?{own}' if marks else own)
-
-def find_runs(
-    text:str,            # one document
-    pattern:re.Pattern,  # of run_pattern
-)->list[str]:  # blanks as ▁, one of which stands in front of the text, as in sentencepiece
-    "The runs of a document in their order"
-    return pattern.findall('▁' + text.replace(' ', '▁'))
-
-# %% ../nbs/02_tokenizer.ipynb #0e6bc288
-def _spill(counts:Counter, path:Path)->Path:
-    "A sorted file of runs"
-    with open(path, 'w', encoding='utf-8') as f: f.writelines(f'{r}\t{k}\n' for r, k in sorted(counts.items()))
-    return path
-
-def _count(batches:Iterable[list[str]], pattern:re.Pattern, folder:Path, name:str, most:int)->list[Path]:
-    "Count batches of documents into sorted files of at most about `most` different runs"
-    n, files = Counter(), []
-    for texts in batches:
-        for t in texts: n.update(find_runs(t, pattern))
-        if len(n) >= most: files.append(_spill(n, folder/f'{name}-{len(files)}.tsv')); n = Counter()
-    if n: files.append(_spill(n, folder/f'{name}-{len(files)}.tsv'))
-    return files
-
-def _work(queue, script, marks, folder, name, most):
-    "A process that counts what comes until there comes None"
-    _count(iter(queue.get, None), run_pattern(script, marks), folder, name, most)
-
-def read_runs(
-    path:str|Path,  # sorted lines "run<TAB>count"
-)->Iterator[tuple[str, int]]:
-    "Runs and counts of a file, one after the other"
-    with open(path, encoding='utf-8') as f:
-        for line in f: run, _, k = line.rpartition('\t'); yield run, int(k)
-
-# %% ../nbs/02_tokenizer.ipynb #26dde917
-def _feed(queue, jobs, batch):
-    "Hand a batch to the processes, as long as they live"
-    import queue as q
-    while True:
-        require(all(j.is_alive() or j.exitcode == 0 for j in jobs), 'a process that counts runs died, of memory perhaps; run it with fewer: --workers 1')
-        try: return queue.put(batch, timeout=5)
-        except q.Full: pass
-
-def _count_parallel(batches, script, marks, folder, workers, most):
-    "The same with several processes"
-    import multiprocessing as mp
-    queue = mp.Queue(2 * workers)
-    jobs = [mp.Process(target=_work, args=(queue, script, marks, folder, f'p{i}', most), daemon=True) for i in range(workers)]
-    for j in jobs: j.start()
-    try:
-        for b in itertools.chain(batches, [None] * workers): _feed(queue, jobs, b)
-        for j in jobs: j.join()
-        require(not any(j.exitcode for j in jobs), 'a process that counts runs failed; run it with fewer: --workers 1')
-    finally:
-        for j in jobs: j.kill()
-    return sorted(folder.glob('p*.tsv'))
-
-# %% ../nbs/02_tokenizer.ipynb #6b51f306
-def _merge(files:list[Path], out:Path)->Path:
-    "Sorted files into one, the counts of equal runs added"
-    while len(files) > 200: files = files[200:] + [_merge(files[:200], files[0].with_name(f'm{len(files)}.tsv'))]
-    rows = heapq.merge(*map(read_runs, files))
-    with open(out, 'w', encoding='utf-8') as f:
-        f.writelines(f'{r}\t{sum(k for _, k in g)}\n' for r, g in itertools.groupby(rows, key=lambda x: x[0]))
-    for p in files: p.unlink()
-    return out
-
-def count_runs(
-    texts:Iterable[str],  # documents
-    out:str|Path,         # file to write: run<TAB>count, sorted by run
-    script:str='Han',     # names of scripts, with blanks between them
-    marks:bool=True,      # a run may begin with one mark
-    workers:int=1,        # processes, for all but the first four million characters
-    most:int=1_000_000,   # different runs that a process holds in memory, some 150 bytes each
-)->Path:  # out
-    "Count the runs of any amount of text in bounded memory"
-    out, pattern = Path(out), run_pattern(script, marks)
-    folder = out.with_name(out.name + '.parts'); folder.mkdir(parents=True, exist_ok=True)
-    batches = text_batches(texts)
-    files = _count(itertools.islice(batches, 4 if workers > 1 else None), pattern, folder, 'a', most)
-    if workers > 1 and (more := next(batches, None)):
-        files += _count_parallel(itertools.chain([more], batches), script, marks, folder, workers, most)
-    _merge(files, out); folder.rmdir()
-    return out
 
 # %% ../nbs/02_tokenizer.ipynb #011855ef
 def char_counts(
-    runs:Counter,      # run -> count
-    script:str='Han',  # of the characters; marks do not count
-)->Counter:  # character -> count
+    runs: Counter,  # run -> count
+    script: str = "Han",  # of the characters; marks do not count
+) -> Counter:  # character -> count
     "How often each character occurs in the runs"
     import numpy as np
+
     n, own, rows = np.zeros(0x110000, np.int64), script_pattern(script), iter(runs.items())
     while batch := list(itertools.islice(rows, 100_000)):
-        points = np.frombuffer(''.join(r for r, _ in batch).encode('utf-32-le'), np.uint32)
+        points = np.frombuffer("".join(r for r, _ in batch).encode("utf-32-le"), np.uint32)
         np.add.at(n, points, np.repeat([k for _, k in batch], [len(r) for r, _ in batch]))
     return Counter({chr(c): int(n[c]) for c in np.flatnonzero(n) if own.match(chr(c))})
 
+
 def frequent_chars(
-    counts:Counter,  # character -> count
-    n_chars:int,     # how many to keep; 0: all
-)->list[str]:  # the most frequent first; equal counts in the order of Unicode
+    counts: Counter,  # character -> count
+    n_chars: int,  # how many to keep; 0: all
+) -> list[str]:  # the most frequent first; equal counts in the order of Unicode
     "The most frequent characters"
-    return sorted(counts, key=lambda c: (-counts[c], c))[:n_chars or None]
+    return sorted(counts, key=lambda c: (-counts[c], c))[: n_chars or None]
+
 
 def split_runs(
-    runs:Counter,         # run -> count
-    chars:Iterable[str],  # characters to keep
-    longest:int=256,      # characters; longer runs are cut
-)->Counter:  # run -> count
+    runs: Counter,  # run -> count
+    chars: Iterable[str],  # characters to keep
+    longest: int = 256,  # characters; longer runs are cut
+) -> Counter:  # run -> count
     "Cut the runs at every other character; a mark stays with what follows it"
-    keep, out = re.compile(f'{mark_pattern().pattern}?[{"".join(map(re.escape, chars))}]{{1,{longest}}}'), Counter()
+    keep, out = (
+        re.compile(f"{mark_pattern().pattern}?[{''.join(map(re.escape, chars))}]{{1,{longest}}}"),
+        Counter(),
+    )
     for r, k in runs.items():
-        for part in keep.findall(r): out[part] += k
+        for part in keep.findall(r):
+            out[part] += k
     return out
 
-# %% ../nbs/02_tokenizer.ipynb #e43594ed
-def read_model(
-    model_file:str|Path,  # sentencepiece .model
-):  # ModelProto of sentencepiece
-    "A sentencepiece model as a protobuf message; `StageError` where it is none"
-    from sentencepiece import sentencepiece_model_pb2 as pb
-    m, p = pb.ModelProto(), Path(model_file)
-    require(p.is_file(), f'{p}: no such file, expected a sentencepiece model')
-    try: m.ParseFromString(p.read_bytes())
-    except Exception: m.Clear()
-    require(len(m.pieces) and m.HasField('trainer_spec'), f'{p} is not a sentencepiece model')
-    return m
 
 # %% ../nbs/02_tokenizer.ipynb #e19fd973
 def train_pieces(
-    runs:Counter,      # run -> count; emptied, for sentencepiece needs the memory
-    model_file:Path,   # sentencepiece model to write; its runs stay beside it, as NAME.runs
-    n_pieces:int,      # single characters, marks and merges together
-    max_chars:int=16,  # longest piece
-    threads:int=1,     # for reading; the merges are found by one
-)->Path:  # model_file
+    runs: Counter,  # run -> count; emptied, for sentencepiece needs the memory
+    model_file: Path,  # sentencepiece model to write; its runs stay beside it, as NAME.runs
+    n_pieces: int,  # single characters, marks and merges together
+    max_chars: int = 16,  # longest piece
+    threads: int = 1,  # for reading; the merges are found by one
+) -> Path:  # model_file
     "Train BPE pieces on runs with sentencepiece; deterministic, there is nothing to seed"
     import sentencepiece as spm
-    model_file = Path(model_file); tsv = model_file.with_suffix('.runs')
-    with open(tsv, 'w', encoding='utf-8') as f:
-        f.writelines(f'{r}\t{k}\n' for r, k in sorted(runs.items(), key=lambda x: (-x[1], x[0])))
+
+    model_file = Path(model_file)
+    tsv = model_file.with_suffix(".runs")
+    with open(tsv, "w", encoding="utf-8") as f:
+        f.writelines(f"{r}\t{k}\n" for r, k in sorted(runs.items(), key=lambda x: (-x[1], x[0])))
     runs.clear()
-    spm.SentencePieceTrainer.train(input=str(tsv), input_format='tsv', model_prefix=str(model_file.with_suffix('')),
-        model_type='bpe', vocab_size=n_pieces + 1, hard_vocab_limit=False, character_coverage=1., max_sentencepiece_length=max_chars,
-        normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False,
-        unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, num_threads=threads, train_extremely_large_corpus=True, minloglevel=2)
-    model_file.with_suffix('.vocab').unlink(missing_ok=True)
+    spm.SentencePieceTrainer.train(
+        input=str(tsv),
+        input_format="tsv",
+        model_prefix=str(model_file.with_suffix("")),
+        model_type="bpe",
+        vocab_size=n_pieces + 1,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        max_sentencepiece_length=max_chars,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_by_unicode_script=False,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        num_threads=threads,
+        train_extremely_large_corpus=True,
+        minloglevel=2,
+    )
+    model_file.with_suffix(".vocab").unlink(missing_ok=True)
     m = read_model(model_file)
-    m.trainer_spec.ClearField('input'); m.trainer_spec.ClearField('model_prefix')  # paths of this machine; without them equal runs give equal files
+    m.trainer_spec.ClearField("input")
+    m.trainer_spec.ClearField(
+        "model_prefix"
+    )  # paths of this machine; without them equal runs give equal files
     model_file.write_bytes(m.SerializeToString(deterministic=True))
     return model_file
 
+
 # %% ../nbs/02_tokenizer.ipynb #1fec1302
-class Piece(NamedTuple):
-    "A candidate for the vocabulary"
-    piece:str    # characters
-    score:float  # minus its rank: the merge that was found first has the highest
-    kind:str     # 'char' or 'word'
-    count:int    # how often it is made when the text is cut, as a token or on the way to a longer one; 0: not known
-
-def kind_of(piece:str)->str:
-    "'char' or 'word'"
-    return 'char' if len(piece) == 1 else 'word'
-
 def bpe_parts(
-    piece:str,                     # characters
-    rank:Callable[[str], float],   # of a piece, the lowest first; infinite for what is no piece
-)->list[str]:
+    piece: str,  # characters
+    rank: Callable[[str], float],  # of a piece, the lowest first; infinite for what is no piece
+) -> list[str]:
     "BPE by hand, for short strings: join the neighbours of the lowest rank until none can be joined"
     x = list(piece)
     while len(x) > 1:
         r, i = min((rank(a + b), i) for i, (a, b) in enumerate(zip(x, x[1:])))
-        if r == float('inf'): break
-        x[i:i+2] = [x[i] + x[i+1]]
+        if r == float("inf"):
+            break
+        x[i : i + 2] = [x[i] + x[i + 1]]
     return x
 
-# %% ../nbs/02_tokenizer.ipynb #7b2b5666
-def _normal(model_file)->list[tuple[str, float]]:
-    "Pieces and scores of a model, without control tokens and bytes"
-    return [(p.piece, p.score + 0.) for p in read_model(model_file).pieces if p.type == 1]
 
+# %% ../nbs/02_tokenizer.ipynb #7b2b5666
 def token_totals(
-    rows:Iterable[tuple[str, int]],  # run, count
-    model_file:Path,                 # sentencepiece model
-)->Counter:  # piece -> tokens
+    rows: Iterable[tuple[str, int]],  # run, count
+    model_file: Path,  # sentencepiece model
+) -> Counter:  # piece -> tokens
     "How often each piece is a token when the runs are cut by the model"
-    import numpy as np, sentencepiece as spm
+    import numpy as np
+    import sentencepiece as spm
+
     sp, rows = spm.SentencePieceProcessor(model_file=str(model_file)), iter(rows)
     n = np.zeros(len(sp), np.int64)
     while batch := list(itertools.islice(rows, 50_000)):
         ids = sp.encode([r for r, _ in batch])
-        np.add.at(n, np.fromiter(itertools.chain.from_iterable(ids), int), np.repeat([k for _, k in batch], list(map(len, ids))))
+        np.add.at(
+            n,
+            np.fromiter(itertools.chain.from_iterable(ids), int),
+            np.repeat([k for _, k in batch], list(map(len, ids))),
+        )
     return Counter({sp.id_to_piece(i): int(k) for i, k in enumerate(n) if k})
 
+
 def made_counts(
-    tokens:Counter,    # piece -> tokens
-    words:list[str],   # the first merge first
-)->Counter:  # piece -> how often it is made
+    tokens: Counter,  # piece -> tokens
+    words: list[str],  # the first merge first
+) -> Counter:  # piece -> how often it is made
     "Tokens, and what went on into something longer"
-    rank = {w: i for i, w in enumerate(words)}; n = Counter(tokens)
+    rank = {w: i for i, w in enumerate(words)}
+    n = Counter(tokens)
     for i, w in reversed(list(enumerate(words))):
-        for part in bpe_parts(w, lambda t: rank[t] if rank.get(t, i) < i else float('inf')): n[part] += n[w]
+        for part in bpe_parts(w, lambda t: rank[t] if rank.get(t, i) < i else float("inf")):
+            n[part] += n[w]
     return n
+
 
 # %% ../nbs/02_tokenizer.ipynb #3a75fede
 def describe_pieces(
-    model_file:Path,    # sentencepiece model
-    runs:Path|Counter,  # what it was trained on: a file of runs, or run -> count
-)->list[Piece]:  # characters by count, then words in the order of their merges; no marks
+    model_file: Path,  # sentencepiece model
+    runs: Path | Counter,  # what it was trained on: a file of runs, or run -> count
+) -> list[Piece]:  # characters by count, then words in the order of their merges; no marks
     "The pieces of a trained model with their kinds and counts; without words that are never made"
     normal, mark = sorted(_normal(model_file), key=lambda x: -x[1]), mark_pattern()
-    tokens = token_totals(runs.items() if isinstance(runs, Counter) else read_runs(runs), model_file)
+    tokens = token_totals(
+        runs.items() if isinstance(runs, Counter) else read_runs(runs), model_file
+    )
     n = made_counts(tokens, [t for t, _ in normal if len(t) > 1])
-    return sorted((Piece(t, s, kind_of(t), n[t]) for t, s in normal if not mark.fullmatch(t) and (n[t] or len(t) == 1)), key=_order)
+    return sorted(
+        (
+            Piece(t, s, kind_of(t), n[t])
+            for t, s in normal
+            if not mark.fullmatch(t) and (n[t] or len(t) == 1)
+        ),
+        key=_order,
+    )
 
-def _order(p:Piece): return p.kind, -p.count if p.kind == 'char' else 0, -p.score
-
-def write_pieces(path:str|Path, pieces:Iterable[Piece]):
-    "A table for people: piece, score, kind, count, separated by tabs"
-    write_text(path, 'piece\tscore\tkind\tcount\n' + ''.join(f'{p.piece}\t{p.score:g}\t{p.kind}\t{p.count}\n' for p in pieces))
-
-# %% ../nbs/02_tokenizer.ipynb #2683cfa2
-_control = re.compile(r'<[^<>\s]+>|\[[A-Z_/]+\]')
-
-def _table(p:Path)->list[Piece]:
-    "Pieces of a table whose head names its columns, or of a plain list with one piece in each line"
-    try: rows = [(i, l.split('\t')) for i, l in enumerate(p.read_text(encoding='utf-8').splitlines(), 1) if l.strip()]
-    except UnicodeDecodeError: raise StageError(f'{p} is not UTF-8, expected a table of pieces') from None
-    if not any('piece' in r for _, r in rows[:1]): return _distinct(p, [(i, Piece(r[0], float(-i), kind_of(r[0]), 0)) for i, r in rows])
-    head, faults, out = rows[0][1], [], []
-    for i, r in rows[1:]:
-        try: d = dict(zip(head, r, strict=True)); out.append((i, Piece(d['piece'], float(d['score']), kind_of(d['piece']), int(d.get('count', 0)))))
-        except (ValueError, KeyError): faults.append(f'{p}:{i}: expected {", ".join(head)} with tabs between them, score and count being numbers')
-    if faults: raise StageError(*faults[:5])
-    return _distinct(p, out)
-
-def _distinct(p:Path, rows:list[tuple[int, Piece]])->list[Piece]:
-    "No piece twice, no control token"
-    first, faults = {}, []
-    for i, q in rows:
-        if _control.fullmatch(q.piece): faults.append(f'{p}:{i}: {q.piece} looks like a control token, expected a piece of text; remove the line')
-        elif first.setdefault(q.piece, i) != i: faults.append(f'{p}:{i}: {q.piece} stands in line {first[q.piece]} already; remove one of the two lines')
-    if faults: raise StageError(*faults[:5])
-    return [q for _, q in rows]
-
-# %% ../nbs/02_tokenizer.ipynb #bd5d9bd8
-def read_pieces(
-    ref:Artifact|str|Path,  # folder with pieces.tsv, a table, a list, or a sentencepiece model of whatever origin
-    script:str='Han',       # pieces with other characters, but for one mark in front, are left out
-)->list[Piece]:  # characters by count, then words in the order of their merges
-    "Candidates for the vocabulary"
-    p = Path(getattr(ref, 'path', ref))
-    require(p.exists(), f'{p}: no such file or folder, expected pieces; run: cmixtral tokenizer --out {p}')
-    if p.is_dir():
-        found = next((p/n for n in ('pieces.tsv', 'spm.model', 'tokenizer.model') if (p/n).is_file()), None)
-        require(found, f'{p} holds no pieces.tsv and no sentencepiece model; run: cmixtral tokenizer --out DIR')
-        p = found
-    own = run_pattern(script)
-    pieces = _table(p) if p.suffix in ('.tsv', '.txt') else [Piece(t, s, kind_of(t), 0) for t, s in _normal(p)]
-    pieces = [q for q in pieces if own.fullmatch(q.piece)]
-    require(pieces, f'{p} has no piece of {script} characters; run: cmixtral tokenizer --script {script}')
-    return sorted(pieces, key=_order)
-
-# %% ../nbs/02_tokenizer.ipynb #351893fc
-_shipped = dict(mixtral='tokenizer.model.v1')
-
-def package_file(
-    package:str,  # as it is imported
-    path:str,     # inside it
-    install:str,  # what to install where it is missing
-)->Path:
-    "A data file of another package, which is not imported for it"
-    spec = importlib.util.find_spec(package)
-    require(spec, f'{package} is not installed; run: pip install {install}')
-    return Path(spec.submodule_search_locations[0])/path
-
-def base_tokenizer_model(
-    ref:str|Path='mixtral',  # 'mixtral', a folder with tokenizer.model, or a sentencepiece file
-)->Path:
-    "The sentencepiece file of a base tokenizer; Mixtral's comes with the package mistral-common"
-    if str(ref) in _shipped: return package_file('mistral_common', f'data/{_shipped[str(ref)]}', 'mistral-common')
-    p = Path(getattr(ref, 'path', ref))
-    if p.is_dir():
-        f = p/'tokenizer.json'
-        byte_level = f.is_file() and 'ByteLevel' in f.read_text(encoding='utf-8', errors='replace')
-        require(not byte_level or (p/'tokenizer.model').is_file(), f'{p} is a byte-level BPE tokenizer, expected sentencepiece BPE '
-                '(Mixtral, Mistral, Llama-2); extend another base')
-        require((p/'tokenizer.model').is_file(), f'{p} holds no tokenizer.model (sentencepiece); expected mixtral, a folder that has one, or a .model file')
-        return p/'tokenizer.model'
-    require(p.is_file(), f'{p}: no such tokenizer; expected mixtral, a folder with tokenizer.model, or a .model file')
-    return p
-
-# %% ../nbs/02_tokenizer.ipynb #83b0bc32
-def parse_shares(
-    items:list[str]|None,  # "SHARE:NAME" each
-    what:str='lexicons',   # for the message
-)->list[tuple[float, str]]:  # share, name
-    "Shares of the training text; `StageError` where they are no numbers or fill it"
-    faults, out = [], []
-    for s in [items] if isinstance(items, str) else items or []:
-        share, _, name = str(s).partition(':')
-        try: out.append((float(share), name)); ok = name and float(share) > 0
-        except ValueError: ok = False
-        if not ok: faults.append(f'{what}: {s!r}, expected SHARE:NAME, such as {dict(opencc="0.1:s2t").get(what, "0.25:jieba")}')
-    if not faults and sum(s for s, _ in out) >= 1: faults.append(f'{what}: the shares add up to {sum(s for s, _ in out):g}, expected less than 1')
-    if faults: raise StageError(*faults)
-    return out
-
-def lexicon_file(
-    name:str,        # 'jieba', or a file
-)->Path:
-    "Where a word list lies"
-    if name == 'jieba': return package_file('jieba', 'dict.txt', 'cmixtral_nb[lexicons]')
-    require(Path(name).is_file(), f'{name}: no such file, expected jieba, wordfreq or a lexicon with lines "word<TAB>count"')
-    return Path(name)
-
-# %% ../nbs/02_tokenizer.ipynb #2f757da1
-def _wordfreq(lang:str, pattern:re.Pattern)->Counter:
-    "wordfreq's largest list of a language, per thousand million words"
-    package_file('wordfreq', 'data', 'cmixtral_nb[lexicons]')
-    from wordfreq import available_languages, get_frequency_dict
-    size = next((s for s in ('large', 'small') if lang in available_languages(s)), None)
-    require(size, f'wordfreq has no list for {lang}; give a file with lines "word<TAB>count"')
-    return Counter({w: n for w, f in get_frequency_dict(lang, size).items() if pattern.fullmatch(w) and (n := round(f * 1e9))})
-
-def read_lexicon(
-    name:str|Path,      # 'jieba', 'wordfreq', or a file of lines "word count ...", separated by blanks or tabs
-    script:str='Han',   # words with other characters are left out
-    lang:str='zh',      # for wordfreq
-)->Counter:  # word -> count
-    "A list of words with their frequencies; `StageError` names the first lines without a count"
-    if str(name) == 'wordfreq': return _wordfreq(lang, script_pattern(script))
-    path = lexicon_file(str(name)); pattern, out, faults = script_pattern(script), Counter(), []
-    with open_text(path) as f:
-        for i, row in enumerate(f, 1):
-            parts = row.decode('utf-8', 'replace').split()
-            if parts[1:] and parts[1].isdecimal() and '\ufffd' not in parts[0]: out[parts[0]] += int(parts[1]) * bool(pattern.fullmatch(parts[0]))
-            elif parts: faults.append(f'{path}:{i}: expected a word and its count, separated by a tab, found {row[:40].decode("utf-8", "replace").strip()!r}; mend or remove the line')
-    if faults: raise StageError(*faults[:3], *[f'{path}: {len(faults) - 3:,} more broken lines'] * (len(faults) > 3))
-    require(+out, f'{path} has no word of {script} characters alone; give another lexicon')
-    return +out
-
-# %% ../nbs/02_tokenizer.ipynb #c7e36585
-class Source(NamedTuple):
-    "Runs with a share of the training text"
-    share:float                                        # of all characters
-    rows:Callable[[], Iterable[tuple[str, int]]]       # gives runs and counts
-    n_chars:int                                        # all of them, with repeats
-    convert:Callable[[str], str]|None=None             # to other characters
-    salt:str=''                                        # other random numbers for the same runs
-
-def mass(
-    rows:Iterable[tuple[str, int]],  # run, count
-)->int:  # characters
-    "How much text the runs are"
-    return sum(len(r) * k for r, k in rows)
-
-def _expected(sources:list[Source])->Callable[[float], float]:
-    "f -> characters of different runs that stay, on average"
-    import numpy as np
-    n = Counter()
-    for s in sources:
-        for r, k in s.rows(): n[k * s.share / s.n_chars] += len(r)
-    w, chars = np.array(list(n)), np.array(list(n.values()))
-    return lambda f: float((chars * np.minimum(1, w * f)).sum())
-
-# %% ../nbs/02_tokenizer.ipynb #cfaeb396
-def mix_runs(
-    sources:list[Source],           # their shares add up to 1
-    limit_chars:int=24_000_000,     # characters of different runs
-)->Counter:  # run -> count
-    "Weighted, rounded and thinned runs; the first source keeps its own counts where all fits"
-    f, expected = sources[0].n_chars / sources[0].share, _expected(sources)
-    low, high = 0., f
-    if expected(f) > limit_chars:
-        for _ in range(40): f = (low + high) / 2; low, high = (f, high) if expected(f) < limit_chars else (low, f)
-    out = Counter()
-    for s in sources:
-        w = f * s.share / s.n_chars
-        for r, k in s.rows():
-            if n := int(k * w + zlib.crc32((s.salt + r).encode()) / 2**32): out[s.convert(r) if s.convert else r] += n
-    return out
-
-# %% ../nbs/02_tokenizer.ipynb #f9ffa4a2
-def run_sources(
-    runs:Path,                  # file of runs: the corpus
-    lexicons:list[str]=None,    # "SHARE:NAME" each
-    opencc:list[str]=None,      # "SHARE:CONVERSION" each
-    script:str='Han',           # of the words
-    lang:str='zh',              # of the words
-)->list[Source]:
-    "The corpus, the lexicons, and all of these once more for each conversion"
-    words, kinds = parse_shares(lexicons), parse_shares(opencc, 'opencc')
-    plain = [Source(1 - sum(s for s, _ in words), lambda: read_runs(runs), mass(read_runs(runs)))]
-    for share, name in words: n = read_lexicon(name, script, lang); plain.append(Source(share, n.items, mass(n.items())))
-    out = [s._replace(share=s.share * (1 - sum(x for x, _ in kinds))) for s in plain]
-    for share, name in kinds: out += [s._replace(share=s.share * share, convert=_opencc(name), salt=name) for s in plain]
-    return out
-
-def _opencc(name:str)->Callable[[str], str]:
-    package_file('opencc', '', 'cmixtral_nb[lexicons]')
-    import opencc
-    try: return opencc.OpenCC(name).convert
-    except Exception: raise StageError(f'opencc: {name!r} is no conversion, expected s2t, s2tw, s2hk, t2s or another of OpenCC\'s') from None
 
 # %% ../nbs/02_tokenizer.ipynb #3329a242
 def base_cutter(
-    base_file:str|Path,  # sentencepiece model of the base
+    base_file: str | Path,  # sentencepiece model of the base
 ):  # sentencepiece processor
     "The base, but what it would spell in bytes stays as it is, and nothing is put in front"
     import sentencepiece as spm
+
     m = read_model(base_file)
     m.trainer_spec.byte_fallback, m.normalizer_spec.add_dummy_prefix = False, False
     for p in m.pieces:
-        if p.type == 6: p.type = 5  # bytes: unused
+        if p.type == 6:
+            p.type = 5  # bytes: unused
     return spm.SentencePieceProcessor(model_proto=m.SerializeToString())
+
 
 # %% ../nbs/02_tokenizer.ipynb #11673237
 def base_symbols(
-    runs:Counter,      # run -> count
-    base_file:Path,    # sentencepiece model of the base
-)->tuple[Counter, dict[str, str]]:  # the runs with one character for each base token, and what each stands for
+    runs: Counter,  # run -> count
+    base_file: Path,  # sentencepiece model of the base
+) -> tuple[
+    Counter, dict[str, str]
+]:  # the runs with one character for each base token, and what each stands for
     "Runs as the base cuts them"
     sp, private, out = base_cutter(base_file), {}, Counter()
     known = {t for t, _ in _normal(base_file) if len(t) > 1}
     rows = iter(runs.items())
     while batch := list(itertools.islice(rows, 50_000)):
         for (_, k), toks in zip(batch, sp.encode([r for r, _ in batch], out_type=str), strict=True):
-            out[''.join(private.setdefault(t, chr(0xf0000 + len(private))) if t in known else t for t in toks)] += k
+            out[
+                "".join(
+                    private.setdefault(t, chr(0xF0000 + len(private))) if t in known else t
+                    for t in toks
+                )
+            ] += k
     return out, {v: k for k, v in private.items()}
 
+
 def from_symbols(
-    pieces:list[Piece],  # trained on symbols
-    back:dict[str, str], # what each symbol stands for
-)->list[Piece]:  # in characters; each once; without what is one token of the base
+    pieces: list[Piece],  # trained on symbols
+    back: dict[str, str],  # what each symbol stands for
+) -> list[Piece]:  # in characters; each once; without what is one token of the base
     "Pieces as text"
     seen, out = set(back.values()), []
     for p in pieces:
-        t = ''.join(back.get(c, c) for c in p.piece)
-        if t not in seen: seen.add(t); out.append(p._replace(piece=t))
+        t = "".join(back.get(c, c) for c in p.piece)
+        if t not in seen:
+            seen.add(t)
+            out.append(p._replace(piece=t))
     return out
 
+
 # %% ../nbs/02_tokenizer.ipynb #1d508521
-def _check(corpus, lang='zh', n_pieces=0, n_chars=0, script='Han', lexicons=None, opencc=None, method='bpe', base='mixtral', max_chars=1, memory_chars=1, **_):
+def _check(
+    corpus,
+    lang="zh",
+    n_pieces=0,
+    n_chars=0,
+    script="Han",
+    lexicons=None,
+    opencc=None,
+    method="bpe",
+    base="mixtral",
+    max_chars=1,
+    memory_chars=1,
+    **_,
+):
     faults, p = [], Path(str(corpus))
-    if not p.exists(): faults.append(f'{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}')
+    if not p.exists():
+        faults.append(f"{p} does not exist, expected a corpus; run: cmixtral corpus --out {p}")
     faults += lang_faults(p, lang)
     for k, v in dict(n_pieces=n_pieces, max_chars=max_chars, memory_chars=memory_chars).items():
-        if v < 1: faults.append(f'{k} is {v}, expected at least 1')
-    if (n_chars or 0) < 0: faults.append(f'n_chars is {n_chars}, expected at least 0')
-    if (n_chars or 0) > n_pieces > 0: faults.append(f'n_chars is {n_chars}, more than all {n_pieces} pieces; raise n_pieces or lower n_chars')
-    if method not in ('bpe', 'continued'): faults.append(f'method is {method!r}, expected bpe or continued')
-    needs = [lambda: script_pattern(script), lambda: [_opencc(n) for _, n in parse_shares(opencc, 'opencc')],
-             lambda: [package_file('wordfreq', 'data', 'cmixtral_nb[lexicons]') if n == 'wordfreq' else
-                      lexicon_file(n) if n == 'jieba' else read_lexicon(n, script, lang) for _, n in parse_shares(lexicons)]]
-    if method == 'continued': needs.append(lambda: read_model(base_tokenizer_model(base)))
+        if v < 1:
+            faults.append(f"{k} is {v}, expected at least 1")
+    if (n_chars or 0) < 0:
+        faults.append(f"n_chars is {n_chars}, expected at least 0")
+    if (n_chars or 0) > n_pieces > 0:
+        faults.append(
+            f"n_chars is {n_chars}, more than all {n_pieces} pieces; raise n_pieces or lower n_chars"
+        )
+    if method not in ("bpe", "continued"):
+        faults.append(f"method is {method!r}, expected bpe or continued")
+    needs = [
+        lambda: script_pattern(script),
+        lambda: [_opencc(n) for _, n in parse_shares(opencc, "opencc")],
+        lambda: [
+            package_file("wordfreq", "data", "cmixtral_nb[lexicons]")
+            if n == "wordfreq"
+            else lexicon_file(n)
+            if n == "jieba"
+            else read_lexicon(n, script, lang)
+            for _, n in parse_shares(lexicons)
+        ],
+    ]
+    if method == "continued":
+        needs.append(lambda: read_model(base_tokenizer_model(base)))
     for need in needs:
-        try: need()
-        except StageError as e: faults += e.args
-    if faults: raise StageError(*faults)
+        try:
+            need()
+        except StageError as e:
+            faults += e.args
+    if faults:
+        raise StageError(*faults)
+
 
 # %% ../nbs/02_tokenizer.ipynb #1a8e1768
-@stage('pieces', inputs=('corpus', 'lexicons', 'base'), ignore=('workers',), check=_check, schema=2)
+@stage("pieces", inputs=("corpus", "lexicons", "base"), ignore=("workers",), check=_check, schema=2)
 def tokenizer(
-    corpus:Path,                 # corpus folder, or a jsonl or text file
-    out:Path,                    # folder to write
-    lang:str='zh',               # language of the corpus to learn from
-    script:str='Han',            # script of the pieces, by its Unicode name; several with blanks between them
-    marks:bool=True,             # a piece may begin with one punctuation mark or blank
-    n_pieces:int=40000,          # candidates: single characters and merges together
-    n_chars:int=None,            # single characters among them, the most frequent; None: a fifth of n_pieces; 0: all that occur
-    max_chars:int=16,            # longest piece, in characters
-    limit_chars:int=0,           # characters of text to read; 0: all
-    lexicons:list[str]=None,     # word lists to mix in, "SHARE:NAME" each: jieba, wordfreq, or a file of word<TAB>count
-    opencc:list[str]=None,       # share of everything to convert, "SHARE:CONVERSION" each, such as 0.1:s2t
-    method:str='bpe',            # 'bpe', or 'continued': merge on from the tokens of the base
-    base:str='mixtral',          # base tokenizer, for 'continued'
-    memory_chars:int=24_000_000, # characters of different runs to train on, some 70 bytes of memory each; more are thinned
-    workers:int=2,               # processes that count
+    corpus: Path,  # corpus folder, or a jsonl or text file
+    out: Path,  # folder to write
+    lang: str = "zh",  # language of the corpus to learn from
+    script: str = "Han",  # script of the pieces, by its Unicode name; several with blanks between them
+    marks: bool = True,  # a piece may begin with one punctuation mark or blank
+    n_pieces: int = 40000,  # candidates: single characters and merges together
+    n_chars: int = None,  # single characters among them, the most frequent; None: a fifth of n_pieces; 0: all that occur
+    max_chars: int = 16,  # longest piece, in characters
+    limit_chars: int = 0,  # characters of text to read; 0: all
+    lexicons: list[
+        str
+    ] = None,  # word lists to mix in, "SHARE:NAME" each: jieba, wordfreq, or a file of word<TAB>count
+    opencc: list[
+        str
+    ] = None,  # share of everything to convert, "SHARE:CONVERSION" each, such as 0.1:s2t
+    method: str = "bpe",  # 'bpe', or 'continued': merge on from the tokens of the base
+    base: str = "mixtral",  # base tokenizer, for 'continued'
+    memory_chars: int = 24_000_000,  # characters of different runs to train on, some 70 bytes of memory each; more are thinned
+    workers: int = 2,  # processes that count
 ):
     "Train candidate pieces on the runs of one script"
-    mixed, stats = _training_runs(corpus_texts(corpus, lang, limit_chars=limit_chars), out, script, marks, workers, lexicons, opencc, lang, memory_chars)
-    require(mixed, f'{corpus} holds no {script} characters; give another corpus, or run: cmixtral tokenizer --script SCRIPT')
-    counts = char_counts(mixed, script); n_all, chars = len(counts), frequent_chars(counts, n_pieces // 5 if n_chars is None else n_chars)
-    require(len(chars) <= n_pieces, f'the text has {len(chars):,} different characters, more than {n_pieces:,} pieces; raise n_pieces or set n_chars')
+    mixed, stats = _training_runs(
+        corpus_texts(corpus, lang, limit_chars=limit_chars),
+        out,
+        script,
+        marks,
+        workers,
+        lexicons,
+        opencc,
+        lang,
+        memory_chars,
+    )
+    require(
+        mixed,
+        f"{corpus} holds no {script} characters; give another corpus, or run: cmixtral tokenizer --script SCRIPT",
+    )
+    counts = char_counts(mixed, script)
+    n_all, chars = (
+        len(counts),
+        frequent_chars(counts, n_pieces // 5 if n_chars is None else n_chars),
+    )
+    require(
+        len(chars) <= n_pieces,
+        f"the text has {len(chars):,} different characters, more than {n_pieces:,} pieces; raise n_pieces or set n_chars",
+    )
     mixed = split_runs(mixed, chars)
     pieces = _train(mixed, out, n_pieces, max_chars, workers, script, method, base)
-    write_pieces(out/'pieces.tsv', pieces)
+    write_pieces(out / "pieces.tsv", pieces)
     n = Counter(p.kind for p in pieces)
-    say('tokenizer', f'{len(pieces):,} candidates from {stats["n_run_chars"]:,} characters of {script} runs: {n["char"]:,} of {n_all:,} characters, {n["word"]:,} words')
-    return dict(n_pieces=len(pieces), n_chars=n['char'], n_words=n['word'], n_distinct_chars=n_all, **stats)
+    say(
+        "tokenizer",
+        f"{len(pieces):,} candidates from {stats['n_run_chars']:,} characters of {script} runs: {n['char']:,} of {n_all:,} characters, {n['word']:,} words",
+    )
+    return dict(
+        n_pieces=len(pieces), n_chars=n["char"], n_words=n["word"], n_distinct_chars=n_all, **stats
+    )
+
 
 # %% ../nbs/02_tokenizer.ipynb #cd7e843b
-def _training_runs(texts, out:Path, script, marks, workers, lexicons, opencc, lang, memory_chars)->tuple[Counter, dict]:
+def _training_runs(
+    texts, out: Path, script, marks, workers, lexicons, opencc, lang, memory_chars
+) -> tuple[Counter, dict]:
     "What the trainer sees, and how much it was"
-    f = count_runs(texts, out/'corpus.runs', script, marks, workers)
+    f = count_runs(texts, out / "corpus.runs", script, marks, workers)
     n = mass(read_runs(f))
-    mixed = mix_runs(run_sources(f, lexicons, opencc, script, lang), memory_chars) if n else Counter()
+    mixed = (
+        mix_runs(run_sources(f, lexicons, opencc, script, lang), memory_chars) if n else Counter()
+    )
     f.unlink()
-    return mixed, dict(n_run_chars=n, n_train_chars=mass(mixed.items()), n_distinct_run_chars=sum(map(len, mixed)))
+    return mixed, dict(
+        n_run_chars=n, n_train_chars=mass(mixed.items()), n_distinct_run_chars=sum(map(len, mixed))
+    )
 
-def _train(runs:Counter, out:Path, n_pieces, max_chars, threads, script, method, base)->list[Piece]:
+
+def _train(
+    runs: Counter, out: Path, n_pieces, max_chars, threads, script, method, base
+) -> list[Piece]:
     "Pieces with their counts"
     back = {}
-    if method == 'continued': runs, back = base_symbols(runs, base_tokenizer_model(base))
-    own = script_pattern(script); n_extra = len({r[0] for r in runs if not own.match(r)} | back.keys())  # marks and symbols are pieces, too
-    f = train_pieces(runs, out/'spm.model', n_pieces + n_extra, max_chars, threads)
-    pieces = describe_pieces(f, f.with_suffix('.runs')); f.with_suffix('.runs').unlink()
-    if method == 'continued': f.unlink(); pieces = from_symbols(pieces, back)  # the model is in symbols, useless to others
+    if method == "continued":
+        runs, back = base_symbols(runs, base_tokenizer_model(base))
+    own = script_pattern(script)
+    n_extra = len(
+        {r[0] for r in runs if not own.match(r)} | back.keys()
+    )  # marks and symbols are pieces, too
+    f = train_pieces(runs, out / "spm.model", n_pieces + n_extra, max_chars, threads)
+    pieces = describe_pieces(f, f.with_suffix(".runs"))
+    f.with_suffix(".runs").unlink()
+    if method == "continued":
+        f.unlink()
+        pieces = from_symbols(pieces, back)  # the model is in symbols, useless to others
     own = run_pattern(script)
     return [p for p in pieces if own.fullmatch(p.piece)]

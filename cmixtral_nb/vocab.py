@@ -6,343 +6,198 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['processor', 'read_bpe', 'extend_model', 'chars_per_token', 'bare', 'unreachable', 'sp_merges', 'build_fast',
-           'write_tokenizer', 'load_tokenizer', 'encode_plain', 'append_special', 'hostile_texts', 'smallest',
-           'certify', 'certificate_texts', 'vocab', 'compare_tokenizers']
+__all__ = ["extend_model", "vocab", "compare_tokenizers"]
 
 # %% ../nbs/04_vocab.ipynb #62d17c21
-import random, shutil, tempfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
-from .artifact import *
-from .corpus import *
-from .tokenizer import *
-from .search import *
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/04_vocab.ipynb #5766a1ba
-def processor(
-    model,  # ModelProto, or a sentencepiece file
-)->SentencePieceProcessor:
-    "A sentencepiece model that is ready to encode"
-    import sentencepiece as spm
-    if isinstance(model, (str, Path)): return spm.SentencePieceProcessor(model_file=str(model))
-    return spm.SentencePieceProcessor(model_proto=model.SerializeToString())
+from cmixtral_nb.tokenizer_files import (
+    append_special,
+    chars_per_token,
+    load_tokenizer,
+    processor,
+    read_bpe,
+    write_tokenizer,
+)
+
+from .certificate import certificate_texts, certify, hostile_texts
+from .machine import say
+from .pieces import Piece, base_tokenizer_model, read_pieces
+from .search import base_pieces, read_choice, scores_below, select_pieces
+from .stages import Artifact, StageError, require, stage, write_json, write_text
+
 
 # %% ../nbs/04_vocab.ipynb #6c025d14
-def read_bpe(
-    model_file:str|Path,  # sentencepiece model
-):  # ModelProto
-    "A sentencepiece model; `StageError` unless its pieces are merges"
-    m = read_model(model_file)
-    kind = {1: 'unigram', 2: 'BPE', 3: 'word', 4: 'character'}.get(m.trainer_spec.model_type)
-    require(kind == 'BPE', f'{model_file} is a {kind} model, expected BPE; extend another base')
-    return m
-
 def extend_model(
-    base_file:str|Path,  # sentencepiece model, BPE
-    pieces:list[Piece],  # to append, first merge first
+    base_file: str | Path,  # sentencepiece model, BPE
+    pieces: list[Piece],  # to append, first merge first
 ):  # ModelProto
     "Append pieces with scores that fall from just below the lowest of the base"
-    m = read_bpe(base_file); old = {p.piece for p in m.pieces}
+    m = read_bpe(base_file)
+    old = {p.piece for p in m.pieces}
     new = [p.piece for p in pieces if p.piece not in old]
     lowest = min(p.score for p in m.pieces if p.type == 1)
-    for t, s in zip(new, scores_below(lowest, len(new))): m.pieces.add(piece=t, score=s)
+    for t, s in zip(new, scores_below(lowest, len(new))):
+        m.pieces.add(piece=t, score=s)
     m.trainer_spec.vocab_size = len(m.pieces)
     return m
 
-# %% ../nbs/04_vocab.ipynb #bf157787
-def chars_per_token(
-    sp:SentencePieceProcessor,  # a sentencepiece model
-    texts:list[str],            # documents
-)->float:
-    "Characters of text that one token stands for"
-    return sum(map(len, texts)) / max(1, sum(map(len, sp.encode(texts))))
-
-# %% ../nbs/04_vocab.ipynb #c5d03d9e
-def bare(
-    sp:SentencePieceProcessor,
-)->SentencePieceProcessor:
-    "The same without the ▁ that is put in front of a text"
-    from sentencepiece import sentencepiece_model_pb2 as pb
-    m = pb.ModelProto.FromString(sp.serialized_model_proto()); m.normalizer_spec.add_dummy_prefix = False
-    return processor(m)
-
-def unreachable(
-    sp:SentencePieceProcessor,  # extended model
-    first:int=0,                # id of the first piece to try
-)->list[str]:  # pieces that their own text does not give
-    "Pieces that are never used: encoding their text gives other tokens"
-    texts = [sp.id_to_piece(i) for i in range(first, len(sp)) if not (sp.is_control(i) or sp.is_unused(i))]
-    return [t for t, x in zip(texts, bare(sp).encode(texts, out_type=str), strict=True) if x != [t]]
-
-# %% ../nbs/04_vocab.ipynb #829a6a0e
-def sp_merges(
-    model,  # ModelProto
-)->list[tuple[str, str]]:  # the highest score first; equal scores in the order of ids
-    "Every way to join two pieces into a third: what sentencepiece tries when it encodes"
-    score = {p.piece: (-p.score, i) for i, p in enumerate(model.pieces) if p.type == 1}
-    found = [(score[t], t[:i], t[i:]) for t in score for i in range(1, len(t)) if t[:i] in score and t[i:] in score]
-    return [(a, b) for _, a, b in sorted(found)]
-
-def build_fast(
-    model_file:str|Path,  # sentencepiece model, BPE with byte fallback
-)->Tokenizer:
-    "The same tokenizer for the library `tokenizers`, built from the sentencepiece model itself"
-    from tokenizers import Tokenizer, models, normalizers, decoders, processors, AddedToken
-    m = read_bpe(model_file); names, t = [p.piece for p in m.pieces], m.trainer_spec
-    tok = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(names)}, merges=sp_merges(m), unk_token=names[t.unk_id],
-                               fuse_unk=True, byte_fallback=t.byte_fallback))
-    prefix = m.normalizer_spec.add_dummy_prefix
-    tok.normalizer = normalizers.Sequence([normalizers.Prepend('▁')]*prefix + [normalizers.Replace(' ', '▁')])
-    tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(' ', 1, 0)]*prefix)
-    tok.add_special_tokens([AddedToken(p.piece, special=True, normalized=False) for p in m.pieces if p.type in (2, 3)])
-    bos = names[t.bos_id]
-    tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A', pair=f'{bos} $A {bos}:1 $B:1', special_tokens=[(bos, t.bos_id)])
-    return tok
-
-# %% ../nbs/04_vocab.ipynb #cdf5d512
-def write_tokenizer(
-    model_file:str|Path,  # sentencepiece model, BPE
-    out:str|Path,         # folder, made where it is missing
-)->Path:  # out
-    "All files of a Hugging Face tokenizer for a sentencepiece model"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    m = read_model(model_file); t = m.trainer_spec
-    special = {f'{k}_token': m.pieces[i].piece for k, i in dict(bos=t.bos_id, eos=t.eos_id, unk=t.unk_id).items()}
-    build_fast(model_file).save(str(out/'tokenizer.json'))
-    write_json(out/'special_tokens_map.json', special)
-    write_json(out/'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', **special, add_bos_token=True, add_eos_token=False,
-        clean_up_tokenization_spaces=False, model_max_length=10**30, additional_special_tokens=[]))
-    if Path(model_file).resolve() != (out/'tokenizer.model').resolve(): shutil.copyfile(model_file, out/'tokenizer.model')
-    return out
-
-def load_tokenizer(
-    folder:Artifact|str|Path,  # holds tokenizer.json
-)->PreTrainedTokenizerBase:
-    "The tokenizer of a folder: an artifact, a model, an adapter"
-    p = Path(getattr(folder, 'path', folder))
-    require((p/'tokenizer.json').is_file(), f'{p} holds no tokenizer.json, expected a tokenizer; run: cmixtral vocab --out {p}')
-    from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(str(p), trust_remote_code=False)
-    except Exception as e:
-        raise StageError(f'{p}: the tokenizer cannot be loaded ({type(e).__name__}: {" ".join(str(e).split())[:150]}); '
-            f'run: cmixtral vocab --force --out {p}') from None
-
-# %% ../nbs/04_vocab.ipynb #3f2ff243
-def encode_plain(
-    tok:PreTrainedTokenizerBase|Tokenizer,  # a loaded tokenizer
-    texts:list[str],                        # documents
-)->list[list[int]]:  # ids, without BOS and EOS
-    "Encode text as text: `<s>` or a chat marker in a document is spelled out and never becomes the control token"
-    fast = getattr(tok, 'backend_tokenizer', tok)
-    if not hasattr(fast, 'encode_special_tokens'):
-        return [tok(t, add_special_tokens=False, split_special_tokens=True)['input_ids'] for t in texts]
-    was, fast.encode_special_tokens = fast.encode_special_tokens, True
-    try: return [e.ids for e in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-    finally: fast.encode_special_tokens = was
-
-# %% ../nbs/04_vocab.ipynb #364c2542
-def append_special(
-    model,             # ModelProto, changed
-    tokens:list[str],  # control tokens
-    multiple:int=0,    # of the vocabulary with all that was appended; 0: any size
-)->list[tuple[int, str, str]]:  # id, piece, 'control' or 'unused'
-    "Append control tokens, and unused pieces up to a multiple"
-    T, first, lowest = type(model.pieces[0]).Type.Value, len(model.pieces), min(p.score for p in model.pieces)
-    for t in tokens: model.pieces.add(piece=t, score=0, type=T('CONTROL'))
-    for i in range(-len(model.pieces) % multiple if multiple else 0): model.pieces.add(piece=f'<unused{i}>', score=lowest, type=T('UNUSED'))
-    model.trainer_spec.vocab_size = len(model.pieces)
-    return [(i, p.piece, 'control' if p.type == 3 else 'unused') for i, p in enumerate(model.pieces)][first:]
-
-# %% ../nbs/04_vocab.ipynb #0beeac9f
-_odd = ['\t', '\n', '\r\n', '\x00', '\x1b', '\x7f', '\u0085', '\u3000', '\u00a0', '\u200b', '\u200d', '\u2028', '\ufeff', '\ufffd', '\U000e0041',
-        '😀', '👩‍👩‍👧', '🇨🇳', 'é', 'e\u0301', 'ﬁ', 'ß', '〈', '％', '１', '､']
-_markers = ['<s>', '</s>', '<unk>', '<0x41>', '<pad>', '<unused0>', '<|beginofutterance|>', '<|endofutterance|>', '[INST]', '<|im_start|>']
-
-def hostile_texts(
-    n:int,                     # how many
-    pieces:list[str],          # pieces to weave in
-    seed:int=0,                # of the random choice
-    real:list[str]|None=None,  # documents to cut and change; every third string comes from these
-)->list[str]:
-    "Short strings of all that tokenizers trip over: runs of blanks, tabs, NUL, emoji, rare and unassigned characters, control tokens"
-    rng = random.Random(seed); pick = rng.choice
-    parts = [lambda: ' ' * rng.randint(1, 45), lambda: pick(_odd) * rng.randint(1, 4), lambda: pick(_markers),
-             lambda: chr(pick([rng.randint(0x4e00, 0x9fff), rng.randint(0x20000, 0x323af), rng.randint(0xac00, 0xd7a3), rng.randint(33, 0x2fff), rng.randint(0xe000, 0x10ffff)])),
-             lambda: ''.join(rng.choices('abcdefghij ABC0123456789.,;:(){}<>/\\_-', k=rng.randint(1, 12))),
-             lambda: ''.join(rng.choices(pieces, k=rng.randint(1, 4)))]
-    def mutated():
-        t = pick(real); i = rng.randrange(len(t) + 1); t = list(t[i:i + rng.randint(1, 60)])
-        for _ in range(rng.randint(1, 4)): j = rng.randrange(len(t) + 1); t[j:j + rng.randint(0, 2)] = pick(parts)()
-        return ''.join(t)
-    def made(): return ''.join(pick(parts)() for _ in range(rng.randint(0, 9)))
-    return [(mutated() if real and i % 3 == 0 else made()).replace('▁', '_') for i in range(n)]
-
-# %% ../nbs/04_vocab.ipynb #d8ed2c03
-def smallest(
-    text:str,                    # that fails
-    fails:Callable[[str], bool], # whether a text fails
-)->str:  # a part that fails, from which no further character can be taken
-    "The least text that shows a fault"
-    step = max(1, len(text) // 2)
-    while step:
-        i = 0
-        while i < len(text):
-            less = text[:i] + text[i+step:]
-            if less and fails(less): text = less
-            else: i += step
-        step //= 2
-    return text
-
-# %% ../nbs/04_vocab.ipynb #37361040
-def _line(check:str, cases:int, bad:list[str], fails=None)->dict:
-    "A line of the certificate; the shortest failing texts, made as small as they can be"
-    shown = sorted(bad, key=len)[:3]
-    return dict(check=check, cases=cases, failed=len(bad), examples=[repr(smallest(b[:500], fails) if fails and fails(b[:500]) else b)[:80] for b in shown])
-
-def _pieces_lines(base, new)->list[dict]:
-    "What can be said of the pieces without a text"
-    n, own = len(base), [base.id_to_piece(i) for i in range(len(base))]
-    def row(sp, i): return sp.id_to_piece(i), sp.get_score(i), sp.is_control(i), sp.is_unknown(i), sp.is_byte(i)
-    added = [new.id_to_piece(i) for i in range(n, len(new)) if not (new.is_control(i) or new.is_unused(i))]
-    known = {new.id_to_piece(i) for i in range(len(new))}
-    return [_line('old pieces keep ids, scores and types', n, [p for i, p in enumerate(own) if row(base, i) != row(new, i)]),
-        _line('old pieces are cut as before', n, [p for p, a, b in zip(own, bare(base).encode(own), bare(new).encode(own), strict=True) if a != b]),
-        _line('new pieces reachable', len(added), unreachable(new, n)),
-        _line('new pieces have all their characters', len(added), [p for p in added if not known.issuperset(p)])]
-
-# %% ../nbs/04_vocab.ipynb #b77473e8
-def certify(
-    base:SentencePieceProcessor,  # before
-    new:SentencePieceProcessor,   # after
-    tok:PreTrainedTokenizerBase,  # what the folder loads as
-    texts:list[str],              # real and hostile
-    script:str='Han',             # of the new pieces: ids of texts without it must not change
-)->list[dict]:  # check, cases, failed, examples
-    "What an extended tokenizer must keep and what it must do; a certificate has no line with a failure"
-    ids, fast, own = new.encode(texts), encode_plain(tok, texts), script_pattern(script)
-    again, some = _reloaded(tok), texts[:1000] + texts[-1000:]
-    never = {i for i in range(len(new)) if new.is_control(i) or new.is_unknown(i) or new.is_unused(i)}
-    names = [f'{a}{new.id_to_piece(i)}{b}' for i in sorted(never) for a, b in (('', ''), ('a ', ' b'), ('中', '文'))]
-    def plain(t): return encode_plain(tok, [t])[0]
-    def with_bos(t): return tok(t, split_special_tokens=True)['input_ids'] != [new.bos_id(), *new.encode(t)]
-    def changed(t): return not own.search(t) and base.encode(t) != new.encode(t)
-    old = [t for t in texts if not own.search(t)]
-    return [*_pieces_lines(base, new),
-        _line(f'ids of texts without {script} unchanged', len(old), [t for t, a in zip(old, base.encode(old), strict=True) if a != new.encode(t)], changed),
-        _line('decoding gives the text back', len(texts), [t for t, a in zip(texts, new.decode(ids), strict=True) if a != t], lambda t: new.decode(new.encode(t)) != t),
-        _line('fast tokenizer equals sentencepiece', len(texts), [t for t, a, b in zip(texts, ids, fast, strict=True) if a != b], lambda t: plain(t) != new.encode(t)),
-        _line('saved and loaded again, the same', len(some), [t for t, a in zip(some, encode_plain(again, some), strict=True) if a != plain(t)]),
-        _line('no control token from plain text', len(texts) + len(names), [t for t, a, b in zip(texts + names, ids + new.encode(names),
-            fast + encode_plain(tok, names), strict=True) if never & {*a, *b}], lambda t: bool(never & {*plain(t), *new.encode(t)})),
-        _line('with special tokens: BOS, then the same ids', len(some), [t for t in some if with_bos(t)], with_bos)]
-
-def _reloaded(tok):
-    with tempfile.TemporaryDirectory() as d: tok.save_pretrained(d); return load_tokenizer(d)
-
-# %% ../nbs/04_vocab.ipynb #a1cfad34
-def _take(docs:Iterable[str], limit_chars:int)->list[str]:
-    "Documents until there are `limit_chars` characters"
-    out, n = [], 0
-    for t in docs:
-        out.append(t); n += len(t)
-        if n >= limit_chars: break
-    return out
-
-def certificate_texts(
-    corpus:Artifact|str|Path|None,  # a corpus, or None
-    script:str='Han',               # script of the new pieces
-    limit_chars:int=1_000_000,      # of each source
-)->tuple[list[str], list[str]]:  # lines to certify with; documents in the script to measure with
-    "Text to certify with: what ships, and the held-out part of a corpus; the documents to measure with are held out where there are any"
-    shipped = {l: _take((r['text'] for r in read_docs(f'builtin:{l}')), limit_chars) for l in ('en', 'zh')}
-    held = {l: _take(corpus_texts(corpus, l, 'valid'), limit_chars) for l in (corpus_langs(corpus) if corpus else [])}
-    lines = [l for docs in [*shipped.values(), *held.values()] for t in docs for l in t.replace('▁', '_').split('\n')]
-    measure = [t for l, docs in held.items() if set(script.split()) & set(lang_script(l).split()) for t in docs]
-    return lines, measure or shipped['zh']
 
 # %% ../nbs/04_vocab.ipynb #cf8badb1
-def _check(pieces, base='mixtral', search=None, n_pieces=0, n_chars=0, script='Han', corpus=None, tokens=None, multiple=0, n_hostile=5000, limit_chars=1_000_000, **_):
-    faults = [f'{k} is {v}, expected at least 0' for k, v in dict(n_pieces=n_pieces, n_chars=n_chars, multiple=multiple).items() if v < 0]
-    if not n_pieces and not search: faults.append('how many pieces? give a number or a search: cmixtral vocab --n-pieces N, or cmixtral vocab --search DIR')
-    for k, v, least in (('n_hostile', n_hostile, 1000), ('limit_chars', limit_chars, 10_000)):
-        if v < least: faults.append(f'{k} is {v}, expected at least {least}: there is no tokenizer without a certificate')
-    needs = [lambda: read_pieces(pieces, script), lambda: _check_tokens(base_tokenizer_model(base), tokens or [])]
-    if search and not n_pieces: needs.append(lambda: read_choice(search))
-    if corpus: needs.append(lambda: Artifact.load(corpus, 'corpus'))
+def _check(
+    pieces,
+    base="mixtral",
+    search=None,
+    n_pieces=0,
+    n_chars=0,
+    script="Han",
+    corpus=None,
+    tokens=None,
+    multiple=0,
+    n_hostile=5000,
+    limit_chars=1_000_000,
+    **_,
+):
+    faults = [
+        f"{k} is {v}, expected at least 0"
+        for k, v in dict(n_pieces=n_pieces, n_chars=n_chars, multiple=multiple).items()
+        if v < 0
+    ]
+    if not n_pieces and not search:
+        faults.append(
+            "how many pieces? give a number or a search: cmixtral vocab --n-pieces N, or cmixtral vocab --search DIR"
+        )
+    for k, v, least in (("n_hostile", n_hostile, 1000), ("limit_chars", limit_chars, 10_000)):
+        if v < least:
+            faults.append(
+                f"{k} is {v}, expected at least {least}: there is no tokenizer without a certificate"
+            )
+    needs = [
+        lambda: read_pieces(pieces, script),
+        lambda: _check_tokens(base_tokenizer_model(base), tokens or []),
+    ]
+    if search and not n_pieces:
+        needs.append(lambda: read_choice(search))
+    if corpus:
+        needs.append(lambda: Artifact.load(corpus, "corpus"))
     for need in needs:
-        try: need()
-        except StageError as e: faults += e.args
-    if faults: raise StageError(*dict.fromkeys(faults))
+        try:
+            need()
+        except StageError as e:
+            faults += e.args
+    if faults:
+        raise StageError(*dict.fromkeys(faults))
 
-def _check_tokens(base_file:Path, tokens:list[str]):
+
+def _check_tokens(base_file: Path, tokens: list[str]):
     "Control tokens have no blanks, are new and stand once"
     old = {p.piece for p in read_bpe(base_file).pieces}
-    bad = [t for i, t in enumerate(tokens) if not t or any(c.isspace() or c == '▁' for c in t) or t in old or t in tokens[:i]]
-    require(not bad, f'tokens: {", ".join(map(repr, bad))}: expected control tokens without blanks, each once, that the base does not have')
+    bad = [
+        t
+        for i, t in enumerate(tokens)
+        if not t or any(c.isspace() or c == "▁" for c in t) or t in old or t in tokens[:i]
+    ]
+    require(
+        not bad,
+        f"tokens: {', '.join(map(repr, bad))}: expected control tokens without blanks, each once, that the base does not have",
+    )
 
-def _certified(out:Path, base, new, lines:list[str], script:str)->dict:
+
+def _certified(out: Path, base, new, lines: list[str], script: str) -> dict:
     "Write the certificate, or stop with the lines that failed"
     cert = certify(base, new, load_tokenizer(out), lines, script)
-    write_json(out/'certificate.json', cert)
-    if bad := [l for l in cert if l['failed']]:
-        raise StageError(*[
-            f'certificate: {l["check"]}: {l["failed"]:,} of {l["cases"]:,} failed, such as {l["examples"][0]}; append other pieces' for l in bad])
-    return {l['check']: dict(cases=l['cases'], failed=l['failed']) for l in cert}
+    write_json(out / "certificate.json", cert)
+    if bad := [l for l in cert if l["failed"]]:
+        raise StageError(
+            *[
+                f"certificate: {l['check']}: {l['failed']:,} of {l['cases']:,} failed, such as {l['examples'][0]}; append other pieces"
+                for l in bad
+            ]
+        )
+    return {l["check"]: dict(cases=l["cases"], failed=l["failed"]) for l in cert}
+
 
 # %% ../nbs/04_vocab.ipynb #718a224b
-def _write(out:Path, model, new:list[Piece], first:int, special:list):
+def _write(out: Path, model, new: list[Piece], first: int, special: list):
     "The tokenizer, and the table of what is new"
-    (out/'tokenizer.model').write_bytes(model.SerializeToString())
-    write_tokenizer(out/'tokenizer.model', out)
-    rows = [(i, p.piece, f'{model.pieces[i].score:.0f}', p.kind, p.count) for i, p in enumerate(new, first)] + [(*s[:2], 0, s[2], 0) for s in special]
-    write_text(out/'pieces.tsv', 'id\tpiece\tscore\tkind\tcount\n' + ''.join('\t'.join(map(str, r)) + '\n' for r in rows))
+    (out / "tokenizer.model").write_bytes(model.SerializeToString())
+    write_tokenizer(out / "tokenizer.model", out)
+    rows = [
+        (i, p.piece, f"{model.pieces[i].score:.0f}", p.kind, p.count)
+        for i, p in enumerate(new, first)
+    ] + [(*s[:2], 0, s[2], 0) for s in special]
+    write_text(
+        out / "pieces.tsv",
+        "id\tpiece\tscore\tkind\tcount\n" + "".join("\t".join(map(str, r)) + "\n" for r in rows),
+    )
+
 
 # %% ../nbs/04_vocab.ipynb #d9097fd0
-@stage('tokenizer', inputs=('pieces', 'base', 'search', 'corpus'), check=_check, schema=2)
+@stage("tokenizer", inputs=("pieces", "base", "search", "corpus"), check=_check, schema=2)
 def vocab(
-    pieces:Path,             # folder of candidates, table of pieces, or sentencepiece model
-    out:Path,                # folder to write
-    base:str='mixtral',      # base tokenizer: 'mixtral', a folder, or a sentencepiece file
-    search:Path=None,        # search folder: takes its choice where n_pieces is 0
-    n_pieces:int=0,          # pieces to append; 0: as the search chose
-    n_chars:int=0,           # single characters of the extended vocabulary, the base's included; 0: as the search chose, else by tokens saved
-    tokens:list[str]=None,   # control tokens to append, such as those of a chat template
-    multiple:int=0,          # fill the vocabulary up to a multiple with unused pieces; 0: no
-    corpus:Path=None,        # corpus whose held-out texts the certificate reads and measures as well
-    script:str='Han',        # script of the pieces
-    limit_chars:int=1000000, # characters of each source for the certificate
-    n_hostile:int=5000,      # hostile strings in the certificate
-    seed:int=0,              # of the hostile strings
+    pieces: Path,  # folder of candidates, table of pieces, or sentencepiece model
+    out: Path,  # folder to write
+    base: str = "mixtral",  # base tokenizer: 'mixtral', a folder, or a sentencepiece file
+    search: Path = None,  # search folder: takes its choice where n_pieces is 0
+    n_pieces: int = 0,  # pieces to append; 0: as the search chose
+    n_chars: int = 0,  # single characters of the extended vocabulary, the base's included; 0: as the search chose, else by tokens saved
+    tokens: list[str] = None,  # control tokens to append, such as those of a chat template
+    multiple: int = 0,  # fill the vocabulary up to a multiple with unused pieces; 0: no
+    corpus: Path = None,  # corpus whose held-out texts the certificate reads and measures as well
+    script: str = "Han",  # script of the pieces
+    limit_chars: int = 1000000,  # characters of each source for the certificate
+    n_hostile: int = 5000,  # hostile strings in the certificate
+    seed: int = 0,  # of the hostile strings
 ):
     "Append pieces to a base tokenizer and prove that nothing old has changed"
-    if search and not n_pieces: chosen = read_choice(search); n_pieces, n_chars = chosen[0], n_chars or chosen[1]
+    if search and not n_pieces:
+        chosen = read_choice(search)
+        n_pieces, n_chars = chosen[0], n_chars or chosen[1]
     base_file = base_tokenizer_model(base)
-    new = select_pieces(read_pieces(pieces, script), base_pieces(base_file, script), n_pieces, n_chars)
-    require(len(new) == n_pieces, f'{pieces} gives {len(new):,} pieces that can be built, {n_pieces:,} were asked for; '
-        'lower n_pieces, or run: cmixtral tokenizer --n-pieces N')
-    model = extend_model(base_file, new); first = len(model.pieces) - len(new)
+    new = select_pieces(
+        read_pieces(pieces, script), base_pieces(base_file, script), n_pieces, n_chars
+    )
+    require(
+        len(new) == n_pieces,
+        f"{pieces} gives {len(new):,} pieces that can be built, {n_pieces:,} were asked for; "
+        "lower n_pieces, or run: cmixtral tokenizer --n-pieces N",
+    )
+    model = extend_model(base_file, new)
+    first = len(model.pieces) - len(new)
     special = append_special(model, tokens or [], multiple)
     _write(out, model, new, first, special)
     lines, measure = certificate_texts(corpus, script, limit_chars)
     lines += hostile_texts(n_hostile, [p.piece for p in new], seed, [l for l in lines if l][::7])
     before, after = processor(base_file), processor(model)
-    cert, old, now = _certified(out, before, after, lines, script), chars_per_token(before, measure), chars_per_token(after, measure)
-    say('vocab', f'{first:,} + {len(model.pieces) - first:,} = {len(model.pieces):,} pieces, {old:.3f} -> {now:.3f} characters per token; '
-        + f'certificate: {len(cert)} checks, {sum(l["cases"] for l in cert.values()):,} cases, none failed')
-    return dict(n_base=first, n_pieces=len(new), n_chars=sum(p.kind == 'char' for p in new), n_special=len(special), n_vocab=len(model.pieces),
-                chars_per_token_base=old, chars_per_token=now, certificate=cert)
+    cert, old, now = (
+        _certified(out, before, after, lines, script),
+        chars_per_token(before, measure),
+        chars_per_token(after, measure),
+    )
+    say(
+        "vocab",
+        f"{first:,} + {len(model.pieces) - first:,} = {len(model.pieces):,} pieces, {old:.3f} -> {now:.3f} characters per token; "
+        + f"certificate: {len(cert)} checks, {sum(l['cases'] for l in cert.values()):,} cases, none failed",
+    )
+    return dict(
+        n_base=first,
+        n_pieces=len(new),
+        n_chars=sum(p.kind == "char" for p in new),
+        n_special=len(special),
+        n_vocab=len(model.pieces),
+        chars_per_token_base=old,
+        chars_per_token=now,
+        certificate=cert,
+    )
+
 
 # %% ../nbs/04_vocab.ipynb #9ffe1818
 def compare_tokenizers(
-    models:dict[str, str|Path],   # name -> sentencepiece model, or a folder that has one
-    texts:dict[str, list[str]],   # domain -> documents
-)->dict[str, dict[str, float]]:  # name -> domain -> characters per token; 'mean' is the mean over the domains
+    models: dict[str, str | Path],  # name -> sentencepiece model, or a folder that has one
+    texts: dict[str, list[str]],  # domain -> documents
+) -> dict[
+    str, dict[str, float]
+]:  # name -> domain -> characters per token; 'mean' is the mean over the domains
     "Characters per token of several tokenizers on the same texts"
     out = {}
     for name, path in models.items():

@@ -13,10 +13,10 @@ import torch
 from bench_merge import LAYERS, make, measure
 from safetensors.torch import save_file
 
-from cmixtral_nb.artifact import write_json
 from cmixtral_nb.init import METHODS
-from cmixtral_nb.tokenizer import base_tokenizer_model
-from cmixtral_nb.vocab import write_tokenizer
+from cmixtral_nb.pieces import base_tokenizer_model
+from cmixtral_nb.stages import write_json
+from cmixtral_nb.tokenizer_files import write_tokenizer
 
 INIT = """
 import sys

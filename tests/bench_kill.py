@@ -12,8 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from cmixtral_nb.artifact import Artifact
-from cmixtral_nb.pipeline import STEPS, run_states
+from cmixtral_nb.pipeline import run_states
+from cmixtral_nb.recipes import STEPS
+from cmixtral_nb.stages import Artifact
 
 
 def main(reference, seed=0):

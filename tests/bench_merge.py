@@ -71,9 +71,9 @@ def make(folder, layers, numbers=NUMBERS, shard_bytes=1_000_000_000, rank=RANK):
     "A Mixtral of random bfloat16 weights and an adapter on all of its attention and experts, written tensor by tensor"
     import torch
 
-    from cmixtral_nb.artifact import write_json
-    from cmixtral_nb.merge import plain_name, plan_shards
-    from cmixtral_nb.mixtral import tensor_files, write_index, write_tensors
+    from cmixtral_nb.adapters import plain_name
+    from cmixtral_nb.checkpoints import plan_shards, tensor_files, write_index, write_tensors
+    from cmixtral_nb.stages import write_json
 
     model, adapter = folder / "model", folder / "adapter"
     model.mkdir(parents=True)
@@ -181,8 +181,8 @@ def grow(folder, sizes):
 def beside_peft(folder):
     import torch
 
-    from cmixtral_nb.merge import plain_name
-    from cmixtral_nb.mixtral import load_tensor, tensor_files
+    from cmixtral_nb.adapters import plain_name
+    from cmixtral_nb.checkpoints import load_tensor, tensor_files
 
     here = Path(folder) / "peft"
     model, adapter = make(here, LAYERS[2])
@@ -206,8 +206,8 @@ def beside_peft(folder):
 
 def kill(folder, n=20, seed=0):
     "Kill a merge at random moments, run it again, compare with one that was left alone"
-    from cmixtral_nb.artifact import Artifact
     from cmixtral_nb.merge import merge
+    from cmixtral_nb.stages import Artifact
 
     here, rng = Path(folder) / "kill", random.Random(seed)
     model, adapter = make(

@@ -23,10 +23,11 @@ from contextlib import redirect_stdout
 from itertools import cycle
 from pathlib import Path
 
-from cmixtral_nb.artifact import peak_bytes, reset_peak
-from cmixtral_nb.corpus import read_docs
+from cmixtral_nb.documents import read_docs
+from cmixtral_nb.machine import peak_bytes, reset_peak
 from cmixtral_nb.pack import load_rows, pack
-from cmixtral_nb.vocab import base_tokenizer_model, load_tokenizer, write_tokenizer
+from cmixtral_nb.pieces import base_tokenizer_model
+from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
 
 TURNS = 3
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 LOAD = """
 import sys
-from cmixtral_nb.artifact import peak_bytes, reset_peak
+from cmixtral_nb.machine import peak_bytes, reset_peak
 import torch, transformers, peft, bitsandbytes, cmixtral_nb.qlora as q
 how, folder = sys.argv[1:]
 q.mixtral_linear(); from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralForCausalLM
@@ -54,7 +54,8 @@ def models():
     from peft import LoraConfig, get_peft_model
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from cmixtral_nb.qlora import add_lora, load_model
+    from cmixtral_nb.loading import load_model
+    from cmixtral_nb.qlora import add_lora
 
     tmp = Path(tempfile.mkdtemp())
     torch.manual_seed(0)

@@ -61,7 +61,8 @@ def make(work):
 
     from cmixtral_nb.mixtral import small_config
     from cmixtral_nb.pack import pack
-    from cmixtral_nb.vocab import base_tokenizer_model, write_tokenizer
+    from cmixtral_nb.pieces import base_tokenizer_model
+    from cmixtral_nb.tokenizer_files import write_tokenizer
 
     torch.manual_seed(0)
     MixtralForCausalLM(small_config(hidden=32, layers=1, intermediate=64, heads=2)).save_pretrained(

@@ -23,11 +23,13 @@ import threading
 import time
 from pathlib import Path
 
+from cmixtral_nb.certificate import hostile_texts
+from cmixtral_nb.conversations import read_conversations, translations
+from cmixtral_nb.engines import ask_engine, our_answers
 from cmixtral_nb.generate import encode_prompt, generate_text
-from cmixtral_nb.qlora import load_model
-from cmixtral_nb.serve import ask_engine, our_answers
-from cmixtral_nb.sft import _bpe, dropout_encoder, encode_chat, read_conversations, translations
-from cmixtral_nb.vocab import encode_plain, hostile_texts, load_tokenizer, processor
+from cmixtral_nb.loading import load_model
+from cmixtral_nb.sft import _bpe, dropout_encoder, encode_chat
+from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, processor
 
 
 def questions(n, control=False, seed=0):
@@ -203,7 +205,7 @@ def server(model, file, python, port=8123, seconds=60):
         [
             sys.executable,
             "-c",
-            "from cmixtral_nb.pipeline import main; raise SystemExit(main())",
+            "from cmixtral_nb.commands import main; raise SystemExit(main())",
             "serve",
             "--model",
             file,

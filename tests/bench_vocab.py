@@ -21,8 +21,10 @@ import sys
 import time
 from pathlib import Path
 
-from cmixtral_nb.artifact import StageError, write_json
-from cmixtral_nb.corpus import corpus, read_docs
+from cmixtral_nb.certificate import certify, hostile_texts
+from cmixtral_nb.corpus import corpus
+from cmixtral_nb.documents import read_docs
+from cmixtral_nb.pieces import base_tokenizer_model, read_pieces
 from cmixtral_nb.search import (
     base_pieces,
     growth,
@@ -34,16 +36,10 @@ from cmixtral_nb.search import (
     select_pieces,
     token_counts,
 )
-from cmixtral_nb.tokenizer import base_tokenizer_model, read_pieces, tokenizer
-from cmixtral_nb.vocab import (
-    certify,
-    chars_per_token,
-    encode_plain,
-    hostile_texts,
-    load_tokenizer,
-    processor,
-    vocab,
-)
+from cmixtral_nb.stages import StageError, write_json
+from cmixtral_nb.tokenizer import tokenizer
+from cmixtral_nb.tokenizer_files import chars_per_token, encode_plain, load_tokenizer, processor
+from cmixtral_nb.vocab import vocab
 
 BASE = base_tokenizer_model()
 MIXED = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])

@@ -189,7 +189,7 @@ def fresh(path):
     with tempfile.TemporaryDirectory() as tmp:
         shutil.copy(path, tmp)
         copy = Path(tmp) / path.name
-        code = f"import os; from pathlib import Path; import cmixtral_nb.site as s; s.execute({str(copy)!r})"
+        code = f"import os; from pathlib import Path; import cmixtral_nb.notebooks as s; s.execute({str(copy)!r})"
         r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if r.returncode:
             return [r.stderr.strip().splitlines()[-1]]

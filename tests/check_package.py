@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 IMPORTS = {
     "import cmixtral_nb": "import cmixtral_nb",
-    "cmixtral --help": "from cmixtral_nb.pipeline import main; main(['--help'])",
+    "cmixtral --help": "from cmixtral_nb.commands import main; main(['--help'])",
     "an empty Python": "pass",
 }
 

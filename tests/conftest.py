@@ -96,7 +96,7 @@ new_tokens = 4
 
 def cmixtral(*args, cwd=None, env=None, code="", timeout=600):
     "Run the command in a process of its own; `code` runs before it (to inject a fault)"
-    run = f"{code}\nimport sys\nfrom cmixtral_nb.pipeline import main\nsys.exit(main())"
+    run = f"{code}\nimport sys\nfrom cmixtral_nb.commands import main\nsys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", run, *map(str, args)],
         cwd=cwd,
@@ -121,7 +121,7 @@ def micro(tmp_path_factory):
 @pytest.fixture
 def cli(capsys):
     "Call the command in this process: (exit status, standard error as lines)"
-    from cmixtral_nb.pipeline import main
+    from cmixtral_nb.commands import main
 
     def call(*args):
         capsys.readouterr()

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmixtral_nb.artifact import StageError
 from cmixtral_nb.corpus import (
     Deduplicator,
     clean,
@@ -18,14 +17,11 @@ from cmixtral_nb.corpus import (
     corpus,
     corpus_langs,
     corpus_texts,
-    doc_files,
     is_heldout,
-    lang_script,
-    parse_sources,
-    read_docs,
-    script_pattern,
-    script_share,
 )
+from cmixtral_nb.documents import doc_files, parse_sources, read_docs
+from cmixtral_nb.languages import lang_script, script_pattern, script_share
+from cmixtral_nb.stages import StageError
 
 ROWS = [{"text": f"第{i}篇文章，讲词表扩充。", "source": "a"} for i in range(40)]
 
@@ -395,7 +391,7 @@ def test_limits_and_languages(here):
 
 
 def test_attribution_names_every_source_that_ships():
-    from cmixtral_nb.artifact import package_data
+    from cmixtral_nb.machine import package_data
 
     text = package_data("data/ATTRIBUTION.md").read_text(encoding="utf-8")
     n = Counter(

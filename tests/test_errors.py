@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from conftest import MICRO, cmixtral
 
-from cmixtral_nb.artifact import Artifact
+from cmixtral_nb.stages import Artifact
 
 
 def tree(path):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from cmixtral_nb import evaluate as ev
-from cmixtral_nb.artifact import StageError
+from cmixtral_nb import exams
+from cmixtral_nb.stages import StageError
 
 pytest.importorskip("lm_eval")
 GEO = "ceval-valid_high_school_geography"
@@ -61,7 +62,8 @@ def model(tmp_path_factory):
     from transformers import MixtralForCausalLM
 
     from cmixtral_nb.mixtral import small_config
-    from cmixtral_nb.vocab import base_tokenizer_model, write_tokenizer
+    from cmixtral_nb.pieces import base_tokenizer_model
+    from cmixtral_nb.tokenizer_files import write_tokenizer
 
     torch.manual_seed(0)
     d = write_tokenizer(base_tokenizer_model("mixtral"), tmp_path_factory.mktemp("model"))
@@ -76,13 +78,13 @@ def faults(*a, **kw):
 
 
 def test_rows_keep_quotes_and_lines(bench):
-    r = ev.read_rows(bench, GEO)
+    r = exams.read_rows(bench, GEO)
     assert (
         r["val"][0]["question"] == "中国的首都是____，\n请选择。"
         and r["val"][2]["B"] == "黄海,或渤海"
     )
     assert r["dev"][0].keys() == r["val"][0].keys()  # datasets wants the same columns
-    assert ev.read_rows(bench, "mmlu_anatomy")["test"] == [
+    assert exams.read_rows(bench, "mmlu_anatomy")["test"] == [
         dict(question="One, two?", choices=list("1234"), answer=2),
         dict(question="Three?", choices=["a", "b", "c, d", "e"], answer=0),
     ]
@@ -90,15 +92,15 @@ def test_rows_keep_quotes_and_lines(bench):
 
 def test_an_unpacked_folder_is_as_good(bench, tmp_path):
     zipfile.ZipFile(bench / "ceval.zip").extractall(tmp_path / "ceval")
-    assert ev.read_rows(tmp_path, GEO) == ev.read_rows(bench, GEO)
+    assert exams.read_rows(tmp_path, GEO) == exams.read_rows(bench, GEO)
 
 
 def test_hellaswag_forms(bench, tmp_path):
-    a, b = ev.read_rows(bench, "hellaswag")["validation"]
+    a, b = exams.read_rows(bench, "hellaswag")["validation"]
     assert (a["ctx_a"], a["ctx_b"]) == ("A man sits.", "he") and b["ctx_b"] == ""
     (tmp_path / "hellaswag_val.jsonl.gz").write_bytes(gzip.compress(json.dumps(a).encode()))
     (tmp_path / "hellaswag_train.jsonl").write_text(json.dumps(b))
-    assert ev.read_rows(tmp_path, "hellaswag") == dict(validation=[a], train=[b])
+    assert exams.read_rows(tmp_path, "hellaswag") == dict(validation=[a], train=[b])
 
 
 def test_every_fault_at_once(bench, tmp_path, model):
@@ -153,11 +155,11 @@ def test_other_requests_that_cannot_be(bench, tmp_path, model, monkeypatch):
 
 
 def test_the_four_benchmarks_have_all_their_tasks():
-    files = ev.task_files()
+    files = exams.task_files()
     assert [
-        len(set(ev.leaves(n, files))) for n in ("ceval-valid", "cmmlu", "mmlu", "hellaswag")
+        len(set(exams.leaves(n, files))) for n in ("ceval-valid", "cmmlu", "mmlu", "hellaswag")
     ] == [52, 67, 57, 1]
-    assert ev._top(["mmlu", "mmlu_anatomy", "mmlu_stem", "hellaswag"]) == ["mmlu", "hellaswag"]
+    assert exams._top(["mmlu", "mmlu_anatomy", "mmlu_stem", "hellaswag"]) == ["mmlu", "hellaswag"]
 
 
 def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
@@ -166,13 +168,13 @@ def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    rows = ev.read_rows(bench, GEO)
+    rows = exams.read_rows(bench, GEO)
     for s in rows:
         (tmp_path / f"{s}.jsonl").write_text("\n".join(json.dumps(r) for r in rows[s]))
     (tmp_path / "t.yaml").write_text(
         yaml.safe_dump(
             dict(
-                include=str(ev.task_files()[GEO]),
+                include=str(exams.task_files()[GEO]),
                 task="theirs",
                 dataset_path="json",
                 dataset_name=None,
@@ -193,7 +195,7 @@ def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
         log_samples=True,
         bootstrap_iters=0,
     )
-    ours = ev.run_lm_eval(
+    ours = exams.run_lm_eval(
         ev.load_model(model, device="cpu"),
         ev.load_tokenizer(model),
         [GEO],
@@ -210,7 +212,7 @@ def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
 
 
 def test_hellaswag_prompt_is_the_published_one(bench, model):
-    r = ev.run_lm_eval(
+    r = exams.run_lm_eval(
         ev.load_model(model, device="cpu"),
         ev.load_tokenizer(model),
         ["hellaswag"],
@@ -384,25 +386,27 @@ def test_interrupted_and_restarted_asks_nothing_twice(bench, tmp_path, model, co
 @pytest.mark.parametrize("left,n", [('["a", 1]\n["b", [2, true]]\n["c', 2), ('["a', 0), ("", 0)])
 def test_a_line_that_was_cut_off_is_dropped(left, n, tmp_path):
     (tmp_path / "a.jsonl").write_text(left)
-    a = ev.Answers(tmp_path / "a.jsonl")
+    a = exams.Answers(tmp_path / "a.jsonl")
     assert len(a.known) == n and a.n_asked == 0
     a.add(["q"], 3)
     a.flush()
     a.add(["r"], 4)  # the second never reached the file
-    again = ev.Answers(tmp_path / "a.jsonl")
+    again = exams.Answers(tmp_path / "a.jsonl")
     assert len(again.known) == n + 1 and again[["q"]] == 3 and ["r"] not in again
 
 
 def test_answers_of_the_harness_are_never_asked_twice(bench, model, counted):
     lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
-    kept = ev.Answers()
-    whole = ev.run_lm_eval(lm, tok, [GEO, "hellaswag"], bench, batch=1, samples=True, answers=kept)
+    kept = exams.Answers()
+    whole = exams.run_lm_eval(
+        lm, tok, [GEO, "hellaswag"], bench, batch=1, samples=True, answers=kept
+    )
     n, asked = counted["n"], kept.n_asked
-    half = ev.Answers()
+    half = exams.Answers()
     half.known = dict(list(kept.known.items())[: asked // 2])
     counted["n"] = 0
     assert (
-        ev.run_lm_eval(lm, tok, [GEO, "hellaswag"], bench, batch=1, samples=True, answers=half)
+        exams.run_lm_eval(lm, tok, [GEO, "hellaswag"], bench, batch=1, samples=True, answers=half)
         == whole
     )
     assert half.n_asked == asked - asked // 2 and 0 < counted["n"] < n
@@ -456,7 +460,7 @@ def test_the_letters_are_those_of_the_likelihoods(bench, tmp_path, model, capsys
     assert {q["target"] for q in qs if q["task"] == GEO} == {0, 1, 2} and [
         q["target"] for q in qs if "mmlu" in q["task"]
     ] == [2, 0]
-    assert r["letters"] == ev.letters(qs) and set(r["letters"]) == {"ceval-valid", "mmlu"}
+    assert r["letters"] == exams.letters(qs) and set(r["letters"]) == {"ceval-valid", "mmlu"}
     for f, c in r["letters"].items():
         assert (
             f"{f}: {c['letter']} is the answer to {c['share']:.0%} of {c['n']} questions"
@@ -482,7 +486,7 @@ def reference_bits(model, tok, text, length):
 
 
 def test_bits_per_byte_equals_a_reference_for_any_batch(model):
-    from cmixtral_nb.mixtral import bits_per_byte
+    from cmixtral_nb.bits import bits_per_byte
 
     lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
     docs = [
@@ -500,7 +504,7 @@ def test_bits_per_byte_equals_a_reference_for_any_batch(model):
 
 
 def test_a_uniform_model_pays_log_V_for_each_token(model):
-    from cmixtral_nb.mixtral import bits_per_byte
+    from cmixtral_nb.bits import bits_per_byte
 
     lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
     lm.lm_head.weight.data.zero_()
@@ -518,7 +522,7 @@ def test_windows_roll_as_in_lm_eval():
     from hypothesis import strategies as st
     from lm_eval.utils import get_rolling_token_windows
 
-    from cmixtral_nb.mixtral import windows
+    from cmixtral_nb.bits import windows
 
     @given(st.lists(st.integers(3, 99), max_size=60), st.integers(1, 20), st.data())
     def check(ids, length, data):
@@ -532,14 +536,16 @@ def test_windows_roll_as_in_lm_eval():
 
 @pytest.mark.skipif("CMIXTRAL_DATA" not in os.environ, reason="CMIXTRAL_DATA is not set")
 def test_the_real_files():
-    data, files = Path(os.environ.get("CMIXTRAL_DATA", ".")) / "eval", ev.task_files()
-    n = lambda name, split: sum(len(ev.read_rows(data, t)[split]) for t in ev.leaves(name, files))
+    data, files = Path(os.environ.get("CMIXTRAL_DATA", ".")) / "eval", exams.task_files()
+    n = lambda name, split: sum(
+        len(exams.read_rows(data, t)[split]) for t in exams.leaves(name, files)
+    )
     assert (n("ceval-valid", "val"), n("cmmlu", "test"), n("mmlu", "test"), n("mmlu", "dev")) == (
         1346,
         11582,
         14042,
         285,
     )
-    rows = ev.read_rows(data, "hellaswag")["validation"]
+    rows = exams.read_rows(data, "hellaswag")["validation"]
     assert len(rows) == 10042 and sum(r["ctx_b"] != "" for r in rows) == 3235
-    assert not ev._task_faults(["ceval-valid", "cmmlu", "mmlu", "hellaswag"], data)
+    assert not exams._task_faults(["ceval-valid", "cmmlu", "mmlu", "hellaswag"], data)

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmixtral_nb import generate as g
-from cmixtral_nb.artifact import StageError
+from cmixtral_nb import options
+from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.sft import BEGIN, END, PAD, chat_tokenizer
-from cmixtral_nb.vocab import base_tokenizer_model, encode_plain, load_tokenizer, write_tokenizer
+from cmixtral_nb.stages import StageError
+from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
 
 CHATML = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
 
@@ -157,10 +159,10 @@ def test_every_fault_at_once(model, tmp_path):
 def test_names_and_prompts_from_elsewhere(model, tmp_path):
     (tmp_path / "p.txt").write_text("一\n\n二\n")
     assert g.read_prompts([str(tmp_path / "p.txt"), "三"]) == ["一", "二", "三"]
-    assert g.parse_models([str(model)]) == {model.name: str(model)}
+    assert options.parse_models([str(model)]) == {model.name: str(model)}
     odd = tmp_path / "a=b"
     odd.symlink_to(model)
-    assert g.parse_models([str(odd)]) == {"a=b": str(odd)}
+    assert options.parse_models([str(odd)]) == {"a=b": str(odd)}
 
 
 def test_samples_do_not_depend_on_their_neighbours(model, tmp_path):

@@ -17,12 +17,24 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from cmixtral_nb.artifact import StageError, input_fingerprint, read_json, write_json
+from cmixtral_nb.checkpoints import INDEX, load_tensor, resolve_model, tensor_files
 from cmixtral_nb.corpus import corpus
-from cmixtral_nb.init import *
-from cmixtral_nb.mixtral import *
-from cmixtral_nb.tokenizer import Piece, base_tokenizer_model
-from cmixtral_nb.vocab import extend_model, load_tokenizer, write_tokenizer
+from cmixtral_nb.init import (
+    METHODS,
+    init,
+    n_chars,
+    new_rows,
+    piece_bytes,
+    pieces_of,
+    probe_methods,
+    spell,
+)
+from cmixtral_nb.mixtral import small_config
+from cmixtral_nb.pieces import Piece, base_tokenizer_model
+from cmixtral_nb.probe import rank_methods, train_briefly
+from cmixtral_nb.stages import StageError, input_fingerprint, read_json, write_json
+from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
+from cmixtral_nb.vocab import extend_model
 
 OLD = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abc中国大"]
 NEW = ["中国", "中国大", "龙"]
@@ -111,7 +123,7 @@ def test_index_and_fingerprint_of_the_tokenizer(model, tok, tmp_path):
         t.numel() for t in all_tensors(a.path).values()
     )
     assert index["weight_map"].keys() == read_json(model / INDEX)["weight_map"].keys()
-    from cmixtral_nb.artifact import tokenizer_fingerprint
+    from cmixtral_nb.stages import tokenizer_fingerprint
 
     assert a.manifest["tokenizer"] == tokenizer_fingerprint(tok) != tokenizer_fingerprint(model)
 

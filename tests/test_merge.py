@@ -16,16 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
-from cmixtral_nb.artifact import (
-    Artifact,
-    StageError,
-    input_fingerprint,
-    read_json,
-    write_json,
-)
-from cmixtral_nb.merge import *
-from cmixtral_nb.mixtral import *
-from cmixtral_nb.qlora import add_lora, load_model, save_adapter
+from cmixtral_nb.adapters import Adapter, plain_name, save_adapter
+from cmixtral_nb.checkpoints import INDEX, load_tensor, tensor_files, write_tensors
+from cmixtral_nb.loading import load_model
+from cmixtral_nb.merge import Merger, merge, nf4_roundtrip, streamed
+from cmixtral_nb.mixtral import small_config
+from cmixtral_nb.qlora import add_lora
+from cmixtral_nb.stages import Artifact, StageError, input_fingerprint, read_json, write_json
 
 module = sys.modules["cmixtral_nb.merge"]
 V = 40

@@ -11,8 +11,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from cmixtral_nb import mixtral
-from cmixtral_nb.artifact import StageError, read_json, sha256_file, write_json
-from cmixtral_nb.mixtral import *
+from cmixtral_nb.base import base
+from cmixtral_nb.bits import bits_per_byte, head_loss, windows
+from cmixtral_nb.checkpoints import (
+    INDEX,
+    ahead,
+    read_header,
+    resolve_model,
+    tensor_files,
+    write_tensors,
+)
+from cmixtral_nb.mixtral import small_config, use_by_expert
+from cmixtral_nb.stages import StageError, read_json, sha256_file, write_json
 
 CONFIG = dict(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=60)
 

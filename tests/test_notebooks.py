@@ -71,7 +71,7 @@ def test_notebook(path, wheel, tmp_path):
     ],
 )
 def test_that_a_bad_notebook_fails(source, says, wheel, tmp_path):
-    from cmixtral_nb.artifact import write_json
+    from cmixtral_nb.stages import write_json
 
     (tmp_path / "from").mkdir()
     write_json(

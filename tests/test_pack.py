@@ -16,27 +16,29 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
 from cmixtral_nb import pack as m
-from cmixtral_nb.artifact import Artifact, StageError
+from cmixtral_nb.cluster import pack_job
 from cmixtral_nb.pack import (
+    collate,
+    load_rows,
+    pack,
+    parse_mix,
+    positions,
+    repeats,
+    rows,
+    valid_texts,
+)
+from cmixtral_nb.packing import (
     Parts,
     RowWriter,
-    collate,
     encode_part,
     encoded,
     finish_rows,
     gather,
     line_spans,
-    load_rows,
-    pack,
-    pack_job,
-    parse_mix,
-    positions,
-    repeats,
-    rows,
     takes,
-    valid_texts,
 )
-from cmixtral_nb.vocab import encode_plain, load_tokenizer, write_tokenizer
+from cmixtral_nb.stages import Artifact, StageError
+from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
 
 
 def write_corpus(folder, **langs):

@@ -39,7 +39,7 @@ def test_metadata(wheel):
     extras = set(re.findall(r"^Provides-Extra: (\w+)", meta, re.M))
     assert extras == {k.removesuffix("_requirements") for k in cfg if k.endswith("_requirements")}
     assert (
-        "cmixtral = cmixtral_nb.pipeline:main"
+        "cmixtral = cmixtral_nb.commands:main"
         in next(wheel.glob("*.dist-info/entry_points.txt")).read_text()
     )
     assert "# cmixtral_nb" in meta  # the README is the long description
@@ -116,7 +116,7 @@ def test_requirements_have_a_floor_and_a_reason_for_a_missing_ceiling():
 
 CLIENT = """
 from pathlib import Path
-from cmixtral_nb.artifact import Artifact, fingerprint
+from cmixtral_nb.stages import Artifact, fingerprint
 from cmixtral_nb.corpus import clean
 from cmixtral_nb.plan import count_parameters
 a: Artifact = Artifact.load(Path('x'), kind='corpus')

@@ -7,8 +7,10 @@ import signal
 import pytest
 from conftest import MICRO, cmixtral
 
-from cmixtral_nb.artifact import Artifact
-from cmixtral_nb.pipeline import STAGES, STEPS, report_data, run_states
+from cmixtral_nb.pipeline import run_states
+from cmixtral_nb.recipes import STAGES, STEPS
+from cmixtral_nb.run_report import report_data
+from cmixtral_nb.stages import Artifact
 
 
 def test_all_stages_and_the_report(micro):
@@ -106,7 +108,7 @@ def test_from_and_to(micro, tmp_path, cli):
 
 KILL = """
 import os, signal
-import cmixtral_nb.artifact as a
+import cmixtral_nb.stages as a
 seal = a._seal
 def dying(tmp, req, *rest):
     if tmp.name == '{folder}.tmp': os.kill(os.getpid(), signal.SIGKILL)
@@ -153,7 +155,8 @@ def test_status(micro, cli):
 
 
 def test_an_exam_without_questions_is_missed_before_the_first_step(tmp_path, cli):
-    from cmixtral_nb.pipeline import _hub_ids, read_recipe
+    from cmixtral_nb.preflight import _hub_ids
+    from cmixtral_nb.recipes import read_recipe
 
     recipe = tmp_path / "exam.toml"
     recipe.write_text(

@@ -20,18 +20,26 @@ from transformers import (
 )
 
 from cmixtral_nb import plan as planning
-from cmixtral_nb.artifact import StageError, read_json, write_json
+from cmixtral_nb.machine import available_bytes
 from cmixtral_nb.mixtral import small_config
-from cmixtral_nb.pipeline import (
-    _steps,
-    plan,
-    plan_inputs,
-    plan_of,
-    preflight,
-    read_recipe,
-    tokens_of,
+from cmixtral_nb.plan import (
+    count_parameters,
+    disk_plan,
+    frozen_bytes,
+    gpu_table,
+    lora_parameters,
+    memory_plan,
+    nf4_bytes,
+    plan_faults,
+    settings_plan,
+    smallest_change,
+    step_flops,
+    time_plan,
+    time_text,
 )
-from cmixtral_nb.plan import *
+from cmixtral_nb.preflight import plan, plan_inputs, plan_of, preflight, tokens_of
+from cmixtral_nb.recipes import _steps, read_recipe
+from cmixtral_nb.stages import StageError, read_json, write_json
 
 CONFIG = dict(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=60)
 DENSE = dict(
@@ -155,7 +163,8 @@ def models(tmp_path_factory):
 
 def trained(folder, rank, rows, load_in_4bit):
     "A model after one step, and its optimiser"
-    from cmixtral_nb.qlora import add_lora, load_model
+    from cmixtral_nb.loading import load_model
+    from cmixtral_nb.qlora import add_lora
 
     net = add_lora(
         load_model(folder, load_in_4bit=load_in_4bit, device="cpu", trainable=True),
@@ -225,7 +234,8 @@ def test_lora_parameters_are_those_of_the_real_modules():
 def test_operations_are_those_that_pytorch_counts(models, name, rows, checkpointing):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cmixtral_nb.qlora import add_lora, load_model
+    from cmixtral_nb.loading import load_model
+    from cmixtral_nb.qlora import add_lora
 
     net = add_lora(
         load_model(models / name, device="cpu", trainable=True, attn="eager"), 4, rows=rows
@@ -525,7 +535,7 @@ def test_a_model_of_unknown_size(monkeypatch):
         StageError, match="its size is not known before it is here; download it and give its folder"
     ):
         plan_of(recipe)
-    monkeypatch.setattr("cmixtral_nb.pipeline._hub_ids", lambda r: [])
+    monkeypatch.setattr("cmixtral_nb.preflight._hub_ids", lambda r: [])
     assert preflight(recipe, _steps(recipe)) == []
 
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmixtral_nb.artifact import StageError, read_json, write_json
 from cmixtral_nb.mixtral import small_config
 from cmixtral_nb.pack import pack
-from cmixtral_nb.pretrain import checkpoints, pretrain, read_log
-from cmixtral_nb.vocab import base_tokenizer_model, write_tokenizer
+from cmixtral_nb.pieces import base_tokenizer_model
+from cmixtral_nb.pretrain import pretrain
+from cmixtral_nb.stages import StageError, read_json, write_json
+from cmixtral_nb.tokenizer_files import write_tokenizer
+from cmixtral_nb.training import checkpoints, read_log
 
 ARGS = dict(
     rank=4,

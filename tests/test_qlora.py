@@ -9,19 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cmixtral_nb.artifact import StageError, write_json
+from cmixtral_nb.adapters import save_adapter
+from cmixtral_nb.loading import load_model, save_4bit
 from cmixtral_nb.merge import merge
 from cmixtral_nb.mixtral import small_config
-from cmixtral_nb.qlora import (
-    add_lora,
-    expert_bytes,
-    load_model,
-    parameter_table,
-    quantised,
-    save_4bit,
-    save_adapter,
-    without_lora,
-)
+from cmixtral_nb.qlora import add_lora, expert_bytes, parameter_table, quantised, without_lora
+from cmixtral_nb.stages import StageError, write_json
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 IDS = torch.arange(30)[None] % 99
@@ -89,7 +82,7 @@ def test_4_bits_read_one_by_one_are_those_of_the_stock_loader(here, tmp_path):
 
     from transformers import AutoModelForCausalLM
 
-    from cmixtral_nb.qlora import _config, _nf4
+    from cmixtral_nb.loading import _config, _nf4
 
     model = shutil.copytree(here / "model", tmp_path / "model")
     write_json(model / "generation_config.json", dict(eos_token_id=[2, 7], top_p=0.5))

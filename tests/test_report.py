@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import watched
 
+from cmixtral_nb import compare
 from cmixtral_nb import report as rp
-from cmixtral_nb.compare import change, changes, load_evaluation, measures, named, sentence
+from cmixtral_nb.efficiency import named
+from cmixtral_nb.gain import change, changes, load_evaluation, measures, sentence
 
 
 def opened(browser, path, width, scheme):
@@ -310,7 +312,7 @@ def test_lm_evals_own_result_files(tmp_path):
         )
     )
     m = measures(load_evaluation(tmp_path))
-    assert m["hellaswag"]["value"] == 0.5 and rp._is_evaluation(tmp_path)
+    assert m["hellaswag"]["value"] == 0.5 and compare._is_evaluation(tmp_path)
 
 
 def test_efficiency_of_any_tokenizer(micro, tmp_path, cli):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmixtral_nb.artifact import StageError
 from cmixtral_nb.corpus import corpus
+from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_pieces
 from cmixtral_nb.search import (
     Heldout,
     alp,
@@ -31,8 +31,10 @@ from cmixtral_nb.search import (
     select_pieces,
     token_counts,
 )
-from cmixtral_nb.tokenizer import Piece, base_tokenizer_model, read_pieces, tokenizer
-from cmixtral_nb.vocab import extend_model, processor
+from cmixtral_nb.stages import StageError
+from cmixtral_nb.tokenizer import tokenizer
+from cmixtral_nb.tokenizer_files import processor
+from cmixtral_nb.vocab import extend_model
 
 BASE = {"中": 0.0, "国": -1.0, "中国": -2.0, "，": -3.0}
 PIECES = [

@@ -9,11 +9,13 @@ from unittest.mock import patch
 
 import pytest
 
-from cmixtral_nb import serve as v
-from cmixtral_nb.artifact import StageError
+from cmixtral_nb import engines as v
+from cmixtral_nb import serve
 from cmixtral_nb.generate import encode_prompt
+from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.sft import chat_template, form_of, write_chat_tokenizer
-from cmixtral_nb.vocab import base_tokenizer_model, load_tokenizer, write_tokenizer
+from cmixtral_nb.stages import StageError
+from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +221,7 @@ def test_models_that_cannot_be_served(cli, chat, tmp_path, files, says):
     assert status == 2 and len(err) == 1 and says in err[0], err
     if "adapter" not in says:
         with patch.object(v, "has_engine", lambda *a: True), pytest.raises(StageError) as e:
-            v.serve(m, port=port())
+            serve.serve(m, port=port())
         assert len(e.value.args) == 1 and says in str(e.value)
 
 
@@ -307,9 +309,9 @@ def test_what_keeps_a_server_from_starting(cli, chat, tmp_path):
     with pytest.raises(
         StageError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\), expected one; name the file"
     ):
-        v._served(tmp_path)
+        serve._served(tmp_path)
     with pytest.raises(StageError, match="a.gguf is no GGUF file"):
-        v._served(tmp_path / "a.gguf")
+        serve._served(tmp_path / "a.gguf")
     with (
         patch.object(v, "has_engine", lambda *a: True),
         patch.dict(v.PROBES, gguf="assert 0, 'no chat template in the file'"),
@@ -318,7 +320,7 @@ def test_what_keeps_a_server_from_starting(cli, chat, tmp_path):
             StageError,
             match=r"llama_cpp cannot load it \(AssertionError: no chat template in the file\); run: cmixtral export",
         ):
-            v.serve(tmp_path / "b.gguf", port=port())
+            serve.serve(tmp_path / "b.gguf", port=port())
 
 
 def test_the_engines_command_runs_and_its_end_is_told(chat, tmp_path, capsys):
@@ -328,14 +330,14 @@ def test_the_engines_command_runs_and_its_end_is_told(chat, tmp_path, capsys):
     )
     python.chmod(0o755)
     with patch.object(v, "has_engine", lambda *a: True):
-        v.serve(chat, port=(p := port()), name="x", python=str(python))
+        serve.serve(chat, port=(p := port()), name="x", python=str(python))
         assert capsys.readouterr().out.splitlines() == [
             f"serve: {python} -m vllm.entrypoints.openai.api_server --model {chat} --served-model-name x --host 127.0.0.1 --port {p}",
             f"serve: OpenAI-compatible at http://127.0.0.1:{p}/v1, model x",
         ]
         with pytest.raises(StageError, match="vllm ended with exit status 3"):
-            v.serve(chat, port=port(), context=64, python=str(python))
-    words = v.serve_command(Path("a.gguf"), python="py")
+            serve.serve(chat, port=port(), context=64, python=str(python))
+    words = serve.serve_command(Path("a.gguf"), python="py")
     assert (
         words[:3] == ["py", "-m", "llama_cpp.server"]
         and words[-2:] == ["--interrupt_requests", "False"]
@@ -380,7 +382,7 @@ def test_what_keeps_the_page_from_opening(cli):
 
 
 def test_the_page_sends_what_every_server_takes():
-    talk = v.page_talk(
+    talk = serve.page_talk(
         [
             dict(role="user", content="q"),
             dict(

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmixtral_nb import conversations
 from cmixtral_nb import sft as s
-from cmixtral_nb.artifact import StageError
-from cmixtral_nb.vocab import base_tokenizer_model, encode_plain, load_tokenizer, write_tokenizer
+from cmixtral_nb.pieces import base_tokenizer_model
+from cmixtral_nb.stages import StageError
+from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
 
 TALK = [dict(role="user", content="你好"), dict(role="assistant", content="你好！")]
 
@@ -49,7 +51,7 @@ def either(request, model):
 
 def read(path, **kw):
     counts = Counter()
-    return list(s.read_conversations(str(path), counts=counts, **kw)), dict(counts)
+    return list(conversations.read_conversations(str(path), counts=counts, **kw)), dict(counts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,7 +99,7 @@ def test_no_word_becomes_control(tok, text):
 
 def test_ten_thousand_hostile_messages(tok, model):
     "No control token that the form did not write, and no character lost; in the template's text, of messages without control tokens the same ids"
-    from cmixtral_nb.vocab import hostile_texts
+    from cmixtral_nb.certificate import hostile_texts
 
     marks = [
         s.BEGIN,

@@ -18,17 +18,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import watched
 
-from cmixtral_nb.artifact import StageError
-from cmixtral_nb.site import (
-    cells,
-    chain_svg,
-    checkout,
-    docs,
-    execute,
-    exported,
-    messages,
-    package_messages,
-)
+from cmixtral_nb.notebooks import cells, checkout, execute
+from cmixtral_nb.pages import exported, messages, package_messages
+from cmixtral_nb.site import chain_svg, docs
+from cmixtral_nb.stages import StageError
 
 ROOT = Path(__file__).parents[1]
 NBS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
@@ -60,7 +53,7 @@ def site(tmp_path_factory):
         shutil.copytree(ROOT / name, tmp / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "settings.ini", tmp)
     code = (
-        "import sys; from cmixtral_nb.pipeline import main; sys.exit(main(['docs', '--no-quarto']))"
+        "import sys; from cmixtral_nb.commands import main; sys.exit(main(['docs', '--no-quarto']))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -229,8 +222,8 @@ def test_messages_of_every_kind_are_read():
 
 
 def test_commands_and_functions_stand_on_their_pages(pages):
-    from cmixtral_nb.pipeline import MODULES as COMMANDS
-    from cmixtral_nb.pipeline import parser
+    from cmixtral_nb.commands import parser
+    from cmixtral_nb.recipes import MODULES as COMMANDS
 
     for c in COMMANDS:
         assert f"cmixtral {c}" in pages["commands.html"].text
@@ -260,7 +253,7 @@ def test_commands_in_the_pages_exist():
     "Each line `cmixtral ...` of a shell block names options that there are, and all that must be given"
     import shlex
 
-    from cmixtral_nb.pipeline import parser
+    from cmixtral_nb.commands import parser
 
     n = 0
     for p in (ROOT / "nbs" / f"{s}.ipynb" for s in NBS if not s[0].isdigit()):
@@ -284,7 +277,7 @@ def test_docs_refuse_what_is_no_checkout(tmp_path, monkeypatch):
 
 
 def test_badges_are_those_that_colab_makes(tmp_path):
-    from cmixtral_nb.site import colab
+    from cmixtral_nb.notebooks import colab
 
     (tmp_path / "nbs").mkdir()
     shutil.copy(ROOT / "settings.ini", tmp_path)
@@ -292,7 +285,7 @@ def test_badges_are_those_that_colab_makes(tmp_path):
         p = ROOT / "nbs" / f"{n}.ipynb"
         if "colab-setup" not in p.read_text():
             assert n in NO_BADGE, (
-                f"{n}; run: python -c \"from cmixtral_nb.site import colab; colab('nbs/{n}.ipynb')\""
+                f"{n}; run: python -c \"from cmixtral_nb.notebooks import colab; colab('nbs/{n}.ipynb')\""
             )
             continue
         shutil.copy(p, tmp_path / "nbs")

@@ -7,34 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmixtral_nb.artifact import StageError
 from cmixtral_nb.corpus import corpus
+from cmixtral_nb.lexicons import Source, mass, mix_runs, parse_shares, read_lexicon, run_sources
+from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_model, read_pieces, write_pieces
+from cmixtral_nb.runs import count_runs, find_runs, read_runs, run_pattern
+from cmixtral_nb.stages import StageError
 from cmixtral_nb.tokenizer import (
-    Piece,
-    Source,
     base_symbols,
-    base_tokenizer_model,
     bpe_parts,
     char_counts,
-    count_runs,
     describe_pieces,
-    find_runs,
     frequent_chars,
     made_counts,
-    mass,
-    mix_runs,
-    parse_shares,
-    read_lexicon,
-    read_model,
-    read_pieces,
-    read_runs,
-    run_pattern,
-    run_sources,
     split_runs,
     token_totals,
     tokenizer,
     train_pieces,
-    write_pieces,
 )
 
 TEXTS = [f"扩充词表之后，继续预训练 model {i}。中文词表，中文模型！" for i in range(30)] + [

@@ -8,33 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmixtral_nb.artifact import StageError, read_json, tokenizer_fingerprint, write_json
+from cmixtral_nb.certificate import certificate_texts, certify, hostile_texts, smallest, unreachable
 from cmixtral_nb.corpus import corpus
+from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_model, read_pieces
 from cmixtral_nb.search import base_pieces, run_model, select_pieces
-from cmixtral_nb.tokenizer import (
-    Piece,
-    base_tokenizer_model,
-    read_model,
-    read_pieces,
-    tokenizer,
-    train_pieces,
-)
-from cmixtral_nb.vocab import (
+from cmixtral_nb.stages import StageError, read_json, tokenizer_fingerprint, write_json
+from cmixtral_nb.tokenizer import tokenizer, train_pieces
+from cmixtral_nb.tokenizer_files import (
     build_fast,
-    certificate_texts,
-    certify,
     chars_per_token,
     encode_plain,
-    extend_model,
-    hostile_texts,
     load_tokenizer,
     processor,
-    smallest,
     sp_merges,
-    unreachable,
-    vocab,
     write_tokenizer,
 )
+from cmixtral_nb.vocab import extend_model, vocab
 
 FEW = dict(limit_chars=30_000, n_hostile=1000)
 HOSTILE = st.text(
