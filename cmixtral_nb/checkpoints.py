@@ -17,6 +17,7 @@ __all__ = [
     "write_tensors",
     "write_index",
     "resolve_model",
+    "named_models",
     "copy_config",
     "copy_tokenizer",
     "rewrite_shard",
@@ -38,6 +39,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .options import faults_of, named_refs, refuse
 from .stages import StageError, read_json, require, write_json
 
 if TYPE_CHECKING:
@@ -329,6 +331,16 @@ def resolve_model(
         f"{p}/config.json names no model_type; expected an HF model folder",
     )
     return p
+
+
+# %% ../nbs/a11_checkpoints.ipynb #named001
+def named_models(
+    models: str | Path | list[str] | None,  # "NAME=FOLDER" each, or FOLDER, named after itself
+) -> dict[str, str]:  # name -> folder or hub id
+    "Models by name; `StageError` with every fault at once"
+    named = named_refs(models)
+    refuse(fault for ref in named.values() for fault in faults_of(resolve_model, ref))
+    return named
 
 
 # %% ../nbs/a11_checkpoints.ipynb #7ce9c496

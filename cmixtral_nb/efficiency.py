@@ -12,12 +12,11 @@ __all__ = ["named", "token_table", "speed_table", "writing_speed", "efficiency_t
 import time
 from pathlib import Path
 
-from .checkpoints import resolve_model
+from .checkpoints import named_models, resolve_model
 from .evaluate import eval_docs
 from .generate import PROMPTS, generate_text
 from .loading import load_model
 from .machine import say
-from .options import parse_models
 from .pieces import base_tokenizer_model
 from .stages import StageError, stage, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, processor
@@ -229,7 +228,7 @@ def _check(tokenizers=None, models=None, corpus=None, domains=None, new_tokens=1
         faults.append(f"new_tokens is {new_tokens}, expected 0 or more")
     for f in (
         lambda: named(tokenizers) and [],
-        lambda: (parse_models(models) and []) if models else [],
+        lambda: (named_models(models) and []) if models else [],
         lambda: _text_faults(corpus, domains),
     ):
         try:
@@ -262,7 +261,7 @@ def efficiency(
     device: str = None,  # None: the GPU if there is one
 ):
     "Tokens for the same text, speed of tokenizers, characters that a model writes per second"
-    found = parse_models(models) if models else {}
+    found = named_models(models) if models else {}
     toks = named([*(tokenizers or []), *(f"{n}={resolve_model(p)}" for n, p in found.items())])
     docs = {
         d: [r["text"] for r in rows if d in (lang, r["domain"])]

@@ -27,10 +27,9 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoints import resolve_model
+from .checkpoints import named_models, resolve_model
 from .loading import load_model
 from .machine import say
-from .options import parse_models
 from .stages import StageError, require, stage, tokenizer_fingerprint, write_text
 from .tokenizer_files import encode_plain, load_tokenizer
 
@@ -198,7 +197,7 @@ def _check(models, prompts=None, max_new_tokens=1, temperature=0.0, top_p=1.0, *
     ):
         if not ok:
             faults.append(f"{name} is {v}, expected {want}")
-    for f in (lambda: parse_models(models), lambda: read_prompts(prompts)):
+    for f in (lambda: named_models(models), lambda: read_prompts(prompts)):
         try:
             f()
         except StageError as e:
@@ -245,7 +244,7 @@ def generate(
 ):
     "Let models continue the same prompts"
     rows, asked = [], read_prompts(prompts)
-    for name, ref in parse_models(models).items():
+    for name, ref in named_models(models).items():
         model, tok = (
             load_model(ref, load_in_4bit=load_in_4bit, attn=attn, device=device),
             load_tokenizer(resolve_model(ref)),

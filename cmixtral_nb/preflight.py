@@ -255,7 +255,7 @@ def plan(
     out = Path(out or f"runs/{rec['name']}")
     x, device = (
         plan_inputs(rec, "pretrain", out),
-        "cpu" if "base" in rec and not p.gpu_bytes() else "cuda",
+        "cpu" if "base" in rec and not gpu_bytes() else "cuda",
     )
     known, s, n = plan_of(rec, "pretrain", device, out), x["settings"], tokens_of(rec, out)
     plain = p.settings_plan(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmixtral_nb import generate as g
-from cmixtral_nb import options
+from cmixtral_nb import checkpoints
 from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.sft import BEGIN, END, PAD, chat_tokenizer
 from cmixtral_nb.stages import StageError
@@ -159,10 +159,10 @@ def test_every_fault_at_once(model, tmp_path):
 def test_names_and_prompts_from_elsewhere(model, tmp_path):
     (tmp_path / "p.txt").write_text("一\n\n二\n")
     assert g.read_prompts([str(tmp_path / "p.txt"), "三"]) == ["一", "二", "三"]
-    assert options.parse_models([str(model)]) == {model.name: str(model)}
+    assert checkpoints.named_models([str(model)]) == {model.name: str(model)}
     odd = tmp_path / "a=b"
     odd.symlink_to(model)
-    assert options.parse_models([str(odd)]) == {"a=b": str(odd)}
+    assert checkpoints.named_models([str(odd)]) == {"a=b": str(odd)}
 
 
 def test_samples_do_not_depend_on_their_neighbours(model, tmp_path):
