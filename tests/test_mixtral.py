@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
-from cmixtral_nb import mixtral
+from cmixtral_nb import checkpoints
 from cmixtral_nb.base import base
 from cmixtral_nb.bits import bits_per_byte, head_loss, windows
 from cmixtral_nb.checkpoints import (
@@ -140,7 +140,7 @@ def test_other_files_are_not_weights(model):
 
 def test_hub_only_for_hub_ids(tmp_path, monkeypatch, model):
     asked = []
-    monkeypatch.setattr(mixtral, "_download", lambda name: asked.append(name) or model)
+    monkeypatch.setattr(checkpoints, "_download", lambda name: asked.append(name) or model)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for ref in ("runs/base", "./org/name", "/org/name", "name", "a/b/c"):
