@@ -429,8 +429,8 @@ def _relative(ref: Any, start: Path) -> Any:
         return str(ref)
     if path.exists():
         return os.path.relpath(path, start)
-    name, equals, rest = str(ref).partition("=")
-    if equals and Path(rest).exists():
+    name, _, rest = str(ref).partition("=")
+    if rest and Path(rest).exists():
         return f"{name}={os.path.relpath(rest, start)}"
     return str(ref)
 
