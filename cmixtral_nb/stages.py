@@ -593,6 +593,7 @@ class _Stage:
     schema: int
     resumable: bool
     check: Callable | None
+    found: Callable | None
     parallel: bool
 
     def _asked(self, args: tuple, kwargs: dict) -> tuple[dict, Path, dict]:
@@ -602,11 +603,12 @@ class _Stage:
         named = dict(bound.arguments)
         out = Path(named.pop("out"))
         for name in self.inputs:
-            if isinstance(named[name], Artifact):
+            if isinstance(named.get(name), Artifact):
                 named[name] = named[name].path
         if self.check:
             self.check(**named)
-        return named, out, _request(self.kind, self.schema, named, self.inputs, self.ignore)
+        seen = {**named, **(self.found(**named) if self.found else {})}
+        return named, out, _request(self.kind, self.schema, seen, self.inputs, self.ignore)
 
     def state(self, *args, **kwargs) -> str:
         "What lies in the folder of a call: missing, interrupted, damaged, stale or up to date"
@@ -650,12 +652,13 @@ def stage(
     schema: int = 1,  # raised when the meaning of the files changes
     resumable: bool = False,  # after an interruption, go on from what lies in `out.tmp`
     check: Callable | None = None,  # `check(**args)`: raises `StageError` before work begins
+    found: Callable | None = None,  # `found(**args)`: what the key sees beside, or for, arguments
     parallel: bool = False,  # may run as several processes of `torchrun`
 ) -> Callable[[Callable], Any]:
     "Make `f(..., out) -> dict of statistics` into a stage `f(..., out, force=False) -> Artifact`"
 
     def decorate(function: Callable) -> Any:
-        made = _Stage(function, kind, inputs, ignore, schema, resumable, check, parallel)
+        made = _Stage(function, kind, inputs, ignore, schema, resumable, check, found, parallel)
         _commands.setdefault(kind, function.__name__)
 
         @functools.wraps(function)
