@@ -1,251 +1,212 @@
-"""What the notebooks are made of, one line for each; by hand:
+"""Faults that no notebook may have, one line for each; by hand:
 
-    python tests/check_notebooks.py            # the table, and what is over the budget
-    python tests/check_notebooks.py --names    # also the exported names that are neither shown nor tested
-    python tests/check_notebooks.py --fresh [03_search ...]   # run them anew (minutes): which saved outputs are stale
+    python tests/check_notebooks.py                          # every notebook
+    python tests/check_notebooks.py 03_search a12_bits       # some
+    python tests/check_notebooks.py --fresh [03_search ...]  # run them anew (minutes): which
+                                                             # saved outputs are stale
 
-"median" is that of the cells that are not exported, "wpl" words of prose for each line of code, "row" the most code cells without prose between
-them. tests/test_checker.py holds what no notebook may have."""
+tests/test_checker.py holds every notebook to this.
+"""
 
 import ast
 import difflib
 import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from cmixtral_nb.notebooks import cells, is_run
+from cmixtral_nb.pages import module_of, module_source, modules
+
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
-CHAPTERS = sorted(NBS.glob("[0-9]*.ipynb"))
-BUDGET = dict(
-    cells=(40, 70),
-    words=(800, 1800),
-    lines=(150, 300),
-    median=(3, 5),
-    export=(1, 30),
-    row=(0, 4),
-    shown=(80, 100),
-    tested=(60, 100),
-    kB=(0, 150),
-)
-PRIVATE = set(
-    re.findall(
-        r"^(?:def|class) (_\w+)",
-        "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "cmixtral_nb").glob("*.py")),
-        re.M,
-    )
-)
-HOME = r"/home/|/root/|/tmp/|/Users/|C:\\|hf_[A-Za-z]{20}|it/s\]"
+NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
+HOME = r"/home/|/root/|/tmp/|/Users/|C:\\|hf_[A-Za-z]{20}"
+BAR = r"it/s\]|s/it\]"  # of tqdm
+LONGEST = 40  # lines of a function without signature and docstring
+REASON = r"# Long\b"  # how the comment begins that says why a function is longer
 
 
-def cells(path):
-    return [
-        dict(
-            c,
-            text="".join(c["source"]),
-            flags=set(re.findall(r"^#\| *([\w-]+)", "".join(c["source"]), re.M)),
+def code_of(cell):
+    "Source without directives"
+    return re.sub(r"\A(#\|.*\n?)*", "", cell["source"]).strip("\n")
+
+
+def is_export(cell):
+    return bool({"export", "exporti"} & cell["flags"])
+
+
+def is_import(cell):
+    "Whether a cell holds nothing but imports and comments"
+    try:
+        body = ast.parse(code_of(cell)).body
+    except SyntaxError:  # a magic
+        return False
+    return all(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
+
+
+def private_names():
+    "Names of the package that have no place on the site"
+    return set(re.findall(r"^(?:def|class) (_\w+)", "\n".join(map(module_source, modules())), re.M))
+
+
+def exported_names(module):
+    "`__all__` of a module"
+    for node in ast.parse(module_source(module)).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def text_faults(number, cell):
+    "Links to files that do not exist, private names"
+    for name in sorted(private_names() & set(re.findall(r"`(_[A-Za-z]\w*)`", cell["source"]))):
+        yield (
+            f"cell {number}: `{name}` in prose becomes a link, "
+            "and a private name has no place to lead to"
         )
-        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
-    ]
+    for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", cell["source"]):
+        if not (NBS / link).exists():
+            yield f"cell {number}: dead link to {link}"
 
 
-def module_of(cs):
-    return next((m[1] for c in cs if (m := re.search(r"default_exp (\w+)", c["text"]))), None)
+def output_faults(number, cell, others):
+    "Errors, paths of one machine, progress bars, warnings, figures without labels"
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        words = {kind: text for kind, text in data.items() if not kind.startswith("image")}
+        said = json.dumps(words, ensure_ascii=False) + "".join(output.get("text", []))
+        if output["output_type"] == "error":
+            yield f"cell {number}: ends in an error"
+        if found := re.search(HOME, said):
+            yield f"cell {number}: an output shows {found[0]}"
+        if re.search(BAR, said):
+            yield f"cell {number}: an output shows a progress bar"
+        if output.get("name") == "stderr" and not said.startswith("{}StageError"):
+            yield f"cell {number}: prints to standard error: {said[2:60]}"
+        if any(kind.startswith("image") for kind in data) and not is_labelled(cell, others):
+            yield f"cell {number}: a figure without labels"
 
 
-def names_of(module):
-    tree = ast.parse((ROOT / "cmixtral_nb" / f"{module}.py").read_text(encoding="utf-8"))
-    return next(
-        (
-            ast.literal_eval(n.value)
-            for n in tree.body
-            if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
-        ),
-        [],
-    )
-
-
-def body(c):  # code without directives
-    return re.sub(r"^#\|.*\n?", "", c["text"], flags=re.M).strip("\n")
-
-
-def survey(path):
-    "Counts of a notebook: what STYLE.md gives a budget for"
-    cs = [c for c in cells(path) if not c.get("id", "").startswith("colab-")]
-    code = [c for c in cs if c["cell_type"] == "code" and body(c)]
-    text = [c for c in cs if c["cell_type"] == "markdown"]
-    exports = [c for c in code if "export" in c["flags"]]
-    use = [c for c in code if "export" not in c["flags"]]
-    shown = [c for c in use if "hide" not in c["flags"]]
-    tests = [c for c in use if re.search(r"\b(test_\w+|assert|expect_fail|raises)\b", c["text"])]
-    row = longest = 0
-    for c in cs:  # visible code cells one after another
-        row = row + 1 if c in code and "hide" not in c["flags"] else 0 if c in text else row
-        longest = max(longest, row)
-    module = module_of(cs)
-    names = names_of(module) if module else []
-    found = lambda group: {
-        n for n in names if any(re.search(rf"\b{n}\b", c["text"]) for c in group)
+def is_labelled(cell, others):
+    "The cell, or a function that it calls, names its axes, or the picture has none"
+    defined = {
+        name: other["source"]
+        for other in others
+        if other["cell_type"] == "code"
+        for name in re.findall(r"^def (\w+)", other["source"], re.M)
     }
-    n_words, n_lines = (
-        sum(len(re.findall(r"\w+", c["text"])) for c in text),
-        sum(len(body(c).splitlines()) for c in code),
-    )
-    share = lambda group: round(100 * len(found(group)) / len(names)) if names else 100
-    outputs = [o for c in code for o in c.get("outputs", [])]
-    return dict(
-        name=path.stem,
-        cells=len(cs),
-        words=sum(len(c["text"].split()) for c in text),
-        lines=n_lines,
-        wpl=round(n_words / max(1, n_lines), 1),
-        median=statistics.median([len(body(c).splitlines()) for c in use] or [0]),
-        export=max([len(body(c).splitlines()) for c in exports] or [0]),
-        row=longest,
-        shown=share(shown),
-        tested=share(tests),
-        figures=sum(k.startswith("image") for o in outputs for k in o.get("data", {})),
-        kB=round(sum(len(json.dumps(o)) for o in outputs) / 1e3),
-        unshown=sorted(set(names) - found(shown)),
-        untested=sorted(set(names) - found(tests)),
-    )
+    text = cell["source"]
+    for _ in range(3):  # functions that call functions
+        text += "".join(
+            source
+            for name, source in defined.items()
+            if re.search(rf"\b{name}\(", text) and source not in text
+        )
+    labels = r"xlabel|ylabel|axis\(['\"]off|xticks=\[\], yticks=\[\]|SVG\("
+    drawn_by_package = r"\b(plot|draw)_\w+\(|_figure\(|\bimport_module\b"
+    return bool(re.search(labels, text) or re.search(drawn_by_package, text))
 
 
-def over_budget(s):
-    return [
-        f"{k} {s[k]:g}, expected {lo} to {hi}"
-        for k, (lo, hi) in BUDGET.items()
-        if not lo <= s[k] <= hi
-    ]
+def doc_faults(source):
+    "Parameters of exported functions without a comment; functions that are too long"
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+        length = (node.end_lineno or 0) - first.lineno + 1
+        around = "\n".join(lines[max(0, node.lineno - 4) : first.lineno])
+        if length > LONGEST and not re.search(REASON, around):
+            yield f"{node.name} has {length} lines, at most {LONGEST} without a reason"
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node):
+            yield f"{node.name} has no docstring"
+        arguments = [*node.args.args, *node.args.kwonlyargs]
+        for argument in arguments:
+            if "#" not in "\n".join(lines[argument.lineno - 1 : (argument.end_lineno or 0) + 1]):
+                yield f"{node.name}: {argument.arg} has no docment"
+
+
+def module_faults(path, found):
+    "Exported names that are neither shown nor tested"
+    module = module_of(path)
+    if not module:
+        return
+    use = [c for c in found if c["cell_type"] == "code" and not is_export(c) and not is_import(c)]
+    text = "\n".join(code_of(cell) for cell in use)
+    for name in exported_names(module):
+        if not re.search(rf"\b{name}\b", text):
+            yield f"{name} is exported, and neither shown nor tested"
+    yield from doc_faults(module_source(module))
 
 
 def faults(path):
     "What no notebook may have, as text; empty where all is well"
-    out, cs = [], cells(path)
-    ran = [
-        c
-        for c in cs
-        if c["cell_type"] == "code"
-        and body(c)
-        and not {"notest", "eval", "export", "hide"} & c["flags"]
-        and not all(re.match("from |import |#", l) for l in body(c).splitlines())
-    ]
-    if ran and not any(c["outputs"] for c in cs if c["cell_type"] == "code"):
-        out.append("no outputs are saved; run: cmixtral docs, or execute() of 15_site")
-    for i, c in enumerate(cs):
-        if c["cell_type"] != "code":
-            for name in sorted(PRIVATE & set(re.findall(r"`(_[A-Za-z]\w*)`", c["text"]))):
-                out.append(
-                    f"cell {i}: `{name}` in prose becomes a link, and a private name has no place to lead to"
-                )
+    found = cells(path)
+    out = []
+    code = [cell for cell in found if cell["cell_type"] == "code" and code_of(cell)]
+    runs = [c for c in code if is_run(c) and not is_export(c) and not is_import(c)]
+    if any("hide" not in c["flags"] for c in runs) and not any(c["outputs"] for c in code):
+        out.append(f"no outputs are saved; run: cmixtral prepare --run {path.stem}")
+    for number, cell in enumerate(found):
+        if cell["cell_type"] != "code":
+            out += text_faults(number, cell)
             continue
-        if re.search(r"^\s*[!%]\s*pip install", c["text"], re.M) and "hide" not in c["flags"]:
-            out.append(f"cell {i}: pip install")
-        if c.get("execution_count"):
-            out.append(f"cell {i}: has an execution count; run: nbdev_clean")
-        for o in c["outputs"]:
-            said = json.dumps(
-                {k: v for k, v in o.get("data", {}).items() if not k.startswith("image")},
-                ensure_ascii=False,
-            ) + "".join(o.get("text", []))
-            if o["output_type"] == "error":
-                out.append(f"cell {i}: ends in an error")
-            if m := re.search(HOME, said):
-                out.append(f"cell {i}: an output shows {m[0]}")
-            if o.get("name") == "stderr" and not "".join(o["text"]).startswith("StageError"):
-                out.append(f"cell {i}: prints to standard error: {said[:60]}")
-            if any(k.startswith("image") for k in o.get("data", {})) and not labelled(c, cs):
-                out.append(f"cell {i}: a figure without labels")
-    return out
+        if re.search(r"^\s*[!%]\s*pip install", cell["source"], re.M) and not is_hidden(cell):
+            out.append(f"cell {number}: pip install")
+        out += output_faults(number, cell, found)
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        if cell.get("execution_count"):
+            out.append(f"cell {number}: has an execution count; run: nbdev_clean")
+    return out + list(module_faults(path, found))
 
 
-def labelled(cell, cs):
-    "The cell, or a function of the notebook that it calls, names its axes, or the picture has none"
-    text, known = (
-        cell["text"],
-        {
-            m: c["text"]
-            for c in cs
-            if c["cell_type"] == "code"
-            for m in re.findall(r"^def (\w+)", c["text"], re.M)
-        },
-    )
-    for _ in range(3):
-        text += "".join(
-            v for k, v in known.items() if re.search(rf"\b{k}\(", text) and v not in text
-        )
-    return bool(
-        re.search(r"xlabel|ylabel|axis\(['\"]off|xticks=\[\], yticks=\[\]|SVG\(", text)
-        or re.search(r"\b(plot|draw)_\w+\(|_figure\(|\bimport_module\b", text)
-    )
+def is_hidden(cell):
+    return "hide" in cell["flags"]
 
 
 def fresh(path):
-    "Cells whose output differs when the notebook runs anew; digits count as equal, since seconds and losses are not of this book"
-    with tempfile.TemporaryDirectory() as tmp:
-        shutil.copy(path, tmp)
-        copy = Path(tmp) / path.name
-        code = f"import os; from pathlib import Path; import cmixtral_nb.notebooks as s; s.execute({str(copy)!r})"
-        r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        if r.returncode:
-            return [r.stderr.strip().splitlines()[-1]]
-        subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__({str(copy)!r})",
-            ],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-        )
-        shape = lambda o: re.sub(
-            r"\d+(\.\d+)?",
-            "0",
-            "".join(o.get("text", []) or o.get("data", {}).get("text/plain", [])),
-        )
-        out = []
-        for i, (a, b) in enumerate(zip(cells(path), cells(copy), strict=True)):
-            x, y = ([shape(o) for o in c.get("outputs", [])] for c in (a, b))
-            if x != y:
-                out.append(
-                    f"cell {i}: "
-                    + " | ".join(
-                        l
-                        for l in difflib.ndiff("".join(x).splitlines(), "".join(y).splitlines())
-                        if l[:1] in "+-"
-                    )[:200]
-                )
-        return out
+    "Cells whose output differs when the notebook runs anew; digits count as equal"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(path, folder))
+        code = f"from cmixtral_nb.notebooks import execute; execute({str(copy)!r})"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if run.returncode:
+            return [run.stderr.strip().splitlines()[-1]]
+        pairs = zip(cells(path), cells(copy), strict=True)
+        return [
+            f"cell {number}: {difference}"
+            for number, (old, new) in enumerate(pairs)
+            if (difference := changed(said(old), said(new)))
+        ]
+
+
+def said(cell):
+    "What a cell printed, with 0 for each number: seconds and losses are not of this book"
+    texts = [
+        "".join(output.get("text", []) or output.get("data", {}).get("text/plain", []))
+        for output in cell["outputs"]
+    ]
+    return re.sub(r"\d+(\.\d+)?", "0", "".join(texts)).splitlines()
+
+
+def changed(old, new):
+    return " | ".join(line for line in difflib.ndiff(old, new) if line[:1] in "+-")[:200]
 
 
 def main(argv):
-    names = [a for a in argv if not a.startswith("--")]
-    chosen = [p for p in CHAPTERS if not names or p.stem in names]
-    if "--fresh" in argv:
-        for p in chosen:
-            print(p.stem, *(fresh(p) or ["fresh"]), sep="\n  ", flush=True)
-        return
-    table = [survey(p) for p in chosen]
-    keys = [k for k in table[0] if k not in ("name", "unshown", "untested")]
-    print(f"{'':14}" + "".join(f"{k:>9}" for k in keys))
-    for s in table:
-        print(f"{s['name']:14}" + "".join(f"{s[k]:>9g}" for k in keys))
-    for p, s in zip(chosen, table, strict=True):
-        print(f"\n{s['name']}: " + ("; ".join(over_budget(s)) or "within the budget"))
-        if "--names" in argv:
-            print(
-                "  not shown:",
-                " ".join(s["unshown"]) or "-",
-                "\n  not tested:",
-                " ".join(s["untested"]) or "-",
-            )
-        for f in faults(p):
-            print("  FAULT", f)
+    names = [arg for arg in argv if not arg.startswith("--")]
+    for path in NOTEBOOKS:
+        if names and path.stem not in names:
+            continue
+        found = fresh(path) if "--fresh" in argv else faults(path)
+        print(path.stem, *(found or ["well"]), sep="\n  ", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""By hand: build wheel and sdist, install the wheel into an empty environment, measure imports, run the tiny chain from an empty folder.
+"""By hand: build wheel and sdist, install the wheel into an empty environment, measure imports,
+run the tiny chain from an empty folder.
 
     python tests/check_package.py [--extras eval,docs] [--lowest] [--run]
 
---lowest installs the lowest versions that settings.ini allows instead of the newest (with uv). It prints what it measured and
-leaves the environment behind, in a folder that it names."""
+--lowest installs the lowest versions that settings.ini allows instead of the newest (with uv). It
+prints what it measured and leaves the environment in a folder that it names.
+"""
 
 import argparse
 import os
@@ -122,7 +124,7 @@ def main():
     else:
         sh(python, "-m", "pip", "-q", "install", whl)
     print(f"installed in {time.perf_counter() - start:.0f} s")
-    wanted = {re.match(r"[\w.-]+", r)[0].lower() for r in requirements}
+    wanted = {re.split(r"[^\w.-]", r)[0].lower() for r in requirements}
     have = subprocess.run(
         [python, "-m", "pip", "list", "--format", "freeze"],
         capture_output=True,

@@ -118,24 +118,30 @@ def micro(tmp_path_factory):
     return tmp / "run", recipe, out.stdout
 
 
+class Cli:
+    "The command in this process: cli(...) -> (exit status, standard error as lines)"
+
+    def __init__(self, capsys):
+        self.capsys, self.out = capsys, ""  # out: what the last call printed
+
+    def __call__(self, *args):
+        from cmixtral_nb.commands import main
+
+        self.capsys.readouterr()
+        status = main([str(arg) for arg in args])
+        printed = self.capsys.readouterr()
+        self.out = printed.out
+        return status, printed.err.strip().splitlines()
+
+
 @pytest.fixture
 def cli(capsys):
-    "Call the command in this process: (exit status, standard error as lines)"
-    from cmixtral_nb.commands import main
-
-    def call(*args):
-        capsys.readouterr()
-        status = main([str(a) for a in args])
-        got = capsys.readouterr()
-        call.out = got.out
-        return status, got.err.strip().splitlines()
-
-    return call
+    return Cli(capsys)
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    "The package as a user installs it: a folder with nothing but what the wheel holds (beside it, the wheel itself)"
+    "The package as a user installs it: what the wheel holds, and beside it the wheel"
     tmp, root = tmp_path_factory.mktemp("wheel"), Path(__file__).parents[1]
     shutil.copytree(
         root / "cmixtral_nb", tmp / "cmixtral_nb", ignore=shutil.ignore_patterns("__pycache__")

@@ -1,6 +1,5 @@
-"The package as others install, import and type-check it. By hand, with a fresh environment and a clock: tests/check_package.py"
+"The package as others install, import and type-check it. With a clock: tests/check_package.py"
 
-import ast
 import configparser
 import re
 import subprocess
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = [p for p in sorted((ROOT / "cmixtral_nb").glob("*.py")) if not p.name.startswith("_")]
-cfg = configparser.ConfigParser(delimiters=["="])
-cfg.read(ROOT / "settings.ini", encoding="utf-8")
-cfg = cfg["DEFAULT"]
+settings = configparser.ConfigParser(delimiters=["="])
+settings.read(ROOT / "settings.ini", encoding="utf-8")
+cfg = settings["DEFAULT"]
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
@@ -101,6 +99,7 @@ def test_requirements_have_a_floor_and_a_reason_for_a_missing_ceiling():
         "hypothesis",
         "ruff",
         "mypy",
+        "nbqa",
         "setuptools",
         "fastcore",
         "execnb",
@@ -108,7 +107,7 @@ def test_requirements_have_a_floor_and_a_reason_for_a_missing_ceiling():
     }  # small or by date; the last three have ceilings and come with nbdev
     for key in [k for k in cfg if k == "requirements" or k.endswith("_requirements")]:
         for req in cfg[key].split():
-            name = re.match(r"[\w.-]+", req)[0]
+            name = re.split(r"[^\w.-]", req)[0]
             assert "==" in req or (">=" in req and "<" in req) or name in open_ended, (
                 f"{key}: {req}"
             )
@@ -126,8 +125,6 @@ d: dict = count_parameters('mixtral')
 wrong: int = fingerprint(1)
 clean(3)
 """
-# default that is no value of its type: the chapter is under work on another branch
-KNOWN = {("init", "pieces"), ("init", "old"), ("qlora", "adapter")}
 
 
 @pytest.fixture(scope="session")
@@ -159,37 +156,10 @@ def checked(tmp_path_factory):
 
 
 def test_types_reach_a_program(checked):
+    "Two errors, those of the program; the package itself, bodies and all, has none"
     lines = CLIENT.splitlines()
-    assert sorted(lines[i - 1] for f, i, _ in checked if f == "client") == [
+    assert [(f, m) for f, _, m in checked if f != "client"] == []
+    assert sorted(lines[i - 1] for _, i, _ in checked) == [
         "clean(3)",
         "wrong: int = fingerprint(1)",
     ]
-
-
-def test_signatures_are_sound(checked):
-    "No error on a line of a signature, and no name that does not exist anywhere"
-    for path in MODULES:
-        heads = {
-            i: f.name
-            for f in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(f, ast.FunctionDef)
-            for i in range(f.lineno, max(f.lineno, f.body[0].lineno - 1) + 1)
-        }
-        bad = [
-            (i, m)
-            for f, i, m in checked
-            if f == path.stem
-            and (
-                i in heads and f[0] != "_" or re.search(r"\[(name-defined|valid-type|syntax)\]", m)
-            )
-            and "return-value" not in m
-            and not any(re.search(rf'parameter "{p}"', m) for module, p in KNOWN if module == f)
-        ]
-        assert not bad, (path.stem, bad)
-
-
-def test_ruff_is_content():
-    out = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True
-    )
-    assert out.returncode == 0, out.stdout[-2000:]

@@ -1,4 +1,4 @@
-"The project itself: notebooks and package say the same, nothing of one machine in it, safe and quick to start."
+"The project: notebooks and package say the same, nothing of one machine, safe, quick to start."
 
 import json
 import os
@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from cmixtral_nb.book import read_book
+from cmixtral_nb.pages import module_of
+
 ROOT = Path(__file__).parents[1]
 NBS = sorted((ROOT / "nbs").glob("*.ipynb"))
-CHAPTERS = [p for p in NBS if p.stem[0].isdigit()]  # the others are pages of the site
+CHAPTERS = [p for p in NBS if module_of(p)]  # the others are pages of the site
+STORIES = [p for p in CHAPTERS if p.stem[0].isdigit()]
 MODULES = sorted(p.stem for p in (ROOT / "cmixtral_nb").glob("*.py") if not p.name.startswith("_"))
 
 
@@ -20,43 +24,43 @@ def sources(path):
     return [("".join(c["source"]), c) for c in json.loads(path.read_text())["cells"]]
 
 
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory):
-    "The package exported anew, in a copy of the checkout"
-    tmp = tmp_path_factory.mktemp("export")
-    for name in "nbs", "cmixtral_nb":
-        shutil.copytree(ROOT / name, tmp / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "settings.ini", tmp)
-    code = "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__(); from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__()"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp, check=True, capture_output=True)
-    return tmp
+def test_prepare_changes_nothing(tmp_path):
+    "Exported, cleaned, formatted, linted, typed: the tree is as `cmixtral prepare` leaves it"
+    ignored = shutil.ignore_patterns("__pycache__", ".venv", ".git", "runs", "_docs", "_proc")
+    checkout = shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
+    code = "import sys; from cmixtral_nb.commands import main; sys.exit(main())"
+    out = subprocess.run(
+        [sys.executable, "-c", code, "prepare", "--check"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+    )
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
+    assert "prepare: 0 files changed" in out.stdout
 
 
-def test_package_is_what_the_notebooks_export(exported):
-    for p in (ROOT / "cmixtral_nb").glob("*.py"):
-        assert (exported / "cmixtral_nb" / p.name).read_text() == p.read_text(), p.name
+def test_the_book_has_each_notebook_once():
+    named = [chapter.notebook for part in read_book(ROOT) for chapter in part.chapters]
+    assert sorted(named) == [p.stem for p in NBS]
 
 
-def test_notebooks_are_clean(exported):
-    for p in NBS:
-        assert (exported / "nbs" / p.name).read_text() == p.read_text(), p.name
+def test_the_book_names_each_command_once():
+    from cmixtral_nb.recipes import MODULES as COMMANDS
 
-
-def test_readme_is_the_index():
-    from cmixtral_nb.site import readme
-
-    before = (ROOT / "README.md").read_text()
-    try:
-        readme(ROOT)
-        assert (ROOT / "README.md").read_text() == before
-    finally:
-        (ROOT / "README.md").write_text(before)
+    chapters = [chapter for part in read_book(ROOT) for chapter in part.chapters]
+    named = [command for chapter in chapters for command in chapter.commands]
+    assert sorted(named) == sorted(COMMANDS)
+    for chapter in chapters:
+        for command in chapter.commands:  # in the chapter whose module has it
+            assert module_of(ROOT / "nbs" / f"{chapter.notebook}.ipynb") == COMMANDS[command]
 
 
 def test_chapters_in_order():
-    assert [p.stem.split("_")[0] for p in CHAPTERS] == sorted(
-        [*[f"{i:02}" for i in range(16)], "05b", "12b", "13b", "13c"]
-    )
+    numbers = [p.stem.split("_")[0] for p in STORIES]
+    assert numbers == sorted([*[f"{i:02}" for i in range(1, 15)], "13b"])
+    appendices = [p.stem.split("_")[0] for p in CHAPTERS if p not in STORIES]
+    assert appendices == [f"a{i:02}" for i in range(1, len(appendices) + 1)]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -72,9 +76,8 @@ def test_outputs_are_saved_and_belong_to_no_machine(path):
         )
         for o in outputs:
             assert o["output_type"] != "error", text
-            shown = json.dumps(
-                {k: v for k, v in o.get("data", {}).items() if not k.startswith("image")}
-            ) + "".join(o.get("text", []))
+            data = {k: v for k, v in o.get("data", {}).items() if not k.startswith("image")}
+            shown = json.dumps(data) + "".join(o.get("text", []))
             assert not re.search(r"/home/|/tmp/|/Users/|hf_[A-Za-z]{20}|it/s\]", shown), text
             assert str(ROOT) not in shown and str(Path.home()) not in shown, text
     assert n_outputs
@@ -85,7 +88,8 @@ def test_safe_by_default():
     for m in MODULES:
         text = (ROOT / "cmixtral_nb" / f"{m}.py").read_text()
         assert not re.search(
-            r"trust_remote_code\s*=\s*True|^\s*import pickle|pickle\.loads?\(|torch\.save\(|torch\.load\(|home\(\)|expanduser",
+            r"trust_remote_code\s*=\s*True|^\s*import pickle|pickle\.loads?\(|torch\.save\("
+            r"|torch\.load\(|home\(\)|expanduser",
             text,
             re.M,
         ), m
@@ -93,7 +97,8 @@ def test_safe_by_default():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_import_is_light(module):
-    code = f"import sys, cmixtral_nb.{module}; print([m for m in ('torch', 'transformers', 'numpy', 'datasets', 'matplotlib', 'sentencepiece') if m in sys.modules])"
+    heavy = ("torch", "transformers", "numpy", "datasets", "matplotlib", "sentencepiece")
+    code = f"import sys, cmixtral_nb.{module}; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -103,15 +108,45 @@ def test_import_is_light(module):
     assert out.stdout.strip() == "[]", out.stdout + out.stderr
 
 
-def test_no_module_imports_a_later_one():
-    order = {
-        re.search(r"default_exp (\w+)", "".join(t for t, _ in sources(p)))[1]: i
-        for i, p in enumerate(CHAPTERS)
-    }
-    for m, i in order.items():
-        for name in re.findall(
-            r"from \.(\w+) import|from cmixtral_nb\.(\w+) import|import cmixtral_nb\.(\w+)",
-            (ROOT / "cmixtral_nb" / f"{m}.py").read_text(),
-        ):
-            dep = next(filter(None, name))
-            assert order[dep] <= i, f"{m} imports {dep}"
+def imports(module):
+    "Modules of the package that a module imports, anywhere"
+    text = (ROOT / "cmixtral_nb" / f"{module}.py").read_text()
+    found = re.findall(r"from \.(\w+) import|(?:from|import) cmixtral_nb\.(\w+)", text)
+    return {own or full for own, full in found}
+
+
+def test_a_story_imports_no_later_story():
+    order = {module_of(p): i for i, p in enumerate(STORIES)}
+    for module, place in order.items():
+        for other in imports(module) & set(order):
+            assert order[other] <= place, f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("path", STORIES, ids=lambda p: p.stem)
+def test_a_story_runs_no_later_story(path):
+    "Its cells, too, use appendices and earlier stories only"
+    order = {module_of(p): i for i, p in enumerate(STORIES)}
+    text = "\n".join(text for text, c in sources(path) if c["cell_type"] == "code")
+    for other in set(re.findall(r"(?:from|import) cmixtral_nb\.(\w+)", text)) & set(order):
+        assert order[other] <= order[module_of(path)], f"{path.stem} imports {other}"
+
+
+def test_imports_have_no_circle():
+    below: dict[str, set] = {}  # module -> everything that it needs
+
+    def need(module, way):
+        assert module not in way, " -> ".join([*way, module])
+        if module not in below:
+            below[module] = set()
+            for other in imports(module) & set(MODULES):
+                below[module] |= {other} | need(other, [*way, module])
+        return below[module]
+
+    for module in MODULES:
+        need(module, [])
+    assert below["stages"] <= {"machine"}  # the ground floor
+
+
+def test_no_star_imports():
+    for path in [*NBS, *(ROOT / "cmixtral_nb").glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        assert not re.search(r"^\s*\"?from [\w.]+ import \*", path.read_text(), re.M), path.name

@@ -1,4 +1,4 @@
-"The site as a reader meets it: built from a copy of the checkout, opened from disk and under a path, with a browser where there is one."
+"The site as a reader meets it: built, opened from disk and under a path, in a browser."
 
 import ast
 import functools
@@ -18,9 +18,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import watched
 
+from cmixtral_nb.book import chain_svg
 from cmixtral_nb.notebooks import cells, checkout, execute
 from cmixtral_nb.pages import exported, messages, package_messages
-from cmixtral_nb.site import chain_svg, docs
+from cmixtral_nb.site import docs
 from cmixtral_nb.stages import StageError
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,11 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links, self.loads, self.words, self.skip = set(), [], [], [], 0
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.words: list[str] = []
+        self.skip = 0  # depth of scripts and styles
         self.feed(path.read_text(encoding="utf-8"))
         self.text = " ".join("".join(self.words).split())
 
@@ -103,7 +108,7 @@ def pages(site):
 def test_each_notebook_has_a_page_that_the_sidebar_names(pages):
     assert set(pages) == {page_of(n) for n in NBS}
     for n in NBS:
-        assert page_of(n) in pages["contributing.html"].links, f"{n} is missing in nbs/_quarto.yml"
+        assert page_of(n) in pages["contributing.html"].links, f"{n} is missing in nbs/book.toml"
 
 
 def test_internal_links_and_anchors(pages, site):
@@ -133,36 +138,29 @@ def test_every_error_message_stands_on_the_page(pages):
     said = pages["troubleshooting.html"].text
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in (
-                "require",
-                "StageError",
-            ):
-                continue
-            for arg in node.args[1:] if node.func.id == "require" else node.args:
-                texts = [ast.walk(arg)] if not isinstance(arg, ast.Name) else []
-                inside = {
-                    id(c)
-                    for v in ast.walk(arg)
-                    if isinstance(v, ast.FormattedValue)
-                    for c in ast.walk(v)
-                }
-                for c in (
-                    c
-                    for t in texts
-                    for c in t
-                    if isinstance(c, ast.Constant)
-                    and isinstance(c.value, str)
-                    and id(c) not in inside
-                ):
-                    for part in c.value.split("; "):
-                        part = " ".join(part.split())
-                        assert len(re.sub(r"[\W\d_]", "", part)) < 6 or part in said, (
-                            f"{path.name}:{node.lineno}: {part!r}"
-                        )
+            for text in error_texts(node):
+                for part in text.split("; "):
+                    words = " ".join(part.split())
+                    n_letters = len(re.sub(r"[\W\d_]", "", words))
+                    assert n_letters < 6 or words in said, f"{path.name}: {words!r}"
+
+
+def error_texts(node):
+    "Constant texts in a call of require or StageError, without those inside of what is filled in"
+    name = getattr(getattr(node, "func", None), "id", "")
+    if not isinstance(node, ast.Call) or name not in ("require", "StageError"):
+        return
+    for argument in node.args[1:] if name == "require" else node.args:
+        values = [v for v in ast.walk(argument) if isinstance(v, ast.FormattedValue)]
+        inside = {id(part) for value in values for part in ast.walk(value)}
+        for part in ast.walk(argument):
+            is_text = isinstance(part, ast.Constant) and isinstance(part.value, str)
+            if is_text and id(part) not in inside:
+                yield part.value
 
 
 def test_what_the_command_says_is_on_the_page(pages, cli, tmp_path):
-    "Real errors: each line matches a message of the page, with anything where the page has … or ‹name›"
+    "Real errors: each line is on the page, which has … or ‹name› for what is filled in"
     rows = [re.split(r"…|‹[^›]*›", m["text"]) for ms in package_messages().values() for m in ms]
     known = [re.compile(".*".join(map(re.escape, r)) + "$") for r in rows]
     (tmp_path / "empty.jsonl").write_text("")
@@ -212,7 +210,13 @@ def test_what_the_command_says_is_on_the_page(pages, cli, tmp_path):
 
 
 def test_messages_of_every_kind_are_read():
-    source = "def _faults(x):\n    yield f'{x}: no such thing'\ndef f():\n    faults.append('first fault' if a else 'second fault')\n    faults += ['third fault']\n"
+    source = """
+def _faults(x):
+    yield f'{x}: no such thing'
+def f():
+    faults.append('first fault' if a else 'second fault')
+    faults += ['third fault']
+"""
     assert [m["text"] for m in messages(source)] == [
         "…: no such thing",
         "first fault",
@@ -250,13 +254,13 @@ def test_the_picture_is_the_one_that_is_drawn():
 
 
 def test_commands_in_the_pages_exist():
-    "Each line `cmixtral ...` of a shell block names options that there are, and all that must be given"
+    "Each line `cmixtral ...` of a shell block has options that exist, and all that it must have"
     import shlex
 
     from cmixtral_nb.commands import parser
 
     n = 0
-    for p in (ROOT / "nbs" / f"{s}.ipynb" for s in NBS if not s[0].isdigit()):
+    for p in (ROOT / "nbs" / f"{s}.ipynb" for s in NBS if s in NO_BADGE or s == "quickstart"):
         for block in re.findall(r"```sh\n(.*?)```", "\n".join(c["source"] for c in cells(p)), re.S):
             for line in re.findall(r"^(?:torchrun .*--no-python )?cmixtral (.+)$", block, re.M):
                 words = shlex.split(line, comments=True)
@@ -284,19 +288,17 @@ def test_badges_are_those_that_colab_makes(tmp_path):
     for n in NBS:
         p = ROOT / "nbs" / f"{n}.ipynb"
         if "colab-setup" not in p.read_text():
-            assert n in NO_BADGE, (
-                f"{n}; run: python -c \"from cmixtral_nb.notebooks import colab; colab('nbs/{n}.ipynb')\""
-            )
+            assert n in NO_BADGE, f"{n}: call cmixtral_nb.notebooks.colab on it"
             continue
         shutil.copy(p, tmp_path / "nbs")
         colab(tmp_path / "nbs" / p.name)
         assert (tmp_path / "nbs" / p.name).read_text() == p.read_text(), n
-        assert cells(p)[2]["flags"] >= {"hide", "eval"}
+        assert cells(p)[2]["flags"] >= {"hide", "eval: false"}
 
 
 def test_a_cell_that_says_nothing_any_more_keeps_no_output(tmp_path):
     said = [dict(output_type="stream", name="stdout", text=["old\n"])]
-    code = [("x = 1", {}), ("print(x)", {}), ("#| slow\nprint(2)", {})]
+    code: list = [("x = 1", {}), ("print(x)", {}), ("#| slow\nprint(2)", {})]
     rows = [
         dict(
             cell_type="code", id=str(i), source=[t], outputs=said, execution_count=None, metadata=m
@@ -401,7 +403,7 @@ def test_search_from_disk(browser, site, pages):
 
 
 def test_under_a_path(browser, site):
-    "Served below /a/b/, as on a project page: the same links, the same search, nothing asked from the root"
+    "Served below /a/b/, as on a project page: the same links and search, nothing from the root"
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def translate_path(self, path):

@@ -1,0 +1,66 @@
+"""Runs one notebook as a test, for test_notebooks.py: python run_notebook.py NOTEBOOK SITE
+
+SITE is the folder where the package is installed. Figures that are saved must have their axes
+labelled. The status is 1 where a cell fails or a label is missing.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import cmixtral_nb
+
+warnings.simplefilter("ignore")
+
+
+def has_words(axis):
+    "A label, or ticks that are words, or no ticks at all"
+    ticks = [tick.get_text() for tick in axis.get_ticklabels() if tick.get_visible()]
+    shown = [text for text in ticks if text]
+    return axis.get_label_text() or not shown or any(c.isalpha() for c in "".join(shown))
+
+
+def is_labelled(figure, panel, letter):
+    "Whether axis x or y of a panel has a name, its own or one that it shares"
+    if letter == "x":
+        axis, shared, of_all = panel.xaxis, panel.get_shared_x_axes(), figure.get_supxlabel()
+    else:
+        axis, shared, of_all = panel.yaxis, panel.get_shared_y_axes(), figure.get_supylabel()
+    siblings = [getattr(other, f"{letter}axis") for other in shared.get_siblings(panel)]
+    return of_all or has_words(axis) or any(s.get_label_text() for s in siblings)
+
+
+def watch_figures(faults):
+    "Look at each figure that matplotlib writes, and add to `faults` what has no label"
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    draw = FigureCanvasBase.print_figure
+
+    def checked(self, *args, **kwargs):
+        out = draw(self, *args, **kwargs)
+        panels = [a for a in self.figure.axes if a.axison and a.get_visible() and a.has_data()]
+        for number, panel in enumerate(panels):
+            for letter in "xy":
+                if not is_labelled(self.figure, panel, letter):
+                    faults.add(f"a figure has no label on {letter} of panel {number}")
+        return out
+
+    setattr(FigureCanvasBase, draw.__name__, checked)
+
+
+def main(notebook, site):
+    from nbdev.test import test_nb
+
+    source = Path(cmixtral_nb.__file__)
+    assert source.is_relative_to(site), f"{source} is not the installed package"
+    faults: set[str] = set()
+    text = notebook.read_text(encoding="utf-8")
+    if "plot" in text or "figure" in text:
+        watch_figures(faults)
+    passed, _ = test_nb(notebook, skip_flags=["notest", "slow", "gpu"])
+    print(*sorted(faults), sep="\n", file=sys.stderr)
+    return int(not passed or bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(Path, sys.argv[1:])))
