@@ -359,6 +359,17 @@ class Browser:
         ).evaluate_all("a => a.map(x => x.href)")
 
 
+# Code blocks of a page whose lines are longer than what is seen of them.
+CUT_CODE = """[...document.querySelectorAll('main pre.sourceCode')]
+    .filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent.slice(0, 80))"""
+# LaTeX commands outside of code, as a formula leaves them that could not be drawn.
+RAW_LATEX = r"""(() => {
+    const main = document.querySelector('main').cloneNode(true);
+    main.querySelectorAll('pre, code, annotation, table').forEach(e => e.remove());
+    return main.textContent.match(/\\[a-zA-Z]+/g) || [];
+})()"""
+
+
 @pytest.fixture(scope="module")
 def browser(chromium):
     return Browser(chromium)
@@ -372,10 +383,13 @@ def test_every_page_in_a_browser(browser, site, pages):
         browser.page.emulate_media(color_scheme="light")
         browser.page.goto((site / name).as_uri())
         assert browser.width() <= 1280, name
+        assert browser.page.evaluate(CUT_CODE) == [], name
+        assert browser.page.evaluate(RAW_LATEX) == [], name
         assert browser.background() > 600, name
         browser.page.set_viewport_size(dict(width=390, height=844))
         browser.page.emulate_media(color_scheme="dark")
         assert browser.width() <= 390, f"{name} is {browser.width()} pixels wide on a phone"
+        assert browser.page.evaluate(CUT_CODE) == [], name
         browser.page.wait_for_function(
             "document.documentElement.classList.contains('quarto-dark') || true"
         )
