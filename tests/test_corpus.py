@@ -18,6 +18,8 @@ from cmixtral_nb.corpus import (
     corpus_langs,
     corpus_texts,
     is_heldout,
+    lang_faults,
+    missing_language,
 )
 from cmixtral_nb.documents import doc_files, parse_sources, read_docs
 from cmixtral_nb.languages import lang_script, script_pattern, script_share
@@ -136,6 +138,44 @@ def test_stop_names_the_line(here, i, words):
     with pytest.raises(StageError) as e:
         texts("r.jsonl", on_error="stop")
     assert words in str(e.value) and "--on-error skip" in str(e.value)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b'\n{"text": "next"}\n'])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        (
+            b'{"text": "cut',
+            "invalid JSON (the line ends in the middle of a string that starts at column 10, "
+            "expected a closing quote)",
+        ),
+        (
+            b'{"text": "cut\\',
+            "invalid JSON (the line ends in the middle of a string that starts at column 10, "
+            "expected a closing quote)",
+        ),
+        (
+            b'{"te',
+            "invalid JSON (the line ends in the middle of a string that starts at column 2, "
+            "expected a closing quote)",
+        ),
+        (b'{"text"', "invalid JSON (the line ends too early, expected ':' delimiter)"),
+        (b'{"text": ', "invalid JSON (the line ends too early, expected value)"),
+        (b'{"text": "cut"', "invalid JSON (the line ends too early, expected ',' delimiter)"),
+        (
+            '{"text": "切断'.encode()[:-1],
+            "invalid UTF-8 (the line ends in the middle of a character)",
+        ),
+        (b'{"text": "a\tb"}', "invalid JSON (Invalid control character at column 12)"),
+        (b'{"text": "a"} {}', "invalid JSON (Extra data at column 15)"),
+    ],
+)
+def test_a_line_that_was_cut_off_is_reported_as_such(here, line, says, end):
+    "The end of the line is no part of it: whether one follows or not, the report is the same"
+    (here / "r.jsonl").write_bytes(line + end)
+    with pytest.raises(StageError) as e:
+        texts("r.jsonl", on_error="stop")
+    assert str(e.value).startswith(f"r.jsonl:1: {says}; ")
 
 
 def test_deeply_nested_json_is_a_bad_line(here):
@@ -335,7 +375,7 @@ def test_all_faults_at_once(here):
         "source 'oops': expected LANG=REF",
         "source 'EN=builtin:en'",
         "builtin:xx: no such corpus",
-        "valid_share is 1.5, expected at least 0",
+        "valid_share is 1.5, expected 0 to below 1",
         "on_error is 'no', expected skip or stop",
         "min_share is 2, expected 0 to 1",
     ):
@@ -357,7 +397,8 @@ def test_all_faults_at_once(here):
         (
             ROWS[:2],
             0.000001,
-            "none of 2 zh documents is held out at valid_share=1e-06; raise it, to 0.5 say: cmixtral corpus --valid-share (in a text file a blank line ends a document)",
+            "none of 2 zh documents is held out at valid_share=1e-06; raise it, to 0.5 say: "
+            "cmixtral corpus --valid-share (in a text file a blank line ends a document)",
         ),
         (ROWS[:2], 0.999999, "all 2 zh documents are held out"),
     ],
@@ -383,11 +424,28 @@ def test_limits_and_languages(here):
     assert len(list(corpus_texts(c, "zh", limit_chars=20))) == 2
     with pytest.raises(
         StageError,
-        match="c has no train text in en, it has zh; run: cmixtral corpus --sources en=REF",
+        match="c has no en training text, it has zh; run: cmixtral corpus --sources en=REF",
     ):
         list(corpus_texts(c, "en"))
     assert [*corpus_texts("a.jsonl", "zh")] == [r["text"] for r in ROWS]
     assert [p.name for p in doc_files("builtin:zh")] == ["zh.jsonl.xz"]
+
+
+def test_a_missing_language_is_one_line_everywhere(here):
+    jsonl(here / "a.jsonl", ROWS)
+    c = corpus(["zh=a.jsonl"], out="c", valid_share=0)
+    no_en = "c has no en text, it has zh; run: cmixtral corpus --sources en=REF --out DIR"
+    assert missing_language(c, "en", ["zh"]) == no_en
+    assert lang_faults(c, "en") == [no_en.replace("run:", "give --lang zh, or run:")]
+    assert lang_faults(c, "zh") == [] and lang_faults("a.jsonl", "en") == []
+    for split, words in {"train": "en training text", "valid": "held-out en text"}.items():
+        with pytest.raises(StageError) as e:
+            list(corpus_texts(c, "en", split))
+        assert str(e.value) == no_en.replace("en text", words)
+    assert (
+        missing_language(c, "zh", ["zh"], "valid")
+        == "c has no held-out zh text; run: cmixtral corpus --valid-share 0.01"
+    )
 
 
 def test_attribution_names_every_source_that_ships():
@@ -404,6 +462,8 @@ def test_attribution_names_every_source_that_ships():
     )
     for (name, source, licence), k in n.items():
         row = next(
-            l for l in text.splitlines() if l.startswith(f"| {name}.jsonl.xz") and source in l
+            line
+            for line in text.splitlines()
+            if line.startswith(f"| {name}.jsonl.xz") and source in line
         )
         assert f"| {k:,} |" in row and row.endswith(f"| {licence} |"), row
