@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import subprocess
 
 import pytest
@@ -245,6 +246,14 @@ def test_pickle_checkpoint(cli, tmp_path, micro):
         tmp_path / "o",
         says="safetensors",
     )
+
+
+def test_files_of_an_artifact_follow_the_umask(micro, tmp_path):
+    "safetensors makes files that nobody but their owner can read"
+    modes = {p: stat.S_IMODE(p.stat().st_mode) for p in micro[0].rglob("*") if p.is_file()}
+    (tmp_path / "new").touch()
+    assert any(p.suffix == ".safetensors" for p in modes)
+    assert set(modes.values()) == {stat.S_IMODE((tmp_path / "new").stat().st_mode)}
 
 
 def test_options(cli):

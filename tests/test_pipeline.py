@@ -155,7 +155,7 @@ def test_status(micro, cli):
 
 
 def test_an_exam_without_questions_is_missed_before_the_first_step(tmp_path, cli):
-    from cmixtral_nb.preflight import _hub_ids
+    from cmixtral_nb.preflight import hub_ids
     from cmixtral_nb.recipes import read_recipe
 
     recipe = tmp_path / "exam.toml"
@@ -168,7 +168,7 @@ def test_an_exam_without_questions_is_missed_before_the_first_step(tmp_path, cli
         "StageError: [evaluate] unknown task 'ceval-vaild', did you mean 'ceval-valid'?",
         "StageError: [evaluate] mmlu: where are the questions? give their folder with --data, or --data hub",
     ]
-    assert [i for t, k, i in _hub_ids(read_recipe("paper")) if k == "data"] == [
+    assert [i for t, k, i in hub_ids(read_recipe("paper")) if k == "data"] == [
         "ceval/ceval-exam",
         "haonan-li/cmmlu",
         "cais/mmlu",
