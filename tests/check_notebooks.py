@@ -134,14 +134,14 @@ def doc_faults(source):
 
 
 def module_faults(path, found):
-    "Exported names that are neither shown nor tested"
+    "Exported functions and classes that are neither shown nor tested; a constant shows itself"
     module = module_of(path)
     if not module:
         return
     use = [c for c in found if c["cell_type"] == "code" and not is_export(c) and not is_import(c)]
     text = "\n".join(code_of(cell) for cell in use)
     for name in exported_names(module):
-        if not re.search(rf"\b{name}\b", text):
+        if not name.isupper() and not re.search(rf"\b{name}\b", text):
             yield f"{name} is exported, and neither shown nor tested"
     yield from doc_faults(module_source(module))
 
