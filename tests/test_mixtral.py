@@ -362,9 +362,9 @@ def test_base_lists_all_faults(tmp_path):
     for part in (
         "even number of dimensions",
         "expected a multiple",
-        "top_k=9",
-        "steps=0",
-        "length=1",
+        "top_k is 9",
+        "steps is 0",
+        "length is 1",
         "t.model",
         "none.jsonl",
     ):
