@@ -652,7 +652,7 @@ def stage(
     schema: int = 1,  # raised when the meaning of the files changes
     resumable: bool = False,  # after an interruption, go on from what lies in `out.tmp`
     check: Callable | None = None,  # `check(**args)`: raises `StageError` before work begins
-    found: Callable | None = None,  # `found(**args)`: what the key sees beside, or for, arguments
+    found: Callable | None = None,  # `found(**args)`: inputs that arguments only lead to
     parallel: bool = False,  # may run as several processes of `torchrun`
 ) -> Callable[[Callable], Any]:
     "Make `f(..., out) -> dict of statistics` into a stage `f(..., out, force=False) -> Artifact`"
