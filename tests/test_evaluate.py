@@ -1,4 +1,4 @@
-"What the chapter on evaluation does not show: broken files, other forms, interruption, and lm-eval's own result"
+"Evaluation: broken files, other forms, interruption, and lm-eval's own result"
 
 import gzip
 import json
@@ -148,7 +148,7 @@ def test_other_requests_that_cannot_be(bench, tmp_path, model, monkeypatch):
     assert "has no adapter_config.json" in faults(model, adapter=bench, out=tmp_path / "o")
     assert "1 other" not in faults(model, tasks="mmlu_virology", data=bench, out=tmp_path / "o")
     assert "is not a corpus" in faults(model, corpus=bench, out=tmp_path / "o")
-    monkeypatch.setattr(ev, "task_files", dict)
+    monkeypatch.setattr(exams, "task_files", dict)
     assert "pip install 'cmixtral_nb[eval]'" in faults(
         model, tasks="mmlu", data=bench, out=tmp_path / "o"
     )
@@ -159,7 +159,10 @@ def test_the_four_benchmarks_have_all_their_tasks():
     assert [
         len(set(exams.leaves(n, files))) for n in ("ceval-valid", "cmmlu", "mmlu", "hellaswag")
     ] == [52, 67, 57, 1]
-    assert exams._top(["mmlu", "mmlu_anatomy", "mmlu_stem", "hellaswag"]) == ["mmlu", "hellaswag"]
+    assert exams._outermost(["mmlu", "mmlu_anatomy", "mmlu_stem", "hellaswag"]) == [
+        "mmlu",
+        "hellaswag",
+    ]
 
 
 def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
@@ -203,8 +206,11 @@ def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
         shots=2,
         samples=True,
     )
-    get = lambda r, t: [x[0][0] for s in r["samples"][t] for x in s["resps"]]
-    assert get(ours, GEO) == pytest.approx(get(theirs, "theirs"), abs=1e-4)
+
+    def likelihoods(r, task):
+        return [x[0][0] for s in r["samples"][task] for x in s["resps"]]
+
+    assert likelihoods(ours, GEO) == pytest.approx(likelihoods(theirs, "theirs"), abs=1e-4)
     assert ours["results"][GEO]["acc,none"] == theirs["results"]["theirs"]["acc,none"]
     assert [s["arguments"] for s in ours["samples"][GEO]] == [
         s["arguments"] for s in theirs["samples"]["theirs"]
@@ -450,7 +456,7 @@ def test_the_letters_are_those_of_the_likelihoods(bench, tmp_path, model, capsys
     )
     r, said = json.loads((a / "results.json").read_text()), capsys.readouterr().out
     qs, samples = (
-        [json.loads(l) for l in (a / f"{f}.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (a / f"{f}.jsonl").read_text().splitlines()]
         for f in ("questions", "samples")
     )
     for q, x in zip(qs, samples, strict=True):
@@ -470,7 +476,7 @@ def test_the_letters_are_those_of_the_likelihoods(bench, tmp_path, model, capsys
 
 
 def reference_bits(model, tok, text, length):
-    "Bits per byte's numerator in twenty lines of its own: one token at a time, half a window of context at least"
+    "Bits of a text in a few lines: one token at a time, half a window of context at least"
     import torch
 
     ids = [tok.bos_token_id, *tok(text, add_special_tokens=False)["input_ids"]]
@@ -503,7 +509,7 @@ def test_bits_per_byte_equals_a_reference_for_any_batch(model):
     ) == pytest.approx(want, rel=1e-6)
 
 
-def test_a_uniform_model_pays_log_V_for_each_token(model):
+def test_a_uniform_model_pays_the_log_of_its_vocabulary_for_each_token(model):
     from cmixtral_nb.bits import bits_per_byte
 
     lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
@@ -537,15 +543,12 @@ def test_windows_roll_as_in_lm_eval():
 @pytest.mark.skipif("CMIXTRAL_DATA" not in os.environ, reason="CMIXTRAL_DATA is not set")
 def test_the_real_files():
     data, files = Path(os.environ.get("CMIXTRAL_DATA", ".")) / "eval", exams.task_files()
-    n = lambda name, split: sum(
-        len(exams.read_rows(data, t)[split]) for t in exams.leaves(name, files)
-    )
-    assert (n("ceval-valid", "val"), n("cmmlu", "test"), n("mmlu", "test"), n("mmlu", "dev")) == (
-        1346,
-        11582,
-        14042,
-        285,
-    )
+
+    def n(name, split):
+        return sum(len(exams.read_rows(data, t)[split]) for t in exams.leaves(name, files))
+
+    assert n("ceval-valid", "val") == 1346 and n("cmmlu", "test") == 11582
+    assert n("mmlu", "test") == 14042 and n("mmlu", "dev") == 285
     rows = exams.read_rows(data, "hellaswag")["validation"]
     assert len(rows) == 10042 and sum(r["ctx_b"] != "" for r in rows) == 3235
-    assert not exams._task_faults(["ceval-valid", "cmmlu", "mmlu", "hellaswag"], data)
+    assert not exams.task_faults(["ceval-valid", "cmmlu", "mmlu", "hellaswag"], data)
