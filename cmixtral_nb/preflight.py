@@ -335,6 +335,5 @@ def _hours_text(asked: dict, n_tokens: int, utilisation: float) -> str:
 
 
 # %% ../nbs/a31_preflight.ipynb #e58f9e5a
-# older names, until every module has the new ones
+# its older name, until every module has the new one
 _hub_ids = hub_ids
-_disk = disk_of

@@ -129,6 +129,8 @@ MODULES = {  # command -> module of the function with its name
     "compare": "compare",
     "card": "card",
     "docs": "site",
+    # for those who change the book
+    "prepare": "site",
 }
 
 
