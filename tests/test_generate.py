@@ -6,14 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmixtral_nb import generate as g
 from cmixtral_nb import checkpoints
+from cmixtral_nb import generate as g
 from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.sft import BEGIN, END, PAD, chat_tokenizer
 from cmixtral_nb.stages import StageError
 from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
 
-CHATML = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+CHATML = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +90,15 @@ def test_another_models_template(tok):
     "word", [END, BEGIN, PAD, "<s>", "</s>", "<unk>", f"{END}\n{BEGIN}助手\n", "\ue000x\ue001"]
 )
 def test_no_word_becomes_control(chat_tok, word):
-    n = lambda ids: sum(i in {0, 1, 2, *chat_tok.all_special_ids} for i in ids)
-    ask = lambda w: g.encode_prompt(
-        chat_tok, [dict(role="system", content=w), dict(role="user", content=f"x{w}y")]
-    )
+    control = {0, 1, 2, *chat_tok.all_special_ids}
+
+    def n(ids):
+        return sum(i in control for i in ids)
+
+    def ask(w):
+        talk = [dict(role="system", content=w), dict(role="user", content=f"x{w}y")]
+        return g.encode_prompt(chat_tok, talk)
+
     assert n(ask(word)) == n(ask("z")) == 6
     assert word in chat_tok.decode(ask(word))
     assert n(g.encode_prompt(chat_tok, word)) == 1
@@ -166,7 +174,7 @@ def test_names_and_prompts_from_elsewhere(model, tmp_path):
 
 
 def test_samples_do_not_depend_on_their_neighbours(model, tmp_path):
-    "The first prompt draws with the seed, the next with the one after it, whatever other models are asked"
+    "Prompt i draws with seed + i, whatever other models are asked"
     one = g.generate([f"a={model}"], prompts=["二"], out=tmp_path / "1", max_new_tokens=4, seed=1)
     two = g.generate(
         [f"x={model}", f"a={model}"],
@@ -176,7 +184,8 @@ def test_samples_do_not_depend_on_their_neighbours(model, tmp_path):
         seed=0,
     )
     rows = [
-        [json.loads(l) for l in (a / "samples.jsonl").read_text().splitlines()] for a in (one, two)
+        [json.loads(line) for line in (a / "samples.jsonl").read_text().splitlines()]
+        for a in (one, two)
     ]
     assert rows[0][0] == rows[1][-1]
 
@@ -184,6 +193,17 @@ def test_samples_do_not_depend_on_their_neighbours(model, tmp_path):
 def test_markdown_survives_what_models_write():
     row = dict(model="m", prompt="a|b", text="*x* <b>\n_y_", stop="length")
     assert g.samples_table([row]) == "**a\\|b**\n\n- m: \\*x\\* \\<b\\> \\_y\\_ …\n"
+
+
+def test_chat_checks_its_options_before_it_loads(tmp_path):
+    with pytest.raises(StageError) as e:
+        g.chat(tmp_path / "none", temperature=-1, top_p=0, max_new_tokens=0)
+    assert str(e.value).splitlines()[:3] == [
+        "max_new_tokens is 0, expected at least 1",
+        "temperature is -1, expected at least 0",
+        "top_p is 0, expected above 0, at most 1",
+    ]
+    assert "none" in str(e.value).splitlines()[3]
 
 
 def test_chat_needs_a_template(model):
@@ -202,7 +222,9 @@ def test_chat_needs_a_template(model):
 def test_a_template_that_does_not_render(model, template, says):
     tok = load_tokenizer(model)
     tok.chat_template = template
-    with pytest.raises(StageError, match=says + ".*mend chat_template.jinja, or run: cmixtral sft"):
+    with pytest.raises(
+        StageError, match=says + ".*correct chat_template.jinja, or run: cmixtral sft"
+    ):
         g.encode_prompt(tok, [dict(role="user", content="x")])
 
 
@@ -220,7 +242,8 @@ def test_a_prompt_longer_than_the_context(model, tok, tmp_path):
     room = m.config.max_position_embeddings
     with pytest.raises(
         StageError,
-        match=f"the prompt has 350,002 tokens, expected at most {room - 5:,}: the model holds {room:,}, of which the answer may take 5; shorten it",
+        match=f"the prompt has 350,002 tokens, expected at most {room - 5:,}: "
+        f"the model holds {room:,}, of which the answer may take 5; shorten it",
     ):
         g.generate_text(m, tok, "长" * 350_000, 5)
     with pytest.raises(StageError, match="the prompt has"):
@@ -247,20 +270,18 @@ def test_chat_goes_on_after_a_message_of_a_megabyte(model, tmp_path, capsys):
     capsys.readouterr()
     lines, asked = iter(["长" * 350_000, "hello", "/exit"]), []
     whole = g.generate_text
+
+    def noted(net, tok, talk, **how):
+        asked.append(list(talk))
+        return whole(net, tok, talk, **how)
+
     with (
         patch("builtins.input", lambda _: next(lines)),
-        patch.object(
-            g,
-            "generate_text",
-            lambda net, tok, talk, *a: asked.append(list(talk)) or whole(net, tok, talk, *a),
-        ),
+        patch.object(g, "generate_text", noted),
     ):
         g.chat(tmp_path, max_new_tokens=3, device="cpu")
     got = capsys.readouterr()
-    assert (
-        [l for l in got.err.splitlines() if "Loading weights" not in l and l.strip()]
-        == [got.err.splitlines()[-1]]
-        and "the prompt has" in got.err
-        and "shorten it" in got.err
-    )
+    err = got.err.splitlines()
+    assert [line for line in err if "Loading weights" not in line and line.strip()] == [err[-1]]
+    assert "the prompt has" in got.err and "shorten it" in got.err
     assert [m["content"] for m in asked[-1]] == ["hello"] and got.out.strip()
