@@ -101,7 +101,7 @@ def package_file(
     return Path(spec.submodule_search_locations[0]) / path
 
 
-# %% ../nbs/a08_pieces.ipynb #155a9ff0
+# %% ../nbs/a08_pieces.ipynb #4073114b
 _SHIPPED = {"mixtral": "data/tokenizer.model.v1"}  # in mistral-common
 
 
@@ -243,7 +243,3 @@ def read_pieces(
         f"{path} has no piece of {script} characters; run: cmixtral tokenizer --script {script}",
     )
     return sorted(own, key=piece_order)
-
-
-# %% ../nbs/a08_pieces.ipynb #b01f2697
-_normal, _order = normal_pieces, piece_order  # until tokenizer has changed

@@ -31,7 +31,7 @@ from operator import itemgetter
 from pathlib import Path
 from queue import Full
 
-from .corpus import text_batches
+from .documents import text_batches
 from .languages import script_pattern
 from .stages import require
 
@@ -63,7 +63,7 @@ def find_runs(
     return pattern.findall("▁" + text.replace(" ", "▁"))
 
 
-# %% ../nbs/a06_runs.ipynb #b46a5ec4
+# %% ../nbs/a06_runs.ipynb #7f3f69a6
 def write_runs(
     path: str | Path,  # file to write
     rows: Iterable[tuple[str, int]],  # run, count
@@ -186,7 +186,7 @@ def _count_parallel(
     return sorted(folder.glob("p*.tsv"))
 
 
-# %% ../nbs/a06_runs.ipynb #273f770e
+# %% ../nbs/a06_runs.ipynb #fb8b6f38
 _FIRST = 4  # batches of a million characters, too few to start processes for
 
 

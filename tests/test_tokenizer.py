@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmixtral_nb.corpus import corpus
-from cmixtral_nb.lexicons import Source, mass, mix_runs, parse_shares, read_lexicon, run_sources
+from cmixtral_nb.lexicons import Source, mix_runs, parse_shares, read_lexicon, run_sources
 from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_model, read_pieces, write_pieces
-from cmixtral_nb.runs import count_runs, find_runs, read_runs, run_pattern
+from cmixtral_nb.runs import count_runs, find_runs, mass, read_runs, run_pattern
 from cmixtral_nb.stages import StageError
 from cmixtral_nb.tokenizer import (
     base_symbols,
@@ -97,9 +97,9 @@ def test_any_number_of_processes_counts_the_same(tmp_path):
 def test_a_process_that_dies_is_noticed(tmp_path, monkeypatch):
     import os
 
-    import cmixtral_nb.tokenizer as module
+    from cmixtral_nb import runs
 
-    monkeypatch.setattr(module, "_work", lambda *a: os._exit(9))
+    monkeypatch.setattr(runs, "_count_from", lambda *a: os._exit(9))
     with pytest.raises(StageError, match="a process that counts runs (died|failed).*--workers 1"):
         count_runs(("中国人" * 1000 for _ in range(30_000)), tmp_path / "runs.tsv", workers=2)
 
@@ -291,7 +291,8 @@ def test_plain_list_and_foreign_model(here):
         (
             "bad.tsv",
             "piece\tscore\tkind\tcount\n中\tx\tchar\t1\n",
-            "bad.tsv:2: expected piece, score, kind, count with tabs between them, score and count being numbers",
+            "bad.tsv:2: expected piece, score, kind, count with tabs between them, "
+            "score and count being numbers",
         ),
         ("bad.tsv", "piece\tscore\n中\n", "bad.tsv:2: expected piece, score with tabs"),
         ("gbk.tsv", b"\xd6\xd0", "gbk.tsv is not UTF-8"),
@@ -300,13 +301,14 @@ def test_plain_list_and_foreign_model(here):
         (
             "twice.tsv",
             "piece\tscore\n中国\t0\n人\t-1\n中国\t-2\n",
-            "twice.tsv:4: 中国 stands in line 2 already; remove one of the two lines",
+            "twice.tsv:4: 中国 is in line 2 already; remove one of the two lines",
         ),
-        ("twice.txt", "中国\n中国\n", "twice.txt:2: 中国 stands in line 1 already"),
+        ("twice.txt", "中国\n中国\n", "twice.txt:2: 中国 is in line 1 already"),
         (
             "control.txt",
             "中国\n<s>\n",
-            "control.txt:2: <s> looks like a control token, expected a piece of text; remove the line",
+            "control.txt:2: <s> looks like a control token, expected a piece of text; "
+            "remove the line",
         ),
         ("empty.model", b"", "is not a sentencepiece model"),
     ],
@@ -374,7 +376,7 @@ def test_lexicon(here):
                 "w.txt:1: expected a word and its count",
                 "found '葡萄'",
                 "w.txt:3:",
-                "mend or remove the line",
+                "correct or remove the line",
             ],
         ),
         ("甲\n" * 9, ["w.txt: 6 more broken lines"]),
@@ -484,7 +486,8 @@ def test_reads_a_corpus(here):
     assert p.manifest["inputs"]["corpus"]["fingerprint"] == c.fingerprint
     with pytest.raises(
         StageError,
-        match="c has no en text, it has zh; give --lang zh, or run: cmixtral corpus --sources en=REF",
+        match="c has no en text, it has zh; give --lang zh, or run: "
+        "cmixtral corpus --sources en=REF",
     ):
         tokenizer(c, out="q", lang="en")
 
