@@ -279,20 +279,16 @@ def missing_language(
     corpus: Artifact | str | Path,  # a corpus folder, as it is shown
     lang: str,  # the language that was asked for
     langs: list[str],  # the languages that the corpus has
-    split: str = "",  # 'train' or 'valid' where only this part was asked for
+    split: str = "",  # 'valid' where held-out text was asked for
     option: str = "",  # of the command line, with which another language can be chosen
 ) -> str:  # one line
-    "What to say where a corpus has no text in a language, or nothing of it in a part"
-    wanted = {
-        "": f"{lang} text",
-        "train": f"{lang} training text",
-        "valid": f"held-out {lang} text",
-    }
+    "What to say where a corpus has no text in a language, or no held-out text"
+    wanted = f"held-out {lang} text" if split == "valid" else f"{lang} text"
     if lang in langs:  # but no document of it was held out
-        return f"{corpus} has no {wanted[split]}; run: cmixtral corpus --valid-share 0.01"
+        return f"{corpus} has no {wanted}; run: cmixtral corpus --valid-share 0.01"
     choice = f"give {option} {langs[0]}, or " if option else ""
     return (
-        f"{corpus} has no {wanted[split]}, it has {', '.join(langs)}; "
+        f"{corpus} has no {wanted}, it has {', '.join(langs)}; "
         f"{choice}run: cmixtral corpus --sources {lang}=REF --out DIR"
     )
 

@@ -424,7 +424,7 @@ def test_limits_and_languages(here):
     assert len(list(corpus_texts(c, "zh", limit_chars=20))) == 2
     with pytest.raises(
         StageError,
-        match="c has no en training text, it has zh; run: cmixtral corpus --sources en=REF",
+        match="c has no en text, it has zh; run: cmixtral corpus --sources en=REF",
     ):
         list(corpus_texts(c, "en"))
     assert [*corpus_texts("a.jsonl", "zh")] == [r["text"] for r in ROWS]
@@ -438,7 +438,7 @@ def test_a_missing_language_is_one_line_everywhere(here):
     assert missing_language(c, "en", ["zh"]) == no_en
     assert lang_faults(c, "en") == [no_en.replace("run:", "give --lang zh, or run:")]
     assert lang_faults(c, "zh") == [] and lang_faults("a.jsonl", "en") == []
-    for split, words in {"train": "en training text", "valid": "held-out en text"}.items():
+    for split, words in {"train": "en text", "valid": "held-out en text"}.items():
         with pytest.raises(StageError) as e:
             list(corpus_texts(c, "en", split))
         assert str(e.value) == no_en.replace("en text", words)
