@@ -1,11 +1,12 @@
-"""By hand: packing against the bare tokenizer and against the seed's two maps, and its memory as the text grows.
+"""By hand: packing against the bare tokenizer and the seed's two maps, and its memory.
 
-    python tests/bench_pack.py speed WORK [DATA] [MB]    # pack against encode_batch, 1 and 2 processes, side by side
-    python tests/bench_pack.py seed WORK [DATA] [DOCS]   # pack against the seed's method (minutes: its join is quadratic)
-    python tests/bench_pack.py memory WORK [DATA]        # peak memory at 50, 100, 200 and 400 MB of text
+    python tests/bench_pack.py speed WORK [DATA] [MB]    # pack against encode_batch, side by side
+    python tests/bench_pack.py seed WORK [DATA] [DOCS]   # pack against the seed's method (minutes)
+    python tests/bench_pack.py memory WORK [DATA]        # peak at 50, 100, 200 and 400 MB of text
 
-DATA is anything that `cmixtral corpus` reads; without it the shipped Chinese is repeated. WORK is a folder for the files.
-The runs that are compared take turns, so that what else the machine does meets both; the ratios are medians over the turns.
+DATA is anything that `cmixtral corpus` reads; without it the shipped Chinese is repeated.
+WORK is a folder for the files. The runs that are compared take turns, so that what else the
+machine does meets both; the ratios are medians over the turns.
 """
 
 import io
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from cmixtral_nb.documents import read_docs
 from cmixtral_nb.machine import peak_bytes, reset_peak
-from cmixtral_nb.pack import load_rows, pack
+from cmixtral_nb.pack import load_examples, pack
 from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
 
@@ -33,7 +34,9 @@ TURNS = 3
 
 
 def text(work: Path, data: str, n_bytes: float, docs: int = 10**9) -> Path:
-    "A corpus of `n_bytes` of text, the documents in random order, repeated where there are too few, without control tokens, which the seed takes for real"
+    """A corpus of `n_bytes` of text, in random order, repeated where there are too few documents.
+
+    Without control tokens, which the seed takes for real."""
     name = work / f"corpus-{n_bytes / 1e6:g}-{docs}"
     if not (name / "zh.valid.jsonl").exists():
         name.mkdir(parents=True, exist_ok=True)
@@ -79,7 +82,7 @@ def _raw(corpus, folder, part, n_parts, barrier, queue):
 
 
 def raw(corpus, folder, workers):
-    "Wall and processor seconds of `encode_batch` alone: texts in memory, tokenizer loaded, results thrown away"
+    "Wall and processor seconds of `encode_batch` alone: texts in memory, results thrown away"
     ctx = mp.get_context("spawn")
     barrier, queue = ctx.Barrier(workers), ctx.Queue()
     jobs = [
@@ -115,23 +118,23 @@ def speed(work, data, megabytes=60):
     for workers in (1, 2):
         ratios = []
         for turn in range(TURNS):
-            pair = [
-                lambda: raw(corpus, folder, workers),
-                lambda: ours(corpus, folder, work / "out", workers),
-            ]
-            first = turn % 2
-            found = {first: pair[first]()}
-            found[1 - first] = pair[1 - first]()
-            a = found[1][2]
-            ratios.append([found[0][i] / found[1][i] for i in (0, 1)])
+            if turn % 2 == 0:
+                theirs = raw(corpus, folder, workers)
+            wall, cpu, a = ours(corpus, folder, work / "out", workers)
+            if turn % 2 == 1:
+                theirs = raw(corpus, folder, workers)
+            ratios.append((theirs[0] / wall, theirs[1] / cpu))
             print(
-                f"  {workers} processes, turn {turn + 1}: encode_batch {found[0][0]:.1f} s ({found[0][1]:.1f} s of processor), "
-                f"pack {found[1][0]:.1f} s ({found[1][1]:.1f} s), {a.stats['n_tokens'] / found[1][0]:,.0f} tokens/s",
+                f"  {workers} processes, turn {turn + 1}: "
+                f"encode_batch {theirs[0]:.1f} s ({theirs[1]:.1f} s of processor), "
+                f"pack {wall:.1f} s ({cpu:.1f} s), {a.stats['n_tokens'] / wall:,.0f} tokens/s",
                 flush=True,
             )
-        wall, cpu = (statistics.median(r[i] for r in ratios) for i in (0, 1))
+        wall_ratio = statistics.median(wall for wall, _ in ratios)
+        cpu_ratio = statistics.median(cpu for _, cpu in ratios)
         print(
-            f"{workers} processes, {megabytes} MB: pack runs at {wall:.0%} of the speed of encode_batch; by processor time {cpu:.0%}",
+            f"{workers} processes, {megabytes} MB: throughput of pack divided by that of "
+            f"encode_batch {wall_ratio:.0%}; by processor time {cpu_ratio:.0%}",
             flush=True,
         )
 
@@ -174,23 +177,27 @@ def seed(work, data, docs=4000):
         theirs = seed_maps(corpus / "zh.train.jsonl", tok, 2048, work / "cache", work / "seed", 2)
         seconds = time.perf_counter() - start
         mine, _, a = ours(corpus, folder, work / "out", 2)
-        flat = np.concatenate(load_rows(a).with_format("numpy")[:]["input_ids"])
+        flat = np.concatenate(load_examples(a).with_format("numpy")[:]["input_ids"])
         want = np.concatenate([np.array(x) for x in theirs["input_ids"]])
         got = flat[flat != a.stats["eos"]]
         equal = np.array_equal(got, want[: len(got)]) and len(want) - len(got) < 2048
         ratios.append(seconds / mine)
         print(
-            f"  turn {turn + 1}: the seed {seconds:.1f} s, pack {mine:.1f} s, {'equal' if equal else 'DIFFERENT'} tokens ({len(want):,}, without EOS)",
+            f"  turn {turn + 1}: the seed {seconds:.1f} s, pack {mine:.1f} s, "
+            f"{'equal' if equal else 'DIFFERENT'} tokens ({len(want):,}, without EOS)",
             flush=True,
         )
     print(
-        f"{docs} documents: pack is {statistics.median(ratios):.0f} times as fast as the seed's two maps",
+        f"{docs} documents: pack is {statistics.median(ratios):.0f} times as fast "
+        "as the seed's two maps",
         flush=True,
     )
 
 
 def peak(corpus, folder, out):
-    "Print peak bytes of this process and of its largest worker, and the tokens packed; half of the text is repeated"
+    """Print peak bytes of this process and of its largest worker, and the tokens packed.
+
+    Half of the text is repeated."""
     reset_peak()
     a = ours(Path(corpus), Path(folder), Path(out), 2, "1.5:zh")[2]
     print(
@@ -215,7 +222,8 @@ def memory(work, data):
             ]
         )
         print(
-            f"{megabytes} MB of text, {n:,} tokens: peak {here / 1e6:,.0f} MB, and {worker / 1e6:,.0f} MB in the larger of two workers",
+            f"{megabytes} MB of text, {n:,} tokens: peak {here / 1e6:,.0f} MB, "
+            f"and {worker / 1e6:,.0f} MB in the larger of two workers",
             flush=True,
         )
         shutil.rmtree(corpus)

@@ -1,4 +1,6 @@
-"What the chapter 07_pack does not show: the whole stage against ten naive lines, isolation inside the Trainer, clusters, every message"
+"""What the chapter 07_pack does not show.
+
+The whole stage against ten naive lines, isolation inside the Trainer, clusters, every message."""
 
 import json
 import os
@@ -6,6 +8,7 @@ import shutil
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +18,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
-from cmixtral_nb import pack as m
+from cmixtral_nb import pack as pack_module
+from cmixtral_nb import packing
 from cmixtral_nb.cluster import pack_job
 from cmixtral_nb.pack import (
     collate,
-    load_rows,
+    cut_examples,
+    load_examples,
     pack,
     parse_mix,
     positions,
     repeats,
-    rows,
     valid_texts,
 )
 from cmixtral_nb.packing import (
+    ExampleWriter,
     Parts,
-    RowWriter,
     encode_part,
     encoded,
-    finish_rows,
     gather,
     line_spans,
     takes,
@@ -97,9 +100,10 @@ def naive(docs, length, bos, eos):
     st.integers(1, 5),
     st.integers(1, 90),
 )
-def test_rows_equal_naive(docs, length, block, piece):
+def test_examples_equal_naive(docs, length, block, piece):
     flat = np.array([t for d in docs for t in (1, *d, 2)], "uint16")
-    blocks = list(rows((flat[i : i + piece] for i in range(0, len(flat), piece)), length, block))
+    pieces = (flat[i : i + piece] for i in range(0, len(flat), piece))
+    blocks = list(cut_examples(pieces, length, block))
     assert [r.tolist() for b in blocks for r in b] == naive(docs, length, 1, 2)
     assert all(
         len(b) == block for b in blocks[:-1]
@@ -107,8 +111,9 @@ def test_rows_equal_naive(docs, length, block, piece):
     assert not blocks or 0 < len(blocks[-1]) <= block
 
 
-def test_no_rows():
-    assert list(rows([], 8)) == [] == list(rows([np.array([1, 5, 2])], 8))
+def test_no_examples():
+    assert list(cut_examples([], 8)) == []
+    assert list(cut_examples([np.array([1, 5, 2])], 8)) == []
 
 
 @settings(max_examples=100, deadline=None)
@@ -129,9 +134,8 @@ def test_each_repeat_has_an_order_of_its_own():
     d = next(repeats(500, 2, seed=1))
     for x, y in ((a, b), (b, c), (a, d), (a, np.arange(500))):
         assert (x == y).mean() < 0.05
-    assert all(
-        (x == y).all() for x, y in zip(repeats(500, 3), (a, b))
-    )  # more passes change no earlier one
+    # more passes change no earlier one
+    assert all((x == y).all() for x, y in zip(repeats(500, 3), (a, b), strict=True))
 
 
 @settings(max_examples=100, deadline=None)
@@ -172,7 +176,8 @@ def naive_pack(texts, tok, ratio, seed, length):
     n_parts=st.integers(0, 3),
 )
 def test_pack_equals_naive(here, tok, tmp_path, monkeypatch, texts, ratio, seed, length, n_parts):
-    monkeypatch.setattr(m, "load_tokenizer", lambda _: tok)
+    for module in (pack_module, packing):
+        monkeypatch.setattr(module, "load_tokenizer", lambda _: tok)
     monkeypatch.setattr(line_spans, "__defaults__", (0, 1, 50))  # many spans of a few documents
     c, out, parts = write_corpus(tmp_path / "c", zh=texts), tmp_path / "out", tmp_path / "parts"
     want, n = naive_pack(texts, tok, ratio, seed, length)
@@ -184,11 +189,11 @@ def test_pack_equals_naive(here, tok, tmp_path, monkeypatch, texts, ratio, seed,
         mix=[f"{ratio}:zh"], length=length, seed=seed, force=True, parts=parts if n_parts else None
     )
     if not want:
-        with pytest.raises(StageError, match="less than one row"):
+        with pytest.raises(StageError, match="less than one example"):
             pack(c, here / "tok", out, **how)
         return
     a = pack(c, here / "tok", out, **how)
-    assert [r.tolist() for r in load_rows(a).with_format("numpy")[:]["input_ids"]] == want
+    assert [r.tolist() for r in load_examples(a).with_format("numpy")[:]["input_ids"]] == want
     s = a.stats["sources"]["zh"]
     assert s["n_tokens"] == a.stats["n_tokens"] == n and s["n_rows"] == len(want)
     if ratio == 3:
@@ -245,7 +250,7 @@ def test_a_text_file_is_split_by_hash(here, tmp_path):
     assert abs(half["n_docs"] - own["n_docs"] / 2) < 1 and half["n_valid"] == own["n_valid"]
     with pytest.raises(StageError, match="mix names 2 languages"):
         pack(mine, here / "tok", tmp_path / "own2", mix=["zh", "en"])
-    with pytest.raises(StageError, match="less than one row"):
+    with pytest.raises(StageError, match="less than one example"):
         pack(mine, here / "tok", tmp_path / "own2", mix=["zh"], length=2**20)
     with pytest.raises(StageError, match="cannot be encoded in parts; run: cmixtral corpus"):
         encode_part(mine, here / "tok", tmp_path / "p", "zh", n_parts=2)
@@ -259,10 +264,10 @@ def test_a_text_file_is_split_by_hash(here, tmp_path):
     )
 )
 def test_positions_by_hand(ids):
-    for row, got in zip(ids, positions(np.array(ids), 1)):
+    for example, got in zip(ids, positions(np.array(ids), 1), strict=True):
         p = -1
         want = []
-        for t in row:
+        for t in example:
             p = 0 if t == 1 else p + 1
             want.append(p)
         assert got.tolist() == want
@@ -277,18 +282,13 @@ def test_collate_masks_only_starts():
 
 
 def worst(model, ids, logits):
-    "Largest difference of a logit between documents in rows and the same documents alone"
+    "Largest difference of a logit between documents in examples and the same documents alone"
     diff = 0.0
-    for row, got in zip(ids, logits):
-        starts = [0, *(i for i in range(1, len(row)) if row[i] == 1), len(row)]
-        for a, b in zip(starts, starts[1:]):
-            diff = max(
-                diff,
-                (model(input_ids=row[None, a:b], use_cache=False).logits[0] - got[a:b])
-                .abs()
-                .max()
-                .item(),
-            )
+    for example, got in zip(ids, logits, strict=True):
+        starts = [0, *(i for i in range(1, len(example)) if example[i] == 1), len(example)]
+        for a, b in pairwise(starts):
+            alone = model(input_ids=example[None, a:b], use_cache=False).logits[0]
+            diff = max(diff, (alone - got[a:b]).abs().max().item())
     return diff
 
 
@@ -384,10 +384,10 @@ def test_documents_are_isolated_in_the_trainer(here, tmp_path, monkeypatch):
 
 
 def test_large_ids_and_shards(tmp_path):
-    w = RowWriter(tmp_path / "train", 4, "uint32", shard_rows=3)
+    w = ExampleWriter(tmp_path / "train", 4, "uint32", shard_examples=3)
     for k in range(4):
         w.write(np.full((2, 4), 70_000 + k, "uint32"), k)
-    finish_rows(w, "key")
+    w.finish("key")
     from datasets import load_from_disk
 
     ds = load_from_disk(str(tmp_path / "train"))
@@ -401,7 +401,7 @@ def test_text_never_becomes_control(here, tmp_path):
     a = pack(
         here / "zh.jsonl", here / "tok", tmp_path / "t", mix=["zh"], length=32, valid_share=0.1
     )
-    ids = np.stack(load_rows(a).with_format("numpy")[:]["input_ids"])
+    ids = np.stack(load_examples(a).with_format("numpy")[:]["input_ids"])
     n_docs = a.stats["sources"]["zh"]["n_docs"]
     assert n_docs - 1 <= (ids == 1).sum() <= n_docs and n_docs - 1 <= (ids == 2).sum() <= n_docs
     assert (
@@ -439,8 +439,8 @@ def test_faults_come_together_and_leave_nothing(here, tmp_path):
         "neither a corpus nor a text file",
         "length is 3",
         "holds no tokenizer.json",
-        "seed is -1, expected 0 or more",
-        "workers is 0, expected 1",
+        "seed is -1, expected at least 0",
+        "workers is 0, expected at least 1",
     )
     assert (
         [w for w in wanted if w not in str(e.value)] == []
@@ -467,14 +467,14 @@ def test_a_worker_that_dies(tok, monkeypatch):
     def died(*_):
         raise BrokenProcessPool
 
-    monkeypatch.setattr(m, "ahead", died)
+    monkeypatch.setattr(packing, "ahead", died)
     with pytest.raises(StageError, match="a process that encodes died.*--workers 1"):
         list(encoded([["a"]], tok, 2, bos=1, eos=2, dtype="uint16"))
 
 
 def test_not_tokens(here):
     with pytest.raises(StageError, match="no manifest.json"):
-        load_rows(here)
+        load_examples(here)
     with pytest.raises(StageError, match="expected a tokens"):
         Artifact.load(here / "nothing", "tokens")
 
@@ -482,7 +482,7 @@ def test_not_tokens(here):
 def test_wrong_parts_are_refused(here, tmp_path):
     c, t, parts = here / "corpus", here / "tok", tmp_path / "parts"
 
-    def refused(words, mix=["1:zh"], **kw):
+    def refused(words, mix=("1:zh",), **kw):
         with pytest.raises(StageError, match=words):
             pack(c, t, tmp_path / "out", mix=mix, length=64, parts=parts, **kw)
         assert not list(tmp_path.glob("out*"))
@@ -505,7 +505,7 @@ def test_wrong_parts_are_refused(here, tmp_path):
 
 def test_a_part_that_is_there_is_left(here, tmp_path, monkeypatch):
     a = encode_part(here / "corpus", here / "tok", tmp_path, "zh")
-    monkeypatch.setattr(m, "encoded", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr(packing, "encoded", lambda *_, **__: pytest.fail("encoded again"))
     assert encode_part(here / "corpus", here / "tok", tmp_path, "zh") == a
     with pytest.raises(pytest.fail.Exception):
         encode_part(here / "corpus", here / "tok", tmp_path, "zh", ratio=0.5)
@@ -546,16 +546,17 @@ def test_datatrove_with_two_workers(here, tmp_path, alone):
 
 
 def test_what_a_killed_task_left_is_made_again(here, tmp_path, alone, monkeypatch):
-    job = lambda: pack_job(
-        here / "corpus", here / "tok", tmp_path / "out", tasks=3, where=dict(workers=1), **MIX
-    ).run()  # in this process
-    job()
+    def run():
+        how = dict(tasks=3, where=dict(workers=1), **MIX)  # one worker: in this process
+        pack_job(here / "corpus", here / "tok", tmp_path / "out", **how).run()
+
+    run()
     heads = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.parts").glob("*-of-*.json")}
     gone = tmp_path / "out.parts/en.00001-of-00003.json"
     gone.unlink()
     gone.with_suffix(".ids").write_bytes(b"half")
     shutil.rmtree(tmp_path / "out")
-    job()
+    run()
     assert Artifact.load(tmp_path / "out").fingerprint == alone.fingerprint
     assert len(heads) == 6 and [p for p, at in heads.items() if p.stat().st_mtime_ns != at] == [
         gone
@@ -571,7 +572,8 @@ text = open(sys.argv[-1]).read()
 assert '#SBATCH --partition=cpu' in text
 last = int(re.search(r'--array=0-(\\d+)', text)[1])
 for k in range(last + 1) if 'merge_stats' not in text else ():
-    subprocess.run(['bash', sys.argv[-1]], env=dict(os.environ, SLURM_ARRAY_TASK_ID=str(k), SLURM_NODELIST='here'), check=True, stdout=2)
+    env = dict(os.environ, SLURM_ARRAY_TASK_ID=str(k), SLURM_NODELIST='here')
+    subprocess.run(['bash', sys.argv[-1]], env=env, check=True, stdout=2)
 print('Submitted batch job 7')
 """)
     (folder / "srun").write_text(
@@ -617,7 +619,7 @@ def test_jobs_that_cannot_be(here, tmp_path, monkeypatch):
         pack_job(here / "zh.jsonl", t, out, **MIX)
     with pytest.raises(StageError, match="has no language 'fr'"):
         pack_job(c, t, out, mix=["fr"])
-    with pytest.raises(StageError, match="tasks is 0, expected 1 or more"):
+    with pytest.raises(StageError, match="tasks is 0, expected at least 1"):
         pack_job(c, t, out, tasks=0)
     with pytest.raises(TypeError, match="lenght"):
         pack_job(c, t, out, mix=["zh"], lenght=64)
