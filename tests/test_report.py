@@ -192,7 +192,7 @@ def test_compare_evaluations_and_models(micro, tmp_path, cli, monkeypatch):
 
 
 def test_a_favourite_letter_is_no_knowledge():
-    "70 of 208 right by always saying C, the share of C in the first questions of each subject of C-Eval: above chance, and yet nothing"
+    "70 of 208 right by always saying C, the share of C in C-Eval: above chance, and yet nothing"
     right = [0] * 40 + [1] * 50 + [2] * 70 + [3] * 48
 
     def model(chosen):
@@ -290,7 +290,8 @@ def test_an_interval_covers_as_often_as_it_says():
     rng, called = np.random.default_rng(0), 0
     for _ in range(200):
         a = {i: (x, 1) for i, x in enumerate(rng.normal(2, 0.5, 60))}
-        b = {i: (x[0] + d, 1) for (i, x), d in zip(a.items(), rng.normal(0, 0.1, 60))}
+        shifts = rng.normal(0, 0.1, 60)
+        b = {i: (x[0] + d, 1) for (i, x), d in zip(a.items(), shifts, strict=True)}
         c = change(dict(rows=a, lower_is_better=True), dict(rows=b, lower_is_better=True), 400)
         called += not c["low"] <= 0 <= c["high"]
     assert 3 <= called <= 22
