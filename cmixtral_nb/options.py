@@ -21,9 +21,10 @@ __all__ = [
     "nearest",
 ]
 
-# %% ../nbs/a02_options.ipynb #8d414c16
+# %% ../nbs/a02_options.ipynb #a953d999
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,7 +172,7 @@ def named_refs(
     for given in [refs] if isinstance(refs, str | Path) else refs or []:
         name, ref = split_name(given)
         if ref == str(given):
-            name = Path(ref).resolve().name
+            name = os.path.basename(os.path.abspath(ref))  # a link keeps its own name
         if not name or not ref:
             faults.append(f"{what} {str(given)!r}, expected {form}")
         elif name in named:
