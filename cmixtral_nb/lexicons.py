@@ -129,14 +129,12 @@ def _wordfreq(lang: str, script: str) -> Counter:
     size = next((s for s in ("large", "small") if lang in available_languages(s)), None)
     require(size, f'wordfreq has no list for {lang}; give a file with lines "word<TAB>count"')
     own = script_pattern(script)
-    words: Counter[str] = Counter()
-    for word, frequency in get_frequency_dict(lang, size).items():
-        if own.fullmatch(word):
-            words[word] = round(frequency * 1e9)
-    return +words  # without counts of 0
+    frequencies = get_frequency_dict(lang, size)
+    counts = {word: round(f * 1e9) for word, f in frequencies.items() if own.fullmatch(word)}
+    return Counter({word: count for word, count in counts.items() if count})
 
 
-# %% ../nbs/a07_lexicons.ipynb #7318004e
+# %% ../nbs/a07_lexicons.ipynb #bdd8a295
 def opencc_converter(
     name: str,  # a conversion of OpenCC: s2t, s2tw, s2hk, t2s ...
 ) -> Callable[[str], str]:
@@ -153,7 +151,7 @@ def opencc_converter(
         ) from None
 
 
-# %% ../nbs/a07_lexicons.ipynb #21e2c479
+# %% ../nbs/a07_lexicons.ipynb #b5539c83
 def lexicon_faults(
     lexicons: list[str] | None,  # "SHARE:NAME" each
     script: str = "Han",  # of the words

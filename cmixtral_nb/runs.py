@@ -27,7 +27,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from operator import itemgetter
 from pathlib import Path
 from queue import Full
 
@@ -63,7 +62,7 @@ def find_runs(
     return pattern.findall("▁" + text.replace(" ", "▁"))
 
 
-# %% ../nbs/a06_runs.ipynb #7f3f69a6
+# %% ../nbs/a06_runs.ipynb #20cb2b54
 def write_runs(
     path: str | Path,  # file to write
     rows: Iterable[tuple[str, int]],  # run, count
@@ -127,14 +126,27 @@ def _count(batches: Iterable[list[str]], pattern: re.Pattern, stem: Path, most: 
 _MOST_OPEN = 200  # files at once; many systems let a process open 256
 
 
+def _add_equal(rows: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    "Of sorted rows. Example: ('中', 1), ('中', 2), ('人', 1) -> ('中', 3), ('人', 1)"
+    current: str | None = None
+    total = 0
+    for run, count in rows:
+        if run == current:
+            total += count
+            continue
+        if current is not None:
+            yield current, total
+        current, total = run, count
+    if current is not None:
+        yield current, total
+
+
 def _merge(files: list[Path], out: Path) -> Path:
     "Sorted files into one, the counts of equal runs added"
     while len(files) > _MOST_OPEN:
         first, rest = files[:_MOST_OPEN], files[_MOST_OPEN:]
         files = [*rest, _merge(first, first[0].with_name(f"m{len(files)}.tsv"))]
-    rows = heapq.merge(*map(read_runs, files))
-    groups = itertools.groupby(rows, key=itemgetter(0))
-    write_runs(out, ((run, sum(count for _, count in group)) for run, group in groups))
+    write_runs(out, _add_equal(heapq.merge(*map(read_runs, files))))
     for file in files:
         file.unlink()
     return out
@@ -186,7 +198,7 @@ def _count_parallel(
     return sorted(folder.glob("p*.tsv"))
 
 
-# %% ../nbs/a06_runs.ipynb #fb8b6f38
+# %% ../nbs/a06_runs.ipynb #e4de8916
 _FIRST = 4  # batches of a million characters, too few to start processes for
 
 

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 # %% ../nbs/02_tokenizer.ipynb #e022abde
+import functools
 import itertools
 import math
 import re
@@ -254,18 +255,22 @@ def base_symbols(
     "The runs as the base cuts them, with one character for each token of the base"
     cutter = base_cutter(base_file)
     long_tokens = {token for token, _ in normal_pieces(base_file) if len(token) > 1}
-    symbol_of: dict[str, str] = {}
+    token_of: dict[str, str] = {}  # private symbol -> token
 
+    @functools.cache
     def symbol(token: str) -> str:
+        "One private character for each long token, in the order of their first use"
         if token not in long_tokens:
             return token  # one character, or characters that the base lacks
-        return symbol_of.setdefault(token, chr(_PRIVATE + len(symbol_of)))
+        private = chr(_PRIVATE + len(token_of))
+        token_of[private] = token
+        return private
 
     symbol_runs: Counter[str] = Counter()
     for texts, counts in run_batches(runs.items()):
         for tokens, count in zip(cutter.encode(texts, out_type=str), counts, strict=True):
             symbol_runs["".join(map(symbol, tokens))] += count
-    return symbol_runs, {symbol: token for token, symbol in symbol_of.items()}
+    return symbol_runs, token_of
 
 
 def from_symbols(
@@ -283,7 +288,7 @@ def from_symbols(
     return out
 
 
-# %% ../nbs/02_tokenizer.ipynb #f149db0f
+# %% ../nbs/02_tokenizer.ipynb #62ecc3c3
 def learn_pieces(
     runs: Counter,  # run -> count; may be emptied
     model_file: Path,  # sentencepiece model to write; deleted again where there is a base
@@ -353,12 +358,11 @@ def tokenizer(
     script: str = "Han",  # script of the pieces, as Unicode names it; several with blanks between
     marks: bool = True,  # a piece may begin with one punctuation mark or blank
     n_pieces: int = 40000,  # candidates: single characters and merges together
-    n_chars: int | None = None,  # the most frequent characters; None: a fifth of n_pieces; 0: all
+    n_chars: int | None = None,  # single characters among them; None: a fifth; 0: all that occur
     max_chars: int = 16,  # longest piece, in characters
     limit_chars: int = 0,  # characters of text to read; 0: all
-    lexicons: list[str]
-    | None = None,  # "SHARE:NAME" each: jieba, wordfreq, or lines word<TAB>count
-    opencc: list[str] | None = None,  # share of everything to convert, each such as 0.1:s2t
+    lexicons: list[str] | None = None,  # word lists, "SHARE:NAME" each: jieba, wordfreq, a file
+    opencc: list[str] | None = None,  # share of everything to convert, such as 0.1:s2t each
     method: str = "bpe",  # 'bpe', or 'continued': merge on from the tokens of the base
     base: str = "mixtral",  # base tokenizer, for 'continued'
     memory_chars: int = 24_000_000,  # of different runs, some 70 bytes each; more are thinned

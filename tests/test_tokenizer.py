@@ -1,14 +1,25 @@
 "Training and reading pieces: parity with the naive version, foreign files, bad inputs."
 
+import itertools
 import json
+import os
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmixtral_nb import runs as runs_module
 from cmixtral_nb.corpus import corpus
-from cmixtral_nb.lexicons import Source, mix_runs, parse_shares, read_lexicon, run_sources
+from cmixtral_nb.lexicons import (
+    Source,
+    lexicon_faults,
+    mix_runs,
+    opencc_faults,
+    parse_shares,
+    read_lexicon,
+    run_sources,
+)
 from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_model, read_pieces, write_pieces
 from cmixtral_nb.runs import count_runs, find_runs, mass, read_runs, run_pattern
 from cmixtral_nb.stages import StageError
@@ -95,18 +106,15 @@ def test_any_number_of_processes_counts_the_same(tmp_path):
 
 
 def test_a_process_that_dies_is_noticed(tmp_path, monkeypatch):
-    import os
-
-    from cmixtral_nb import runs
-
-    monkeypatch.setattr(runs, "_count_from", lambda *a: os._exit(9))
+    monkeypatch.setattr(runs_module, "_count_from", lambda *a: os._exit(9))
     with pytest.raises(StageError, match="a process that counts runs (died|failed).*--workers 1"):
         count_runs(("中国人" * 1000 for _ in range(30_000)), tmp_path / "runs.tsv", workers=2)
 
 
 @given(st.dictionaries(HAN, st.integers(1, 9), max_size=20), st.integers(1, 8), st.integers(1, 5))
 def test_split_runs_keeps_the_mass_of_the_kept_characters(runs, n_chars, longest):
-    chars = frequent_chars(char_counts(runs := Counter(runs)), n_chars)
+    runs = Counter(runs)
+    chars = frequent_chars(char_counts(runs), n_chars)
     out = split_runs(runs, chars, longest) if chars else Counter()
     assert char_counts(out) == Counter({c: n for c, n in char_counts(runs).items() if c in chars})
     assert all(len(r) <= longest for r in out)
@@ -120,24 +128,28 @@ def test_frequent_chars_breaks_ties_by_code_point():
 # ---- training
 
 
+def join(word, pair):
+    out, i = [], 0
+    while i < len(word):
+        if word[i : i + 2] == pair:
+            out.append(pair[0] + pair[1])
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return tuple(out)
+
+
 def naive_bpe(runs, n_merges):
-    words, merges = {tuple(r): k for r, k in runs.items()}, []
+    words, merges = {tuple(run): count for run, count in runs.items()}, []
     for _ in range(n_merges):
         pairs = Counter()
-        for w, k in words.items():
-            for p in zip(w, w[1:], strict=False):
-                pairs[p] += k
+        for word, count in words.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += count
         best = max(pairs, key=pairs.get)
         merges.append("".join(best))
-        new = Counter()
-        for w, k in words.items():
-            out, i = [], 0
-            while i < len(w):
-                n = 1 + (w[i : i + 2] == best)
-                out.append("".join(w[i : i + n]))
-                i += n
-            new[tuple(out)] += k
-        words = new
+        words = {join(word, best): count for word, count in words.items()}
     return merges
 
 
@@ -163,7 +175,7 @@ def test_made_counts_are_those_of_the_merges(tmp_path_factory, runs):
         x = list(r)
         while len(x) > 1:
             best, i = min(
-                (rank.get(a + b, 99), i) for i, (a, b) in enumerate(zip(x, x[1:], strict=False))
+                (rank.get(a + b, 99), i) for i, (a, b) in enumerate(itertools.pairwise(x))
             )
             if best == 99:
                 break
@@ -515,6 +527,27 @@ def test_all_faults_at_once(here):
         "method is 'magic', expected bpe or continued",
     ):
         assert words in str(e.value)
+
+
+def test_every_word_list_is_looked_at(here):
+    (here / "bad.txt").write_text("甲\n", encoding="utf-8")
+    assert lexicon_faults(["0.1:jieba", "0.1:wordfreq"]) == opencc_faults(None) == []
+    gone, bad = lexicon_faults(["0.1:gone", "0.1:bad.txt"])
+    assert gone.startswith("gone: no such file") and bad.startswith("bad.txt:1: expected a word")
+    assert lexicon_faults(["jieba", "0.1:gone"]) == [
+        "lexicons: 'jieba', expected SHARE:NAME, such as 0.25:jieba"
+    ]
+
+
+def test_workers_and_limits_have_ranges(here):
+    with pytest.raises(StageError) as e:
+        tokenizer("a.txt", out="p", workers=0, limit_chars=-1, max_chars=0, memory_chars=0)
+    assert sorted(e.value.args) == [
+        "limit_chars is -1, expected at least 0",
+        "max_chars is 0, expected at least 1",
+        "memory_chars is 0, expected at least 1",
+        "workers is 0, expected at least 1",
+    ]
 
 
 @pytest.mark.parametrize(
