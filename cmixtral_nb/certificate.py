@@ -242,7 +242,7 @@ class SentencePieceView:
         sp: SentencePieceProcessor,
     ):
         self.sp = sp
-        self.bos_id = sp.bos_id()
+        self.front = [sp.bos_id()]  # what a stock call puts in front of a text
 
     def __len__(self) -> int:
         return len(self.sp)
@@ -425,7 +425,7 @@ def fast_equals_sentencepiece(
     return certificate_line(name, len(ext.texts), different, fails)
 
 
-# %% ../nbs/a10_certificate.ipynb #3e4195eb
+# %% ../nbs/a10_certificate.ipynb #504f159e
 def same_after_saving(
     ext: Extension,
 ) -> dict:
@@ -466,7 +466,7 @@ def bos_then_the_same(
 
     def fails(text: str) -> bool:
         ids = ext.tok(text, split_special_tokens=True)["input_ids"]
-        return ids != [ext.after.bos_id, *ext.encode(text)]
+        return ids != [*ext.after.front, *ext.encode(text)]
 
     texts = ext.ends(ext.texts)
     name = "with special tokens: BOS, then the same ids"

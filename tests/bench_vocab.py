@@ -1,14 +1,21 @@
 """By hand: the vocabulary at 57,000 pieces against others, and what training it needs.
 
-    python tests/bench_vocab.py compare DATA WORK     # ours, the seed's recipe and continued BPE on the same text, against hfl and Mixtral
-    python tests/bench_vocab.py grid DATA WORK        # a 4 x 16 search against training each of the 64 vocabularies (half an hour)
-    python tests/bench_vocab.py languages WORK        # 2,000 pieces for Korean, Russian, Japanese, Hindi, Arabic, English, plain and continued BPE
-    python tests/bench_vocab.py memory DATA WORK      # training on 50, 100 and 200 MB of text: peak memory and speed
-    python tests/bench_vocab.py certificate WORK N    # N generated strings on the tokenizer that `compare` made
-    python tests/bench_vocab.py llama WORK GGUF_PYTHON # llama.cpp on 10,000 of them; the Python that has llama-cpp-python
+    python tests/bench_vocab.py compare DATA WORK
+        ours, the seed's recipe and continued BPE on the same text, against hfl and Mixtral
+    python tests/bench_vocab.py grid DATA WORK
+        a 4 x 16 search against training each of the 64 vocabularies (half an hour)
+    python tests/bench_vocab.py languages WORK
+        2,000 pieces for Korean, Russian, Japanese, Hindi, Arabic, English, plain and continued BPE
+    python tests/bench_vocab.py memory DATA WORK
+        training on 50, 100 and 200 MB of text: peak memory and speed
+    python tests/bench_vocab.py certificate WORK N
+        N generated strings on the tokenizer that `compare` made
+    python tests/bench_vocab.py llama WORK GGUF_PYTHON
+        llama.cpp on 10,000 of them; the Python that has llama-cpp-python
 
-DATA has zh/*.jsonl.xz, sft/alpaca*.jsonl.xz to train on, and tokenizers/chinese-llama-2.tokenizer.model.
-WORK may hold heldout/NAME.txt, one document a line: the domains to judge by. Without them the held-out part of DATA judges.
+DATA has zh/*.jsonl.xz and sft/alpaca*.jsonl.xz to train on, and
+tokenizers/chinese-llama-2.tokenizer.model. WORK may hold heldout/NAME.txt, one document a line:
+the domains to judge by. Without them the held-out part of DATA judges.
 """
 
 import itertools
@@ -57,22 +64,14 @@ def training_corpus(data: Path, work: Path):
     "The Chinese of DATA, the Alpaca answers among it"
     alpaca = work / "alpaca.jsonl"
     if not alpaca.exists():
+        source = next((data / "sft").glob("alpaca*.jsonl.xz"))
         with (
-            lzma.open(next((data / "sft").glob("alpaca*.jsonl.xz")), "rt", encoding="utf-8") as f,
+            lzma.open(source, "rt", encoding="utf-8") as f,
             open(alpaca, "w", encoding="utf-8") as g,
         ):
             for r in map(json.loads, f):
-                g.write(
-                    json.dumps(
-                        {
-                            "text": "\n".join(
-                                filter(None, (r["instruction"], r["input"], r["output"]))
-                            )
-                        },
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
+                parts = [r[key] for key in ("instruction", "input", "output") if r[key]]
+                g.write(json.dumps({"text": "\n".join(parts)}, ensure_ascii=False) + "\n")
     return corpus([f"zh={data}/zh", f"zh={alpaca}"], out=work / "corpus", valid_share=0.005)
 
 
@@ -87,10 +86,12 @@ def domains(work: Path, corpus_folder):
 
 def show(name, rates, reference, seconds):
     ratio = {d: rates[d] / reference[d] for d in rates}
+    worst = min(ratio, key=ratio.__getitem__)
     mean = sum(rates.values()) / len(rates)
+    reference_mean = sum(reference.values()) / len(reference)
     print(
-        f"{name:20} {mean:.4f} characters per token, {mean / (sum(reference.values()) / len(reference)):.4f} of hfl's, worst domain "
-        f"{min(ratio.values()):.3f} ({min(ratio, key=ratio.get)}), {seconds:.0f} s",
+        f"{name:20} {mean:.4f} characters per token, {mean / reference_mean:.4f} of hfl's, "
+        f"worst domain {ratio[worst]:.3f} ({worst}), {seconds:.0f} s",
         flush=True,
     )
 
@@ -106,7 +107,8 @@ def compare(data, work):
     for n in list(rate):
         show(n, rate[n], rate["hfl 55,296"], 0)
     for name, (how, n_chars) in RECIPES.items():
-        start, folder = time.time(), work / name.replace(" ", "-").replace(",", "").replace("'", "")
+        start = time.time()
+        folder = work / name.replace(" ", "-").replace(",", "").replace("'", "")
         p = tokenizer(c, out=folder / "pieces", n_pieces=40000, **how)
         v = vocab(p, out=folder / "tokenizer", n_pieces=25000, n_chars=n_chars)
         sp = processor(v / "tokenizer.model")
@@ -120,9 +122,8 @@ def compare(data, work):
             + " ".join(f"{d} {rate[n][d]:.3f}" for d in texts)
         )
     write_json(work / "compare.json", dict(rate=rate, n_chars=n_chars))
-    print(
-        f"ours against Mixtral: {math.fsum(rate['ours'].values()) / math.fsum(rate['Mixtral'].values()):.3f}"
-    )
+    gain = math.fsum(rate["ours"].values()) / math.fsum(rate["Mixtral"].values())
+    print(f"ours against Mixtral: {gain:.3f}")
 
 
 def grid(data, work):
@@ -145,21 +146,24 @@ def grid(data, work):
     )
     ours = time.time() - start
     print(
-        f"one training {trained:.1f} s and the search of {s.stats['n_tried']} vocabularies {ours - trained:.1f} s",
+        f"one training {trained:.1f} s and the search of {s.stats['n_tried']} vocabularies "
+        f"{ours - trained:.1f} s",
         flush=True,
     )
     texts = [t for d in heldout(c, "zh", 300_000).values() for t in d]
-    h, bad, n, base, each = read_heldout(texts, BASE), 0, 0, base_pieces(BASE), 0.0
+    text, base = read_heldout(texts, BASE), base_pieces(BASE)
+    differ = []
     for k in chars:
         steps = growth(read_pieces(p), base, k)
-        for t, counts in prefix_counts(steps, base, h, totals).items():
-            bad, n = (
-                bad + (counts != token_counts(run_model(base, [s.piece for s in steps[:t]]), h)),
-                n + 1,
-            )
+        for t, counts in prefix_counts(steps, base, text, totals).items():
+            alone = run_model(base, [s.piece for s in steps[:t]])
+            differ.append(counts != token_counts(alone, text))
     print(
-        f"{bad} of {n} points differ from the vocabulary that is built for them alone", flush=True
+        f"{sum(differ)} of {len(differ)} points differ from the vocabulary that is built for them "
+        "alone",
+        flush=True,
     )
+    each = 0.0
     for i, (k, t) in enumerate(itertools.product(chars, totals), 1):
         start = time.time()
         one = tokenizer(
@@ -167,10 +171,8 @@ def grid(data, work):
         )
         run_model(base, select_pieces(read_pieces(one), base, t, k)).encode(texts)
         each += time.time() - start
-        print(
-            f"{i} trained one by one: {each:.0f} s, {each / i * n / ours:.1f} times as long in all",
-            flush=True,
-        )
+        times = each / i * len(differ) / ours
+        print(f"{i} trained one by one: {each:.0f} s, {times:.1f} times as long in all", flush=True)
 
 
 def languages(work):
@@ -218,25 +220,30 @@ def languages(work):
                 print(lang, method, e)
 
 
+def repeated(texts, n_bytes):
+    """The same documents again and again until there are `n_bytes`, each time in another order
+    and cut elsewhere, so that runs repeat but rarely"""
+    n = 0
+    for turn in itertools.count():
+        for i in range(len(texts)):
+            text = texts[(i * 7919 + turn) % len(texts)]
+            text = text[turn * 3 :] + text[: turn * 3]
+            yield text
+            n += len(text.encode())
+            if n >= n_bytes:
+                return
+
+
 def memory(data, work):
     import multiprocessing as mp
 
     texts = [r["text"] for f in sorted((data / "zh").glob("*.xz")) for r in read_docs(f)]
     for mb in (50, 100, 200):
-        f, n, k = work / f"text-{mb}.jsonl", 0, 0
-        with open(f, "w", encoding="utf-8") as g:
-            while (
-                n < mb * 1e6
-            ):  # the same documents again, each time in another order and cut elsewhere, so that runs repeat but rarely
-                for i in range(len(texts)):
-                    t = texts[(i * 7919 + k) % len(texts)]
-                    t = t[k * 3 :] + t[: k * 3]
-                    g.write(json.dumps({"text": t}, ensure_ascii=False) + "\n")
-                    n += len(t.encode())
-                    if n >= mb * 1e6:
-                        break
-                k += 1
-        job = mp.Process(target=_measured, args=(f, work / f"pieces-{mb}", mb))
+        file = work / f"text-{mb}.jsonl"
+        with open(file, "w", encoding="utf-8") as g:
+            for text in repeated(texts, mb * 1e6):
+                g.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        job = mp.Process(target=_measured, args=(file, work / f"pieces-{mb}", mb))
         job.start()
         job.join()
 
@@ -250,7 +257,8 @@ def _measured(f, out, mb):
         for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     print(
-        f"{mb} MB: {s:.0f} s, {mb / s:.2f} MB/s, peak {own:.2f} GB, and {children:.2f} GB in the largest process that counts",
+        f"{mb} MB: {s:.0f} s, {mb / s:.2f} MB/s, peak {own:.2f} GB, "
+        f"and {children:.2f} GB in the largest process that counts",
         flush=True,
     )
 
@@ -283,6 +291,18 @@ def certificate(work, n):
     print(bad)
 
 
+LLAMA = """
+import json, sys
+
+import llama_cpp
+
+model = llama_cpp.Llama(model_path=sys.argv[1], vocab_only=True, verbose=False)
+texts = json.load(open(sys.argv[2]))
+ids = [model.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
+json.dump(ids, open(sys.argv[2] + ".ids", "w"))
+"""  # runs in another Python, which has llama-cpp-python
+
+
 def llama(work, python):
     import subprocess
 
@@ -290,30 +310,35 @@ def llama(work, python):
     texts = strings(10_000, folder, seed=7)
     write_json(out, texts)
     ids = [processor(folder / "tokenizer.model").encode(t) for t in texts]
-    code = (
-        "import json,sys,llama_cpp;m=llama_cpp.Llama(model_path=sys.argv[1],vocab_only=True,verbose=False);"
-        "t=json.load(open(sys.argv[2]));json.dump([m.tokenize(x.encode(),add_bos=False,special=False) for x in t],open(sys.argv[2]+'.ids','w'))"
-    )
-    subprocess.run([python, "-c", code, str(work / "vocab.gguf"), str(out)], check=True)
+    subprocess.run([python, "-c", LLAMA, str(work / "vocab.gguf"), str(out)], check=True)
     theirs = json.loads(Path(f"{out}.ids").read_text())
     bad = [(t, a, b) for t, a, b in zip(texts, ids, theirs, strict=True) if a != b]
     print(f"{len(texts):,} strings, {len(bad)} differ", *[repr(b[0]) for b in bad[:5]], sep="\n")
     assert encode_plain(load_tokenizer(folder), texts[:100]) == ids[:100]
 
 
-if __name__ == "__main__":
-    what, *args = sys.argv[1:] or [""]
-    if what not in ("compare", "grid", "languages", "memory", "certificate", "llama"):
+COMMANDS = {  # name: function, what its arguments are
+    "compare": (compare, (Path, Path)),
+    "grid": (grid, (Path, Path)),
+    "languages": (languages, (Path,)),
+    "memory": (memory, (Path, Path)),
+    "certificate": (certificate, (Path, int)),
+    "llama": (llama, (Path, str)),
+}
+
+
+def main(args):
+    function, kinds = COMMANDS.get(args[0] if args else "", (None, ()))
+    if not function or len(kinds) != len(args) - 1:
         sys.exit(__doc__)
-    Path(args[-1] if what in ("compare", "memory", "grid") else args[0]).mkdir(
-        parents=True, exist_ok=True
-    )
+    values = [kind(arg) for kind, arg in zip(kinds, args[1:], strict=True)]
+    work = next(value for value in reversed(values) if isinstance(value, Path))
+    work.mkdir(parents=True, exist_ok=True)
     try:
-        globals()[what](
-            *[
-                int(a) if a.isdecimal() else a if what == "llama" and i == 1 else Path(a)
-                for i, a in enumerate(args)
-            ]
-        )
+        function(*values)
     except StageError as e:
-        sys.exit("\n".join(e.args))
+        sys.exit(str(e))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cmixtral_nb.corpus import corpus
 from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_pieces
+from cmixtral_nb.runs import run_pattern
 from cmixtral_nb.search import (
     Heldout,
     alp,
@@ -29,6 +30,7 @@ from cmixtral_nb.search import (
     search,
     search_table,
     select_pieces,
+    stretches,
     token_counts,
 )
 from cmixtral_nb.stages import StageError
@@ -89,6 +91,26 @@ def test_heldout_takes_the_runs_out():
     assert (
         h.rest["<0x0A>"] == 1 and h.rest["▁▁▁"] == 1
     )  # the base joins the blanks, so no run begins with one
+
+
+@pytest.mark.parametrize("script", ["Han", "Latin", "Han Kana", "Arabic", "Cyrillic"])
+def test_with_nothing_appended_the_counts_are_the_bases(script):
+    base = base_tokenizer_model()
+    texts = [
+        "中国。人民！--foo __init__ (bar)  龘",
+        'カタカナと漢字 ، سلام, "quoted" ²',
+        "It's “said”: привет, мир—и #слово",
+    ]
+    text = read_heldout(texts, base, script)
+    counts = token_counts(run_model(base_pieces(base, script), []), text)
+    assert counts == Counter(t for ts in processor(base).encode(texts, out_type=str) for t in ts)
+    assert text.runs and all(run_pattern(script).fullmatch(run) for run in text.runs)
+
+
+def test_stretches_join_tokens_of_the_script():
+    assert list(stretches(["▁", "我", "们", "，", "and"])) == ["▁我们", "，", "and"]
+    assert list(stretches(["and", "我", "，", "，", "们"])) == ["and", "我", "，", "，们"]
+    assert list(stretches(["a我", "们"])) == ["a我", "们"]  # what no piece could hold stays alone
 
 
 def test_token_counts_weigh_runs():
@@ -254,7 +276,8 @@ def test_verdict_asks_what_is_saved_and_what_will_be_trained():
     c = choose(rows, 2000, budget=1e5)
     assert (
         c["n_pieces"] == 0
-        and "in 100,000 characters of training the last rows of 100 pieces are seen 5.0 times, fewer than 20"
+        and "in 100,000 characters of training the last rows of 100 pieces are seen 5.0 times, "
+        "fewer than 20"
         in c["why"]
     )
 
@@ -349,7 +372,8 @@ def test_a_search_that_says_no_is_heard(made, tmp_path):
     )
     with pytest.raises(
         StageError,
-        match="says: do not extend: .*; to extend all the same, give a number: cmixtral vocab --n-pieces N",
+        match="says: do not extend: .*; to extend all the same, give a number: "
+        "cmixtral vocab --n-pieces N",
     ):
         read_choice(s)
 
@@ -397,8 +421,8 @@ def test_little_text_to_judge_by_is_said(tmp_path, cli):
         f.writelines(f"第{i}篇文章，讲词表的扩充和词汇。{chr(0x4E00 + i)}\n\n" for i in range(3000))
     assert cli("corpus", "--sources", f"zh={tmp_path}/my.txt", "--out", tmp_path / "c")[0] == 0
     assert (
-        "characters are held out, too few to judge a vocabulary or a model by; give --valid-share 0.04 or more"
-        in cli.out
+        "characters are held out, too few to judge a vocabulary or a model by; "
+        "give --valid-share 0.04 or more" in cli.out
     )
     assert (
         cli("tokenizer", "--corpus", tmp_path / "c", "--n-pieces", 200, "--out", tmp_path / "p")[0]
@@ -417,9 +441,10 @@ def test_little_text_to_judge_by_is_said(tmp_path, cli):
         == 0
     )
     assert (
-        "characters are few to judge by; give more with --domains, or run: cmixtral corpus --valid-share SHARE"
-        in cli.out
+        "characters are few to judge by; give more with --domains, "
+        "or run: cmixtral corpus --valid-share SHARE" in cli.out
     )
+    assert cli.out.rstrip().endswith("tried on 1 domain")
     assert (
         cli(
             "corpus",

@@ -1,4 +1,4 @@
-"The extended tokenizer: identity with the base, parity with sentencepiece, control tokens, bad inputs."
+"The extended tokenizer: identity with the base, parity with sentencepiece, bad inputs."
 
 import json
 import shutil
@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmixtral_nb.certificate import certificate_texts, certify, hostile_texts, smallest, unreachable
+from cmixtral_nb.certificate import (
+    CHECKS,
+    Extension,
+    certificate_texts,
+    certify,
+    hostile_texts,
+    smallest,
+    unreachable,
+)
 from cmixtral_nb.corpus import corpus
 from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_model, read_pieces
 from cmixtral_nb.search import base_pieces, run_model, select_pieces
@@ -121,7 +129,7 @@ def test_any_han_text_is_never_longer(both, made):
 def test_certificate(made):
     lines = read_json(made[3] / "certificate.json")
     assert len(lines) == 10 and all(
-        l["failed"] == 0 and l["cases"] > 0 and l["examples"] == [] for l in lines
+        line["failed"] == 0 and line["cases"] > 0 and line["examples"] == [] for line in lines
     )
     assert made[3].stats["certificate"]["ids of texts without Han unchanged"]["failed"] == 0
 
@@ -178,7 +186,7 @@ def test_certificate_finds(change, check, shown, both, tmp_path):
         "词表",
         " a",
     ]
-    lines = {l["check"]: l for l in certify(both[0], processor(m), tok, texts)}
+    lines = {line["check"]: line for line in certify(both[0], processor(m), tok, texts)}
     assert (
         lines[check]["failed"]
         and shown in lines[check]["examples"][0]
@@ -199,8 +207,8 @@ def test_wrong_fast_tokenizer_is_found_with_the_smallest_text(both, made, tmp_pa
     shutil.copytree(made[3].path, tmp_path / "t")
     write_json(tmp_path / "t/tokenizer.json", t)
     lines = {
-        l["check"]: l
-        for l in certify(
+        line["check"]: line
+        for line in certify(
             both[0],
             both[1],
             load_tokenizer(tmp_path / "t"),
@@ -222,8 +230,8 @@ def test_control_tokens_that_text_can_spell_are_found(both, made, tmp_path):
     )
     write_json(tmp_path / "t/tokenizer.json", t)
     lines = {
-        l["check"]: l
-        for l in certify(
+        line["check"]: line
+        for line in certify(
             both[0],
             processor(v / "tokenizer.model"),
             load_tokenizer(tmp_path / "t"),
@@ -231,6 +239,62 @@ def test_control_tokens_that_text_can_spell_are_found(both, made, tmp_path):
         )
     }
     assert lines["no control token from plain text"]["examples"][0] == repr("<|end|>")
+
+
+class ByteLevelView:
+    "A byte-level tokenizer as the checks see it: nothing of sentencepiece"
+
+    front: list[int] = []
+
+    def __init__(self, tok):
+        self.tok, self.silent = tok, set(tok.all_special_ids)
+
+    def __len__(self):
+        return len(self.tok)
+
+    def piece(self, i):
+        return self.tok.convert_ids_to_tokens(i)
+
+    def entry(self, i):
+        return self.piece(i), i in self.silent
+
+    def encode(self, texts):
+        return encode_plain(self.tok, texts)
+
+    def encode_one(self, text):
+        return self.encode([text])[0]
+
+    def decode(self, ids):
+        return self.tok.batch_decode(ids, clean_up_tokenization_spaces=False)
+
+    def encode_pieces(self, pieces):
+        model = self.tok.backend_tokenizer.model
+        return [[t.id for t in model.tokenize(piece)] for piece in pieces]
+
+
+def test_the_checks_serve_another_kind_of_tokenizer():
+    "Old merges kept, new ones after them: what an extension of a byte-level vocabulary will be"
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def byte_level(merges):
+        pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        tok = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tok.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=tok)
+
+    old, han = [("t", "h"), ("th", "e")], [("ä", "¸"), ("ä¸", "Ń")]  # 中 in bytes
+    base, texts = byte_level(old), ["the 中国", "the end", *hostile_texts(200, ["中"])]
+    for merges, n_failed in (
+        ([*old, *han], 0),
+        ([("t", "x"), *old, *han], 3),  # every later id has moved: two checks see it, and texts
+    ):
+        tok = byte_level(merges)
+        ext = Extension(ByteLevelView(base), ByteLevelView(tok), tok, texts)
+        lines = [check(ext) for check in CHECKS]
+        assert len(lines) == 10 and sum(line["failed"] > 0 for line in lines) == n_failed
 
 
 @given(st.text(max_size=30), st.sampled_from(["ab", "中", " \t"]), st.text(max_size=30))
@@ -252,7 +316,8 @@ def test_a_failing_line_stops_the_stage(made, monkeypatch, tmp_path):
     )
     with pytest.raises(
         StageError,
-        match="certificate: new pieces reachable: 1 of 1 failed, such as 'he r'; append other pieces",
+        match="certificate: new pieces reachable: 1 of 1 failed, such as 'he r'; "
+        "append other pieces",
     ):
         vocab(made[2], out=tmp_path / "v", n_pieces=2, **FEW)
     assert not (tmp_path / "v").exists() and not (tmp_path / "v.tmp").exists()
@@ -456,7 +521,8 @@ def test_search_decides(made, tmp_path):
         p.piece
         for p in select_pieces(read_pieces(made[2]), base_pieces(base_tokenizer_model()), 300, 1600)
     ]
-    assert [l.split("\t")[1] for l in (v / "pieces.tsv").read_text().splitlines()[1:]] == new
+    rows = (v / "pieces.tsv").read_text().splitlines()[1:]
+    assert [row.split("\t")[1] for row in rows] == new
     assert run_model({}, []).encode("字") != []
 
 
