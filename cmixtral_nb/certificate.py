@@ -222,7 +222,7 @@ def certificate_line(
 
 # %% ../nbs/a10_certificate.ipynb #c5d03d9e
 def bare(
-    sp: SentencePieceProcessor,
+    sp: SentencePieceProcessor,  # a sentencepiece model
 ) -> SentencePieceProcessor:
     "The same without the ▁ that is put in front of a text"
     from sentencepiece import sentencepiece_model_pb2 as pb
@@ -336,9 +336,9 @@ class Extension:
         return encode_plain(self.tok, [text])[0]
 
 
-# %% ../nbs/a10_certificate.ipynb #b68f5a00
+# %% ../nbs/a10_certificate.ipynb #1229e3bc
 def old_pieces_kept(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "The same piece, score and type for each old id"
     before, after = ext.before, ext.after
@@ -349,7 +349,7 @@ def old_pieces_kept(
 
 
 def old_pieces_cut_as_before(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "The same ids for the text of each old piece"
     pieces = [ext.before.piece(i) for i in range(len(ext.before))]
@@ -361,7 +361,7 @@ def old_pieces_cut_as_before(
 
 
 def new_pieces_reachable(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "No new piece is dead"
     dead = dead_pieces(ext.after, len(ext.before))
@@ -369,7 +369,7 @@ def new_pieces_reachable(
 
 
 def new_pieces_spelled(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "Each character of a new piece is a piece"
     known = {ext.after.piece(i) for i in range(len(ext.after))}
@@ -378,9 +378,9 @@ def new_pieces_spelled(
     return certificate_line("new pieces have all their characters", len(pieces), unknown)
 
 
-# %% ../nbs/a10_certificate.ipynb #ad3ec8ab
+# %% ../nbs/a10_certificate.ipynb #98329eff
 def old_texts_unchanged(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "Text without the script of the new pieces has the ids that it had"
     own = script_pattern(ext.script)
@@ -399,7 +399,7 @@ def old_texts_unchanged(
 
 
 def text_comes_back(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "Decoding the ids of a text gives that text"
     decoded = zip(ext.texts, ext.after.decode(ext.ids), strict=True)
@@ -412,7 +412,7 @@ def text_comes_back(
 
 
 def fast_equals_sentencepiece(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "The tokenizer of the folder gives the ids of the model"
     both = zip(ext.texts, ext.ids, ext.fast_ids, strict=True)
@@ -425,9 +425,9 @@ def fast_equals_sentencepiece(
     return certificate_line(name, len(ext.texts), different, fails)
 
 
-# %% ../nbs/a10_certificate.ipynb #504f159e
+# %% ../nbs/a10_certificate.ipynb #23beb8a3
 def same_after_saving(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "Saved by transformers and loaded again, it gives the same ids"
     with tempfile.TemporaryDirectory() as folder:
@@ -440,7 +440,7 @@ def same_after_saving(
 
 
 def no_control_from_text(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "The name of a control token in a text never becomes that token"
     silent = ext.after.silent
@@ -460,7 +460,7 @@ def no_control_from_text(
 
 
 def bos_then_the_same(
-    ext: Extension,
+    ext: Extension,  # what is compared
 ) -> dict:
     "A stock call gives BOS, then the ids of the model"
 

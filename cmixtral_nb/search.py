@@ -740,7 +740,7 @@ def search(
     min_seen: float = 20.0,  # times that the rarest new rows should be seen in the training
     width: int = 4096,  # hidden size of the model, for the cost of a row
 ):
-    "Try vocabularies on held-out text: the knee of their ALP, what it saves and costs, a verdict"
+    "Try vocabularies on held-out text: what each saves and costs, the knee, and a verdict"
     base_file = base_tokenizer_model(base)
     candidates = read_pieces(pieces, script)
     have = base_pieces(base_file, script)
