@@ -49,8 +49,8 @@ from cmixtral_nb.stages import (
 )
 
 from .checkpoints import ahead
-from .corpus import corpus_langs, corpus_texts, is_heldout, text_batches
-from .documents import doc_files
+from .corpus import corpus_langs, corpus_texts, is_heldout, missing_language
+from .documents import doc_files, text_batches
 from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
@@ -429,12 +429,8 @@ def source_faults(
     wanted = list(langs)
     run = "run: cmixtral corpus --sources"
     if have := corpus_langs(corpus):
-        return [
-            f"{corpus} has no language {lang!r}, it has {', '.join(have)}; "
-            f"{run} {lang}=REF --out DIR"
-            for lang in wanted
-            if lang not in have
-        ]
+        missing = [lang for lang in wanted if lang not in have]
+        return [missing_language(corpus, lang, have) for lang in missing]
     if not doc_files(corpus):
         return [f"{corpus} is neither a corpus nor a text file; {run} zh=REF --out DIR"]
     if len(wanted) > 1:

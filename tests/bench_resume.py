@@ -1,7 +1,9 @@
-"""By hand: training killed at random steps and resumed, compared with one that was left alone; and several processes compared with one.
+"""By hand: training killed at random steps and resumed, and several processes against one.
 
-python tests/bench_resume.py kill WORK [N]      # N kills (5) with one process and with two: weights, optimiser, order of the rows
-python tests/bench_resume.py processes WORK     # two gloo processes, and DeepSpeed ZeRO-2 where it is installed, against one: losses
+    python tests/bench_resume.py kill WORK [N]   # N kills (5) with one process and with two
+    python tests/bench_resume.py processes WORK  # losses of two gloo processes, and with ZeRO-2
+
+What is compared after a kill: weights, optimiser, order of the examples.
 """
 
 import importlib.util
@@ -29,29 +31,49 @@ ARGS = dict(
 
 WORKER = """
 import json, os, shutil, signal, sys
-from cmixtral_nb import pretrain as p
 
-args, out, order = json.loads(sys.argv[1]), sys.argv[2], f'{sys.argv[3]}.{p.process_rank()}'
-kill_at, rmtree, collate = int(os.environ.get('KILL_AT', 0)), shutil.rmtree, p.Numbered.collate
-
-def recorded(self, f):
-    inner = collate(self, f)
-    def g(examples):
-        with open(order, 'a') as o: print([i for i, _ in examples], file=o)
-        return inner(examples)
-    return g
-
-def keep(path, *a, **kw):  # the last checkpoint stays, to be compared
-    if os.path.basename(path) != 'checkpoints': rmtree(path, *a, **kw)
-
-def dying(self, *a, **kw):
-    if kill_at and self.state.global_step == kill_at and p.process_rank() == p.world_size() - 1: os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *a, **kw)
-
-p.Numbered.collate, shutil.rmtree = recorded, keep
 from transformers import Trainer
-step, Trainer.training_step = Trainer.training_step, dying
-p.pretrain(out=out, **args)
+
+from cmixtral_nb.machine import process_rank, world_size
+from cmixtral_nb.pretrain import pretrain
+from cmixtral_nb.training import Numbered
+
+args = json.loads(sys.argv[1])
+out = sys.argv[2]
+order = f'{sys.argv[3]}.{process_rank()}'
+kill_at = int(os.environ.get('KILL_AT', 0))
+collate = Numbered.collate
+rmtree = shutil.rmtree
+training_step = Trainer.training_step
+
+
+def recorded(self, make_batch):
+    inner = collate(self, make_batch)
+
+    def record(pairs):
+        with open(order, 'a') as file:
+            print([i for i, _ in pairs], file=file)
+        return inner(pairs)
+
+    return record
+
+
+def keep(path, *args, **kw):  # the last checkpoint stays, to be compared
+    if os.path.basename(path) != 'checkpoints':
+        rmtree(path, *args, **kw)
+
+
+def dying(self, *args, **kw):
+    is_last = process_rank() == world_size() - 1
+    if kill_at and self.state.global_step == kill_at and is_last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return training_step(self, *args, **kw)
+
+
+Numbered.collate = recorded
+shutil.rmtree = keep
+Trainer.training_step = dying
+pretrain(out=out, **args)
 """
 
 
@@ -112,7 +134,7 @@ def train(work, out, processes=1, kill_at=0, **kw):
 
 
 def state(work, out, processes):
-    "Adapter, optimiser and the rows that each process read in the steps that counted"
+    "Adapter, optimiser and the examples that each process read in the steps that counted"
     import torch
     from safetensors.torch import load_file
 
@@ -162,20 +184,20 @@ def kill(work, n=5, seed=0):
                 work / f"whole{processes}" / "log.jsonl"
             ).read_text()
             print(
-                f"{processes} process(es), killed in step {at + 1}, gone on from step {first}: weights, optimiser, log and order of the rows are the same bits",
+                f"{processes} process(es), killed in step {at + 1}, resumed from step {first}: "
+                "weights, optimiser, log and order of the examples are the same bits",
                 flush=True,
             )
 
 
 def processes(work):
-    log = lambda out: [json.loads(x) for x in (work / out / "log.jsonl").read_text().splitlines()]
+    def log(out):
+        return [json.loads(line) for line in (work / out / "log.jsonl").read_text().splitlines()]
+
     train(work, "one", 1, batch=4, dropout=0, aux=0)
-    runs = {
-        "two processes": dict(),
-        **(
-            {"two processes, ZeRO-2": dict(zero=2)} if importlib.util.find_spec("deepspeed") else {}
-        ),
-    }
+    runs = {"two processes": dict()}
+    if importlib.util.find_spec("deepspeed"):
+        runs["two processes, ZeRO-2"] = dict(zero=2)
     for name, kw in runs.items():
         out = name.replace(" ", "").replace(",", "")
         train(work, out, 2, batch=2, dropout=0, aux=0, **kw)
@@ -185,7 +207,8 @@ def processes(work):
             if "loss" in a
         )
         print(
-            f"{name}: the loss differs by at most {worst:.0e} over {STEPS} steps from one process with the same batch",
+            f"{name}: the loss differs by at most {worst:.0e} over {STEPS} steps "
+            "from one process with the same batch",
             flush=True,
         )
 

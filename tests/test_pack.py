@@ -447,7 +447,7 @@ def test_faults_come_together_and_leave_nothing(here, tmp_path):
         and len(e.value.args) == 5
         and not list(tmp_path.iterdir())
     )
-    with pytest.raises(StageError, match="has no language 'fr', it has en, zh"):
+    with pytest.raises(StageError, match="has no fr text, it has en, zh"):
         pack(here / "corpus", here / "tok", tmp_path / "t", mix=["fr"])
 
 
@@ -617,7 +617,7 @@ def test_jobs_that_cannot_be(here, tmp_path, monkeypatch):
         StageError, match="is no corpus and cannot be encoded in parts; run: cmixtral corpus"
     ):
         pack_job(here / "zh.jsonl", t, out, **MIX)
-    with pytest.raises(StageError, match="has no language 'fr'"):
+    with pytest.raises(StageError, match="has no fr text"):
         pack_job(c, t, out, mix=["fr"])
     with pytest.raises(StageError, match="tasks is 0, expected at least 1"):
         pack_job(c, t, out, tasks=0)

@@ -1,4 +1,6 @@
-"What the chapter 09_pretrain does not show: a real kill -9, half a checkpoint, and requests that cannot be met"
+"""What the chapter 09_pretrain does not show.
+
+A real kill -9, half a checkpoint, and requests that cannot be met."""
 
 import json
 import os
@@ -18,7 +20,7 @@ from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.pretrain import pretrain
 from cmixtral_nb.stages import StageError, read_json, write_json
 from cmixtral_nb.tokenizer_files import write_tokenizer
-from cmixtral_nb.training import checkpoints, read_log
+from cmixtral_nb.training import read_log, saved_checkpoints
 
 ARGS = dict(
     rank=4,
@@ -70,7 +72,7 @@ def test_log_and_files(whole):
         "manifest.json",
         "router.json",
     ]
-    speed = [json.loads(l) for l in (whole / "logs/speed.jsonl").read_text().splitlines()]
+    speed = [json.loads(line) for line in (whole / "logs/speed.jsonl").read_text().splitlines()]
     assert [s["step"] for s in speed] == [1, 2, 3, 4] and all(
         s["tokens_per_second"] > 0 and s["device"] == "cpu" and "utilisation" not in s
         for s in speed
@@ -104,7 +106,9 @@ pretrain({str(here / "model")!r}, {str(here / "tokens")!r}, {str(here / "again")
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert p.returncode == -signal.SIGKILL, p.stderr
     kept = here / "again.tmp/checkpoints"
-    assert not (here / "again").exists() and [c.name for c in checkpoints(kept)] == ["checkpoint-2"]
+    assert not (here / "again").exists() and [c.name for c in saved_checkpoints(kept)] == [
+        "checkpoint-2"
+    ]
     shutil.copytree(kept / "checkpoint-2", kept / "checkpoint-3")  # a newer one, cut short
     (kept / "checkpoint-3/complete").unlink()
     (kept / "checkpoint-3/adapter_model.safetensors").write_bytes(b"half")
@@ -148,7 +152,7 @@ def test_refused_before_loading(here, tmp_path, monkeypatch):
     shutil.copytree(here / "model", few)
     c = read_json(few / "config.json")
     write_json(few / "config.json", dict(c, vocab_size=31000))
-    fails("has 31,000 rows; run: cmixtral init", model="few")
+    fails("has 31,000 embedding rows; run: cmixtral init", model="few")
 
 
 def test_two_processes_killed_and_resumed_equal_one(tmp_path):
@@ -157,14 +161,14 @@ def test_two_processes_killed_and_resumed_equal_one(tmp_path):
     bench_resume.train(tmp_path, "one", 1, batch=4, **kw)
     assert bench_resume.train(tmp_path, "two", 2, kill_at=3, batch=2, **kw)
     assert not (tmp_path / "two").exists() and [
-        c.name for c in checkpoints(tmp_path / "two.tmp/checkpoints")
+        c.name for c in saved_checkpoints(tmp_path / "two.tmp/checkpoints")
     ] == ["checkpoint-2"]
     bench_resume.train(tmp_path, "two", 2, batch=2, **kw)
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert [h["step"] for h in one] == [h["step"] for h in two] and sum(
         "bpb_zh" in h for h in two
     ) == 3
-    for a, b in zip(one, two):
+    for a, b in zip(one, two, strict=True):
         for k in ("loss", "grad_norm", "bpb_zh"):
             assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-4
     orders = [
@@ -183,7 +187,8 @@ def test_rows_first(here):
     b = pretrain(
         here / "model", here / "tokens", here / "rows only", **{**ARGS, "rank": 0, "save_every": 9}
     )
-    same = [x["loss"] == y["loss"] for x, y in zip(read_log(a), read_log(b)) if "loss" in x]
+    pairs = zip(read_log(a), read_log(b), strict=True)
+    same = [x["loss"] == y["loss"] for x, y in pairs if "loss" in x]
     assert same[:3] == [True] * 3  # LoRA has not moved when the loss of step 3 is taken
     assert any(
         k.endswith("lora_B.weight") and t.abs().sum()
@@ -197,7 +202,7 @@ def test_a_bad_batch_is_named(here, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "training_step", lambda self, *a, **kw: torch.tensor(float("nan")))
     with pytest.raises(
-        StageError, match=r"^loss is nan at step 1, rows \d+, \d+; lower --lr \(now 0.001\)"
+        StageError, match=r"^loss is nan at step 1, examples \d+, \d+; lower --lr \(now 0.001\)"
     ):
         pretrain(here / "model", here / "tokens", tmp_path / "bad", **ARGS)
 
