@@ -31,7 +31,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .documents import doc_files, parse_sources, read_docs, text_faults
-from .documents import text_batches as text_batches  # here under its old name
 from .languages import lang_script, script_share
 from .machine import say
 from .options import faults_of, range_faults, refuse
