@@ -133,7 +133,7 @@ def eval_docs(
 
 # %% ../nbs/13_evaluate.ipynb #581dca37
 def bootstrap(
-    rows,  # (n, k) one row for each document or question: what its sums are made of
+    rows: ndarray | list[tuple],  # (n, k) a row for each document or question: what is summed
     n: int = 1000,  # drawings
     seed: int = 0,
 ) -> ndarray:  # (n, k) sums of each drawing

@@ -51,7 +51,7 @@ def _read_lines(file: Path) -> list[dict]:
 
 
 def load_evaluation(
-    ref,  # evaluation folder, results.json of ours or of lm-eval, or what one holds
+    ref: Any,  # evaluation folder, results.json of ours or of lm-eval, or what one holds
 ) -> dict:  # results, documents, questions
     "An evaluation with the rows under it, where there are any"
     if isinstance(ref, dict):
