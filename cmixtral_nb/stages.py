@@ -668,9 +668,6 @@ def stage(
         decorated: Any = run  # a function may have attributes, of which type checkers know nothing
         decorated.__signature__ = _with_force(function)
         decorated.state = made.state
-        decorated.stage = dict(
-            kind=kind, inputs=inputs, ignore=ignore, schema=schema, resumable=resumable
-        )
         return decorated
 
     return decorate
