@@ -17,6 +17,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from cmixtral_nb import checkpoints
 from cmixtral_nb.checkpoints import INDEX, load_tensor, resolve_model, tensor_files
 from cmixtral_nb.corpus import corpus
 from cmixtral_nb.init import (
@@ -520,12 +521,11 @@ def test_truncated_shard(refuses, model, tok):
 
 def test_full_disk(refuses, model, tok, monkeypatch):
     import errno
-    import sys
 
     def full(*a):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["cmixtral_nb.init"], "write_tensors", full)
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
     refuses("no space left on device", model, tok)
 
 

@@ -1,4 +1,4 @@
-"05_mixtral: broken checkpoints, edge cases of the measures, what `base` refuses and leaves behind"
+"05_mixtral, a11 to a13: broken checkpoints, edges of the measures, what `base` refuses and leaves"
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +16,19 @@ from cmixtral_nb.bits import bits_per_byte, head_loss, windows
 from cmixtral_nb.checkpoints import (
     INDEX,
     ahead,
+    load_tensor,
     read_header,
     resolve_model,
     tensor_files,
     write_tensors,
 )
-from cmixtral_nb.mixtral import small_config, use_by_expert
+from cmixtral_nb.mixtral import (
+    BLOCK_ON_DISK,
+    EXPERT_MATRICES,
+    expert_matrix,
+    small_config,
+    use_by_expert,
+)
 from cmixtral_nb.stages import StageError, read_json, sha256_file, write_json
 
 CONFIG = dict(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=60)
@@ -249,6 +256,15 @@ def test_by_expert_equals_the_library(experts, top_k):
         assert torch.allclose(net(x).logits, want, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", EXPERT_MATRICES)
+def test_matrices_of_experts_are_where_mixtral_says(saved, name):
+    experts = small().model.layers[1].mlp.experts
+    files = tensor_files(saved)
+    for i in range(experts.num_experts):
+        on_disk = load_tensor(files, f"model.layers.1{BLOCK_ON_DISK}experts.{i}.{name}.weight")
+        assert torch.equal(on_disk, expert_matrix(experts, i, name))
+
+
 @pytest.mark.parametrize("block", [1, 5, 12, 100])
 def test_head_loss_gradients(block):
     h, W = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (12, 30))
@@ -370,6 +386,14 @@ def test_base_lists_all_faults(tmp_path):
     ):
         assert part in str(e.value), part
     assert not list(tmp_path.iterdir())
+
+
+def test_base_names_sizes_that_are_no_sizes(text, tmp_path):
+    sizes = dict(heads=0, kv_heads=-1, experts=0, top_k=0, batch=0, lr=0.0)
+    with pytest.raises(StageError) as e:
+        base(text, out=tmp_path / "b", **{**TINY, **sizes})
+    for name in sizes:
+        assert any(fault.startswith(f"{name} is ") for fault in e.value.args), name
 
 
 def test_base_refuses_too_little_text(tmp_path):
