@@ -257,9 +257,6 @@ def task_faults(
     return faults
 
 
-_task_faults = task_faults  # its older name
-
-
 def _task_fault(data: Path, task: str, shots: int) -> str:
     "What is wrong with the file of one task; empty where it is whole"
     try:
