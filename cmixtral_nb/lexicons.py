@@ -129,12 +129,16 @@ def _wordfreq(lang: str, script: str) -> Counter:
     size = next((s for s in ("large", "small") if lang in available_languages(s)), None)
     require(size, f'wordfreq has no list for {lang}; give a file with lines "word<TAB>count"')
     own = script_pattern(script)
-    frequencies = get_frequency_dict(lang, size)
-    counts = {word: round(f * 1e9) for word, f in frequencies.items() if own.fullmatch(word)}
-    return Counter({word: count for word, count in counts.items() if count})
+    return Counter(
+        {
+            word: count
+            for word, frequency in get_frequency_dict(lang, size).items()
+            if own.fullmatch(word) and (count := round(frequency * 1e9))
+        }
+    )
 
 
-# %% ../nbs/a07_lexicons.ipynb #bdd8a295
+# %% ../nbs/a07_lexicons.ipynb #467f344b
 def opencc_converter(
     name: str,  # a conversion of OpenCC: s2t, s2tw, s2hk, t2s ...
 ) -> Callable[[str], str]:
@@ -151,7 +155,7 @@ def opencc_converter(
         ) from None
 
 
-# %% ../nbs/a07_lexicons.ipynb #b5539c83
+# %% ../nbs/a07_lexicons.ipynb #50897751
 def lexicon_faults(
     lexicons: list[str] | None,  # "SHARE:NAME" each
     script: str = "Han",  # of the words

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
-    "BPE_OPTIONS",
     "char_counts",
     "frequent_chars",
     "split_runs",
@@ -24,7 +23,6 @@ __all__ = [
 ]
 
 # %% ../nbs/02_tokenizer.ipynb #e022abde
-import functools
 import itertools
 import math
 import re
@@ -106,7 +104,7 @@ def split_runs(
 
 
 # %% ../nbs/02_tokenizer.ipynb #e19fd973
-BPE_OPTIONS: dict[str, Any] = dict(
+_BPE_OPTIONS: dict[str, Any] = dict(
     model_type="bpe",
     input_format="tsv",  # run<TAB>count
     train_extremely_large_corpus=True,
@@ -145,7 +143,7 @@ def train_pieces(
         vocab_size=n_pieces + 1,  # and <unk>
         max_sentencepiece_length=max_chars,
         num_threads=threads,
-        **BPE_OPTIONS,
+        **_BPE_OPTIONS,
     )
     model_file.with_suffix(".vocab").unlink(missing_ok=True)
     model = read_model(model_file)
@@ -255,22 +253,19 @@ def base_symbols(
     "The runs as the base cuts them, with one character for each token of the base"
     cutter = base_cutter(base_file)
     long_tokens = {token for token, _ in normal_pieces(base_file) if len(token) > 1}
-    token_of: dict[str, str] = {}  # private symbol -> token
+    symbol_of: dict[str, str] = {}
 
-    @functools.cache
     def symbol(token: str) -> str:
         "One private character for each long token, in the order of their first use"
-        if token not in long_tokens:
-            return token  # one character, or characters that the base lacks
-        private = chr(_PRIVATE + len(token_of))
-        token_of[private] = token
-        return private
+        return symbol_of.setdefault(token, chr(_PRIVATE + len(symbol_of)))
 
     symbol_runs: Counter[str] = Counter()
     for texts, counts in run_batches(runs.items()):
         for tokens, count in zip(cutter.encode(texts, out_type=str), counts, strict=True):
-            symbol_runs["".join(map(symbol, tokens))] += count
-    return symbol_runs, token_of
+            # any other token is one character, or characters that the base lacks
+            symbols = [symbol(token) if token in long_tokens else token for token in tokens]
+            symbol_runs["".join(symbols)] += count
+    return symbol_runs, {symbol: token for token, symbol in symbol_of.items()}
 
 
 def from_symbols(
@@ -288,7 +283,7 @@ def from_symbols(
     return out
 
 
-# %% ../nbs/02_tokenizer.ipynb #62ecc3c3
+# %% ../nbs/02_tokenizer.ipynb #741d4ee9
 def learn_pieces(
     runs: Counter,  # run -> count; may be emptied
     model_file: Path,  # sentencepiece model to write; deleted again where there is a base
@@ -371,8 +366,8 @@ def tokenizer(
     "Train candidate pieces on the runs of one script"
     texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
     counted = count_runs(texts, out / "corpus.runs", script, marks, workers)
-    sources = run_sources(counted, lexicons, opencc, script, lang)
-    runs = mix_runs(sources, memory_chars)
+    n_run_chars = mass(read_runs(counted))
+    runs = mix_runs(run_sources(counted, lexicons, opencc, script, lang), memory_chars)
     counted.unlink()
     require(
         runs,
@@ -380,7 +375,7 @@ def tokenizer(
         "give another corpus, or run: cmixtral tokenizer --script SCRIPT",
     )
     stats = dict(
-        n_run_chars=sources[0].n_chars,
+        n_run_chars=n_run_chars,
         n_train_chars=mass(runs.items()),
         n_distinct_run_chars=sum(map(len, runs)),
     )
@@ -396,7 +391,7 @@ def tokenizer(
     kinds = Counter(piece.kind for piece in pieces)
     say(
         "tokenizer",
-        f"{len(pieces):,} candidates from {stats['n_run_chars']:,} characters of {script} runs: "
+        f"{len(pieces):,} candidates from {n_run_chars:,} characters of {script} runs: "
         f"{kinds['char']:,} of {len(counts):,} characters, {kinds['word']:,} words",
     )
     return dict(
