@@ -1,7 +1,10 @@
-"""By hand: memory and time of a merge as the checkpoint grows, beside peft's and beside a plain copy; and what a kill -9 leaves.
+"""By hand: memory and time of a merge as the checkpoint grows, beside peft's and beside a plain
+copy; and what a kill -9 leaves.
 
-python tests/bench_merge.py grow DIR        # synthetic Mixtrals of 1, 2, 4, 8 GB in DIR: peak memory and time of each merge
-python tests/bench_merge.py peft DIR        # 2 GB: peft's merge_and_unload on the per-expert model, side by side
+python tests/bench_merge.py grow DIR        # Mixtrals of 1, 2, 4, 8 GB in DIR: peak memory
+                                            # and time of each merge
+python tests/bench_merge.py peft DIR        # 2 GB: beside peft's merge_and_unload on the per-expert
+                                            # model
 python tests/bench_merge.py kill DIR        # 20 kills at random moments of a small merge
 """
 
@@ -27,16 +30,18 @@ NUMBERS = dict(
 LAYERS = {1: 5, 2: 11, 4: 22, 8: 45}
 
 PEFT = """
-import sys, torch
+import sys
 from peft import PeftModel
-from cmixtral_nb.qlora import load_model, save_stock
+from cmixtral_nb.loading import load_model, save_stock
 net = load_model(sys.argv[1], dtype="bfloat16", device="cpu")
 save_stock(PeftModel.from_pretrained(net, sys.argv[2]).merge_and_unload(), sys.argv[3])
 """
 OURS = """
 import sys
 from cmixtral_nb.merge import merge
-merge(sys.argv[1], sys.argv[2], out=sys.argv[3], into="original", check="check" in sys.argv[4:], device="cpu", shard_bytes=1_000_000_000)
+model, adapter, out, *options = sys.argv[1:]
+how = dict(into="original", device="cpu", shard_bytes=1_000_000_000)
+merge(model, adapter, out=out, check="check" in options, **how)
 """
 
 
@@ -68,7 +73,7 @@ def specs_of(layers, numbers):
 
 
 def make(folder, layers, numbers=NUMBERS, shard_bytes=1_000_000_000, rank=RANK):
-    "A Mixtral of random bfloat16 weights and an adapter on all of its attention and experts, written tensor by tensor"
+    "A Mixtral of random bfloat16 weights and an adapter on attention and all experts"
     import torch
 
     from cmixtral_nb.adapters import plain_name
@@ -79,11 +84,12 @@ def make(folder, layers, numbers=NUMBERS, shard_bytes=1_000_000_000, rank=RANK):
     model.mkdir(parents=True)
     adapter.mkdir()
     shapes, g = specs_of(layers, numbers), torch.Generator().manual_seed(0)
-    tensor = lambda n: (
-        torch.ones(shapes[n]).bfloat16()
-        if "norm" in n
-        else (torch.randn(shapes[n], generator=g) * 0.02).bfloat16()
-    )
+
+    def tensor(name):
+        if "norm" in name:
+            return torch.ones(shapes[name]).bfloat16()
+        return (torch.randn(shapes[name], generator=g) * 0.02).bfloat16()
+
     for f, specs in plan_shards([(n, "BF16", s) for n, s in shapes.items()], shard_bytes).items():
         write_tensors(model / f, specs, tensor)
     files = tensor_files(model, check_index=False)
@@ -168,8 +174,9 @@ def grow(folder, sizes):
         plain, durable = copy(model, here / "copy")
         seconds, peak = measure(OURS, model, adapter, here / "out")
         print(
-            f"{n / 1e9:.2f} GB, rank {RANK}: merge {seconds:.1f} s, peak {peak / 1e6:,.0f} MB; cp {plain:.1f} s, with fsync {durable:.1f} s; "
-            f"merge/cp {seconds / plain:.1f}, merge/(cp with fsync) {seconds / durable:.2f}",
+            f"{n / 1e9:.2f} GB, rank {RANK}: merge {seconds:.1f} s, peak {peak / 1e6:,.0f} MB; "
+            f"cp {plain:.1f} s, with fsync {durable:.1f} s; merge/cp {seconds / plain:.1f}, "
+            f"merge/(cp with fsync) {seconds / durable:.2f}",
             flush=True,
         )
         shutil.rmtree(here / "out")
@@ -198,7 +205,8 @@ def beside_peft(folder):
     same = sum(torch.equal(load_tensor(*a[n]), load_tensor(*b[n])) for n in a)
     (t, m), (tp, mp) = (tuple(min(x[i] for x in runs) for i in (0, 1)) for runs in (ours, theirs))
     print(
-        f"rank {RANK}: ours {t:.1f} s, {m / 1e6:,.0f} MB; peft {tp:.1f} s, {mp / 1e6:,.0f} MB; time {t / tp:.2f} of peft's, peak {m / mp:.0%}"
+        f"rank {RANK}: ours {t:.1f} s, {m / 1e6:,.0f} MB; peft {tp:.1f} s, {mp / 1e6:,.0f} MB; "
+        f"time {t / tp:.2f} of peft's, peak {m / mp:.0%}"
     )
     print(f"{same} of {len(a)} tensors bitwise equal, peft has {len(b)}")
     shutil.rmtree(here)
@@ -213,15 +221,11 @@ def kill(folder, n=20, seed=0):
     model, adapter = make(
         here, 2, dict(NUMBERS, hidden_size=256, intermediate_size=512, vocab_size=2000), 1_000_000
     )
-    job = lambda out: merge(
-        model,
-        adapter,
-        out=here / out,
-        into="original",
-        check=False,
-        device="cpu",
-        shard_bytes=1_000_000,
-    )
+    how = dict(into="original", check=False, device="cpu", shard_bytes=1_000_000)
+
+    def job(out):
+        return merge(model, adapter, out=here / out, **how)
+
     want = job("whole").fingerprint
     start = time.time()
     job("warm")
@@ -243,7 +247,8 @@ def kill(folder, n=20, seed=0):
             whole += 1
         assert job(f"out{i}").fingerprint == want and not tmp.exists()
     print(
-        f"{killed} of {n} runs killed ({whole} of all were already whole); {kept} shards of the dead were used again; all {n} results bitwise equal"
+        f"{killed} of {n} runs killed ({whole} of all were already whole); "
+        f"{kept} shards of the dead were used again; all {n} results bitwise equal"
     )
     shutil.rmtree(here)
 

@@ -1,8 +1,11 @@
-"""By hand: what 4-bit experts save when a checkpoint of 2 GB is loaded, and what a training step costs beside stock transformers and peft.
+"""By hand: what 4-bit experts save when a checkpoint of 2 GB is loaded, and what a training step
+costs beside stock transformers and peft.
 
-python tests/bench_qlora.py load DIR     # peak memory of loading, bytes of each expert parameter; stock load_in_4bit beside it
-python tests/bench_qlora.py step         # milliseconds per step, in turn: stock fused experts in bfloat16, ours in bfloat16, ours in 4 bits;
-                                         # at 1,024 and at 2,048 tokens a step
+python tests/bench_qlora.py load DIR   # peak memory of loading, bytes of each expert parameter;
+                                       # stock load_in_4bit beside it
+python tests/bench_qlora.py step       # milliseconds per step, in turn: stock fused experts in
+                                       # bfloat16, ours in bfloat16, ours in 4 bits; at 1,024 and at
+                                       # 2,048 tokens a step
 """
 
 import shutil
@@ -14,15 +17,28 @@ from pathlib import Path
 
 LOAD = """
 import sys
+
+import bitsandbytes
+import peft
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralForCausalLM
+
+from cmixtral_nb.loading import load_model
 from cmixtral_nb.machine import peak_bytes, reset_peak
-import torch, transformers, peft, bitsandbytes, cmixtral_nb.qlora as q
+from cmixtral_nb.qlora import expert_bytes, mixtral_linear
+
 how, folder = sys.argv[1:]
-q.mixtral_linear(); from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralForCausalLM
-reset_peak(); before = peak_bytes()
-if how == "ours": net = q.load_model(folder, load_in_4bit=True, dtype="bfloat16", device="cpu")
-else: net = MixtralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True))
-e = q.expert_bytes(net)
-print(before, peak_bytes(), e["bytes_per_param"])
+mixtral_linear()
+reset_peak()
+before = peak_bytes()
+if how == "ours":
+    net = load_model(folder, load_in_4bit=True, dtype="bfloat16", device="cpu")
+else:
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    net = MixtralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=nf4)
+print(before, peak_bytes(), expert_bytes(net)["bytes_per_param"])
 """
 
 
@@ -39,8 +55,9 @@ def load(folder):
         assert not p.returncode, p.stderr[-2000:]
         before, peak, bytes_per = map(float, p.stdout.split())
         print(
-            f"{how:5} load_in_4bit of {n / 1e9:.2f} GB: peak {peak / 1e6:,.0f} MB, {peak / n:.2f} of the checkpoint, {before / 1e6:,.0f} MB of it "
-            f"the libraries; experts {bytes_per:.3f} bytes per parameter",
+            f"{how:5} load_in_4bit of {n / 1e9:.2f} GB: peak {peak / 1e6:,.0f} MB, "
+            f"{peak / n:.2f} of the checkpoint, {before / 1e6:,.0f} MB of it the libraries; "
+            f"experts {bytes_per:.3f} bytes per parameter",
             flush=True,
         )
     shutil.rmtree(here)
@@ -117,12 +134,17 @@ def step(batch, length=256, turns=7):
             if turn:
                 found.setdefault(name, []).append(time.perf_counter() - start)
     median = {k: statistics.median(v) for k, v in found.items()}
-    ratio = lambda a, b: statistics.median(x / y for x, y in zip(found[a], found[b], strict=True))
+
+    def ratio(a, b):
+        return statistics.median(x / y for x, y in zip(found[a], found[b], strict=True))
+
     stock, bf16, four = median
     for k, v in median.items():
         print(f"{k:32}{1000 * v:8.0f} ms per step of {batch} x {length} tokens")
     print(
-        f"ours in bfloat16 / stock {ratio(bf16, stock):.2f}; ours in 4 bits / ours in bfloat16 {ratio(four, bf16):.2f}; 4 bits / stock {ratio(four, stock):.2f}"
+        f"ours in bfloat16 / stock {ratio(bf16, stock):.2f}; "
+        f"ours in 4 bits / ours in bfloat16 {ratio(four, bf16):.2f}; "
+        f"4 bits / stock {ratio(four, stock):.2f}"
     )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from cmixtral_nb.adapters import Adapter, plain_name, save_adapter
 from cmixtral_nb.checkpoints import INDEX, load_tensor, tensor_files, write_tensors
-from cmixtral_nb.loading import load_model
-from cmixtral_nb.merge import Merger, merge, nf4_roundtrip, streamed
+from cmixtral_nb.loading import load_model, streamed
+from cmixtral_nb.merge import (
+    add_adapter,
+    lora_beside,
+    merge,
+    nf4_roundtrip,
+    open_sources,
+    read_weight,
+    without_lora_added,
+)
 from cmixtral_nb.mixtral import small_config
 from cmixtral_nb.qlora import add_lora
 from cmixtral_nb.stages import Artifact, StageError, input_fingerprint, read_json, write_json
@@ -171,7 +180,9 @@ def test_same_bits_as_peft(llama, tmp_path, kw):
 
 PER_EXPERT = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
 FUSED_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-LAYOUTS = {  # name: (whether peft sees one nn.Linear for each matrix, rows that the vocabulary grows by, configuration)
+# name: (whether peft sees one nn.Linear for each matrix, rows that the vocabulary grows by,
+#        configuration)
+LAYOUTS = {
     "attention": (False, 0, dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])),
     "per expert": (True, 0, dict(target_modules=PER_EXPERT)),
     "per expert, rslora": (True, 0, dict(target_modules=PER_EXPERT, use_rslora=True)),
@@ -273,7 +284,7 @@ def unfused(state):
             out |= {
                 k.replace("gate_up_proj", f"{e}.{w}.weight"): h
                 for e in range(len(t))
-                for w, h in zip(("w1", "w3"), t[e].chunk(2))
+                for w, h in zip(("w1", "w3"), t[e].chunk(2), strict=True)
             }
         elif k.endswith("experts.down_proj"):
             out |= {k.replace("down_proj", f"{e}.w2.weight"): t[e] for e in range(len(t))}
@@ -328,7 +339,8 @@ def test_every_layout_has_the_bits_of_peft(typed, tmp_path, layout):
 def test_several_adapters_have_the_bits_of_peft_one_after_another(typed, tmp_path, layouts):
     model, dtype = typed
     adapters = [
-        peft_adapter(model, tmp_path / f"a{i}", l, dtype, seed=i) for i, l in enumerate(layouts)
+        peft_adapter(model, tmp_path / f"a{i}", layout, dtype, seed=i)
+        for i, layout in enumerate(layouts)
     ]
     m = run(model, adapters, tmp_path, into="original")
     got = tensors(m.path)
@@ -352,8 +364,8 @@ def test_several_adapters_have_the_bits_of_peft_one_after_another(typed, tmp_pat
 def test_rounded_once_at_the_end(typed, tmp_path):
     model, dtype = typed
     adapters = [
-        peft_adapter(model, tmp_path / f"a{i}", l, dtype, seed=i)
-        for i, l in enumerate(("fused", "attention"))
+        peft_adapter(model, tmp_path / f"a{i}", layout, dtype, seed=i)
+        for i, layout in enumerate(("fused", "attention"))
     ]
     got, W = (
         tensors(run(model, adapters, tmp_path, into="original", rounding="once").path),
@@ -661,7 +673,7 @@ def test_half_of_a_small_file_is_not_in_the_manifest(model, adapter, tmp_path, m
 @pytest.mark.parametrize("kind", ["mixtral", "llama"])
 def test_streamed_model_answers_as_the_loaded_one(typed, llama, kind):
     path = typed[0] if kind == "mixtral" else llama
-    got = streamed(path, Merger(path, []).read)
+    got = streamed(path, partial(read_weight, open_sources(path, [])))
     want = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert torch.allclose(logits(got), logits(want), atol=1e-5)
     assert all(p.is_meta for n, p in got.named_parameters() if n.endswith("_proj.weight"))
@@ -675,10 +687,11 @@ def test_streamed_model_with_adapter_answers_as_peft(typed, tmp_path, layout):
     model, dtype = typed
     linear, grow, _ = LAYOUTS[layout]
     a = peft_adapter(model, tmp_path / "a", layout, "float32")
-    make = Merger(model, [Adapter(a)])
+    src = open_sources(model, [Adapter(a)])
+    net = streamed(model, partial(without_lora_added, src), partial(lora_beside, src))
     want = PeftModel.from_pretrained(load_for_peft(model, linear, grow, "float32"), a)
     assert torch.allclose(
-        logits(streamed(model, make.before, make.beside)),
+        logits(net),
         logits(want),
         atol=1e-2 if dtype == "bfloat16" else 1e-4,
     )  # whole matrices are rounded to the type of the model
@@ -689,17 +702,15 @@ def test_streamed_model_with_adapter_answers_as_peft(typed, tmp_path, layout):
 def test_check_of_several_adapters_notices_that_one_is_missing(typed, tmp_path, monkeypatch):
     model, dtype = typed
     adapters = [
-        peft_adapter(model, tmp_path / f"a{i}", l, dtype, seed=i)
-        for i, l in enumerate(("per expert", "per expert, rslora"))
+        peft_adapter(model, tmp_path / f"a{i}", layout, dtype, seed=i)
+        for i, layout in enumerate(("per expert", "per expert, rslora"))
     ]
     merge(model, adapters, out=tmp_path / "ok", into="original", device="cpu")
-    monkeypatch.setattr(
-        module.Merger,
-        "add",
-        lambda self, a, plain, W, dtype, add=Merger.add: (
-            W if a is self.adapters[-1] else add(self, a, plain, W, dtype)
-        ),
-    )
+
+    def without_the_last(src, a, name, W, dtype):
+        return W if a is src.adapters[-1] else add_adapter(src, a, name, W, dtype)
+
+    monkeypatch.setattr(module, "add_adapter", without_the_last)
     with pytest.raises(StageError, match="logits of the merged model differ by"):
         merge(model, adapters, out=tmp_path / "no", into="original", device="cpu")
     assert not (tmp_path / "no").exists()
@@ -758,7 +769,8 @@ def test_nan_in_the_model(refuses, model, adapter):
 def test_adapter_of_another_model(refuses, model, adapter, tmp_path):
     small(intermediate=80).save_pretrained(tmp_path / "narrow")
     faults = refuses(
-        r"LoRA of model.layers.0.mlp.experts.0.w1.weight makes \[96, 64\], the model has \[80, 64\]",
+        r"LoRA of model.layers.0.mlp.experts.0.w1.weight makes \[96, 64\], "
+        r"the model has \[80, 64\]",
         tmp_path / "narrow",
         adapter,
     )
@@ -925,7 +937,8 @@ def test_fused_adapter_of_another_model(refuses, typed, tmp_path):
     for kw, match in (
         (
             dict(experts=8),
-            r"LoRA of model.layers.0.mlp.experts.gate_up_proj has 16 ranks, expected 32: rank 4 for each of 8 experts",
+            "LoRA of model.layers.0.mlp.experts.gate_up_proj has 16 ranks, expected 32: "
+            "rank 4 for each of 8 experts",
         ),
         (dict(intermediate=80), r"gate_up_proj makes \[192, 64\], the model has \[160, 64\]"),
         (dict(layers=1), "the model has no model.layers.1"),

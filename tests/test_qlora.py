@@ -1,15 +1,17 @@
-"What the chapter 08_qlora does not show: adapters that do not belong, other architectures, growing rows"
+"Not shown in 08_qlora: adapters that do not belong, other architectures, growing rows"
 
 import gc
 import json
 import logging
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cmixtral_nb.adapters import save_adapter
+from cmixtral_nb.adapters import require_adapter, save_adapter
 from cmixtral_nb.loading import load_model, save_4bit
 from cmixtral_nb.merge import merge
 from cmixtral_nb.mixtral import small_config
@@ -82,13 +84,16 @@ def test_4_bits_read_one_by_one_are_those_of_the_stock_loader(here, tmp_path):
 
     from transformers import AutoModelForCausalLM
 
-    from cmixtral_nb.loading import _config, _nf4
+    from cmixtral_nb.loading import model_config, nf4_config
 
     model = shutil.copytree(here / "model", tmp_path / "model")
     write_json(model / "generation_config.json", dict(eos_token_id=[2, 7], top_p=0.5))
     got = load_model(model, load_in_4bit=True, dtype="bfloat16")
     want = AutoModelForCausalLM.from_pretrained(
-        model, config=_config(model), dtype=torch.bfloat16, quantization_config=_nf4(torch.bfloat16)
+        model,
+        config=model_config(model),
+        dtype=torch.bfloat16,
+        quantization_config=nf4_config(torch.bfloat16),
     )
     a, b = got.state_dict(), want.state_dict()
     assert a.keys() == b.keys() and all(
@@ -191,6 +196,26 @@ def test_refused(here, tmp_path):
         add_lora(load_model(m), rows="new", n_old=100)
 
 
+def test_one_question_for_an_adapter(here, tmp_path):
+    "Loading and merging refuse the same folder in the same words"
+    cut = copy(here / "adapter", tmp_path / "cut")
+    weights = cut / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for folder in (tmp_path, tmp_path / "nothing", cut):
+        with pytest.raises(StageError) as said:
+            require_adapter(folder)
+        for use in (
+            lambda a: load_model(here / "model", adapter=a),
+            lambda a: merge(here / "model", a, out=tmp_path / "merged"),
+        ):
+            with pytest.raises(StageError) as also:
+                use(folder)
+            assert also.value.args == said.value.args
+    weights.write_bytes(b"\x10" + bytes(7) + b'{"a":{"x":1}}   ')
+    with pytest.raises(StageError):
+        require_adapter(cut)
+
+
 def test_other_architecture(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -239,7 +264,7 @@ def test_logits_and_gradients_are_those_of_the_dequantised_model(here, evaluated
         for i, (n, p) in enumerate(m.named_parameters()):
             if "lora_B" in n:
                 p.data.normal_(std=0.05, generator=torch.Generator().manual_seed(i))
-        if evaluated:  # on some CPUs an evaluation pass would repack the 4-bit weights, and the gradient be lost
+        if evaluated:  # on some CPUs this would repack 4-bit weights, and the gradient be lost
             with torch.no_grad():
                 m.eval()(IDS)
         m.train()(IDS, labels=IDS, output_router_logits=True).loss.backward()
@@ -263,6 +288,21 @@ def test_a_4bit_checkpoint_reloads_with_the_same_bits(here, tmp_path):
     again = load_model(tmp_path / "four", adapter=here / "adapter")
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, torch.load(here / "want.pt", weights_only=True))
+
+
+def test_a_4bit_checkpoint_loads_in_a_new_process(here, tmp_path):
+    "There nobody has yet told transformers of the model type that the folder names"
+    m = load_model(here / "model", load_in_4bit=True)
+    save_4bit(m, tmp_path / "four")
+    code = """
+import sys
+from cmixtral_nb.loading import load_model
+from cmixtral_nb.qlora import expert_bytes
+print(expert_bytes(load_model(sys.argv[1], device="cpu"))["bytes"])
+"""
+    run = [sys.executable, "-c", code, tmp_path / "four"]
+    out = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert int(out.stdout) == expert_bytes(m)["bytes"]
 
 
 @pytest.mark.parametrize("naming", [".block_sparse_moe.", ".mlp."])
@@ -352,10 +392,11 @@ def test_under_autocast_lora_casts_nothing_is_added_at_once_and_computes_the_sam
     lora, theirs = (x.base_model.model.model.layers[0].self_attn.q_proj for x in (m, plain))
     assert not lora.cast_input_dtype_enabled and lora.lora_variant and not theirs.lora_variant
     assert loss == pytest.approx(want, rel=1e-3) and len(grads) > 30
-    far = lambda a, b: (
-        torch.cat([(a[n] - b[n]).flatten() for n in b]).norm()
-        / torch.cat([g.flatten() for g in b.values()]).norm()
-    ).item()
+
+    def far(a, b):
+        difference = torch.cat([(a[n] - b[n]).flatten() for n in b]).norm()
+        return (difference / torch.cat([g.flatten() for g in b.values()]).norm()).item()
+
     if bits == 16:  # no further from the truth, which is float32
         exact = net().float().train()
         exact(IDS, labels=IDS).loss.backward()
