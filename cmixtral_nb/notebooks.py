@@ -26,7 +26,9 @@ from base64 import b64decode, b64encode
 from configparser import ConfigParser
 from io import BytesIO
 from pathlib import Path
+from string import Template
 
+from .machine import package_data
 from .stages import read_json, require, write_text
 
 
@@ -174,15 +176,8 @@ def colab_cells(
         "[![Open in Colab](colab.svg)](https://colab.research.google.com/github/"
         f"{repository}/blob/main/nbs/{name}.ipynb)"
     )
-    setup = f"""#| hide
-#| eval: false
-# On Colab, run this first; elsewhere it does nothing.
-import sys
-
-if "google.colab" in sys.modules:
-    get_ipython().run_line_magic(
-        "pip", 'install -q "cmixtral_nb{extra} @ git+{url}"'
-    )"""
+    template = Template(package_data("data/colab_setup.txt").read_text(encoding="utf-8"))
+    setup = template.substitute(extra=extra, url=url).rstrip()
     return [
         {"cell_type": "markdown", "id": "colab-badge", "metadata": {}, "source": [badge]},
         {
