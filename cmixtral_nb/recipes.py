@@ -333,6 +333,5 @@ def check_recipe(
 
 
 # %% ../nbs/a30_recipes.ipynb #f45c096b
-# older names, until every module has the new ones
+# its older name, for those that still use it
 _steps = recipe_steps
-_recipe_file = recipe_file
