@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
-    "FUSED",
+    "FUSED_PARAMETERS",
     "plain_name",
     "is_linear",
     "require_adapter",
@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoints import load_tensor, read_header, resolve_model, tensor_files
+from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
 from .options import faults_of
 from .stages import StageError, input_fingerprint, read_json, require, write_json
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-# %% ../nbs/a18_adapters.ipynb #bf5df80d
+# %% ../nbs/a18_adapters.ipynb #1b762212
 _PEFT_WRAPPERS = re.compile(r"\.(modules_to_save|base_layer|token_adapter|default)(?=\.)")
 
 
@@ -54,11 +55,11 @@ def plain_name(
     name: str,  # of a tensor or module, in a checkpoint or an adapter
 ) -> str:  # without peft's prefixes, with the new name of Mixtral's experts
     "Example: 'base_model.model.lm_head.base_layer.weight' -> 'lm_head.weight'"
-    name = name.removeprefix("base_model.model.").replace(".block_sparse_moe.", ".mlp.")
+    name = name.removeprefix("base_model.model.").replace(BLOCK_ON_DISK, BLOCK_IN_MEMORY)
     return _PEFT_WRAPPERS.sub("", name)
 
 
-# %% ../nbs/a18_adapters.ipynb #dd131d0c
+# %% ../nbs/a18_adapters.ipynb #cbadd422
 _NOT_IN_4BIT = re.compile(r"(embed_tokens|wte|lm_head|\.gate)\.weight$")
 
 
@@ -70,7 +71,7 @@ def is_linear(
     return len(shape) == 2 and name.endswith(".weight") and not _NOT_IN_4BIT.search(name)
 
 
-# %% ../nbs/a18_adapters.ipynb #53495910
+# %% ../nbs/a18_adapters.ipynb #28e653ea
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -110,7 +111,7 @@ def _require_sound(path: Path) -> None:
         raise StageError(f"{path} is truncated or not safetensors ({e}); copy it again") from None
 
 
-# %% ../nbs/a18_adapters.ipynb #08c4ebb1
+# %% ../nbs/a18_adapters.ipynb #3453f626
 def trained_on(
     folder: Path,  # of an adapter
 ) -> str:  # fingerprint; empty where the adapter does not say
@@ -132,7 +133,7 @@ def model_faults(
     return [f"{folder} was trained on model {was}, found {found}; give the model it was trained on"]
 
 
-# %% ../nbs/a18_adapters.ipynb #f81c3b2c
+# %% ../nbs/a18_adapters.ipynb #d68d574e
 def save_adapter(
     model: PeftModel,  # with one adapter
     out: str | Path,  # folder: adapter_model.safetensors, adapter_config.json
@@ -150,13 +151,10 @@ def save_adapter(
     (out / "README.md").unlink(missing_ok=True)
 
 
-# %% ../nbs/a18_adapters.ipynb #ef7d7d31
-FUSED = {  # matrix of an expert -> the parameter that holds it, and which half of its output rows
-    "w1": ("gate_up_proj", 0),
-    "w3": ("gate_up_proj", 1),
-    "w2": ("down_proj", None),
-}
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])\.weight")
+# %% ../nbs/a18_adapters.ipynb #cd9f03c6
+# gate_up_proj and down_proj, in the order in which peft wraps them
+FUSED_PARAMETERS = list(dict.fromkeys(place.tensor for place in EXPERT_MATRICES.values()))
+_EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(EXPERT_MATRICES)})\.weight")
 
 
 class Place(NamedTuple):
@@ -175,7 +173,7 @@ def fused_place(
     if m is None:
         return None
     experts, number, matrix = m.groups()
-    parameter, half = FUSED[matrix]
+    parameter, half = EXPERT_MATRICES[matrix]
     return Place(f"{experts}.{parameter}", int(number), half)
 
 
@@ -185,7 +183,7 @@ def fused_matrices(
 ) -> Iterator[tuple[str, int, int | None]]:  # (plain name, expert, half)
     "Every matrix that a fused parameter holds"
     experts, _, fused = parameter.rpartition(".")
-    for matrix, (holder, half) in FUSED.items():
+    for matrix, (holder, half) in EXPERT_MATRICES.items():
         if holder == fused:
             for e in range(n_experts):
                 yield f"{experts}.{e}.{matrix}.weight", e, half
@@ -199,7 +197,7 @@ def half_of(
     return W if half is None else W.chunk(2)[half]
 
 
-# %% ../nbs/a18_adapters.ipynb #338f3d6c
+# %% ../nbs/a18_adapters.ipynb #9211cccb
 def expert_pair(
     A: Tensor,  # (experts * r, in) of a fused parameter
     B: Tensor,  # (out, r * experts)
@@ -212,7 +210,7 @@ def expert_pair(
     return A[expert * rank : (expert + 1) * rank], half_of(B[:, expert::n_experts], half)
 
 
-# %% ../nbs/a18_adapters.ipynb #73c5c64f
+# %% ../nbs/a18_adapters.ipynb #732b59e5
 class AdapterTensors(NamedTuple):
     "Names of an adapter's tensors, sorted by what they do to a weight (given by its plain name)"
 
@@ -258,7 +256,7 @@ def _name_wrappers(
 ) -> None:
     "Name the nested wrappers of one layer's experts: the innermost is the first target"
     leaves = {target.rpartition(".")[2] for target in targets}
-    parameters = [p for p in ("gate_up_proj", "down_proj") if p in leaves]
+    parameters = [p for p in FUSED_PARAMETERS if p in leaves]
     if len(parameters) != len(by_depth):
         for pair in by_depth.values():
             found.strange.extend(pair.values())
@@ -267,7 +265,7 @@ def _name_wrappers(
         found.lora[f"{experts}.{parameter}"] = by_depth[depth]
 
 
-# %% ../nbs/a18_adapters.ipynb #0db22189
+# %% ../nbs/a18_adapters.ipynb #065ed79c
 class Pair(NamedTuple):
     "LoRA of one matrix"
 
@@ -356,7 +354,7 @@ def _by_pattern(patterns: dict[str, float] | None, module: str, default):
     return default
 
 
-# %% ../nbs/a18_adapters.ipynb #91c3888d
+# %% ../nbs/a18_adapters.ipynb #c92e75ad
 def both_layouts(
     shapes: dict[str, list[int]],  # plain name -> shape, of a model
 ) -> dict[str, list[int]]:  # the experts both as single matrices and as fused parameters
@@ -374,7 +372,7 @@ def both_layouts(
     return out
 
 
-# %% ../nbs/a18_adapters.ipynb #6a8c9fa6
+# %% ../nbs/a18_adapters.ipynb #4d874e73
 def _pair_faults(a: Adapter, name: str, pair: dict[str, str], shape: list[int] | None) -> list[str]:
     "What is wrong with one pair of LoRA matrices"
     if shape is None:
@@ -411,7 +409,7 @@ def _row_faults(a: Adapter, name: str, size: list[int], shape: list[int] | None)
     ]
 
 
-# %% ../nbs/a18_adapters.ipynb #4ab416b0
+# %% ../nbs/a18_adapters.ipynb #4f1abd06
 def _has_vocabulary(name: str) -> bool:
     "Whether a weight has one row for each token: embedding and head"
     return name.endswith(("embed_tokens.weight", "lm_head.weight"))
@@ -444,7 +442,7 @@ def _rows_agree(a: Adapter, shapes: dict[str, list[int]]) -> bool:
     return not grown or all(name in a.whole for name in of_model)
 
 
-# %% ../nbs/a18_adapters.ipynb #0c5c8720
+# %% ../nbs/a18_adapters.ipynb #f8caad56
 _UNSUPPORTED = {  # key of adapter_config.json -> in words
     "use_dora": "DoRA",
     "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
@@ -484,7 +482,7 @@ def adapter_faults(
     return faults if len(faults) <= 4 else [*faults[:4], f"{path}: {len(faults) - 4} more faults"]
 
 
-# %% ../nbs/a18_adapters.ipynb #0e4a2173
+# %% ../nbs/a18_adapters.ipynb #7a3c26a0
 def is_finite(
     t: Tensor,  # of any dtype
 ) -> bool:

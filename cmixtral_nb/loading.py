@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from .adapters import ADAPTER_WEIGHTS, model_faults, require_adapter, trained_on
 from .checkpoints import resolve_model, tensor_files
 from .machine import default_device, quiet, trim_memory
+from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import refuse
 from .qlora import expert_bytes, mixtral_linear, ready_to_train
 from .stages import StageError, input_fingerprint, read_json, require, write_json
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 
-# %% ../nbs/a17_loading.ipynb #916ba773
+# %% ../nbs/a17_loading.ipynb #5a0853fa
 def model_config(
     folder: str | Path,  # model folder
 ) -> PretrainedConfig:
@@ -56,7 +57,7 @@ def model_config(
     return config_class.from_dict(config.to_dict() | changes)
 
 
-# %% ../nbs/a17_loading.ipynb #6fa0bab7
+# %% ../nbs/a17_loading.ipynb #238c38dd
 def nf4_config(
     dtype: torch.dtype,  # in which products with 4-bit weights are computed
 ) -> BitsAndBytesConfig:
@@ -111,7 +112,7 @@ def _load_quantised(
     return model
 
 
-# %% ../nbs/a17_loading.ipynb #35831881
+# %% ../nbs/a17_loading.ipynb #03352227
 def _quant_states(model: nn.Module) -> list:
     "What bitsandbytes knows of each 4-bit matrix and, quantised again, of its constants"
     states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None)]
@@ -133,7 +134,7 @@ def _avoid_cpu_repacking(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-# %% ../nbs/a17_loading.ipynb #f9043f42
+# %% ../nbs/a17_loading.ipynb #243576e8
 def _put_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftModel:
     "Put a saved adapter on a loaded model"
     from peft import get_peft_model, set_peft_model_state_dict
@@ -167,7 +168,7 @@ def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     tensors = load_file(folder / ADAPTER_WEIGHTS)
-    return {name.replace(".block_sparse_moe.", ".mlp."): t for name, t in tensors.items()}
+    return {name.replace(BLOCK_ON_DISK, BLOCK_IN_MEMORY): t for name, t in tensors.items()}
 
 
 def _adapter_config(folder: Path, model: PreTrainedModel, trainable: bool) -> PeftConfig:
@@ -178,11 +179,13 @@ def _adapter_config(folder: Path, model: PreTrainedModel, trainable: bool) -> Pe
     config.inference_mode = not trainable
     config.base_model_name_or_path = model.name_or_path
     if isinstance(config.target_modules, str):  # a regular expression
-        config.target_modules = config.target_modules.replace("block_sparse_moe", "mlp")
+        config.target_modules = config.target_modules.replace(
+            BLOCK_ON_DISK.strip("."), BLOCK_IN_MEMORY.strip(".")
+        )
     return config
 
 
-# %% ../nbs/a17_loading.ipynb #8e1c5fbf
+# %% ../nbs/a17_loading.ipynb #11b17263
 def _grow_rows(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     "Give a model as many rows as the adapter's embedding and head have"
     vocabulary = re.compile(r"(embed_tokens|lm_head)\.weight$")
@@ -202,7 +205,7 @@ def _misfit(error: Exception) -> str:
     return f"{name} is {found}, expected {expected}"
 
 
-# %% ../nbs/a17_loading.ipynb #52704308
+# %% ../nbs/a17_loading.ipynb #92e978f5
 def _dtype_of(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:
     "bfloat16 on a GPU and float32 on a CPU, unless told otherwise"
     import torch
@@ -232,7 +235,7 @@ def _prepare_frozen(model: PreTrainedModel) -> None:
     model.config.use_cache = False
 
 
-# %% ../nbs/a17_loading.ipynb #e74edf2f
+# %% ../nbs/a17_loading.ipynb #4d7e45f8
 def load_model(
     path: str | Path,  # model folder (ours or any other), artifact, or hub id
     adapter: str | Path | None = None,  # PEFT adapter folder to put on it
@@ -280,7 +283,7 @@ def _adapter_for(adapter: str | Path, model: str | Path) -> Path:
     return folder
 
 
-# %% ../nbs/a17_loading.ipynb #0747e1e5
+# %% ../nbs/a17_loading.ipynb #54fd5b6f
 def save_4bit(
     model: PreTrainedModel,  # from `load_model(..., load_in_4bit=True)`
     out: str | Path,  # folder
@@ -295,7 +298,7 @@ def save_4bit(
         _share_codebooks(model)
 
 
-# %% ../nbs/a17_loading.ipynb #d019167a
+# %% ../nbs/a17_loading.ipynb #5d5816ab
 def save_stock(
     model: PreTrainedModel,  # from `load_model`, not in 4 bits
     out: str | Path,  # folder
@@ -310,7 +313,7 @@ def save_stock(
         write_json(path, config)
 
 
-# %% ../nbs/a17_loading.ipynb #f189e2d5
+# %% ../nbs/a17_loading.ipynb #097e614b
 def _follow_routes(routes: dict[str, Tensor], name: str, router, inputs, output):
     "Hook of a router: take the experts that are noted under its name, or note its own"
     logits, _, own = output
@@ -348,7 +351,7 @@ def _load_small(module: nn.Module, prefix: str, weight: Callable, pairs: Callabl
         module.register_parameter(key, torch.nn.Parameter(W, requires_grad=False))
 
 
-# %% ../nbs/a17_loading.ipynb #dd8c5c1d
+# %% ../nbs/a17_loading.ipynb #bd63b786
 def _no_pairs(name: str) -> list:
     "No LoRA beside any weight"
     return []
@@ -382,7 +385,7 @@ def streamed(
     return net
 
 
-# %% ../nbs/a17_loading.ipynb #4d07d5a0
+# %% ../nbs/a17_loading.ipynb #3ddebab8
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmixtral_nb.adapters import (
+    FUSED_PARAMETERS,
     Adapter,
     fused_matrices,
     fused_place,
@@ -112,7 +113,7 @@ def nf4_roundtrip(
     return bnb.functional.dequantize_4bit(quantised, state).cpu()
 
 
-# %% ../nbs/10_merge.ipynb #b2ecea6a
+# %% ../nbs/10_merge.ipynb #87dc5a7e
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -156,12 +157,12 @@ def _held_in_4bit(head: dict[str, dict], adapters: list[Adapter]) -> tuple[froze
             modules = {plain_name(f"{module}.weight") for module in stats["quantised"]}
             return frozenset(modules & shapes.keys()), stats.get("quantised_dtype", "")
     lora = [name for a in adapters for name in a.lora]
-    fused = any(name.endswith((".gate_up_proj", ".down_proj")) for name in lora)
+    fused = any(name.rpartition(".")[2] in FUSED_PARAMETERS for name in lora)
     linear = {name for name, shape in shapes.items() if is_linear(name, shape)}
     return frozenset(n for n in linear if not (fused and ".experts." in n)), ""
 
 
-# %% ../nbs/10_merge.ipynb #72bed604
+# %% ../nbs/10_merge.ipynb #b195d1c7
 def weight_dtype(
     src: Sources,  # model and adapters
     name: str,  # plain name
@@ -188,7 +189,7 @@ def read_weight(
     return read_weight(src, EMBEDDING)  # the head of a model that ties it
 
 
-# %% ../nbs/10_merge.ipynb #e44d795a
+# %% ../nbs/10_merge.ipynb #e1fb11e9
 def _last_whole(src: Sources, name: str) -> int:
     "Which adapter is the last that brings a weight whole; -1: none"
     bring = [i for i, a in enumerate(src.adapters) if name in a.whole]
@@ -250,7 +251,7 @@ def _add_to_fused(src: Sources, a: Adapter, name: str, W: Tensor, dtype: torch.d
     return W
 
 
-# %% ../nbs/10_merge.ipynb #f6c31fda
+# %% ../nbs/10_merge.ipynb #4b3bddac
 def merged_tensor(
     src: Sources,  # model and adapters
     tensor: str,  # its name in the checkpoint
@@ -309,7 +310,7 @@ def logit_difference(
     return worst / top
 
 
-# %% ../nbs/10_merge.ipynb #6e85c813
+# %% ../nbs/10_merge.ipynb #2d6a0736
 def without_lora_added(
     src: Sources,  # model and adapters
     name: str,  # plain name
@@ -413,7 +414,7 @@ def _require_space(out: Path, missing: dict[str, list]) -> None:
     )
 
 
-# %% ../nbs/10_merge.ipynb #e8357c7d
+# %% ../nbs/10_merge.ipynb #9272fb6a
 def _write_rest(src: Sources, model: Path, out: Path, n_rows: int) -> dict[str, Path]:
     "Configuration, tokenizer and index beside the weights; which shard holds each tensor"
     untied = len(merged_specs(src)) > len(src.head)

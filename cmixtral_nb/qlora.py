@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .machine import quiet
+from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
 from .options import range_faults, refuse
 from .stages import StageError
 
@@ -79,7 +80,7 @@ def quantised(
     )
 
 
-# %% ../nbs/08_qlora.ipynb #b648432c
+# %% ../nbs/08_qlora.ipynb #cf6e9baa
 def without_lora(
     model: nn.Module,  # with or without LoRA
 ) -> list[str]:  # names of modules and of fused parameters
@@ -216,7 +217,7 @@ def mixtral_linear() -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     AutoConfig.register("mixtral_linear", MixtralLinearConfig, exist_ok=True)
     AutoModelForCausalLM.register(MixtralLinearConfig, MixtralLinearForCausalLM, exist_ok=True)
     register_checkpoint_conversion_mapping(
-        "mixtral_linear", [WeightRenaming(".block_sparse_moe.", ".mlp.")], overwrite=True
+        "mixtral_linear", [WeightRenaming(BLOCK_ON_DISK, BLOCK_IN_MEMORY)], overwrite=True
     )
     return MixtralLinearConfig, MixtralLinearForCausalLM
 
@@ -230,7 +231,7 @@ def _lora_targets(model: PreTrainedModel) -> list[str]:
     from torch import nn
 
     if model.config.model_type == "mixtral_linear":
-        return [*ATTENTION, "w1", "w2", "w3"]
+        return [*ATTENTION, *EXPERT_MATRICES]
     head = model.get_output_embeddings()
     linear = [
         name
@@ -303,7 +304,7 @@ def _added_at_once() -> LoraVariant:
     return AddedAtOnce()
 
 
-# %% ../nbs/08_qlora.ipynb #8967176c
+# %% ../nbs/08_qlora.ipynb #847b6115
 def ready_to_train(
     model: PeftModel,  # with LoRA, rows or both
 ):
