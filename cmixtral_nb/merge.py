@@ -113,7 +113,7 @@ def nf4_roundtrip(
     return bnb.functional.dequantize_4bit(quantised, state).cpu()
 
 
-# %% ../nbs/10_merge.ipynb #87dc5a7e
+# %% ../nbs/10_merge.ipynb #7644d18f
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -162,7 +162,7 @@ def _held_in_4bit(head: dict[str, dict], adapters: list[Adapter]) -> tuple[froze
     return frozenset(n for n in linear if not (fused and ".experts." in n)), ""
 
 
-# %% ../nbs/10_merge.ipynb #b195d1c7
+# %% ../nbs/10_merge.ipynb #b7e4461f
 def weight_dtype(
     src: Sources,  # model and adapters
     name: str,  # plain name
@@ -189,7 +189,7 @@ def read_weight(
     return read_weight(src, EMBEDDING)  # the head of a model that ties it
 
 
-# %% ../nbs/10_merge.ipynb #e1fb11e9
+# %% ../nbs/10_merge.ipynb #e41da435
 def _last_whole(src: Sources, name: str) -> int:
     "Which adapter is the last that brings a weight whole; -1: none"
     bring = [i for i, a in enumerate(src.adapters) if name in a.whole]
@@ -251,7 +251,7 @@ def _add_to_fused(src: Sources, a: Adapter, name: str, W: Tensor, dtype: torch.d
     return W
 
 
-# %% ../nbs/10_merge.ipynb #4b3bddac
+# %% ../nbs/10_merge.ipynb #04658a14
 def merged_tensor(
     src: Sources,  # model and adapters
     tensor: str,  # its name in the checkpoint
@@ -310,7 +310,7 @@ def logit_difference(
     return worst / top
 
 
-# %% ../nbs/10_merge.ipynb #2d6a0736
+# %% ../nbs/10_merge.ipynb #6b6f440e
 def without_lora_added(
     src: Sources,  # model and adapters
     name: str,  # plain name
@@ -414,7 +414,7 @@ def _require_space(out: Path, missing: dict[str, list]) -> None:
     )
 
 
-# %% ../nbs/10_merge.ipynb #9272fb6a
+# %% ../nbs/10_merge.ipynb #75c91399
 def _write_rest(src: Sources, model: Path, out: Path, n_rows: int) -> dict[str, Path]:
     "Configuration, tokenizer and index beside the weights; which shard holds each tensor"
     untied = len(merged_specs(src)) > len(src.head)
