@@ -379,9 +379,6 @@ def link_file(
         shutil.copyfile(src, dst)
 
 
-_link = link_file  # the name that init imports until it is rewritten
-
-
 # %% ../nbs/a11_checkpoints.ipynb #d4709455
 def rewrite_shard(
     src: Path,  # safetensors file to read
@@ -413,8 +410,6 @@ def copy_index(
     write_index(out, files, read_json(model / INDEX).get("metadata", {}))
 
 
-_write_index = copy_index  # the name that init imports until it is rewritten
-
 # %% ../nbs/a11_checkpoints.ipynb #fb994ce0
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -425,7 +420,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",  # names the tokens that end a text
 )
-_TOKENIZER_FILES = TOKENIZER_FILES  # the name that init knew until it is rewritten
 
 
 def copy_config(

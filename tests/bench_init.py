@@ -1,7 +1,9 @@
 """By hand: memory and time of new rows. TOKENIZER has 57,000 pieces, such as bench_vocab.py makes.
 
-python tests/bench_init.py rows TOKENIZER WORK           # the real size: 32,000 -> 57,000 rows of 4,096 bfloat16 numbers, embedding and head, each method
+python tests/bench_init.py rows TOKENIZER WORK            # the real size, each method
 python tests/bench_init.py grow TOKENIZER WORK [1 2 4 8]  # synthetic Mixtrals of so many GB
+
+The real size: embedding and head of bfloat16 numbers, from 32,000 to 57,000 rows of 4,096.
 """
 
 import os
@@ -13,6 +15,7 @@ import torch
 from bench_merge import LAYERS, make, measure
 from safetensors.torch import save_file
 
+from cmixtral_nb.checkpoints import INDEX
 from cmixtral_nb.init import METHODS
 from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.stages import write_json
@@ -28,21 +31,16 @@ init(*sys.argv[1:3], out=sys.argv[3], method=sys.argv[4])
 def rows(tokenizer, work):
     model = Path(work) / "rows"
     write_tokenizer(base_tokenizer_model(), model)
-    for i, name in enumerate(("model.embed_tokens.weight", "lm_head.weight"), 1):
+    shards = {
+        "model.embed_tokens.weight": "model-00001-of-00002.safetensors",
+        "lm_head.weight": "model-00002-of-00002.safetensors",
+    }
+    for name, shard in shards.items():
         save_file(
-            {name: torch.randn(32000, 4096).bfloat16()},
-            model / f"model-{i:05d}-of-00002.safetensors",
-            metadata={"format": "pt"},
+            {name: torch.randn(32000, 4096).bfloat16()}, model / shard, metadata={"format": "pt"}
         )
     write_json(
-        model / "model.safetensors.index.json",
-        dict(
-            metadata=dict(total_size=2 * 32000 * 4096 * 2),
-            weight_map={
-                "model.embed_tokens.weight": "model-00001-of-00002.safetensors",
-                "lm_head.weight": "model-00002-of-00002.safetensors",
-            },
-        ),
+        model / INDEX, {"metadata": {"total_size": 2 * 32000 * 4096 * 2}, "weight_map": shards}
     )
     write_json(
         model / "config.json",
@@ -71,12 +69,15 @@ def grow(tokenizer, work, *sizes):
         shards = list((here / "out").glob("*.safetensors"))
         linked = sum(os.path.samefile(f, model / f.name) for f in shards)
         print(
-            f"{n / 1e9:.2f} GB: {seconds:.1f} s, peak {peak / 1e6:,.0f} MB; {linked} of {len(shards)} shards linked",
+            f"{n / 1e9:.2f} GB: {seconds:.1f} s, peak {peak / 1e6:,.0f} MB; "
+            f"{linked} of {len(shards)} shards linked",
             flush=True,
         )
         shutil.rmtree(here)
 
 
 if __name__ == "__main__":
-    what = dict(rows=rows, grow=grow).get(sys.argv[1]) if len(sys.argv) > 3 else None
-    what(*sys.argv[2:]) if what else sys.exit(__doc__)
+    commands = {"rows": rows, "grow": grow}
+    if len(sys.argv) < 4 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
+    commands[sys.argv[1]](*sys.argv[2:])

@@ -32,8 +32,14 @@ from cmixtral_nb.init import (
 )
 from cmixtral_nb.mixtral import small_config
 from cmixtral_nb.pieces import Piece, base_tokenizer_model
-from cmixtral_nb.probe import rank_methods, train_briefly
-from cmixtral_nb.stages import StageError, input_fingerprint, read_json, write_json
+from cmixtral_nb.probe import paired_differences, rank_methods, train_briefly
+from cmixtral_nb.stages import (
+    StageError,
+    input_fingerprint,
+    read_json,
+    tokenizer_fingerprint,
+    write_json,
+)
 from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
 from cmixtral_nb.vocab import extend_model
 
@@ -42,7 +48,8 @@ NEW = ["中国", "中国大", "龙"]
 
 
 def write_tok(path, vocab):
-    merges = [(a, b) for t in vocab if len(t) > 1 and t[0] != "<" for a, b in [(t[:-1], t[-1])]]
+    words = [piece for piece in vocab if len(piece) > 1 and piece[0] != "<"]
+    merges = [(word[:-1], word[-1]) for word in words]
     t = Tokenizer(
         models.BPE(
             vocab={p: i for i, p in enumerate(vocab)},
@@ -88,7 +95,8 @@ def model(tmp_path):
 
 
 def all_tensors(p):
-    return {n: load_tensor(f, n) for f in [tensor_files(p)] for n in f}
+    files = tensor_files(p)
+    return {name: load_tensor(files, name) for name in files}
 
 
 def test_rows_by_hand(model, tok, tmp_path):
@@ -124,8 +132,6 @@ def test_index_and_fingerprint_of_the_tokenizer(model, tok, tmp_path):
         t.numel() for t in all_tensors(a.path).values()
     )
     assert index["weight_map"].keys() == read_json(model / INDEX)["weight_map"].keys()
-    from cmixtral_nb.stages import tokenizer_fingerprint
-
     assert a.manifest["tokenizer"] == tokenizer_fingerprint(tok) != tokenizer_fingerprint(model)
 
 
@@ -165,10 +171,8 @@ def test_tied_model(tok, tmp_path):
     ).save_pretrained(p)
     a = init(p, tok, out=tmp_path / "out")
     net = AutoModelForCausalLM.from_pretrained(a.path)
-    assert (
-        net.lm_head.weight is net.model.embed_tokens.weight
-        and len(net.lm_head.weight) == len(OLD) + 3
-    )
+    assert net.lm_head.weight is net.model.embed_tokens.weight
+    assert len(net.lm_head.weight) == len(OLD) + 3
 
 
 LLAMA = dict(
@@ -181,20 +185,22 @@ LLAMA = dict(
 )
 
 
+def class_and_config(kind):
+    "Of a small model of that kind"
+    if kind == "llama":
+        return LlamaForCausalLM, LlamaConfig(**LLAMA)
+    if kind == "mistral":
+        return MistralForCausalLM, MistralConfig(**LLAMA, sliding_window=None)
+    sizes = dict(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1)
+    return MixtralForCausalLM, small_config(**sizes, vocab_size=len(OLD))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "mixtral"])
 def test_any_model_with_embedding_and_head(tok, tmp_path, kind, tied):
-    config = dict(
-        llama=lambda: LlamaConfig(**LLAMA),
-        mistral=lambda: MistralConfig(**LLAMA, sliding_window=None),
-        mixtral=lambda: small_config(
-            hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=len(OLD)
-        ),
-    )[kind]()
+    model_class, config = class_and_config(kind)
     config.tie_word_embeddings = tied
-    net = dict(llama=LlamaForCausalLM, mistral=MistralForCausalLM, mixtral=MixtralForCausalLM)[
-        kind
-    ](config).eval()
+    net = model_class(config).eval()
     net.save_pretrained(write_tok(tmp_path / "m", OLD), max_shard_size="20KB")
     wide, info = AutoModelForCausalLM.from_pretrained(
         init(tmp_path / "m", tok, out=tmp_path / "out").path, output_loading_info=True
@@ -202,11 +208,10 @@ def test_any_model_with_embedding_and_head(tok, tmp_path, kind, tied):
     x = torch.tensor([[1, 261, 262, 263]])
     with torch.no_grad():
         a, b = net(x).logits, wide.eval()(x).logits
-    assert type(wide) is type(net) and b.shape[-1] == len(OLD) + 3 and not info["missing_keys"]
-    assert (
-        torch.allclose(a, b[..., : len(OLD)], atol=1e-6)
-        and (wide.lm_head.weight is wide.get_input_embeddings().weight) == tied
-    )
+    assert type(wide) is type(net)
+    assert b.shape[-1] == len(OLD) + 3 and not info["missing_keys"]
+    assert torch.allclose(a, b[..., : len(OLD)], atol=1e-6)
+    assert (wide.lm_head.weight is wide.get_input_embeddings().weight) == tied
 
 
 @pytest.mark.parametrize("padding", [1, 3, 10])
@@ -219,11 +224,8 @@ def test_rows_that_padded_the_matrix_give_way(tok, tmp_path, padding):
     ).save_pretrained(p)
     a = init(p, tok, out=tmp_path / "out")
     n = max(len(OLD) + padding, len(OLD) + 3)
-    assert (
-        a.stats["n_rows"]
-        == n
-        == AutoModelForCausalLM.from_pretrained(a.path).lm_head.weight.shape[0]
-    )
+    assert a.stats["n_rows"] == n
+    assert AutoModelForCausalLM.from_pretrained(a.path).lm_head.weight.shape[0] == n
 
 
 def test_methods_and_seed(model, tok, tmp_path):
@@ -262,7 +264,10 @@ def real(tmp_path_factory):
 
 
 def the_seeds_rows(old, new, W):
-    "The seed's way, token by token: decode, encode with all that the old tokenizer adds, sum, divide (models/init_embeddings.py)"
+    """The seed's way (models/init_embeddings.py), token by token
+
+    Decode, encode with all that the old tokenizer adds, sum, divide.
+    """
     rows = []
     for n in range(len(old), len(new)):
         ids = old(new.decode([n]))["input_ids"]
@@ -363,22 +368,23 @@ def test_transplant_from_bytes(byte_level, tok, tmp_path):
     a = init(byte_level, tok, out=tmp_path / "out", transplant=True)
     W, R = (all_tensors(p)["model.embed_tokens.weight"] for p in (byte_level, a.path))
     old, vocab = load_tokenizer(byte_level), OLD + NEW
-    row = lambda t: R[vocab.index(t)]
-    text_rows = lambda t: W[old.encode(t, add_special_tokens=False)]
+
+    def row(token):
+        return R[vocab.index(token)]
+
+    def text_rows(text):
+        return W[old.encode(text, add_special_tokens=False)]
+
     assert len(R) == len(vocab) == a.stats["n_rows"] and a.stats["n_old"] == 0
     for t in "abc中":
         assert len(text_rows(t)) == 1 and torch.equal(row(t), text_rows(t)[0])
     for t in ("大", "龙", "中国大"):
         assert len(text_rows(t)) > 1 and torch.equal(row(t), text_rows(t).mean(0))
-    assert torch.equal(row("▁"), text_rows(" ")[0]) and torch.equal(
-        row("<0x0A>"), text_rows("\n")[0]
-    )
+    assert torch.equal(row("▁"), text_rows(" ")[0])
+    assert torch.equal(row("<0x0A>"), text_rows("\n")[0])
     assert torch.equal(row("<0xE4>"), W[old.get_vocab()["ä"]])
-    assert (
-        torch.equal(row("<s>"), W[1])
-        and torch.equal(row("</s>"), W[0])
-        and torch.equal(row("<unk>"), W[0])
-    )
+    for role, old_id in (("<s>", 1), ("</s>", 0), ("<unk>", 0)):
+        assert torch.equal(row(role), W[old_id])
     assert all(
         torch.equal(x, all_tensors(a.path)[n])
         for n, x in all_tensors(byte_level).items()
@@ -390,15 +396,10 @@ def test_transplant_from_bytes(byte_level, tok, tmp_path):
 def test_transplanted_model_loads(byte_level, tok, tmp_path, method):
     a = init(byte_level, tok, out=tmp_path / "out", transplant=True, method=method)
     net, info = AutoModelForCausalLM.from_pretrained(a.path, output_loading_info=True)
-    assert (
-        not info["missing_keys"]
-        and not info["mismatched_keys"]
-        and net.lm_head.weight is net.model.embed_tokens.weight
-    )
-    assert (
-        net.config.vocab_size == len(net.lm_head.weight) == len(OLD + NEW)
-        and net.lm_head.weight.isfinite().all()
-    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert net.lm_head.weight is net.model.embed_tokens.weight
+    assert net.config.vocab_size == len(net.lm_head.weight) == len(OLD + NEW)
+    assert net.lm_head.weight.isfinite().all()
     for c in (net.config, net.generation_config):
         assert (c.bos_token_id, c.eos_token_id) == (1, 2)
     W = all_tensors(byte_level)["model.embed_tokens.weight"]
@@ -412,17 +413,17 @@ def test_transplant_to_bytes(byte_level, model, tmp_path):
     a = init(model, byte_level, out=tmp_path / "out", transplant=True)
     W, R = (all_tensors(p)["lm_head.weight"] for p in (model, a.path))
     new = load_tokenizer(byte_level).get_vocab()
-    row = lambda t: R[new[t]]
-    old = lambda *ts: W[[OLD.index(t) for t in ts]].float().mean(0).bfloat16()
-    assert (
-        torch.equal(row("ä¸Ń"), old("中"))
-        and torch.equal(row("ä"), old("<0xE4>"))
-        and torch.equal(row("Ġ"), old("▁"))
-    )
-    assert torch.equal(row("Ġcat"), old("▁", "c", "a", "<0x74>")) and torch.equal(
-        row("ä½"), old("<0xE4>", "<0xBD>")
-    )
-    assert torch.equal(row("<|go|>"), old("<s>")) and len(R) == len(new)
+    assert len(R) == len(new)
+    for token, parts in (
+        ("ä¸Ń", ["中"]),
+        ("ä", ["<0xE4>"]),
+        ("Ġ", ["▁"]),
+        ("Ġcat", ["▁", "c", "a", "<0x74>"]),
+        ("ä½", ["<0xE4>", "<0xBD>"]),
+        ("<|go|>", ["<s>"]),
+    ):
+        mean = W[[OLD.index(part) for part in parts]].float().mean(0).bfloat16()
+        assert torch.equal(R[new[token]], mean)
 
 
 def test_transplant_of_an_extension_is_the_extension(model, tok, tmp_path):
@@ -455,9 +456,8 @@ def test_probe_of_a_transplant(byte_level, tok, tmp_path):
         limit_chars=1000,
         transplant=True,
     )
-    assert [r["method"] for r in rows] == ["mean", "average"] and all(
-        1 < r[l] < 20 for r in rows for l in ("en", "zh")
-    )
+    assert [r["method"] for r in rows] == ["mean", "average"]
+    assert all(1 < r[lang] < 20 for r in rows for lang in ("en", "zh"))
 
 
 # what it refuses; nothing is written
@@ -468,18 +468,15 @@ def refuses(tmp_path):
     def check(match, *a, **kw):
         with pytest.raises(StageError, match=match) as e:
             init(*a, **kw, out=tmp_path / "no")
-        assert (
-            not (tmp_path / "no").exists()
-            and not (tmp_path / "no.tmp").exists()
-            and "Traceback" not in str(e.value)
-        )
+        assert not (tmp_path / "no").exists() and not (tmp_path / "no.tmp").exists()
+        assert "Traceback" not in str(e.value)
 
     return check
 
 
 def test_refused_inputs(refuses, model, tok, tmp_path):
     refuses(
-        "method 'best' is unknown, expected one of mean, seed, first, asymmetric, average, normal",
+        "method is 'best', expected mean, seed, first, asymmetric, average or normal",
         model,
         tok,
         method="best",
@@ -497,7 +494,8 @@ def test_refused_inputs(refuses, model, tok, tmp_path):
         model,
     )
     refuses(
-        "does not extend the tokenizer of .*: the first 266 tokens differ; run: cmixtral vocab .*; or make all rows anew: cmixtral init --transplant",
+        "does not extend the tokenizer of .*: the first 266 tokens differ; "
+        "run: cmixtral vocab .*; or make all rows anew: cmixtral init --transplant",
         model,
         write_tok(tmp_path / "x", OLD[::-1] + NEW),
     )
@@ -544,9 +542,20 @@ def test_methods_are_ranked_by_the_mean_of_the_languages():
     ]
     first, second = rank_methods(rows)
     assert first == dict(method="b", mean=2.0, spread=0.0, en=1.0, zh=3.0)
-    assert (second["method"], second["mean"], second["en"]) == ("a", 2.75, 1.5) and abs(
-        second["spread"] - 0.5**0.5 / 2
-    ) < 1e-12
+    assert (second["method"], second["mean"], second["en"]) == ("a", 2.75, 1.5)
+    assert abs(second["spread"] - 0.5**0.5 / 2) < 1e-12
+    assert paired_differences(rows, against="b") == {"a": (0.75, second["spread"])}
+
+
+def test_seeds_are_paired():
+    "What two methods have in common with a seed, here 0 to 2, is no part of their difference"
+    rows = [
+        dict(method=m, seed=s, en=1.0 + s + off, zh=2.0 + s + off)
+        for m, off in (("a", 0.0), ("b", 0.25))
+        for s in (2, 0, 1)
+    ]
+    assert paired_differences(rows, against="a") == {"b": (0.25, 0.0)}
+    assert paired_differences(rows[::-1], against="a") == {"b": (0.25, 0.0)}
 
 
 def test_the_probe_decides(model, tok, tmp_path):
@@ -555,12 +564,10 @@ def test_the_probe_decides(model, tok, tmp_path):
     )
     a = init(model, tok, out=tmp_path / "probed", probe=c.path, steps=2, seeds=2)
     ranked = a.stats["probe"]
-    assert a.stats["method"] == ranked[0]["method"] and [r["mean"] for r in ranked] == sorted(
-        r["mean"] for r in ranked
-    )
-    assert {r["method"] for r in ranked} == set(METHODS) and len(
-        (a / "probe.tsv").read_text().splitlines()
-    ) == 1 + 2 * len(METHODS)
+    means = [r["mean"] for r in ranked]
+    assert a.stats["method"] == ranked[0]["method"] and means == sorted(means)
+    assert {r["method"] for r in ranked} == set(METHODS)
+    assert len((a / "probe.tsv").read_text().splitlines()) == 1 + 2 * len(METHODS)
     b = init(model, tok, out=tmp_path / "plain", method=a.stats["method"])
     assert all(
         torch.equal(x, y)
@@ -576,6 +583,23 @@ def test_a_probe_needs_held_out_text(refuses, model, tok, tmp_path):
         tok,
         probe=tmp_path / "a.txt",
     )
+
+
+def test_all_faults_at_once(model, tmp_path):
+    (tmp_path / "a.txt").write_text("no corpus")
+    with pytest.raises(StageError) as e:
+        init(
+            model,
+            tmp_path / "none",
+            out=tmp_path / "no",
+            method="best",
+            seeds=0,
+            probe=tmp_path / "a.txt",
+        )
+    said = str(e.value)
+    for fault in ("method is 'best'", "seeds is 0, expected at least 1", "is no corpus"):
+        assert fault in said
+    assert "none does not exist; expected a tokenizer" in said
 
 
 def test_a_brief_training_lowers_the_loss(model):
