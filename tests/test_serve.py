@@ -1,10 +1,11 @@
-"What the chapter on serving does not show: refusals, engines that read otherwise, things that are not there"
+"Engines and serving, beyond the appendices: refusals, engines that read otherwise, absent things"
 
 import json
 import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace as Name
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from cmixtral_nb import engines as v
 from cmixtral_nb import serve
 from cmixtral_nb.generate import encode_prompt
+from cmixtral_nb.options import faults_of
 from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.sft import chat_template, form_of, write_chat_tokenizer
 from cmixtral_nb.stages import StageError
@@ -40,11 +42,12 @@ def tok(chat):
 
 def reads(tok, answers=(), change=lambda ids: ids):
     "An engine that makes our ids, or changed ones"
-    return lambda to, model, talks, n=0, *a: dict(
-        version="1",
-        ids=[change(encode_prompt(tok, t)) for t in talks],
-        answers=[list(answers)] * len(talks) if n else [],
-    )
+
+    def ask(to, model, talks, n=0, *rest):
+        ids = [change(encode_prompt(tok, talk)) for talk in talks]
+        return dict(version="1", ids=ids, answers=[list(answers)] * len(talks) if n else [])
+
+    return ask
 
 
 def test_transformers_alone_makes_our_ids_and_answers(chat, tok):
@@ -53,7 +56,100 @@ def test_transformers_alone_makes_our_ids_and_answers(chat, tok):
     got = v.ask_engine("hf", chat, talks, 4)
     r = v.compare(tok, talks, got, v.our_answers(chat, tok, talks, 4))
     assert (r["ids_equal"], r["ids_of"], r["obeys"], r["answers_equal"]) == (8, 8, False, 1.0)
-    assert "cmixtral" not in v.PROBES["hf"] + v.PROBES["vllm"] + v.PROBES["gguf"]
+    for form in v.ENGINES:
+        imports = [
+            line
+            for line in v.probe_file(form).read_text(encoding="utf-8").splitlines()
+            if line.strip().startswith(("import ", "from "))
+        ]
+        assert imports and not any("cmixtral" in line for line in imports)
+
+
+LLAMA_CPP = """
+__version__ = "0.1"
+
+
+class Llama:
+    metadata = {"tokenizer.chat_template": "{{ messages }}"}
+
+    def __init__(self, model, n_ctx, verbose, seed):
+        assert (n_ctx, verbose, seed) == (64, False, 0)
+
+    def create_chat_completion(self, talk):  # as its handler does: render, tokenize, complete
+        ids = [1, *map(ord, talk[-1]["content"])]
+        self.create_completion(prompt=ids, temperature=0.2)
+        raise AssertionError("it went on to write")
+
+    def generate(self, ids, temp, repeat_penalty):
+        assert (temp, repeat_penalty) == (0, 1)
+        yield from range(ids[-1], 0, -1)
+
+    def token_eos(self):
+        return 97
+"""
+
+VLLM = """
+from types import SimpleNamespace as Result
+
+__version__ = "0.2"
+
+
+def SamplingParams(temperature, max_tokens):
+    assert temperature == 0
+    return max_tokens
+
+
+class LLM:
+    def __init__(self, model, dtype, max_model_len, enforce_eager, seed):
+        assert (max_model_len, enforce_eager, seed) == (64, True, 0)
+        self.dtype = dtype
+
+    def chat(self, talks, max_tokens, use_tqdm):
+        assert self.dtype == ("auto" if max_tokens == 1 else "float32")
+        ids = [[1, *map(ord, talk[-1]["content"])] for talk in talks]
+        said = [list(range(i[-1], 0, -1))[:max_tokens] for i in ids]
+        return [
+            Result(prompt_token_ids=tuple(i), outputs=[Result(token_ids=tuple(a))])
+            for i, a in zip(ids, said)
+        ]
+"""
+
+
+@pytest.mark.parametrize(
+    "form,name,source,version,answers",
+    [
+        ("gguf", "llama_cpp", LLAMA_CPP, "0.1", [[98, 97], [122, 121, 120]]),
+        ("vllm", "vllm", VLLM, "0.2", [[98, 97, 96], [122, 121, 120]]),
+    ],
+)
+def test_what_a_probe_tells(tmp_path, monkeypatch, form, name, source, version, answers):
+    "Each probe, run with a module that has the engine's interface: ids, answers, and only if asked"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert v.has_engine(sys.executable, name)
+    talks = [[dict(role="user", content=words)] for words in ("ab", "yz")]
+    ids = [[1, 97, 98], [1, 121, 122]]
+    told = v.ask_engine(form, tmp_path, talks, 0, length=64)
+    assert told == dict(version=version, ids=ids, answers=[])
+    told = v.ask_engine(form, tmp_path, talks, 3, length=64)
+    assert told == dict(version=version, ids=ids, answers=answers)
+
+
+def test_four_bits_are_made_by_the_other_python(chat, tmp_path):
+    "q4_k_m: 16 bits by the converter, then the quantiser of the Python that has llama.cpp"
+    converter = tmp_path / v.CONVERTER
+    converter.write_text("import sys; open(sys.argv[-1], 'w').write(' '.join(sys.argv[1:4]))")
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport shutil, sys\n"
+        "assert sys.argv[1].endswith('quantise_gguf.py')\nshutil.copy(*sys.argv[2:])\n"
+    )
+    python.chmod(0o755)
+    for outtype, first in (("q4_k_m", "f16"), ("q8_0", "q8_0")):
+        out = tmp_path / f"{outtype}.gguf"
+        v.to_gguf(chat, out, converter, outtype, str(python))
+        assert out.read_text() == f"{chat} --outtype {first}"
+    assert len(list(tmp_path.glob("*.gguf"))) == 2
 
 
 def test_the_attack_holds_every_control_token(tok):
@@ -69,16 +165,10 @@ def test_differences_are_found(tok):
     ours = [[5, 6, 7, 8]] * 9
     same = reads(tok, [5, 6, 9, 8])(None, None, talks, 4)
     assert v.compare(tok, talks, same, ours)["answers_equal"] == 0.75
-    assert (
-        v.compare(tok, talks, reads(tok, [5, 6])(None, None, talks, 4), ours)["answers_equal"]
-        == 0.5
-    )
-    assert (
-        v.compare(tok, talks, reads(tok, change=lambda i: [1, *i])(None, None, talks), None)[
-            "ids_equal"
-        ]
-        == 0
-    )
+    shorter = reads(tok, [5, 6])(None, None, talks, 4)
+    assert v.compare(tok, talks, shorter, ours)["answers_equal"] == 0.5
+    begun_twice = reads(tok, change=lambda i: [1, *i])(None, None, talks)
+    assert v.compare(tok, talks, begun_twice, None)["ids_equal"] == 0
     pasted = tok.apply_chat_template(
         talks[-1],
         chat_template=chat_template(form_of(tok), []),
@@ -101,27 +191,27 @@ def test_an_export_that_is_read_otherwise_does_not_exist(chat, tok, tmp_path):
     with (
         patch.object(v, "has_engine", lambda *a: True),
         patch.object(v, "ask_engine", reads(tok, [7])),
-    ):
-        with pytest.raises(
+        pytest.raises(
             StageError,
-            match=r"answers of vllm agree in \d+% of the tokens, expected 98%; they end with <\|endofutterance\|>: see that generation_config.json names its id, 32000",
-        ):
-            v.export(chat, out=tmp_path / "o", to="vllm")
+            match=r"answers of vllm agree in \d+% of the tokens, expected 98%; "
+            r"they end with <\|endofutterance\|>: "
+            "see that generation_config.json names its id, 32000",
+        ),
+    ):
+        v.export(chat, out=tmp_path / "o", to="vllm")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_template_that_obeys_is_reported(chat, tok, tmp_path, capsys):
-    with patch.object(
-        v,
-        "ask_engine",
-        lambda *a: (got := reads(tok)(*a)) and dict(got, ids=[*got["ids"][:-1], [1, 2]]),
-    ):
+    def obeys(*args):
+        got = reads(tok)(*args)
+        return dict(got, ids=[*got["ids"][:-1], [1, 2]])
+
+    with patch.object(v, "ask_engine", obeys):
         a = v.export(chat, out=tmp_path / "o", check="ids")
-    assert (
-        a.stats["obeys"]
-        and "warning: words of users become control tokens in transformers"
-        in capsys.readouterr().out
-    )
+    assert a.stats["obeys"]
+    said = capsys.readouterr().out
+    assert "warning: words of users become control tokens in transformers" in said
 
 
 def test_weights_are_linked_and_manifests_stay(chat, tmp_path):
@@ -134,12 +224,29 @@ def test_weights_are_linked_and_manifests_stay(chat, tmp_path):
     v.link_model(tmp_path / "m", one)
     with patch.object(os, "link", side_effect=OSError):
         v.link_model(tmp_path / "m", two)
-    names = lambda d: sorted(p.name for p in d.iterdir())
+
+    def names(folder):
+        return sorted(file.name for file in folder.iterdir())
+
+    def is_linked(folder, name):
+        return os.path.samefile(folder / name, tmp_path / "m" / name)
+
     assert names(one) == names(two) == names(chat)
-    inode = lambda d, n: (d / n).stat().st_ino
-    assert inode(one, "model.safetensors") == inode(tmp_path / "m", "model.safetensors") != inode(
-        two, "model.safetensors"
-    ) and inode(one, "config.json") != inode(tmp_path / "m", "config.json")
+    assert is_linked(one, "model.safetensors") and not is_linked(two, "model.safetensors")
+    assert not is_linked(one, "config.json")
+
+
+def test_weights_of_a_hub_folder_are_linked_not_its_links(chat, tmp_path):
+    "The hub's cache keeps a model as relative links to files elsewhere"
+    for folder in ("blobs", "snapshot", "out"):
+        (tmp_path / folder).mkdir()
+    for file in chat.iterdir():
+        (tmp_path / "blobs" / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/{file.name}")
+    v.link_model(tmp_path / "snapshot", tmp_path / "out")
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    weights = "model.safetensors"
+    assert os.path.samefile(tmp_path / "out" / weights, tmp_path / "blobs" / weights)
 
 
 def test_every_fault_at_once(cli, chat, tmp_path):
@@ -160,7 +267,7 @@ def test_every_fault_at_once(cli, chat, tmp_path):
     )
     assert status == 2 and len(err) == 5
     for part in (
-        "to is 'x', expected hf, vllm, gguf",
+        "to is 'x', expected hf, vllm or gguf",
         "outtype is 'q3'",
         "check is 'all'",
         "n_tokens is 0",
@@ -229,17 +336,20 @@ def test_four_bits_are_for_transformers(chat, tmp_path):
     config = json.loads((chat / "config.json").read_text()) | dict(
         quantization_config=dict(quant_method="bitsandbytes")
     )
+    model = copy(chat, tmp_path / "m", config__json=json.dumps(config))
+    assert faults_of(v.check_model, model, "hf") == []
     assert (
-        v._model_faults(m := copy(chat, tmp_path / "m", config__json=json.dumps(config)), "hf")
-        == []
+        "is stored in 4 bits, expected the merged model"
+        in faults_of(v.check_model, model, "vllm")[0]
     )
-    assert "is stored in 4 bits, expected the merged model" in v._model_faults(m, "vllm")[0]
 
 
 def test_a_converter_that_fails(chat, tmp_path):
     c = tmp_path / "convert_hf_to_gguf.py"
     c.write_text(
-        "import sys; print('loading', file=sys.stderr); sys.exit('NotImplementedError: no such model')"
+        "import sys\n"
+        "print('loading', file=sys.stderr)\n"
+        "sys.exit('NotImplementedError: no such model')\n"
     )
     assert v.find_converter(tmp_path) == v.find_converter(c) == c
     with pytest.raises(
@@ -255,18 +365,25 @@ def test_a_converter_that_fails(chat, tmp_path):
 
 
 def test_an_engine_that_cannot_load(tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text("raise SystemExit('ValueError: what is this?')")
     with (
-        patch.dict(v.PROBES, hf="raise SystemExit('ValueError: what is this?')"),
+        patch.object(v, "probe_file", lambda form: probe),
         pytest.raises(
             StageError, match=r"transformers cannot load it \(ValueError: what is this\?\)"
         ),
     ):
         v.ask_engine("hf", tmp_path, [])
-    assert (
-        not v.has_engine(str(tmp_path / "python"), "json")
-        and v.has_engine(sys.executable, "json")
-        and not v.has_engine(sys.executable, "no_such_package")
-    )
+    assert not v.has_engine(str(tmp_path / "python"), "json")
+    assert v.has_engine(sys.executable, "json")
+    assert not v.has_engine(sys.executable, "no_such_package")
+
+
+def test_a_folder_is_no_engine(tmp_path, monkeypatch):
+    "`--python vllm/bin/python` is typed where the folder `vllm` is"
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not v.has_engine(sys.executable, "no_such_package")
 
 
 def port():
@@ -309,45 +426,47 @@ def test_what_keeps_a_server_from_starting(cli, chat, tmp_path):
     with pytest.raises(
         StageError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\), expected one; name the file"
     ):
-        serve._served(tmp_path)
+        serve.served_model(tmp_path)
     with pytest.raises(StageError, match="a.gguf is no GGUF file"):
-        serve._served(tmp_path / "a.gguf")
+        serve.served_model(tmp_path / "a.gguf")
+    probe = tmp_path / "probe.py"
+    probe.write_text("assert 0, 'no chat template in the file'")
     with (
         patch.object(v, "has_engine", lambda *a: True),
-        patch.dict(v.PROBES, gguf="assert 0, 'no chat template in the file'"),
-    ):
-        with pytest.raises(
+        patch.object(v, "probe_file", lambda form: probe),
+        pytest.raises(
             StageError,
-            match=r"llama_cpp cannot load it \(AssertionError: no chat template in the file\); run: cmixtral export",
-        ):
-            serve.serve(tmp_path / "b.gguf", port=port())
+            match=r"llama_cpp cannot load it "
+            r"\(AssertionError: no chat template in the file\); run: cmixtral export",
+        ),
+    ):
+        serve.serve(tmp_path / "b.gguf", port=port())
 
 
 def test_the_engines_command_runs_and_its_end_is_told(chat, tmp_path, capsys):
     python = tmp_path / "python"
     python.write_text(
-        f"#!{sys.executable}\nimport sys; sys.exit(3 if '--max-model-len' in sys.argv else 0)"
+        f"#!{sys.executable}\nimport sys\nsys.exit(3 if '--max-model-len' in sys.argv else 0)\n"
     )
     python.chmod(0o755)
     with patch.object(v, "has_engine", lambda *a: True):
         serve.serve(chat, port=(p := port()), name="x", python=str(python))
         assert capsys.readouterr().out.splitlines() == [
-            f"serve: {python} -m vllm.entrypoints.openai.api_server --model {chat} --served-model-name x --host 127.0.0.1 --port {p}",
+            f"serve: {python} -m vllm.entrypoints.openai.api_server --model {chat} "
+            f"--served-model-name x --host 127.0.0.1 --port {p}",
             f"serve: OpenAI-compatible at http://127.0.0.1:{p}/v1, model x",
         ]
         with pytest.raises(StageError, match="vllm ended with exit status 3"):
             serve.serve(chat, port=port(), context=64, python=str(python))
     words = serve.serve_command(Path("a.gguf"), python="py")
-    assert (
-        words[:3] == ["py", "-m", "llama_cpp.server"]
-        and words[-2:] == ["--interrupt_requests", "False"]
-        and words[words.index("--n_ctx") + 1] == "0"
-    )
+    assert words[:3] == ["py", "-m", "llama_cpp.server"]
+    assert words[-2:] == ["--interrupt_requests", "False"]
+    assert words[words.index("--n_ctx") + 1] == "0"
 
 
 @pytest.mark.skipif(
     not os.environ.get("LLAMA_CPP_PYTHON"),
-    reason="LLAMA_CPP_PYTHON names no Python with llama_cpp, LLAMA_CPP no source with the converter",
+    reason="LLAMA_CPP_PYTHON names no Python with llama_cpp, LLAMA_CPP no source of llama.cpp",
 )
 def test_llama_cpp_reads_what_we_write(chat, tmp_path):
     a = v.export(
@@ -366,7 +485,7 @@ def test_what_keeps_the_page_from_opening(cli):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
-        with patch.object(v, "has_engine", lambda *a: False):
+        with patch.object(serve, "has_engine", lambda *a: False):
             status, err = cli(
                 "page", "--url", f"http://127.0.0.1:{port()}/v1", "--port", s.getsockname()[1]
             )
@@ -399,3 +518,53 @@ def test_the_page_sends_what_every_server_takes():
         dict(role="assistant", content="a\nb"),
         dict(role="user", content="m"),
     ]
+
+
+@pytest.fixture
+def gradio(monkeypatch):
+    "Stand-ins for gradio and openai; holds what the page did with them"
+    seen: dict = {}
+
+    class Error(Exception):
+        pass
+
+    class OpenAIError(Exception):
+        pass
+
+    class ChatInterface:
+        def __init__(self, answer, title):
+            seen.update(answer=answer, title=title)
+
+        def launch(self, **options):
+            seen["launch"] = options
+
+    def create(messages, **options):
+        seen["asked"] = dict(options, messages=messages)
+        if messages[-1]["content"] == "fail":
+            raise OpenAIError("too long")
+        for text in ("你", None, "好"):
+            yield Name(choices=[Name(delta=Name(content=text))])
+        yield Name(choices=[])  # some servers close with the usage
+
+    def client(**options):
+        seen["client"] = options
+        return Name(chat=Name(completions=Name(create=create)))
+
+    monkeypatch.setitem(sys.modules, "gradio", Name(ChatInterface=ChatInterface, Error=Error))
+    monkeypatch.setitem(sys.modules, "openai", Name(OpenAI=client, OpenAIError=OpenAIError))
+    monkeypatch.setattr(serve, "_page_faults", lambda *args, **options: [])
+    return Name(seen=seen, Error=Error)
+
+
+def test_the_page_writes_as_the_server_does(gradio):
+    serve.page("http://there/v1", "x", system="s", temperature=0, top_p=0.5, port=7000)
+    seen = gradio.seen
+    assert seen["client"]["base_url"] == "http://there/v1" and seen["title"] == "x"
+    assert (seen["launch"]["server_name"], seen["launch"]["server_port"]) == ("127.0.0.1", 7000)
+    assert list(seen["answer"]("q", [])) == ["你", "你", "你好"]
+    asked = seen["asked"]
+    assert asked["messages"] == serve.page_talk([], "q", "s")
+    del asked["messages"]
+    assert asked == dict(model="x", stream=True, temperature=0, top_p=0.5)
+    with pytest.raises(gradio.Error, match="too long"):
+        list(seen["answer"]("fail", []))
