@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,7 +182,7 @@ PER_EXPERT = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
 FUSED_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # name: (whether peft sees one nn.Linear for each matrix, rows that the vocabulary grows by,
 #        configuration)
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[bool, int, dict]] = {
     "attention": (False, 0, dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])),
     "per expert": (True, 0, dict(target_modules=PER_EXPERT)),
     "per expert, rslora": (True, 0, dict(target_modules=PER_EXPERT, use_rslora=True)),
@@ -609,9 +609,12 @@ def test_a_half_written_shard_is_written_again(model, adapter, tmp_path, monkeyp
     half = tmp_path / "out.tmp" / n[0]
     half.write_bytes(half.read_bytes()[:-9])  # as a lost page leaves it
     done, n[:] = n[1], [0] * 9
-    monkeypatch.setattr(
-        module, "write_tensors", lambda path, *a: (n.append(path.name), write(path, *a))[1]
-    )
+
+    def counting(path, *args):
+        n.append(path.name)
+        return write(path, *args)
+
+    monkeypatch.setattr(module, "write_tensors", counting)
     m = run(model, adapter, tmp_path, shard_bytes=50_000)
     assert half.name in n and done not in n
     monkeypatch.undo()
@@ -836,7 +839,7 @@ def test_model_stored_in_4_bits(refuses, model, adapter):
 
 
 def test_full_disk_is_seen_first(refuses, model, adapter, monkeypatch):
-    usage = namedtuple("usage", "total used free")(100, 99, 1000)
+    usage = SimpleNamespace(total=100, used=99, free=1000)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda p: usage)
     refuses(
         "the merged model needs .* MB, 0 MB are free; free some, or choose another --out",
