@@ -14,6 +14,7 @@ __all__ = [
     "certificate_texts",
     "smallest",
     "certificate_line",
+    "TokenizerView",
     "bare",
     "SentencePieceView",
     "dead_pieces",
@@ -40,7 +41,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .corpus import corpus_langs, corpus_texts
 from .documents import read_docs
@@ -220,6 +221,58 @@ def certificate_line(
     return dict(check=check, cases=n_cases, failed=len(failed), examples=examples)
 
 
+# %% ../nbs/a10_certificate.ipynb #fdc90684
+class TokenizerView(Protocol):
+    "What the checks ask of a tokenizer"
+
+    @property
+    def front(self) -> list[int]:
+        "Ids that a stock call puts in front of a text"
+
+    @property
+    def silent(self) -> set[int]:
+        "Ids that no text may give, such as those of control tokens"
+
+    def __len__(self) -> int:
+        "Number of ids"
+
+    def piece(
+        self,
+        i: int,  # an id
+    ) -> str:
+        "The piece of an id"
+
+    def entry(
+        self,
+        i: int,  # an id
+    ) -> tuple:
+        "All that belongs to an id and must not change, the piece first"
+
+    def encode(
+        self,
+        texts: list[str],
+    ) -> list[list[int]]:  # of each text, without special tokens
+        "Ids of texts"
+
+    def encode_one(
+        self,
+        text: str,
+    ) -> list[int]:
+        "The same for one text"
+
+    def decode(
+        self,
+        ids: list[list[int]],
+    ) -> list[str]:
+        "Texts of ids"
+
+    def encode_pieces(
+        self,
+        pieces: list[str],
+    ) -> list[list[int]]:
+        "Ids of pieces that come alone, with nothing in front"
+
+
 # %% ../nbs/a10_certificate.ipynb #c5d03d9e
 def bare(
     sp: SentencePieceProcessor,  # a sentencepiece model
@@ -282,7 +335,7 @@ class SentencePieceView:
 
 # %% ../nbs/a10_certificate.ipynb #c3180e1c
 def dead_pieces(
-    view: SentencePieceView,  # of an extended tokenizer
+    view: TokenizerView,  # of an extended tokenizer
     first: int = 0,  # id of the first piece to try
 ) -> list[str]:
     "Pieces that are never used: encoding their own text gives other tokens"
@@ -304,8 +357,8 @@ def unreachable(
 class Extension:
     "A tokenizer before and after, and the texts that it is asked about"
 
-    before: SentencePieceView
-    after: SentencePieceView
+    before: TokenizerView
+    after: TokenizerView
     tok: PreTrainedTokenizerBase  # what the folder loads as
     texts: list[str]  # real and hostile
     script: str = "Han"  # of the new pieces
