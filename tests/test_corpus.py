@@ -49,22 +49,18 @@ def here(tmp_path, monkeypatch):
 
 
 def test_every_form_gives_the_same_texts(here):
-    data = jsonl(here / "a.jsonl", ROWS).read_bytes()
-    for name, opener in {
-        "b.jsonl.gz": gzip.open,
-        "b.jsonl.xz": lzma.open,
-        "b.jsonl.bz2": bz2.open,
-    }.items():
-        with opener(name, "wb") as f:
-            f.write(data)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    data = jsonl(here / "a.jsonl", ROWS).read_bytes()
+    (here / "b.jsonl.gz").write_bytes(gzip.compress(data))
+    (here / "b.jsonl.xz").write_bytes(lzma.compress(data))
+    (here / "b.jsonl.bz2").write_bytes(bz2.compress(data))
     with pa.output_stream("b.jsonl.zst", compression="zstd") as f:
         f.write(data)
     pq.write_table(pa.Table.from_pylist(ROWS), "b.parquet")
-    (here / "b.txt").write_text("\n\n\n".join(r["text"] for r in ROWS) + "\n", encoding="utf-8")
     want = [r["text"] for r in ROWS]
+    (here / "b.txt").write_text("\n\n\n".join(want) + "\n", encoding="utf-8")
     for name in (
         "a.jsonl",
         "b.jsonl.gz",
@@ -93,14 +89,16 @@ def test_folder_glob_and_column(here):
     assert sorted(texts("d")) == ["a", "b"]
     assert texts("d/*.jsonl") == ["b"]
     jsonl(here / "c.jsonl", [{"body": "x", "text": "y"}])
-    assert texts("c.jsonl#body") == ["x"] and texts("c.jsonl") == ["y"]
+    assert texts("c.jsonl#body") == ["x"]
+    assert texts("c.jsonl") == ["y"]
     jsonl(here / "c#1.jsonl", [{"text": "z"}])
     assert texts("c#1.jsonl") == ["z"]
 
 
 def test_builtin_parallel_keeps_both_sides():
     row = next(read_docs("builtin:parallel"))
-    assert row["text"] == row["zh"] and row["en"]
+    assert row["text"] == row["zh"]
+    assert row["en"]
     assert next(read_docs("builtin:parallel#en"))["text"] == row["en"]
 
 
@@ -137,7 +135,8 @@ def test_stop_names_the_line(here, i, words):
     (here / "r.jsonl").write_bytes(BAD[i])
     with pytest.raises(StageError) as e:
         texts("r.jsonl", on_error="stop")
-    assert words in str(e.value) and "--on-error skip" in str(e.value)
+    assert words in str(e.value)
+    assert "--on-error skip" in str(e.value)
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b'\n{"text": "next"}\n'])
@@ -183,11 +182,11 @@ def test_deeply_nested_json_is_a_bad_line(here):
     assert texts("r.jsonl") == ["after"]
 
 
-@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.xz"])
-def test_truncated_archive(here, name):
-    data = {"cut.jsonl.gz": gzip.compress, "cut.jsonl.xz": lzma.compress}[name](
-        jsonl(here / "a", ROWS).read_bytes()
-    )
+@pytest.mark.parametrize(
+    "name, compress", [("cut.jsonl.gz", gzip.compress), ("cut.jsonl.xz", lzma.compress)]
+)
+def test_truncated_archive(here, name, compress):
+    data = compress(jsonl(here / "a", ROWS).read_bytes())
     (here / name).write_bytes(data[:-40])
     with pytest.raises(StageError, match="cannot be read to its end .*; copy or download it again"):
         texts(name)
@@ -239,13 +238,10 @@ def test_hub_reference_is_taken_apart(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     n = Counter()
     assert texts("hub:org/name:sub@data/2022*#content", counts=n) == ["甲"]
-    assert (
-        seen
-        == dict(
-            ident="org/name", config="sub", data_files="data/2022*", split="train", streaming=True
-        )
-        and n["no text"] == 1
+    assert seen == dict(
+        ident="org/name", config="sub", data_files="data/2022*", split="train", streaming=True
     )
+    assert n["no text"] == 1
 
 
 def test_hub_failure_is_one_line(monkeypatch):
@@ -270,7 +266,9 @@ def test_hub_failure_is_one_line(monkeypatch):
 @settings(max_examples=200, deadline=None)
 def test_clean_is_idempotent_and_encodable(t):
     c = clean(t)
-    assert clean(c) == c and "\r" not in c and "\x00" not in c
+    assert clean(c) == c
+    assert "\r" not in c
+    assert "\x00" not in c
     c.encode("utf-8")
 
 
@@ -280,36 +278,39 @@ def test_clean_is_idempotent_and_encodable(t):
     )
 )
 def test_clean_leaves_chinese_alone(t):
-    assert clean(t) == t and script_share(t, "Han") == 1
+    assert clean(t) == t
+    assert script_share(t, "Han") == 1
 
 
 def test_scripts():
-    assert (
-        lang_script("zh-Hant") == "Han" and lang_script("en") == "Latin" and lang_script("xx") == ""
-    )
+    assert lang_script("zh-Hant") == "Han"
+    assert lang_script("en") == "Latin"
+    assert lang_script("xx") == ""
     assert script_pattern("Han Kana").fullmatch("日本のカナ")
-    assert script_share("日本 ab", "Han") == 0.5 and script_share("12 !", "Han") == 0
+    assert script_share("日本 ab", "Han") == 0.5
+    assert script_share("12 !", "Han") == 0
     with pytest.raises(StageError, match="script 'Elvish' is unknown, expected Han, Kana"):
         script_pattern("Elvish")
 
 
 @given(st.lists(st.text(alphabet="ab \n", max_size=6)))
 def test_deduplicator_equals_a_set_of_normal_forms(docs):
-    d, seen = Deduplicator(), set()
-    for t in docs:
-        n = "".join(t.casefold().split())
-        assert d.is_new(t) == (n not in seen)
-        seen.add(n)
+    deduplicator = Deduplicator()
+    seen: set[str] = set()
+    for doc in docs:
+        normal = "".join(doc.casefold().split())
+        assert deduplicator.is_new(doc) == (normal not in seen)
+        seen.add(normal)
 
 
 def test_paragraphs_stand_once():
-    long, n = "这是一段足够长的文字，" * 5, Counter()
-    rows = [
-        {"text": f"{h}\n{long}", "source": "s"}
-        for h in ("第一页的标题在这里", "第二页的标题也在这里")
-    ] + [{"text": long, "source": "s"}]
-    out = list(clean_docs(rows, "zh", n, min_chars=5))
-    assert [r["text"] for r in out] == [f"第一页的标题在这里\n{long}", "第二页的标题也在这里"]
+    long = "这是一段足够长的文字，" * 5
+    first, second = "第一页的标题在这里", "第二页的标题也在这里"
+    pages = [f"{first}\n{long}", f"{second}\n{long}", long]
+    rows = [{"text": page, "source": "s"} for page in pages]
+    n = Counter()
+    kept = list(clean_docs(rows, "zh", n, min_chars=5))
+    assert [r["text"] for r in kept] == [f"{first}\n{long}", second]
     assert n == {"repeated paragraph": 2, "only repeated paragraphs": 1}
     assert len(list(clean_docs(rows, "zh", paragraph_chars=0))) == 3
 
@@ -317,13 +318,15 @@ def test_paragraphs_stand_once():
 @given(st.text(max_size=30), st.floats(0, 1), st.floats(0, 1))
 def test_larger_share_only_adds(t, a, b):
     assert is_heldout(t, min(a, b)) <= is_heldout(t, max(a, b))
-    assert not is_heldout(t, 0) and is_heldout(t, 1)
+    assert not is_heldout(t, 0)
+    assert is_heldout(t, 1)
 
 
 def test_split_does_not_depend_on_the_order():
     one = {r["text"]: r["split"] for r in clean_docs(ROWS, "zh", valid_share=0.3)}
     two = {r["text"]: r["split"] for r in clean_docs(ROWS[::-1], "zh", valid_share=0.3)}
-    assert one == two and set(one.values()) == {"train", "valid"}
+    assert one == two
+    assert set(one.values()) == {"train", "valid"}
 
 
 # ---- the stage
@@ -337,10 +340,12 @@ def test_corpus_counts_and_reads_back(here, capsys):
     c = corpus(["zh=a.jsonl"], out="c", valid_share=0.2)
     s = c.stats["zh"]
     assert s["dropped"] == {"repeated document": 3, "too short": 1, "another script": 1}
-    assert s["n_docs"] == 40 and s["train"]["n_docs"] + s["valid"]["n_docs"] == 40
+    assert s["n_docs"] == 40
+    assert s["train"]["n_docs"] + s["valid"]["n_docs"] == 40
     assert s["n_bytes"] == sum(len(r["text"].encode()) for r in ROWS)
     both = [*corpus_texts(c, "zh"), *corpus_texts(c, "zh", "valid")]
-    assert sorted(both) == sorted(r["text"] for r in ROWS) and corpus_langs(c) == ["zh"]
+    assert sorted(both) == sorted(r["text"] for r in ROWS)
+    assert corpus_langs(c) == ["zh"]
     assert "3 repeated document" in capsys.readouterr().out
     assert set(json.loads((here / "c/zh.train.jsonl").read_text().splitlines()[0])) == {
         "text",
@@ -351,10 +356,8 @@ def test_corpus_counts_and_reads_back(here, capsys):
 def test_corpus_key_sees_the_contents_of_its_sources(here, capsys):
     f = jsonl(here / "a.jsonl", ROWS)
     a = corpus(["zh=a.jsonl"], out="c", valid_share=0.2)
-    assert (
-        corpus(["zh=a.jsonl"], out="c", valid_share=0.2).key == a.key
-        and "up to date" in capsys.readouterr().out
-    )
+    assert corpus(["zh=a.jsonl"], out="c", valid_share=0.2).key == a.key
+    assert "up to date" in capsys.readouterr().out
     jsonl(f, ROWS[:-1])
     with pytest.raises(StageError, match="input files .*--force"):
         corpus(["zh=a.jsonl"], out="c", valid_share=0.2)
@@ -369,7 +372,9 @@ def test_all_faults_at_once(here):
             on_error="no",
             min_share=2,
         )
-    assert len(e.value.args) == 7 and not (here / "c").exists() and not (here / "c.tmp").exists()
+    assert len(e.value.args) == 7
+    assert not (here / "c").exists()
+    assert not (here / "c.tmp").exists()
     for words in (
         "none.jsonl: no such file",
         "source 'oops': expected LANG=REF",
@@ -407,14 +412,17 @@ def test_corpora_that_nothing_can_use(here, rows, share, words):
     jsonl(here / "a.jsonl", rows)
     with pytest.raises(StageError) as e:
         corpus(["zh=a.jsonl"], out="c", valid_share=share)
-    assert words in str(e.value) and "cmixtral corpus" in str(e.value) and not (here / "c").exists()
+    assert words in str(e.value)
+    assert "cmixtral corpus" in str(e.value)
+    assert not (here / "c").exists()
 
 
 def test_stop_at_a_broken_line_leaves_nothing(here):
     (here / "r.jsonl").write_bytes(b"\n".join([json.dumps(ROWS[0]).encode(), BAD[2]]))
     with pytest.raises(StageError, match="r.jsonl:2: invalid UTF-8"):
         corpus(["zh=r.jsonl"], out="c", on_error="stop", valid_share=0)
-    assert not (here / "c").exists() and not (here / "c.tmp").exists()
+    assert not (here / "c").exists()
+    assert not (here / "c.tmp").exists()
 
 
 def test_limits_and_languages(here):
@@ -423,8 +431,7 @@ def test_limits_and_languages(here):
     assert 100 <= c.stats["zh"]["train"]["n_chars"] < 120
     assert len(list(corpus_texts(c, "zh", limit_chars=20))) == 2
     with pytest.raises(
-        StageError,
-        match="c has no en text, it has zh; run: cmixtral corpus --sources en=REF",
+        StageError, match="c has no en text, it has zh; run: cmixtral corpus --sources en=REF"
     ):
         list(corpus_texts(c, "en"))
     assert [*corpus_texts("a.jsonl", "zh")] == [r["text"] for r in ROWS]
@@ -437,7 +444,8 @@ def test_a_missing_language_is_one_line_everywhere(here):
     no_en = "c has no en text, it has zh; run: cmixtral corpus --sources en=REF --out DIR"
     assert missing_language(c, "en", ["zh"]) == no_en
     assert lang_faults(c, "en") == [no_en.replace("run:", "give --lang zh, or run:")]
-    assert lang_faults(c, "zh") == [] and lang_faults("a.jsonl", "en") == []
+    assert lang_faults(c, "zh") == []
+    assert lang_faults("a.jsonl", "en") == []
     for split, words in {"train": "en text", "valid": "held-out en text"}.items():
         with pytest.raises(StageError) as e:
             list(corpus_texts(c, "en", split))
@@ -452,18 +460,14 @@ def test_attribution_names_every_source_that_ships():
     from cmixtral_nb.machine import package_data
 
     text = package_data("data/ATTRIBUTION.md").read_text(encoding="utf-8")
-    n = Counter(
-        (name, r["source"], r["licence"].split("/")[0])
-        for name in ("zh", "en")
-        for r in read_docs(f"builtin:{name}")
-    )
-    n["parallel", "cataclysm-dda-data", "CC-BY-SA-3.0"] = sum(
-        1 for _ in read_docs("builtin:parallel")
-    )
-    for (name, source, licence), k in n.items():
-        row = next(
-            line
-            for line in text.splitlines()
-            if line.startswith(f"| {name}.jsonl.xz") and source in line
-        )
-        assert f"| {k:,} |" in row and row.endswith(f"| {licence} |"), row
+    n_docs = Counter()
+    for name in ("zh", "en"):
+        for r in read_docs(f"builtin:{name}"):
+            n_docs[name, r["source"], r["licence"].split("/")[0]] += 1
+    n_parallel = sum(1 for _ in read_docs("builtin:parallel"))
+    n_docs["parallel", "cataclysm-dda-data", "CC-BY-SA-3.0"] = n_parallel
+    for (name, source, licence), n in n_docs.items():
+        of_file = [s for s in text.splitlines() if s.startswith(f"| {name}.jsonl.xz")]
+        row = next(s for s in of_file if source in s)
+        assert f"| {n:,} |" in row
+        assert row.endswith(f"| {licence} |"), row
