@@ -56,10 +56,12 @@ def here(tmp_path, monkeypatch):
 def test_runs_hold_every_character_of_the_script_and_no_other(texts, marks):
     runs = Counter(r for t in texts for r in find_runs(t, run_pattern("Han", marks)))
     assert char_counts(runs) == Counter(c for t in texts for c in t if c in "中国")
-    assert all(
-        set(r) <= set("中国") if not marks else set(r[1:]) <= set("中国") and r[0] in "中国，▁"
-        for r in runs
-    )
+    for run in runs:
+        if marks:
+            assert run[0] in "中国，▁"
+            assert set(run[1:]) <= set("中国")
+        else:
+            assert set(run) <= set("中国")
 
 
 @pytest.mark.parametrize(
@@ -87,22 +89,20 @@ def test_one_mark_goes_with_a_run(text, runs):
 @settings(max_examples=40, deadline=None)
 def test_spilled_counts_equal_a_counter(tmp_path_factory, texts, most):
     f = count_runs(texts, tmp_path_factory.mktemp("r") / "runs.tsv", most=most)
-    assert dict(read_runs(f)) == Counter(
-        r for t in texts for r in find_runs(t, run_pattern())
-    ) and not list(f.parent.glob("*.parts"))
+    assert dict(read_runs(f)) == Counter(r for t in texts for r in find_runs(t, run_pattern()))
+    assert not list(f.parent.glob("*.parts"))
 
 
 def test_any_number_of_processes_counts_the_same(tmp_path):
-    texts = [
-        f"第{chr(0x4E00 + i % 900)}篇，扩充词表{chr(0x5000 + i % 777)}" * 40 for i in range(12_000)
-    ]
+    def text(i):
+        return f"第{chr(0x4E00 + i % 900)}篇，扩充词表{chr(0x5000 + i % 777)}" * 40
+
     one, two, three = (
-        count_runs(iter(texts), tmp_path / f"{w}.tsv", workers=w, most=500) for w in (1, 2, 3)
+        count_runs(map(text, range(12_000)), tmp_path / f"{w}.tsv", workers=w, most=500)
+        for w in (1, 2, 3)
     )
-    assert (
-        one.read_bytes() == two.read_bytes() == three.read_bytes()
-        and sum(k for _, k in read_runs(one)) == 41 * 12_000
-    )
+    assert one.read_bytes() == two.read_bytes() == three.read_bytes()
+    assert sum(count for _, count in read_runs(one)) == 41 * 12_000
 
 
 def test_a_process_that_dies_is_noticed(tmp_path, monkeypatch):
@@ -122,7 +122,8 @@ def test_split_runs_keeps_the_mass_of_the_kept_characters(runs, n_chars, longest
 
 def test_frequent_chars_breaks_ties_by_code_point():
     n = char_counts(Counter({"，国中": 2, "人": 3}))
-    assert frequent_chars(n, 2) == ["人", "中"] and len(frequent_chars(n, 0)) == 3
+    assert frequent_chars(n, 2) == ["人", "中"]
+    assert len(frequent_chars(n, 0)) == 3
 
 
 # ---- training
@@ -141,13 +142,14 @@ def join(word, pair):
 
 
 def naive_bpe(runs, n_merges):
-    words, merges = {tuple(run): count for run, count in runs.items()}, []
+    words = {tuple(run): count for run, count in runs.items()}
+    merges: list[str] = []
     for _ in range(n_merges):
         pairs = Counter()
         for word, count in words.items():
             for pair in itertools.pairwise(word):
                 pairs[pair] += count
-        best = max(pairs, key=pairs.get)
+        best = max(pairs, key=pairs.__getitem__)
         merges.append("".join(best))
         words = {join(word, best): count for word, count in words.items()}
     return merges
@@ -158,75 +160,75 @@ def test_merges_equal_the_naive_ones_where_no_counts_are_equal(tmp_path):
     n = len(char_counts(runs))
     pieces = describe_pieces(train_pieces(runs.copy(), tmp_path / "m.model", n + 5), runs)
     assert [p.piece for p in pieces if p.kind == "word"] == naive_bpe(runs, 5)
-    assert (
-        sorted(f.name for f in tmp_path.iterdir()) == ["m.model", "m.runs"]
-        and dict(read_runs(tmp_path / "m.runs")) == runs
-    )
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["m.model", "m.runs"]
+    assert dict(read_runs(tmp_path / "m.runs")) == runs
 
 
 @given(st.dictionaries(HAN, st.integers(1, 9), min_size=1, max_size=12))
 @settings(max_examples=25, deadline=None)
 def test_made_counts_are_those_of_the_merges(tmp_path_factory, runs):
     f = train_pieces(Counter(runs), tmp_path_factory.mktemp("m") / "m.model", 40)
-    made = {p.piece: p.count for p in describe_pieces(f, Counter(runs))}
-    words, n = [p.piece for p in describe_pieces(f, Counter(runs)) if p.kind == "word"], Counter()
-    rank = {w: i for i, w in enumerate(words)}
-    for r, k in runs.items():  # every join of every run, counted as it happens
-        x = list(r)
-        while len(x) > 1:
-            best, i = min(
-                (rank.get(a + b, 99), i) for i, (a, b) in enumerate(itertools.pairwise(x))
-            )
+    pieces = describe_pieces(f, Counter(runs))
+    made = {p.piece: p.count for p in pieces}
+    words = [p.piece for p in pieces if p.kind == "word"]
+    rank = {word: i for i, word in enumerate(words)}
+    n_joined = Counter()  # every join of every run, counted as it happens
+    for run, count in runs.items():
+        parts = list(run)
+        while len(parts) > 1:
+            ranks = [rank.get(a + b, 99) for a, b in itertools.pairwise(parts)]
+            best = min(ranks)
             if best == 99:
                 break
-            x[i : i + 2] = [x[i] + x[i + 1]]
-            n[x[i]] += k
-    assert {w: made[w] for w in words} == {w: n[w] for w in words}
+            i = ranks.index(best)
+            joined = parts[i] + parts[i + 1]
+            parts[i : i + 2] = [joined]
+            n_joined[joined] += count
+    assert {w: made[w] for w in words} == {w: n_joined[w] for w in words}
     assert {c: made[c] for c in made if len(c) == 1} == char_counts(Counter(runs))
 
 
 def test_bpe_by_hand_joins_by_rank_and_from_the_left():
-    rank = {"ab": 1, "bc": 0, "aa": 2}
-    assert bpe_parts("abc", lambda t: rank.get(t, float("inf"))) == ["a", "bc"] and bpe_parts(
-        "aaa", lambda t: rank.get(t, float("inf"))
-    ) == ["aa", "a"]
-    assert made_counts(Counter({"aab": 3, "a": 1}), ["aa", "aab"]) == Counter(
-        {"aab": 3, "aa": 3, "a": 7, "b": 3}
-    )
+    ranks = {"ab": 1, "bc": 0, "aa": 2}
+
+    def rank(piece):
+        return ranks.get(piece, float("inf"))
+
+    assert bpe_parts("abc", rank) == ["a", "bc"]
+    assert bpe_parts("aaa", rank) == ["aa", "a"]
+    made = made_counts(Counter({"aab": 3, "a": 1}), ["aa", "aab"])
+    assert made == Counter({"aab": 3, "aa": 3, "a": 7, "b": 3})
 
 
-def test_parts_come_before_wholes_and_only_han_behind_one_mark(here):
-    words = [
-        p.piece
-        for p in read_pieces(tokenizer("a.txt", out="p", n_pieces=60, n_chars=0))
-        if p.kind == "word"
-    ]
-    chars = {p.piece for p in read_pieces("p") if p.kind == "char"} | set("，。！▁")
-    for i, w in enumerate(words):
-        assert any({w[:k], w[k:]} <= chars | set(words[:i]) for k in range(1, len(w))), w
-    assert all("\u4e00" <= c <= "\u9fff" for w in words for c in w[1:]) and "，中文模型" in words
+def test_parts_come_before_wholes_and_only_han_after_one_mark(here):
+    pieces = read_pieces(tokenizer("a.txt", out="p", n_pieces=60, n_chars=0))
+    words = [p.piece for p in pieces if p.kind == "word"]
+    known = {p.piece for p in pieces if p.kind == "char"} | set("，。！▁")
+    for word in words:
+        cuts = [{word[:k], word[k:]} for k in range(1, len(word))]
+        assert any(parts <= known for parts in cuts), word
+        assert is_han(word[1:])
+        known.add(word)
+    assert "，中文模型" in words
     plain = tokenizer("a.txt", out="plain", n_pieces=60, n_chars=0, marks=False)
-    assert all("\u4e00" <= c <= "\u9fff" for p in read_pieces(plain) for c in p.piece)
+    assert all(is_han(p.piece) for p in read_pieces(plain))
+
+
+def is_han(text):
+    return all("\u4e00" <= c <= "\u9fff" for c in text)
 
 
 def test_two_trainings_are_equal(here):
     a, b = (tokenizer("a.txt", out=o, n_pieces=60, n_chars=0) for o in "ab")
-    assert a.fingerprint == b.fingerprint and sorted(a.manifest["files"]) == [
-        "pieces.tsv",
-        "spm.model",
-    ]
+    assert a.fingerprint == b.fingerprint
+    assert sorted(a.manifest["files"]) == ["pieces.tsv", "spm.model"]
 
 
 def test_fewer_merges_than_asked_for_is_no_error(here):
     (here / "few.txt").write_text("中国，中国，中国", encoding="utf-8")
     p = tokenizer("few.txt", out="p", n_pieces=500, n_chars=0)
-    assert p.stats["n_chars"] == 2 and [q.piece for q in read_pieces(p)] == [
-        "中",
-        "国",
-        "中国",
-        "，中国",
-        "▁中国",
-    ]
+    assert p.stats["n_chars"] == 2
+    assert [q.piece for q in read_pieces(p)] == ["中", "国", "中国", "，中国", "▁中国"]
 
 
 def test_a_fifth_of_the_pieces_are_characters_unless_said(here, cli):
@@ -237,7 +239,8 @@ def test_a_fifth_of_the_pieces_are_characters_unless_said(here, cli):
 def test_very_long_runs_are_not_lost(here):
     (here / "long.txt").write_text("中国人民" * 5000, encoding="utf-8")
     p = tokenizer("long.txt", out="p", n_pieces=20, n_chars=0)
-    assert p.stats["n_run_chars"] == 20001 and "中国" in {q.piece for q in read_pieces(p)}
+    assert p.stats["n_run_chars"] == 20001
+    assert "中国" in {q.piece for q in read_pieces(p)}
 
 
 def test_other_scripts(here):
@@ -264,9 +267,8 @@ def test_other_scripts(here):
 def test_scripts_by_their_unicode_names(here, lang, script, text, piece):
     (here / "t.txt").write_text(text, encoding="utf-8")
     p = tokenizer("t.txt", out="p", lang=lang, script=script, n_pieces=60, n_chars=0)
-    assert any(piece.lstrip("▁") in q.piece for q in read_pieces(p, script)), [
-        q.piece for q in read_pieces(p, script)
-    ]
+    pieces = [q.piece for q in read_pieces(p, script)]
+    assert any(piece.lstrip("▁") in q for q in pieces), pieces
 
 
 # ---- tables and foreign models
@@ -400,14 +402,15 @@ def test_broken_lexicons(here, text, words):
     (here / "w.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(StageError) as e:
         tokenizer("a.txt", out="q", n_pieces=80, n_chars=0, lexicons=["0.3:w.txt"])
-    assert all(w in str(e.value) for w in words) and not (here / "q").exists()
+    assert all(w in str(e.value) for w in words)
+    assert not (here / "q").exists()
 
 
 def test_jieba_and_wordfreq_have_everyday_words():
     jieba, freq = read_lexicon("jieba"), read_lexicon("wordfreq")
-    assert (
-        len(jieba) > 300_000 and len(freq) > 250_000 and min(jieba["我们"], freq["我们"]) > 10_000
-    )
+    assert len(jieba) > 300_000
+    assert len(freq) > 250_000
+    assert min(jieba["我们"], freq["我们"]) > 10_000
     assert read_lexicon("wordfreq", "Hangul", "ko")["한국"] > 0
     with pytest.raises(StageError, match="wordfreq has no list for xx; give a file"):
         read_lexicon("wordfreq", "Han", "xx")
@@ -420,35 +423,37 @@ def test_jieba_and_wordfreq_have_everyday_words():
 )
 @settings(deadline=None)
 def test_mixing_keeps_whole_counts_and_shares(a, b, share):
-    sources = [
-        Source(1 - share, a.items, mass(a.items())),
-        Source(share, lambda: ((k + "。", v) for k, v in b.items()), mass(b.items())),
-    ]
-    out = mix_runs(sources)
-    assert all(out[r] == k for r, k in a.items())  # the first source keeps its counts
+    def marked():
+        return ((run + "。", count) for run, count in b.items())
+
+    first = Source(1 - share, a.items, mass(a.items()))
+    second = Source(share, marked, mass(b.items()))
+    out = mix_runs([first, second])
+    assert all(out[run] == count for run, count in a.items())  # the first source keeps its counts
     want = mass(a.items()) * share / (1 - share)
-    got = sum(k * (len(r) - 1) for r, k in out.items() if r.endswith("。"))
-    assert abs(got - want) <= sum(len(r) for r in b)  # each rounded by less than one
+    got = sum(count * (len(run) - 1) for run, count in out.items() if run.endswith("。"))
+    assert abs(got - want) <= sum(len(run) for run in b)  # each rounded by less than one
 
 
 def test_thinning_fits_and_is_deterministic():
-    runs = Counter(
-        {
-            chr(0x4E00 + i) + chr(0x4E00 + (i * 7) % 999): 1 + 100 * (i % 50 == 0)
-            for i in range(9000)
-        }
-    )
-    s = [Source(1.0, runs.items, mass(runs.items()))]
-    out = mix_runs(s, 6000)
-    assert out == mix_runs(s, 6000) and abs(sum(map(len, out)) - 6000) < 300
-    ones = sum(k for r, k in out.items() if runs[r] == 1) / sum(out.values())
-    assert abs(ones - sum(k for k in runs.values() if k == 1) / sum(runs.values())) < 0.02
+    runs = Counter()
+    for i in range(9000):
+        run = chr(0x4E00 + i) + chr(0x4E00 + (i * 7) % 999)
+        runs[run] = 101 if i % 50 == 0 else 1
+    sources = [Source(1.0, runs.items, mass(runs.items()))]
+    out = mix_runs(sources, 6000)
+    assert out == mix_runs(sources, 6000)
+    assert abs(sum(map(len, out)) - 6000) < 300
+    share_before = sum(count for count in runs.values() if count == 1) / sum(runs.values())
+    share_after = sum(n for run, n in out.items() if runs[run] == 1) / sum(out.values())
+    assert abs(share_after - share_before) < 0.02
 
 
 def test_opencc_converts_a_share(here):
     s = run_sources(count_runs(["词汇表"] * 50, here / "r.tsv"), opencc=["0.4:s2t"])
     out = mix_runs(s)
-    assert out["▁词汇表"] == 50 and 30 <= out["▁詞彙表"] <= 35
+    assert out["▁词汇表"] == 50
+    assert 30 <= out["▁詞彙表"] <= 35
 
 
 @pytest.mark.parametrize(
@@ -472,11 +477,9 @@ def test_shares_that_are_none(items, what, words):
 def test_continued_pieces_are_merges_of_base_tokens(here):
     p = tokenizer("a.txt", out="p", n_pieces=80, n_chars=0, method="continued")
     words = [q.piece for q in read_pieces(p) if q.kind == "word"]
-    assert (
-        "词表" in " ".join(words)
-        and sorted(p.manifest["files"]) == ["pieces.tsv"]
-        and all(q.count for q in read_pieces(p))
-    )
+    assert "词表" in " ".join(words)
+    assert sorted(p.manifest["files"]) == ["pieces.tsv"]
+    assert all(q.count for q in read_pieces(p))
     runs, back = base_symbols(Counter({"▁一个数据": 3}), base_tokenizer_model())
     assert [back.get(c, c) for c in next(iter(runs))] == ["▁", "一个", "数据"]
 
@@ -533,7 +536,8 @@ def test_every_word_list_is_looked_at(here):
     (here / "bad.txt").write_text("甲\n", encoding="utf-8")
     assert lexicon_faults(["0.1:jieba", "0.1:wordfreq"]) == opencc_faults(None) == []
     gone, bad = lexicon_faults(["0.1:gone", "0.1:bad.txt"])
-    assert gone.startswith("gone: no such file") and bad.startswith("bad.txt:1: expected a word")
+    assert gone.startswith("gone: no such file")
+    assert bad.startswith("bad.txt:1: expected a word")
     assert lexicon_faults(["jieba", "0.1:gone"]) == [
         "lexicons: 'jieba', expected SHARE:NAME, such as 0.25:jieba"
     ]
@@ -564,4 +568,5 @@ def test_workers_and_limits_have_ranges(here):
 def test_sizes_that_do_not_fit(here, kw, words):
     with pytest.raises(StageError) as e:
         tokenizer("a.txt", out="p", **kw)
-    assert words in str(e.value) and not (here / "p").exists()
+    assert words in str(e.value)
+    assert not (here / "p").exists()
