@@ -90,7 +90,8 @@ def test_missing_folder_and_file(tmp_path):
 def test_all_faults_of_a_folder_at_once(tmp_path):
     with pytest.raises(StageError) as e:
         resolve_model(tmp_path)
-    assert "no config.json" in e.value.args[0] and "no *.safetensors" in e.value.args[1]
+    assert "no config.json" in e.value.args[0]
+    assert "no *.safetensors" in e.value.args[1]
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -146,8 +147,13 @@ def test_other_files_are_not_weights(model):
 
 
 def test_hub_only_for_hub_ids(tmp_path, monkeypatch, model):
-    asked = []
-    monkeypatch.setattr(checkpoints, "_download", lambda name: asked.append(name) or model)
+    asked: list[str] = []
+
+    def download(name):
+        asked.append(name)
+        return model
+
+    monkeypatch.setattr(checkpoints, "_download", download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for ref in ("runs/base", "./org/name", "/org/name", "name", "a/b/c"):
@@ -178,22 +184,21 @@ def test_hub_failure_is_one_line(monkeypatch):
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 )
 def test_written_tensors_are_what_safetensors_reads(tmp_path, dtype):
-    t = {
+    tensors = {
         "a": torch.randint(0, 2, (3, 5)).to(dtype),
         "empty": torch.zeros(0, 4, dtype=dtype),
         "scalar": torch.ones((), dtype=dtype),
     }
-    save_file(t, tmp_path / "s.safetensors")
-    specs = [
-        (n, h["dtype"], h["shape"]) for n, h in read_header(tmp_path / "s.safetensors").items()
-    ]
-    seen = []
-    assert write_tensors(tmp_path / "w.safetensors", specs, t.get, seen.append) == sha256_file(
-        tmp_path / "w.safetensors"
-    )
-    assert sum(seen) == sum(x.numel() * x.element_size() for x in t.values())
-    got = load_file(tmp_path / "w.safetensors")
-    assert got.keys() == t.keys() and all(torch.equal(got[k], t[k]) for k in t)
+    theirs, ours = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
+    save_file(tensors, theirs)
+    specs = [(name, h["dtype"], h["shape"]) for name, h in read_header(theirs).items()]
+    written: list[int] = []
+    digest = write_tensors(ours, specs, tensors.get, written.append)
+    assert digest == sha256_file(ours)
+    assert sum(written) == sum(t.numel() * t.element_size() for t in tensors.values())
+    got = load_file(ours)
+    assert got.keys() == tensors.keys()
+    assert all(torch.equal(got[name], t) for name, t in tensors.items())
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -210,12 +215,19 @@ def test_a_tensor_that_cannot_be_made_leaves_no_file(tmp_path):
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 4))
 def test_ahead_keeps_the_order_and_never_runs_far_ahead(items, workers):
-    made, taken = [], 0
+    made: list[int] = []
+
+    def make(i):
+        made.append(i)
+        return items[i]
+
+    n_taken = 0
     with ThreadPoolExecutor(workers) as pool:
-        for x in ahead(pool, lambda i: made.append(i) or items[i], range(len(items)), workers):
-            assert x == items[taken] and len(made) <= taken + workers + 1
-            taken += 1
-    assert taken == len(items) == len(made)
+        for item in ahead(pool, make, range(len(items)), workers):
+            assert item == items[n_taken]
+            assert len(made) <= n_taken + workers + 1
+            n_taken += 1
+    assert n_taken == len(items) == len(made)
 
 
 # measures
@@ -267,7 +279,8 @@ def test_matrices_of_experts_are_where_mixtral_says(saved, name):
 
 @pytest.mark.parametrize("block", [1, 5, 12, 100])
 def test_head_loss_gradients(block):
-    h, W = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (12, 30))
+    h = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
+    W = torch.randn(30, 6, dtype=torch.float64, requires_grad=True)
     y = torch.randint(0, 30, (12,))
     y[3] = -100
     assert torch.autograd.gradcheck(lambda h, W: head_loss(h, W, y, block), (h, W))
@@ -277,7 +290,9 @@ def test_head_loss_of_nothing_is_zero():
     h, W = torch.randn(4, 6, requires_grad=True), torch.randn(30, 6, requires_grad=True)
     loss = head_loss(h, W, torch.full((4,), -100))
     loss.backward()
-    assert loss.item() == 0 and not h.grad.any() and not W.grad.any()
+    assert loss.item() == 0
+    assert not h.grad.any()
+    assert not W.grad.any()
 
 
 # base
@@ -286,24 +301,8 @@ def test_head_loss_of_nothing_is_zero():
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     p = tmp_path_factory.mktemp("text") / "en.txt"
-    words = [
-        "the",
-        "model",
-        "reads",
-        "text",
-        "and",
-        "learns",
-        "which",
-        "word",
-        "comes",
-        "next",
-        "in",
-        "a",
-        "line",
-        "of",
-        "words",
-    ]
-    rng = random.Random(0)
+    sentence = "the model reads text and learns which word comes next in a line of words"
+    words, rng = sentence.split(), random.Random(0)
     p.write_text("\n\n".join(" ".join(rng.choices(words, k=60)) for _ in range(20)))
     return p
 
@@ -328,11 +327,9 @@ def trained(text, tmp_path_factory):
 
 def test_base_is_a_stock_model(trained):
     net = AutoModelForCausalLM.from_pretrained(trained)
-    assert (
-        type(net) is MixtralForCausalLM
-        and net.dtype == torch.float32
-        and net.config.vocab_size == 32000
-    )
+    assert type(net) is MixtralForCausalLM
+    assert net.dtype == torch.float32
+    assert net.config.vocab_size == 32000
     assert trained.stats["n_params"] == net.num_parameters()
     assert any("block_sparse_moe.experts.0.w1" in n for n in tensor_files(trained.path))
     assert trained.stats["loss_last"] < trained.stats["loss_first"]
@@ -355,14 +352,11 @@ def test_base_leaves_no_pickle_and_names_its_tokenizer(trained):
 
 
 def test_same_seed_same_losses(trained, text, tmp_path):
-    again, other = (
-        base(text, out=tmp_path / n, **TINY, seed=s) for n, s in (("again", 0), ("other", 1))
-    )
-    assert (
-        (again / "log.jsonl").read_text()
-        == (trained / "log.jsonl").read_text()
-        != (other / "log.jsonl").read_text()
-    )
+    again = base(text, out=tmp_path / "again", **TINY, seed=0)
+    other = base(text, out=tmp_path / "other", **TINY, seed=1)
+    log = (trained / "log.jsonl").read_text()
+    assert (again / "log.jsonl").read_text() == log
+    assert (other / "log.jsonl").read_text() != log
     assert again.fingerprint == trained.fingerprint
 
 
