@@ -6,6 +6,7 @@ import lzma
 import math
 import os
 import shlex
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -31,29 +32,25 @@ DEV = [
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    d = tmp_path_factory.mktemp("bench")
-    with zipfile.ZipFile(d / "ceval.zip", "w") as z:
+    folder = tmp_path_factory.mktemp("bench")
+    with zipfile.ZipFile(folder / "ceval.zip", "w") as z:
         z.writestr("val/high_school_geography_val.csv", "\ufeff" + "\n".join([HEAD, *VAL]))
         z.writestr("dev/high_school_geography_dev.csv", "\n".join([HEAD + ",explanation", *DEV]))
-    with zipfile.ZipFile(d / "mmlu.zip", "w") as z:
-        for s in ("test", "dev"):
-            z.writestr(f"{s}/anatomy_{s}.csv", '"One, two?",1,2,3,4,C\nThree?,a,b,"c, d",e,A\n')
-    rows = [
-        dict(
-            ctx="Shoes: A man sits. he",
-            label=1,
-            endings=["runs.", "ties a shoe.", "sings.", "eats."],
-        ),
-        dict(
-            ctx="Food: How to cook rice. Wash it. you",
-            label=0,
-            endings=["Boil it.", "Sell it.", "Paint it.", "Sing it."],
-        ),
-    ]
-    (d / "hellaswag_val.jsonl.xz").write_bytes(
-        lzma.compress("\n".join(map(json.dumps, rows)).encode())
+    with zipfile.ZipFile(folder / "mmlu.zip", "w") as z:
+        for split in ("test", "dev"):
+            rows = '"One, two?",1,2,3,4,C\nThree?,a,b,"c, d",e,A\n'
+            z.writestr(f"{split}/anatomy_{split}.csv", rows)
+    shoes = dict(
+        ctx="Shoes: A man sits. he", label=1, endings=["runs.", "ties a shoe.", "sings.", "eats."]
     )
-    return d
+    food = dict(
+        ctx="Food: How to cook rice. Wash it. you",
+        label=0,
+        endings=["Boil it.", "Sell it.", "Paint it.", "Sing it."],
+    )
+    lines = f"{json.dumps(shoes)}\n{json.dumps(food)}"
+    (folder / "hellaswag_val.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +74,19 @@ def faults(*a, **kw):
     return str(e.value)
 
 
+def rows_of(data, task, split):
+    "Questions of a split whose file is there"
+    rows = exams.read_rows(data, task)[split]
+    assert rows is not None
+    return rows
+
+
 def test_rows_keep_quotes_and_lines(bench):
-    r = exams.read_rows(bench, GEO)
-    assert (
-        r["val"][0]["question"] == "中国的首都是____，\n请选择。"
-        and r["val"][2]["B"] == "黄海,或渤海"
-    )
-    assert r["dev"][0].keys() == r["val"][0].keys()  # datasets wants the same columns
-    assert exams.read_rows(bench, "mmlu_anatomy")["test"] == [
+    val, dev = rows_of(bench, GEO, "val"), rows_of(bench, GEO, "dev")
+    assert val[0]["question"] == "中国的首都是____，\n请选择。"
+    assert val[2]["B"] == "黄海,或渤海"
+    assert dev[0].keys() == val[0].keys()  # datasets wants the same columns
+    assert rows_of(bench, "mmlu_anatomy", "test") == [
         dict(question="One, two?", choices=list("1234"), answer=2),
         dict(question="Three?", choices=["a", "b", "c, d", "e"], answer=0),
     ]
@@ -96,8 +98,9 @@ def test_an_unpacked_folder_is_as_good(bench, tmp_path):
 
 
 def test_hellaswag_forms(bench, tmp_path):
-    a, b = exams.read_rows(bench, "hellaswag")["validation"]
-    assert (a["ctx_a"], a["ctx_b"]) == ("A man sits.", "he") and b["ctx_b"] == ""
+    a, b = rows_of(bench, "hellaswag", "validation")
+    assert (a["ctx_a"], a["ctx_b"]) == ("A man sits.", "he")
+    assert b["ctx_b"] == ""
     (tmp_path / "hellaswag_val.jsonl.gz").write_bytes(gzip.compress(json.dumps(a).encode()))
     (tmp_path / "hellaswag_train.jsonl").write_text(json.dumps(b))
     assert exams.read_rows(tmp_path, "hellaswag") == dict(validation=[a], train=[b])
@@ -139,7 +142,8 @@ def test_broken_benchmarks(name, content, want, tmp_path, model):
     text = faults(
         model, tasks=GEO if "ceval" in name else "hellaswag", data=tmp_path, out=tmp_path / "out"
     )
-    assert want in text and len(text.splitlines()) == 1
+    assert want in text
+    assert len(text.splitlines()) == 1
 
 
 def test_other_requests_that_cannot_be(bench, tmp_path, model, monkeypatch):
@@ -156,13 +160,16 @@ def test_other_requests_that_cannot_be(bench, tmp_path, model, monkeypatch):
 
 def test_the_four_benchmarks_have_all_their_tasks():
     files = exams.task_files()
-    assert [
-        len(set(exams.leaves(n, files))) for n in ("ceval-valid", "cmmlu", "mmlu", "hellaswag")
-    ] == [52, 67, 57, 1]
-    assert exams._outermost(["mmlu", "mmlu_anatomy", "mmlu_stem", "hellaswag"]) == [
-        "mmlu",
-        "hellaswag",
-    ]
+
+    def n_tasks(name):
+        return len(set(exams.leaves(name, files)))
+
+    assert n_tasks("ceval-valid") == 52
+    assert n_tasks("cmmlu") == 67
+    assert n_tasks("mmlu") == 57
+    assert n_tasks("hellaswag") == 1
+    outermost = exams._outermost(["mmlu", "mmlu_anatomy", "mmlu_stem", "hellaswag"])
+    assert outermost == ["mmlu", "hellaswag"]
 
 
 def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
@@ -171,23 +178,19 @@ def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    rows = exams.read_rows(bench, GEO)
-    for s in rows:
-        (tmp_path / f"{s}.jsonl").write_text("\n".join(json.dumps(r) for r in rows[s]))
-    (tmp_path / "t.yaml").write_text(
-        yaml.safe_dump(
-            dict(
-                include=str(exams.task_files()[GEO]),
-                task="theirs",
-                dataset_path="json",
-                dataset_name=None,
-                dataset_kwargs=dict(
-                    data_files={s: str(tmp_path / f"{s}.jsonl") for s in rows},
-                    cache_dir=str(tmp_path / "cache"),
-                ),
-            )
-        )
+    files = {}
+    for split in exams.read_rows(bench, GEO):
+        file = tmp_path / f"{split}.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows_of(bench, GEO, split)))
+        files[split] = str(file)
+    task = dict(
+        include=str(exams.task_files()[GEO]),
+        task="theirs",
+        dataset_path="json",
+        dataset_name=None,
+        dataset_kwargs=dict(data_files=files, cache_dir=str(tmp_path / "cache")),
     )
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(task))
     theirs = simple_evaluate(
         model="hf",
         model_args=dict(pretrained=str(model), dtype="float32"),
@@ -198,23 +201,17 @@ def test_equals_lm_eval_on_a_task_written_by_hand(bench, tmp_path, model):
         log_samples=True,
         bootstrap_iters=0,
     )
-    ours = exams.run_lm_eval(
-        ev.load_model(model, device="cpu"),
-        ev.load_tokenizer(model),
-        [GEO],
-        bench,
-        shots=2,
-        samples=True,
-    )
-
-    def likelihoods(r, task):
-        return [x[0][0] for s in r["samples"][task] for x in s["resps"]]
-
-    assert likelihoods(ours, GEO) == pytest.approx(likelihoods(theirs, "theirs"), abs=1e-4)
+    lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
+    ours = exams.run_lm_eval(lm, tok, [GEO], bench, shots=2, samples=True)
+    our_samples, their_samples = ours["samples"][GEO], theirs["samples"]["theirs"]
+    assert likelihoods(our_samples) == pytest.approx(likelihoods(their_samples), abs=1e-4)
     assert ours["results"][GEO]["acc,none"] == theirs["results"]["theirs"]["acc,none"]
-    assert [s["arguments"] for s in ours["samples"][GEO]] == [
-        s["arguments"] for s in theirs["samples"]["theirs"]
-    ]
+    assert [s["arguments"] for s in our_samples] == [s["arguments"] for s in their_samples]
+
+
+def likelihoods(samples):
+    "Of each answer to each question"
+    return [response[0][0] for sample in samples for response in sample["resps"]]
 
 
 def test_hellaswag_prompt_is_the_published_one(bench, model):
@@ -226,13 +223,14 @@ def test_hellaswag_prompt_is_the_published_one(bench, model):
         samples=True,
     )
     first = [s["arguments"] for s in r["samples"]["hellaswag"]][0]
-    assert "Shoes: A man sits. He" in str(first) and "ties a shoe." in str(first)
+    assert "Shoes: A man sits. He" in str(first)
+    assert "ties a shoe." in str(first)
 
 
 def zipped(folder, name, files):
     with zipfile.ZipFile(folder / name, "w") as z:
-        for k, v in files.items():
-            z.writestr(k, v)
+        for member, text in files.items():
+            z.writestr(member, text)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +258,8 @@ def test_a_broken_table_names_its_column_or_row(val, want, tmp_path, model):
         },
     )
     text = faults(model, tasks=GEO, data=tmp_path, out=tmp_path / "out")
-    assert want in text and len(text.splitlines()) == 1
+    assert want in text
+    assert len(text.splitlines()) == 1
 
 
 def test_more_shots_than_examples_and_no_template(bench, tmp_path, model):
@@ -277,22 +276,18 @@ def test_more_shots_than_examples_and_no_template(bench, tmp_path, model):
 
 
 def copy_of(model, folder, **config):
-    import shutil
-
     shutil.copytree(model, folder)
-    c = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**c, **config}))
+    stock = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stock, **config}))
     return folder
 
 
 def test_model_and_tokenizer_of_different_sizes(tmp_path, model):
     small = copy_of(model, tmp_path / "small", vocab_size=31000)
     text = faults(small, out=tmp_path / "o")
-    assert (
-        "has a tokenizer of 32,000 tokens" in text
-        and "a model of 31,000 rows; run: cmixtral init" in text
-        and len(text.splitlines()) == 1
-    )
+    assert "has a tokenizer of 32,000 tokens" in text
+    assert "a model of 31,000 rows; run: cmixtral init" in text
+    assert len(text.splitlines()) == 1
     (tmp_path / "small" / "tokenizer.json").unlink()
     assert "has no tokenizer.json; run: cmixtral vocab" in faults(small, out=tmp_path / "o")
 
@@ -303,8 +298,8 @@ def test_questions_longer_than_the_context(bench, tmp_path, model, capsys):
     assert (
         "questions with their answers are longer than the context of the model; leave the task out"
         in text
-        and not (tmp_path / "o").exists()
     )
+    assert not (tmp_path / "o").exists()
     ev.evaluate(short, tasks=GEO, data=bench, shots=2, out=tmp_path / "o", device="cpu")
     assert (
         "12 prompts are longer than the context of the model: lm-eval cuts off their beginning"
@@ -336,26 +331,31 @@ def test_text_to_measure_on(tmp_path, model):
     )
 
 
+class Count:
+    "Forward passes so far; the next one after `stop` is a Ctrl-C"
+
+    n = 0
+    stop: int | None = None
+
+    def watch(self, model):
+        forward = model.forward
+
+        def counted_forward(*args, **kw):
+            if self.n == self.stop:
+                raise KeyboardInterrupt
+            self.n += 1
+            return forward(*args, **kw)
+
+        model.forward = counted_forward
+        return model
+
+
 @pytest.fixture
 def counted(monkeypatch):
-    "Counts forward passes; the next one after `stop` is a Ctrl-C"
-    load, seen = ev.load_model, dict(n=0, stop=None)
-
-    def loading(*a, **kw):
-        m = load(*a, **kw)
-        forward = m.forward
-
-        def call(*a, **kw):
-            if seen["n"] == seen["stop"]:
-                raise KeyboardInterrupt
-            seen["n"] += 1
-            return forward(*a, **kw)
-
-        m.forward = call
-        return m
-
-    monkeypatch.setattr(ev, "load_model", loading)
-    return seen
+    "Counts the forward passes of every model that is loaded from now on"
+    count, load = Count(), ev.load_model
+    monkeypatch.setattr(ev, "load_model", lambda *args, **kw: count.watch(load(*args, **kw)))
+    return count
 
 
 def test_interrupted_and_restarted_asks_nothing_twice(bench, tmp_path, model, counted):
@@ -369,53 +369,56 @@ def test_interrupted_and_restarted_asks_nothing_twice(bench, tmp_path, model, co
         samples=True,
         device="cpu",
     )
-    ev.evaluate(model, out=tmp_path / "whole", **args)
-    whole, n = counted["n"], 0
-    for stop in (2, 5, whole - 1):  # in the first task, at half, in the bits per byte
-        counted.update(n=n, stop=stop)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    kept = tmp_path / "parts.tmp" / "answers.jsonl"
+    ev.evaluate(model, out=whole, **args)
+    n_whole = counted.n
+    counted.n = 0
+    for stop in (2, 5, n_whole - 1):  # in the first task, at half, in the bits per byte
+        counted.stop = stop
         with pytest.raises(KeyboardInterrupt):
-            ev.evaluate(model, out=tmp_path / "parts", **args)
-        n = counted["n"]
-        lines = (tmp_path / "parts.tmp" / "answers.jsonl").read_text()
-        (tmp_path / "parts.tmp" / "answers.jsonl").write_text(
-            lines + '["cut o'
-        )  # what a kill can leave
-    counted.update(n=n, stop=None)
-    ev.evaluate(model, out=tmp_path / "parts", **args)
-    redone = counted["n"] - whole  # of bits per byte: the domain that was begun
-    assert 0 <= redone <= 2
+            ev.evaluate(model, out=parts, **args)
+        kept.write_text(kept.read_text() + '["cut o')  # what a kill can leave
+    counted.stop = None
+    ev.evaluate(model, out=parts, **args)
+    n_redone = counted.n - n_whole  # of bits per byte: the domain that was begun
+    assert 0 <= n_redone <= 2
     for f in "results.json", "tables.md", "questions.jsonl", "documents.jsonl", "samples.jsonl":
-        assert (tmp_path / "parts" / f).read_bytes() == (tmp_path / "whole" / f).read_bytes(), f
-    assert not (tmp_path / "parts" / "answers.jsonl").exists()
+        assert (parts / f).read_bytes() == (whole / f).read_bytes(), f
+    assert not (parts / "answers.jsonl").exists()
 
 
 @pytest.mark.parametrize("left,n", [('["a", 1]\n["b", [2, true]]\n["c', 2), ('["a', 0), ("", 0)])
 def test_a_line_that_was_cut_off_is_dropped(left, n, tmp_path):
     (tmp_path / "a.jsonl").write_text(left)
     a = exams.Answers(tmp_path / "a.jsonl")
-    assert len(a.known) == n and a.n_asked == 0
+    assert len(a.known) == n
+    assert a.n_asked == 0
     a.add(["q"], 3)
     a.flush()
     a.add(["r"], 4)  # the second never reached the file
     again = exams.Answers(tmp_path / "a.jsonl")
-    assert len(again.known) == n + 1 and again[["q"]] == 3 and ["r"] not in again
+    assert len(again.known) == n + 1
+    assert again[["q"]] == 3
+    assert ["r"] not in again
 
 
 def test_answers_of_the_harness_are_never_asked_twice(bench, model, counted):
     lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
-    kept = exams.Answers()
-    whole = exams.run_lm_eval(
-        lm, tok, [GEO, "hellaswag"], bench, batch=1, samples=True, answers=kept
-    )
-    n, asked = counted["n"], kept.n_asked
+
+    def ask(answers):
+        tasks = [GEO, "hellaswag"]
+        return exams.run_lm_eval(lm, tok, tasks, bench, batch=1, samples=True, answers=answers)
+
+    all_answers = exams.Answers()
+    whole = ask(all_answers)
+    n_forwards, n_asked = counted.n, all_answers.n_asked
     half = exams.Answers()
-    half.known = dict(list(kept.known.items())[: asked // 2])
-    counted["n"] = 0
-    assert (
-        exams.run_lm_eval(lm, tok, [GEO, "hellaswag"], bench, batch=1, samples=True, answers=half)
-        == whole
-    )
-    assert half.n_asked == asked - asked // 2 and 0 < counted["n"] < n
+    half.known = dict(list(all_answers.known.items())[: n_asked // 2])
+    counted.n = 0
+    assert ask(half) == whole
+    assert half.n_asked == n_asked - n_asked // 2
+    assert 0 < counted.n < n_forwards
 
 
 def test_the_command_in_the_results_repeats_them(bench, tmp_path, model, cli, monkeypatch):
@@ -423,56 +426,47 @@ def test_the_command_in_the_results_repeats_them(bench, tmp_path, model, cli, mo
         model, tasks=[GEO, "bpb"], data=bench, shots=1, length=64, n_chars=500, out=tmp_path / "a"
     )
     r = json.loads((a / "results.json").read_text())
-    assert r["packages"]["lm_eval"] and r["config"]["shots"] == 1 and r["versions"][GEO]
+    assert r["packages"]["lm_eval"]
+    assert r["config"]["shots"] == 1
+    assert r["versions"][GEO]
     monkeypatch.chdir(tmp_path)
     assert cli(*shlex.split(r["command"])[1:])[0] == 0
     assert (tmp_path / "again" / "results.json").read_text() == (a / "results.json").read_text()
 
 
 def test_the_table_says_what_lm_eval_says(bench, tmp_path, model):
-    r = json.loads(
-        (
-            ev.evaluate(model, tasks=[GEO, "hellaswag"], data=bench, out=tmp_path / "a")
-            / "results.json"
-        ).read_text()
-    )
-    row = {(x["part"], x["metric"]): x for x in r["table"]}
-    assert (
-        row["high_school_geography", "acc"]["value"]
-        == row["mean of subjects", "acc"]["value"]
-        == r["results"][GEO]["acc,none"]
-    )
-    assert row["all questions", "acc_norm"]["value"] == r["results"]["hellaswag"]["acc_norm,none"]
+    a = ev.evaluate(model, tasks=[GEO, "hellaswag"], data=bench, out=tmp_path / "a")
+    r = json.loads((a / "results.json").read_text())
+    value = {(row["part"], row["metric"]): row["value"] for row in r["table"]}
+    accuracy = r["results"][GEO]["acc,none"]
+    assert value["high_school_geography", "acc"] == accuracy
+    assert value["mean of subjects", "acc"] == accuracy
+    assert value["all questions", "acc_norm"] == r["results"]["hellaswag"]["acc_norm,none"]
 
 
 def test_the_letters_are_those_of_the_likelihoods(bench, tmp_path, model, capsys):
     "Letters as in C-Eval, numbers as in MMLU; HellaSwag has none"
-    a = ev.evaluate(
-        model,
-        tasks=[GEO, "mmlu_anatomy", "hellaswag"],
-        data=bench,
-        samples=True,
-        out=tmp_path / "a",
-    )
-    r, said = json.loads((a / "results.json").read_text()), capsys.readouterr().out
-    qs, samples = (
-        [json.loads(line) for line in (a / f"{f}.jsonl").read_text().splitlines()]
-        for f in ("questions", "samples")
-    )
-    for q, x in zip(qs, samples, strict=True):
-        assert (q["task"], q["id"]) == (x["task"], x["doc_id"]) and q["acc"] == (
-            q["chosen"] == q["target"]
-        )
-    assert {q["target"] for q in qs if q["task"] == GEO} == {0, 1, 2} and [
-        q["target"] for q in qs if "mmlu" in q["task"]
-    ] == [2, 0]
-    assert r["letters"] == exams.letters(qs) and set(r["letters"]) == {"ceval-valid", "mmlu"}
-    for f, c in r["letters"].items():
-        assert (
-            f"{f}: {c['letter']} is the answer to {c['share']:.0%} of {c['n']} questions"
-            in (a / "tables.md").read_text()
-        )
-        assert (f"{f}: {c['letter']} is the answer" in said) == (c["share"] >= 0.9)
+    tasks = [GEO, "mmlu_anatomy", "hellaswag"]
+    a = ev.evaluate(model, tasks=tasks, data=bench, samples=True, out=tmp_path / "a")
+    said = capsys.readouterr().out
+    questions, samples = read_lines(a / "questions.jsonl"), read_lines(a / "samples.jsonl")
+    for q, sample in zip(questions, samples, strict=True):
+        assert (q["task"], q["id"]) == (sample["task"], sample["doc_id"])
+        assert q["acc"] == (q["chosen"] == q["target"])
+    assert {q["target"] for q in questions if q["task"] == GEO} == {0, 1, 2}
+    assert [q["target"] for q in questions if "mmlu" in q["task"]] == [2, 0]
+    letters = json.loads((a / "results.json").read_text())["letters"]
+    assert letters == exams.letters(questions)
+    assert set(letters) == {"ceval-valid", "mmlu"}
+    tables = (a / "tables.md").read_text()
+    for family, most in letters.items():
+        says = f"{family}: {most['letter']} is the answer"
+        assert f"{says} to {most['share']:.0%} of {most['n']} questions" in tables
+        assert (says in said) == (most["share"] >= 0.9)
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def reference_bits(model, tok, text, length):
@@ -480,14 +474,17 @@ def reference_bits(model, tok, text, length):
     import torch
 
     ids = [tok.bos_token_id, *tok(text, add_special_tokens=False)["input_ids"]]
-    bits, start, end = 0.0, 0, min(length, len(ids) - 1)
+    last = len(ids) - 1
+    bits = 0.0
+    start, end = 0, min(length, last)
     for i in range(1, len(ids)):
         if i > end:
-            end = min(end + length // 2, len(ids) - 1)
+            end = min(end + length // 2, last)
             start = end - length
         with torch.no_grad():
             logits = model(torch.tensor([ids[start:i]])).logits[0, -1].double()
-        bits += (logits.exp().sum().log() - logits[ids[i]]).item() / math.log(2)
+        nats = logits.exp().sum().log() - logits[ids[i]]
+        bits += nats.item() / math.log(2)
     return bits
 
 
@@ -495,18 +492,17 @@ def test_bits_per_byte_equals_a_reference_for_any_batch(model):
     from cmixtral_nb.bits import bits_per_byte
 
     lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
-    docs = [
-        t[:120] for t in ev.heldout_texts("zh", n_chars=400) + ev.heldout_texts("en", n_chars=400)
-    ] + ["x", "汉"]
-    want = sum(reference_bits(lm, tok, t, 16) for t in docs) / sum(len(t.encode()) for t in docs)
+    texts = ev.heldout_texts("zh", n_chars=400) + ev.heldout_texts("en", n_chars=400)
+    docs = [*(text[:120] for text in texts), "x", "汉"]
+    n_bytes = sum(len(doc.encode()) for doc in docs)
+    want = pytest.approx(sum(reference_bits(lm, tok, doc, 16) for doc in docs) / n_bytes, rel=1e-6)
     for batch in 1, 3, 8:
-        assert bits_per_byte(lm, tok, docs, 16, batch, stride=8)["bits_per_byte"] == pytest.approx(
-            want, rel=1e-6
-        )
-    parts = [bits_per_byte(lm, tok, p, 16, 8, 8) for p in (docs[:2], docs[2:5], docs[5:])]
-    assert sum(p["bits_per_byte"] * p["n_bytes"] for p in parts) / sum(
-        p["n_bytes"] for p in parts
-    ) == pytest.approx(want, rel=1e-6)
+        assert bits_per_byte(lm, tok, docs, 16, batch, stride=8)["bits_per_byte"] == want
+    n_bits = 0.0
+    for part in (docs[:2], docs[2:5], docs[5:]):
+        got = bits_per_byte(lm, tok, part, 16, 8, 8)
+        n_bits += got["bits_per_byte"] * got["n_bytes"]
+    assert n_bits / n_bytes == want
 
 
 def test_a_uniform_model_pays_the_log_of_its_vocabulary_for_each_token(model):
@@ -544,11 +540,14 @@ def test_windows_roll_as_in_lm_eval():
 def test_the_real_files():
     data, files = Path(os.environ.get("CMIXTRAL_DATA", ".")) / "eval", exams.task_files()
 
-    def n(name, split):
-        return sum(len(exams.read_rows(data, t)[split]) for t in exams.leaves(name, files))
+    def n_rows(name, split):
+        return sum(len(rows_of(data, task, split)) for task in exams.leaves(name, files))
 
-    assert n("ceval-valid", "val") == 1346 and n("cmmlu", "test") == 11582
-    assert n("mmlu", "test") == 14042 and n("mmlu", "dev") == 285
-    rows = exams.read_rows(data, "hellaswag")["validation"]
-    assert len(rows) == 10042 and sum(r["ctx_b"] != "" for r in rows) == 3235
+    assert n_rows("ceval-valid", "val") == 1346
+    assert n_rows("cmmlu", "test") == 11582
+    assert n_rows("mmlu", "test") == 14042
+    assert n_rows("mmlu", "dev") == 285
+    rows = rows_of(data, "hellaswag", "validation")
+    assert len(rows) == 10042
+    assert sum(row["ctx_b"] != "" for row in rows) == 3235
     assert not exams.task_faults(["ceval-valid", "cmmlu", "mmlu", "hellaswag"], data)
