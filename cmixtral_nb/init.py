@@ -270,9 +270,9 @@ def _asymmetric(m: Matrix) -> Tensor:
     if m.head:
         lengths = [[n_chars(m.old[i]) for i in spelling] for spelling in m.spellings]
         return weighted_mean(m.W, m.spellings, lengths)
+    norms = _script_norms(m)
     rows = _mean(m)
-    scale = _script_norms(m) / rows.norm(dim=1).clamp(min=1e-12)
-    return rows * scale[:, None]
+    return rows * (norms / rows.norm(dim=1).clamp(min=1e-12))[:, None]
 
 
 METHODS: dict[str, Callable[[Matrix], Tensor]] = {
@@ -507,9 +507,9 @@ def init(
     model: Path,  # HF model folder, artifact or hub id
     tokenizer: Path,  # folder of a tokenizer that extends the model's; any with `transplant`
     out: Path,  # folder to write
-    method: str = "mean",  # of the old rows; or seed, first, asymmetric, average, normal
-    seed: int = 0,  # for "normal"
-    probe: Path | None = None,  # corpus: train each method for a few steps and take the best
+    method: str = "mean",  # mean of the parts, or seed, first, asymmetric, average, normal
+    seed: int = 0,  # for the method "normal"
+    probe: Path | None = None,  # corpus: train each method briefly, take the best, not `method`
     steps: int = 50,  # optimiser steps of the probe
     seeds: int = 3,  # orders of the probe's batches
     transplant: bool = False,  # make all rows anew, for a tokenizer that does not extend the old
