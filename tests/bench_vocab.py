@@ -24,8 +24,11 @@ import lzma
 import math
 import random
 import resource
+import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from cmixtral_nb.certificate import certify, hostile_texts
@@ -50,7 +53,8 @@ from cmixtral_nb.vocab import vocab
 
 BASE = base_tokenizer_model()
 MIXED = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])
-RECIPES = {  # name: how the pieces are trained, how many single characters (0: by tokens saved)
+# name: how the pieces are trained, how many single characters (0: by tokens saved)
+RECIPES: dict[str, tuple[dict, int]] = {
     "ours": (MIXED, 0),
     "ours, seed's order": (MIXED, 5500),
     "continued": (dict(MIXED, method="continued"), 0),
@@ -65,22 +69,21 @@ def training_corpus(data: Path, work: Path):
     alpaca = work / "alpaca.jsonl"
     if not alpaca.exists():
         source = next((data / "sft").glob("alpaca*.jsonl.xz"))
-        with (
-            lzma.open(source, "rt", encoding="utf-8") as f,
-            open(alpaca, "w", encoding="utf-8") as g,
-        ):
-            for r in map(json.loads, f):
-                parts = [r[key] for key in ("instruction", "input", "output") if r[key]]
+        with lzma.open(source, "rt", encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+        with open(alpaca, "w", encoding="utf-8") as g:
+            for row in rows:
+                parts = [row[key] for key in ("instruction", "input", "output") if row[key]]
                 g.write(json.dumps({"text": "\n".join(parts)}, ensure_ascii=False) + "\n")
     return corpus([f"zh={data}/zh", f"zh={alpaca}"], out=work / "corpus", valid_share=0.005)
 
 
-def domains(work: Path, corpus_folder):
+def domains(work: Path, corpus_folder) -> dict[str, list[str]]:
     "Held-out text to judge by"
-    own = {
-        f.stem: [t for t in f.read_text(encoding="utf-8").splitlines() if t]
-        for f in sorted((work / "heldout").glob("*.txt"))
-    }
+    own = {}
+    for f in sorted((work / "heldout").glob("*.txt")):
+        lines = f.read_text(encoding="utf-8").splitlines()
+        own[f.stem] = [line for line in lines if line]
     return own or heldout(corpus_folder, "zh", 300_000)
 
 
@@ -99,41 +102,43 @@ def show(name, rates, reference, seconds):
 def compare(data, work):
     c = training_corpus(data, work)
     texts = domains(work, c)
-    hfl, mixtral = processor(data / "tokenizers/chinese-llama-2.tokenizer.model"), processor(BASE)
-    rate = {
-        n: {d: chars_per_token(sp, t) for d, t in texts.items()}
-        for n, sp in (("hfl 55,296", hfl), ("Mixtral", mixtral))
-    }
-    for n in list(rate):
-        show(n, rate[n], rate["hfl 55,296"], 0)
+
+    def rates_of(sp):
+        return {domain: chars_per_token(sp, docs) for domain, docs in texts.items()}
+
+    hfl = processor(data / "tokenizers/chinese-llama-2.tokenizer.model")
+    rates = {"hfl 55,296": rates_of(hfl), "Mixtral": rates_of(processor(BASE))}
+    reference = rates["hfl 55,296"]
+    for name in rates:
+        show(name, rates[name], reference, 0)
     for name, (how, n_chars) in RECIPES.items():
         start = time.time()
         folder = work / name.replace(" ", "-").replace(",", "").replace("'", "")
         p = tokenizer(c, out=folder / "pieces", n_pieces=40000, **how)
         v = vocab(p, out=folder / "tokenizer", n_pieces=25000, n_chars=n_chars)
-        sp = processor(v / "tokenizer.model")
-        rate[name] = {d: chars_per_token(sp, t) for d, t in texts.items()}
-        show(name, rate[name], rate["hfl 55,296"], time.time() - start)
-    n_chars = {d: sum(map(len, t)) for d, t in texts.items()}
-    for n in rate:
-        fewer = 1 - sum(1 / rate["ours"][d] for d in texts) / sum(1 / rate[n][d] for d in texts)
-        print(
-            f"{n:20} ours takes {fewer:6.1%} fewer tokens for a character; "
-            + " ".join(f"{d} {rate[n][d]:.3f}" for d in texts)
-        )
-    write_json(work / "compare.json", dict(rate=rate, n_chars=n_chars))
-    gain = math.fsum(rate["ours"].values()) / math.fsum(rate["Mixtral"].values())
+        rates[name] = rates_of(processor(v / "tokenizer.model"))
+        show(name, rates[name], reference, time.time() - start)
+
+    def tokens_per_char(name):  # sum over the domains
+        return sum(1 / rates[name][domain] for domain in texts)
+
+    for name in rates:
+        fewer = 1 - tokens_per_char("ours") / tokens_per_char(name)
+        each = " ".join(f"{domain} {rates[name][domain]:.3f}" for domain in texts)
+        print(f"{name:20} ours takes {fewer:6.1%} fewer tokens for a character; {each}")
+    n_chars_of = {domain: sum(map(len, docs)) for domain, docs in texts.items()}
+    write_json(work / "compare.json", dict(rate=rates, n_chars=n_chars_of))
+    gain = math.fsum(rates["ours"].values()) / math.fsum(rates["Mixtral"].values())
     print(f"ours against Mixtral: {gain:.3f}")
 
 
 def grid(data, work):
     "The seed's numbers of characters and totals, on ten million characters"
     c = training_corpus(data, work)
-    chars, totals, limit = [4451, 5435, 6414, 7434], list(range(11_000, 41_001, 2000)), 10_000_000
+    chars, totals = [4451, 5435, 6414, 7434], list(range(11_000, 41_001, 2000))
+    how = dict(limit_chars=10_000_000, force=True)
     start = time.time()
-    p = tokenizer(
-        c, out=work / "grid-pieces", n_pieces=48_000, n_chars=7434, limit_chars=limit, force=True
-    )
+    p = tokenizer(c, out=work / "grid-pieces", n_pieces=48_000, n_chars=7434, **how)
     trained = time.time() - start
     s = search(
         p,
@@ -150,49 +155,61 @@ def grid(data, work):
         f"{ours - trained:.1f} s",
         flush=True,
     )
-    texts = [t for d in heldout(c, "zh", 300_000).values() for t in d]
-    text, base = read_heldout(texts, BASE), base_pieces(BASE)
-    differ = []
-    for k in chars:
-        steps = growth(read_pieces(p), base, k)
-        for t, counts in prefix_counts(steps, base, text, totals).items():
-            alone = run_model(base, [s.piece for s in steps[:t]])
-            differ.append(counts != token_counts(alone, text))
+    texts = [doc for docs in heldout(c, "zh", 300_000).values() for doc in docs]
+    n_points, n_differ = count_different(p, texts, chars, totals)
     print(
-        f"{sum(differ)} of {len(differ)} points differ from the vocabulary that is built for them "
-        "alone",
+        f"{n_differ} of {n_points} points differ from the vocabulary that is built for them alone",
         flush=True,
     )
+    base = base_pieces(BASE)
     each = 0.0
-    for i, (k, t) in enumerate(itertools.product(chars, totals), 1):
+    for i, (n_chars, total) in enumerate(itertools.product(chars, totals), 1):
         start = time.time()
-        one = tokenizer(
-            c, out=work / "grid-one", n_pieces=t + 1456, n_chars=k, limit_chars=limit, force=True
-        )
-        run_model(base, select_pieces(read_pieces(one), base, t, k)).encode(texts)
+        one = tokenizer(c, out=work / "grid-one", n_pieces=total + 1456, n_chars=n_chars, **how)
+        run_model(base, select_pieces(read_pieces(one), base, total, n_chars)).encode(texts)
         each += time.time() - start
-        times = each / i * len(differ) / ours
+        times = each / i * n_points / ours
         print(f"{i} trained one by one: {each:.0f} s, {times:.1f} times as long in all", flush=True)
 
 
-def languages(work):
-    "Text made of wordfreq's words, each as often as it is"
+def count_different(pieces, texts, chars, totals):
+    "Points of the grid; those whose counts are not the ones of a vocabulary built for them alone"
+    text, base = read_heldout(texts, BASE), base_pieces(BASE)
+    differ = []
+    for n_chars in chars:
+        steps = growth(read_pieces(pieces), base, n_chars)
+        for total, counts in prefix_counts(steps, base, text, totals).items():
+            alone = run_model(base, [step.piece for step in steps[:total]])
+            differ.append(counts != token_counts(alone, text))
+    return len(differ), sum(differ)
+
+
+LANGUAGES = dict(
+    ko="Hangul", ru="Cyrillic", ja="Han Kana", hi="Devanagari", ar="Arabic", en="Latin"
+)
+
+
+def made_up(lang, n_docs=2500):
+    "Documents of wordfreq's words, each as often as it is"
     from wordfreq import get_frequency_dict
 
-    for lang, script in dict(
-        ko="Hangul", ru="Cyrillic", ja="Han Kana", hi="Devanagari", ar="Arabic", en="Latin"
-    ).items():
-        words, rng = get_frequency_dict(lang, "small"), random.Random(0)
-        docs = [
-            ("" if lang == "ja" else " ").join(rng.choices(list(words), list(words.values()), k=60))
-            + "."
-            for _ in range(2500)
-        ]
-        (work / f"{lang}.txt").write_text("\n\n".join(docs), encoding="utf-8")
+    frequency = get_frequency_dict(lang, "small")
+    words, weights = list(frequency), list(frequency.values())
+    rng = random.Random(0)
+    between = "" if lang == "ja" else " "
+    return [between.join(rng.choices(words, weights, k=60)) + "." for _ in range(n_docs)]
+
+
+def languages(work):
+    for lang, script in LANGUAGES.items():
+        docs = made_up(lang)
+        text = work / f"{lang}.txt"
+        text.write_text("\n\n".join(docs), encoding="utf-8")
         for method in ("bpe", "continued"):
+            folder = work / f"{lang}-{method}"
             p = tokenizer(
-                work / f"{lang}.txt",
-                out=work / f"{lang}-{method}",
+                text,
+                out=folder,
                 lang=lang,
                 script=script,
                 n_pieces=6000,
@@ -207,17 +224,12 @@ def languages(work):
                     script=script,
                     limit_chars=100_000,
                 )
-                print(
-                    lang,
-                    method,
-                    *(
-                        f"{chars_per_token(processor(m), docs):.3f}"
-                        for m in (BASE, v / "tokenizer.model")
-                    ),
-                    "characters per token",
-                )
             except StageError as e:
                 print(lang, method, e)
+                continue
+            before = chars_per_token(processor(BASE), docs)
+            after = chars_per_token(processor(v / "tokenizer.model"), docs)
+            print(f"{lang} {method} {before:.3f} {after:.3f} characters per token")
 
 
 def repeated(texts, n_bytes):
@@ -248,16 +260,14 @@ def memory(data, work):
         job.join()
 
 
-def _measured(f, out, mb):
+def _measured(file, out, mb):
     start = time.time()
-    tokenizer(f, out=out, force=True)
-    s = time.time() - start
-    own, children = (
-        resource.getrusage(w).ru_maxrss / 1e6
-        for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    tokenizer(file, out=out, force=True)
+    seconds = time.time() - start
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     print(
-        f"{mb} MB: {s:.0f} s, {mb / s:.2f} MB/s, peak {own:.2f} GB, "
+        f"{mb} MB: {seconds:.0f} s, {mb / seconds:.2f} MB/s, peak {own:.2f} GB, "
         f"and {children:.2f} GB in the largest process that counts",
         flush=True,
     )
@@ -265,34 +275,34 @@ def _measured(f, out, mb):
 
 def strings(n, tokenizer_dir, seed=0):
     pieces = [p.piece for p in read_pieces(tokenizer_dir)]
-    real = [
-        r["text"]
-        for ref in ("builtin:zh", "builtin:en")
-        for r, _ in zip(read_docs(ref), range(4000), strict=False)
-    ]
+    real = []
+    for ref in ("builtin:zh", "builtin:en"):
+        real += [row["text"] for row in itertools.islice(read_docs(ref), 4000)]
     return hostile_texts(n, pieces, seed, real)
 
 
 def certificate(work, n):
     folder = work / "ours/tokenizer"
     base, new, tok = processor(BASE), processor(folder / "tokenizer.model"), load_tokenizer(folder)
-    start, done, bad = time.time(), 0, {}
+    start = time.time()
+    done = 0
+    n_failed = Counter()
     while done < n:
         some = strings(min(50_000, n - done), folder, seed=1000 + done)
         for line in certify(base, new, tok, some):
-            bad[line["check"]] = bad.get(line["check"], 0) + line["failed"]
+            n_failed[line["check"]] += line["failed"]
             if line["failed"]:
                 print(line["check"], line["examples"])
         done += len(some)
         print(
-            f"{done:,} strings, {time.time() - start:.0f} s, failed: {sum(bad.values())}",
-            flush=True,
+            f"{done:,} strings, {time.time() - start:.0f} s, failed: {n_failed.total()}", flush=True
         )
-    print(bad)
+    print(dict(n_failed))
 
 
 LLAMA = """
-import json, sys
+import json
+import sys
 
 import llama_cpp
 
@@ -304,20 +314,21 @@ json.dump(ids, open(sys.argv[2] + ".ids", "w"))
 
 
 def llama(work, python):
-    import subprocess
-
     folder, out = work / "ours/tokenizer", work / "llama.json"
     texts = strings(10_000, folder, seed=7)
     write_json(out, texts)
     ids = [processor(folder / "tokenizer.model").encode(t) for t in texts]
     subprocess.run([python, "-c", LLAMA, str(work / "vocab.gguf"), str(out)], check=True)
     theirs = json.loads(Path(f"{out}.ids").read_text())
-    bad = [(t, a, b) for t, a, b in zip(texts, ids, theirs, strict=True) if a != b]
-    print(f"{len(texts):,} strings, {len(bad)} differ", *[repr(b[0]) for b in bad[:5]], sep="\n")
+    differ = [t for t, ours, other in zip(texts, ids, theirs, strict=True) if ours != other]
+    print(f"{len(texts):,} strings, {len(differ)} differ")
+    for text in differ[:5]:
+        print(repr(text))
     assert encode_plain(load_tokenizer(folder), texts[:100]) == ids[:100]
 
 
-COMMANDS = {  # name: function, what its arguments are
+# name: function, what its arguments are
+COMMANDS: dict[str, tuple[Callable, tuple[type, ...]]] = {
     "compare": (compare, (Path, Path)),
     "grid": (grid, (Path, Path)),
     "languages": (languages, (Path,)),
