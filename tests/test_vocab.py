@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from cmixtral_nb.certificate import (
 from cmixtral_nb.corpus import corpus
 from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_model, read_pieces
 from cmixtral_nb.search import base_pieces, run_model, select_pieces
-from cmixtral_nb.stages import StageError, read_json, tokenizer_fingerprint, write_json
+from cmixtral_nb.stages import Artifact, StageError, read_json, tokenizer_fingerprint, write_json
 from cmixtral_nb.tokenizer import tokenizer, train_pieces
 from cmixtral_nb.tokenizer_files import (
     build_fast,
@@ -43,6 +44,12 @@ HOSTILE = st.text(
 )
 
 
+class Made(NamedTuple):
+    corpus: Artifact
+    pieces: Artifact
+    tokenizer: Artifact
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     d = tmp_path_factory.mktemp("vocab")
@@ -50,23 +57,23 @@ def made(tmp_path_factory):
         ["zh=builtin:zh", "en=builtin:en"], out=d / "corpus", valid_share=0.1, limit_chars=150_000
     )
     p = tokenizer(c, out=d / "pieces", n_pieces=3500, n_chars=2500)
-    return d, c, p, vocab(p, out=d / "tok", n_pieces=900, n_chars=1700, corpus=c, **FEW)
+    return Made(c, p, vocab(p, out=d / "tok", n_pieces=900, n_chars=1700, corpus=c, **FEW))
 
 
 @pytest.fixture(scope="module")
 def both(made):
     return (
         processor(base_tokenizer_model()),
-        processor(made[3] / "tokenizer.model"),
-        load_tokenizer(made[3]),
+        processor(made.tokenizer / "tokenizer.model"),
+        load_tokenizer(made.tokenizer),
     )
 
 
 # ---- identity and parity
 
 
-def test_files_and_counts(made, capsys):
-    d, c, p, v = made
+def test_files_and_counts(made):
+    v = made.tokenizer
     assert sorted(v.manifest["files"]) == [
         "certificate.json",
         "pieces.tsv",
@@ -75,40 +82,39 @@ def test_files_and_counts(made, capsys):
         "tokenizer.model",
         "tokenizer_config.json",
     ]
-    assert (
-        v.stats["n_vocab"] == 32900 == v.stats["n_base"] + v.stats["n_pieces"]
-        and v.stats["n_chars"] == 1700 - 1456
-    )
+    assert v.stats["n_vocab"] == 32900 == v.stats["n_base"] + v.stats["n_pieces"]
+    assert v.stats["n_chars"] == 1700 - 1456
     assert v.manifest["tokenizer"] == tokenizer_fingerprint(v.path)
     assert v.stats["chars_per_token"] > 1.2 * v.stats["chars_per_token_base"]
-    rows = [r.split("\t") for r in (v / "pieces.tsv").read_text().splitlines()[1:]]
     m = read_model(v / "tokenizer.model")
-    assert [(int(r[0]), r[1], float(r[2])) for r in rows] == [
-        (i, q.piece, q.score) for i, q in enumerate(m.pieces)
-    ][32000:]
     assert m.trainer_spec.vocab_size == 32900
+    in_model = [(i, p.piece, p.score) for i, p in enumerate(m.pieces)]
+    in_table = [(int(r[0]), r[1], float(r[2])) for r in table_rows(v)]
+    assert in_table == in_model[32000:]
+
+
+def table_rows(folder):
+    "Columns of each line of pieces.tsv below its head"
+    lines = (folder / "pieces.tsv").read_text().splitlines()
+    return [line.split("\t") for line in lines[1:]]
 
 
 def test_first_pieces_are_the_bases(made):
-    a, b = read_model(base_tokenizer_model()), read_model(made[3] / "tokenizer.model")
-    assert [(p.piece, p.score, p.type) for p in a.pieces] == [
-        (p.piece, p.score, p.type) for p in b.pieces
-    ][:32000]
-    scores = [p.score for p in b.pieces][32000:]
-    assert scores == [
-        -1e9 - 128 * i for i in range(1, 901)
-    ]  # below the blanks that carry -1e9, and apart in float32
+    base = read_model(base_tokenizer_model()).pieces
+    new = read_model(made.tokenizer / "tokenizer.model").pieces
+    kept = [(p.piece, p.score, p.type) for p in new][:32000]
+    assert kept == [(p.piece, p.score, p.type) for p in base]
+    # below the blanks that carry -1e9, and apart in float32
+    assert [p.score for p in new][32000:] == [-1e9 - 128 * i for i in range(1, 901)]
 
 
 @given(HOSTILE)
 @settings(max_examples=300, deadline=None)
 def test_fast_equals_sentencepiece_and_gives_the_text_back(both, t):
     base, new, tok = both
-    assert (
-        encode_plain(tok, [t])[0] == new.encode(t)
-        and new.decode(new.encode(t)) == t
-        and tok.decode(new.encode(t)) == t
-    )
+    assert encode_plain(tok, [t])[0] == new.encode(t)
+    assert new.decode(new.encode(t)) == t
+    assert tok.decode(new.encode(t)) == t
 
 
 @given(
@@ -122,62 +128,59 @@ def test_text_without_han_keeps_its_ids(both, t):
 
 def test_any_han_text_is_never_longer(both, made):
     base, new, _ = both
-    for t in certificate_texts(made[1], limit_chars=30_000)[0]:
+    for t in certificate_texts(made.corpus, limit_chars=30_000)[0]:
         assert len(new.encode(t)) <= len(base.encode(t))
 
 
 def test_certificate(made):
-    lines = read_json(made[3] / "certificate.json")
-    assert len(lines) == 10 and all(
+    lines = read_json(made.tokenizer / "certificate.json")
+    assert len(lines) == 10
+    assert all(
         line["failed"] == 0 and line["cases"] > 0 and line["examples"] == [] for line in lines
     )
-    assert made[3].stats["certificate"]["ids of texts without Han unchanged"]["failed"] == 0
+    assert made.tokenizer.stats["certificate"]["ids of texts without Han unchanged"]["failed"] == 0
 
 
 # ---- a certificate that must fail
 
 
-def bump(m, piece):
+def edit(m, **values):
+    "Piece 5000 gets other values"
+    for name, value in values.items():
+        setattr(m.pieces[5000], name, value)
+
+
+def prefer(m, piece):
+    "A piece that is chosen before all others"
     next(p for p in m.pieces if p.piece == piece).score = 1
 
 
+def append(m, **values):
+    m.pieces.add(**values)
+
+
+OLD_PIECES = "old pieces keep ids, scores and types"
+OLD_TEXTS = "ids of texts without Han unchanged"
+NEW_WORD = dict(piece="囍囍囍囍", score=-4e9)
+
+
 @pytest.mark.parametrize(
-    "change, check, shown",
+    "change, values, check, shown",
     [
-        (
-            lambda m: setattr(m.pieces[5000], "piece", "zzq"),
-            "old pieces keep ids, scores and types",
-            "END",
-        ),
-        (lambda m: bump(m, "nf"), "old pieces are cut as before", ""),
-        (
-            lambda m: setattr(m.pieces[5000], "score", -9.0),
-            "old pieces keep ids, scores and types",
-            "END",
-        ),
-        (
-            lambda m: setattr(m.pieces[5000], "type", 3),
-            "old pieces keep ids, scores and types",
-            "END",
-        ),
-        (lambda m: m.pieces.add(piece="e t", score=0), "new pieces reachable", "e t"),
-        (lambda m: m.pieces.add(piece="囍囍囍囍", score=-4e9), "new pieces reachable", "囍囍囍囍"),
-        (
-            lambda m: m.pieces.add(piece="囍囍囍囍", score=-4e9),
-            "new pieces have all their characters",
-            "囍囍囍囍",
-        ),
-        (lambda m: bump(m, "nf"), "ids of texts without Han unchanged", "nf"),
-        (
-            lambda m: m.pieces.add(piece="<|end|>", score=0, type=4),
-            "ids of texts without Han unchanged",
-            "<|end|>",
-        ),
+        (edit, dict(piece="zzq"), OLD_PIECES, "END"),
+        (prefer, dict(piece="nf"), "old pieces are cut as before", ""),
+        (edit, dict(score=-9.0), OLD_PIECES, "END"),
+        (edit, dict(type=3), OLD_PIECES, "END"),
+        (append, dict(piece="e t", score=0), "new pieces reachable", "e t"),
+        (append, NEW_WORD, "new pieces reachable", "囍囍囍囍"),
+        (append, NEW_WORD, "new pieces have all their characters", "囍囍囍囍"),
+        (prefer, dict(piece="nf"), OLD_TEXTS, "nf"),
+        (append, dict(piece="<|end|>", score=0, type=4), OLD_TEXTS, "<|end|>"),
     ],
 )
-def test_certificate_finds(change, check, shown, both, tmp_path):
+def test_certificate_finds(change, values, check, shown, both, tmp_path):
     m = read_model(base_tokenizer_model())
-    change(m)
+    change(m, **values)
     (tmp_path / "m.model").write_bytes(m.SerializeToString())
     tok = load_tokenizer(write_tokenizer(tmp_path / "m.model", tmp_path / "t"))
     texts = [
@@ -186,58 +189,41 @@ def test_certificate_finds(change, check, shown, both, tmp_path):
         "词表",
         " a",
     ]
-    lines = {line["check"]: line for line in certify(both[0], processor(m), tok, texts)}
-    assert (
-        lines[check]["failed"]
-        and shown in lines[check]["examples"][0]
-        and len(lines[check]["examples"][0]) < 30
-    )
+    line = certified(both[0], processor(m), tok, texts)[check]
+    assert line["failed"]
+    assert shown in line["examples"][0]
+    assert len(line["examples"][0]) < 30
+
+
+def certified(base, new, tok, texts):
+    "Lines of the certificate by their check"
+    return {line["check"]: line for line in certify(base, new, tok, texts)}
 
 
 def test_wrong_fast_tokenizer_is_found_with_the_smallest_text(both, made, tmp_path):
-    t = json.loads((made[3] / "tokenizer.json").read_text())
-    gone = next(
-        "".join(m)
-        for m in t["model"]["merges"]
-        if len("".join(m)) == 2
-        and "".join(m) in {p.piece for p in read_pieces(made[3])}
-        and "▁" not in m[0]
-    )
+    base, new, _ = both
+    t = json.loads((made.tokenizer / "tokenizer.json").read_text())
+    pieces = {p.piece for p in read_pieces(made.tokenizer)}
+    words = [a + b for a, b in t["model"]["merges"] if "▁" not in a]
+    gone = next(word for word in words if len(word) == 2 and word in pieces)
     t["model"]["merges"] = [m for m in t["model"]["merges"] if "".join(m) != gone]
-    shutil.copytree(made[3].path, tmp_path / "t")
+    shutil.copytree(made.tokenizer.path, tmp_path / "t")
     write_json(tmp_path / "t/tokenizer.json", t)
-    lines = {
-        line["check"]: line
-        for line in certify(
-            both[0],
-            both[1],
-            load_tokenizer(tmp_path / "t"),
-            ["a", f"long before {gone} and long after", "词"],
-        )
-    }
-    assert (
-        lines["fast tokenizer equals sentencepiece"]["examples"] == [repr(gone)]
-        and not lines["new pieces reachable"]["failed"]
-    )
+    texts = ["a", f"long before {gone} and long after", "词"]
+    lines = certified(base, new, load_tokenizer(tmp_path / "t"), texts)
+    assert lines["fast tokenizer equals sentencepiece"]["examples"] == [repr(gone)]
+    assert not lines["new pieces reachable"]["failed"]
 
 
 def test_control_tokens_that_text_can_spell_are_found(both, made, tmp_path):
-    v = vocab(made[2], out=tmp_path / "v", n_pieces=50, n_chars=1480, tokens=["<|end|>"], **FEW)
+    v = vocab(made.pieces, out=tmp_path / "v", n_pieces=50, n_chars=1480, tokens=["<|end|>"], **FEW)
     shutil.copytree(v.path, tmp_path / "t")
     t = json.loads((v / "tokenizer.json").read_text())
-    next(a for a in t["added_tokens"] if a["content"] == "<|end|>")["special"] = (
-        False  # then it is cut out of any text
-    )
+    end = next(a for a in t["added_tokens"] if a["content"] == "<|end|>")
+    end["special"] = False  # then it is cut out of any text
     write_json(tmp_path / "t/tokenizer.json", t)
-    lines = {
-        line["check"]: line
-        for line in certify(
-            both[0],
-            processor(v / "tokenizer.model"),
-            load_tokenizer(tmp_path / "t"),
-            ["a", "the <|end|> 词表"],
-        )
-    }
+    new, tok = processor(v / "tokenizer.model"), load_tokenizer(tmp_path / "t")
+    lines = certified(both[0], new, tok, ["a", "the <|end|> 词表"])
     assert lines["no control token from plain text"]["examples"][0] == repr("<|end|>")
 
 
@@ -272,19 +258,20 @@ class ByteLevelView:
         return [[t.id for t in model.tokenize(piece)] for piece in pieces]
 
 
-def test_the_checks_serve_another_kind_of_tokenizer():
-    "Old merges kept, new ones after them: what an extension of a byte-level vocabulary will be"
+def byte_level(merges):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    def byte_level(merges):
-        pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
-        vocab = {piece: i for i, piece in enumerate(pieces)}
-        tok = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tok.decoder = decoders.ByteLevel()
-        return PreTrainedTokenizerFast(tokenizer_object=tok)
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tok)
 
+
+def test_the_checks_serve_another_kind_of_tokenizer():
+    "Old merges kept, new ones after them: what an extension of a byte-level vocabulary will be"
     old, han = [("t", "h"), ("th", "e")], [("ä", "¸"), ("ä¸", "Ń")]  # 中 in bytes
     base, texts = byte_level(old), ["the 中国", "the end", *hostile_texts(200, ["中"])]
     for merges, n_failed in (
@@ -294,7 +281,8 @@ def test_the_checks_serve_another_kind_of_tokenizer():
         tok = byte_level(merges)
         ext = Extension(ByteLevelView(base), ByteLevelView(tok), tok, texts)
         lines = [check(ext) for check in CHECKS]
-        assert len(lines) == 10 and sum(line["failed"] > 0 for line in lines) == n_failed
+        assert len(lines) == 10
+        assert sum(line["failed"] > 0 for line in lines) == n_failed
 
 
 @given(st.text(max_size=30), st.sampled_from(["ab", "中", " \t"]), st.text(max_size=30))
@@ -306,26 +294,24 @@ def test_smallest_finds_the_culprit(before, culprit, after):
 def test_a_failing_line_stops_the_stage(made, monkeypatch, tmp_path):
     import cmixtral_nb.vocab as module
 
+    few = [Piece("的人", 0, "word", 0), Piece("人民", -1, "word", 0)]
+    odd = [Piece("the", 0, "word", 0), Piece("he r", 0, "word", 0)]
     monkeypatch.setattr(module, "scores_below", lambda low, n: [9e5 - i for i in range(n)])
-    pieces = [Piece(t, -i, "word", 0) for i, t in enumerate(["的人", "人民"])]
-    monkeypatch.setattr(module, "read_pieces", lambda *a: pieces)
-    monkeypatch.setattr(
-        module,
-        "select_pieces",
-        lambda *a: [Piece("the", 0, "word", 0), Piece("he r", 0, "word", 0)],
-    )
+    monkeypatch.setattr(module, "read_pieces", lambda *a: few)
+    monkeypatch.setattr(module, "select_pieces", lambda *a: odd)
     with pytest.raises(
         StageError,
         match="certificate: new pieces reachable: 1 of 1 failed, such as 'he r'; "
         "append other pieces",
     ):
-        vocab(made[2], out=tmp_path / "v", n_pieces=2, **FEW)
-    assert not (tmp_path / "v").exists() and not (tmp_path / "v.tmp").exists()
+        vocab(made.pieces, out=tmp_path / "v", n_pieces=2, **FEW)
+    assert not (tmp_path / "v").exists()
+    assert not (tmp_path / "v.tmp").exists()
 
 
 def test_the_certificate_cannot_be_skipped(made, tmp_path):
     with pytest.raises(StageError) as e:
-        vocab(made[2], out=tmp_path / "v", n_pieces=2, limit_chars=0, n_hostile=0)
+        vocab(made.pieces, out=tmp_path / "v", n_pieces=2, limit_chars=0, n_hostile=0)
     assert str(e.value).count("there is no tokenizer without a certificate") == 2
 
 
@@ -337,25 +323,21 @@ def test_control_tokens_and_padding(made, tmp_path):
 
     chat = ["<|beginofutterance|>", "<|endofutterance|>"]
     v = vocab(
-        made[2], out=tmp_path / "v", n_pieces=100, n_chars=1500, tokens=chat, multiple=64, **FEW
+        made.pieces, out=tmp_path / "v", n_pieces=100, n_chars=1500, tokens=chat, multiple=64, **FEW
     )
     m, tok = read_model(v / "tokenizer.model"), AutoTokenizer.from_pretrained(str(v.path))
-    assert len(m.pieces) == v.stats["n_vocab"] == len(tok) == 32128 and v.stats["n_special"] == 28
-    assert [p.piece for p in m.pieces[32100:32102]] == chat and tok.convert_tokens_to_ids(chat) == [
-        32100,
-        32101,
-    ]
-    assert tok(chat[0])["input_ids"] == [1, 32100] and not {32100, 32101} & set(
-        encode_plain(tok, [f"a{chat[0]}{chat[1]} <unused0>"])[0]
-    )
-    assert (
-        tok.decode([32100, *encode_plain(tok, ["词表"])[0]], skip_special_tokens=True).strip()
-        == "词表"
-    )
-    rows = [r.split("\t") for r in (v / "pieces.tsv").read_text().splitlines()[1:]]
-    assert [r[3] for r in rows[100:]] == ["control"] * 2 + ["unused"] * 26 and rows[-1][
-        1
-    ] == "<unused25>"
+    assert len(m.pieces) == v.stats["n_vocab"] == len(tok) == 32128
+    assert v.stats["n_special"] == 28
+    assert [p.piece for p in m.pieces[32100:32102]] == chat
+    assert tok.convert_tokens_to_ids(chat) == [32100, 32101]
+    assert tok(chat[0])["input_ids"] == [1, 32100]
+    from_text = encode_plain(tok, [f"a{chat[0]}{chat[1]} <unused0>"])[0]
+    assert not {32100, 32101} & set(from_text)
+    ids = [32100, *encode_plain(tok, ["词表"])[0]]
+    assert tok.decode(ids, skip_special_tokens=True).strip() == "词表"
+    rows = table_rows(v)
+    assert [r[3] for r in rows[100:]] == ["control"] * 2 + ["unused"] * 26
+    assert rows[-1][1] == "<unused25>"
 
 
 @pytest.mark.parametrize("tokens", [["<s>"], ["a b"], [""], ["<|x|>", "<|x|>"], ["▁x"]])
@@ -364,7 +346,7 @@ def test_control_tokens_that_are_refused(made, tmp_path, tokens):
         StageError,
         match="expected control tokens without blanks, each once, that the base does not have",
     ):
-        vocab(made[2], out=tmp_path / "v", n_pieces=2, tokens=tokens)
+        vocab(made.pieces, out=tmp_path / "v", n_pieces=2, tokens=tokens)
 
 
 # ---- reachability
@@ -380,30 +362,21 @@ def test_dead_pieces_are_left_out():
         Piece("美酒", -3, "word", 0),
     ]
     chosen = select_pieces(odd, base_pieces(base), 9)
-    assert [p.piece for p in chosen] == [
-        "葡",
-        "萄",
-        "葡萄",
-        "美酒",
-        "葡萄美酒",
-    ]  # the whole behind its parts
+    # the whole after its parts
+    assert [p.piece for p in chosen] == ["葡", "萄", "葡萄", "美酒", "葡萄美酒"]
     assert unreachable(processor(extend_model(base, chosen)), 32000) == []
     odd.pop()
     assert [p.piece for p in select_pieces(odd, base_pieces(base), 9)] == ["葡", "萄", "葡萄"]
     assert unreachable(processor(extend_model(base, odd)), 32000) == ["葡萄美酒"]
 
 
-def test_indentation_before_a_piece_with_a_blank_stays(both, made):
+def test_indentation_before_a_piece_with_a_blank_stays(both):
     base, new, _ = both
     for n in range(2, 20):
-        a, b = (
-            base.encode(" " * n + "一个文件", out_type=str),
-            new.encode(" " * n + "一个文件", out_type=str),
-        )
-        assert (
-            b[: len(b) - 2] == [t for t in a if t.startswith("▁")]
-            and "".join(b) == "▁" * (n + 1) + "一个文件"
-        )
+        text = " " * n + "一个文件"
+        before, after = base.encode(text, out_type=str), new.encode(text, out_type=str)
+        assert after[:-2] == [piece for piece in before if piece.startswith("▁")]
+        assert "".join(after) == "▁" * (n + 1) + "一个文件"
 
 
 def test_chars_per_token_of_nothing():
@@ -417,22 +390,20 @@ def test_control_tokens_in_text_are_text(both):
     _, new, tok = both
     t = "a</s><s> <unk>"
     ids = encode_plain(tok, [t, ""])
-    assert ids == [new.encode(t), []] and not {0, 1, 2} & set(ids[0])
-    assert (
-        tok(t)["input_ids"][0] == 1 and 2 in tok(t)["input_ids"]
-    )  # a stock call is as it was, also after encode_plain
-    assert encode_plain(build_fast(base_tokenizer_model()), ["</s>"]) == [
-        processor(base_tokenizer_model()).encode("</s>")
-    ]
+    assert ids == [new.encode(t), []]
+    assert not {0, 1, 2} & set(ids[0])
+    stock = tok(t)["input_ids"]  # a stock call is as it was, also after encode_plain
+    assert stock[0] == 1
+    assert 2 in stock
+    base = base_tokenizer_model()
+    assert encode_plain(build_fast(base), ["</s>"]) == [processor(base).encode("</s>")]
 
 
 def test_added_special_tokens_in_text_are_text(made):
-    tok = load_tokenizer(made[3])
+    tok = load_tokenizer(made.tokenizer)
     tok.add_special_tokens({"additional_special_tokens": ["<|endofutterance|>"]})
-    assert (
-        32900 not in encode_plain(tok, ["x<|endofutterance|>"])[0]
-        and 32900 in tok("x<|endofutterance|>")["input_ids"]
-    )
+    assert 32900 not in encode_plain(tok, ["x<|endofutterance|>"])[0]
+    assert 32900 in tok("x<|endofutterance|>")["input_ids"]
 
 
 def test_stock_loading_with_and_without_a_model_config(both, tmp_path):
@@ -446,22 +417,16 @@ def test_stock_loading_with_and_without_a_model_config(both, tmp_path):
     )
     tok = AutoTokenizer.from_pretrained(str(tmp_path))
     for t in ("    return x", "A  B", "中 国\t"):
-        assert tok(t)["input_ids"] == [1, *base.encode(t)] and tok(t, add_special_tokens=False)[
-            "input_ids"
-        ] == base.encode(t)
+        assert tok(t)["input_ids"] == [1, *base.encode(t)]
+        assert tok(t, add_special_tokens=False)["input_ids"] == base.encode(t)
         assert tok.decode(tok(t)["input_ids"], skip_special_tokens=True) == t
-    assert (tok.bos_token, tok.eos_token, tok.unk_token, tok.pad_token, len(tok)) == (
-        "<s>",
-        "</s>",
-        "<unk>",
-        None,
-        32000,
-    )
+    assert (tok.bos_token, tok.eos_token, tok.unk_token) == ("<s>", "</s>", "<unk>")
+    assert tok.pad_token is None
+    assert len(tok) == 32000
     tok.save_pretrained(tmp_path / "again")
     again = load_tokenizer(tmp_path / "again")
-    assert again("A  B")["input_ids"] == [1, *base.encode("A  B")] and tokenizer_fingerprint(
-        tmp_path / "again"
-    ) == tokenizer_fingerprint(tmp_path)
+    assert again("A  B")["input_ids"] == [1, *base.encode("A  B")]
+    assert tokenizer_fingerprint(tmp_path / "again") == tokenizer_fingerprint(tmp_path)
 
 
 def test_writing_over_itself_keeps_the_model(tmp_path):
@@ -479,9 +444,9 @@ def test_sp_merges_are_ordered_by_score():
 
 
 def test_hostile_texts_depend_on_the_seed_alone():
-    assert (
-        hostile_texts(50, ["中"], 3) == hostile_texts(50, ["中"], 3) != hostile_texts(50, ["中"], 4)
-    )
+    texts = hostile_texts(50, ["中"], 3)
+    assert hostile_texts(50, ["中"], 3) == texts
+    assert hostile_texts(50, ["中"], 4) != texts
     assert "▁" not in "".join(hostile_texts(3000, ["中"]))
 
 
@@ -489,9 +454,14 @@ def test_hostile_texts_depend_on_the_seed_alone():
 
 
 def test_another_bpe_base(made, tmp_path):
-    write_tokenizer(made[3] / "tokenizer.model", tmp_path / "base")
+    write_tokenizer(made.tokenizer / "tokenizer.model", tmp_path / "base")
     v = vocab(
-        made[2], out=tmp_path / "v", base=str(tmp_path / "base"), n_pieces=200, n_chars=1720, **FEW
+        made.pieces,
+        out=tmp_path / "v",
+        base=str(tmp_path / "base"),
+        n_pieces=200,
+        n_chars=1720,
+        **FEW,
     )
     assert (v.stats["n_base"], v.stats["n_vocab"], v.stats["n_chars"]) == (32900, 33100, 20)
 
@@ -510,16 +480,18 @@ def test_a_unigram_base_is_refused(made, tmp_path):
     with pytest.raises(
         StageError, match="u.model is a unigram model, expected BPE; extend another base"
     ):
-        vocab(made[2], out=tmp_path / "v", base=str(tmp_path / "u.model"), n_pieces=10)
+        vocab(made.pieces, out=tmp_path / "v", base=str(tmp_path / "u.model"), n_pieces=10)
 
 
 def test_search_decides(made, tmp_path):
     write_json(tmp_path / "choice.json", dict(n_pieces=300, n_chars=1600, why=""))
-    v = vocab(made[2], out=tmp_path / "v", search=tmp_path / "choice.json", **FEW)
+    v = vocab(made.pieces, out=tmp_path / "v", search=tmp_path / "choice.json", **FEW)
     assert (v.stats["n_pieces"], v.stats["n_chars"]) == (300, 144)
     new = [
         p.piece
-        for p in select_pieces(read_pieces(made[2]), base_pieces(base_tokenizer_model()), 300, 1600)
+        for p in select_pieces(
+            read_pieces(made.pieces), base_pieces(base_tokenizer_model()), 300, 1600
+        )
     ]
     rows = (v / "pieces.tsv").read_text().splitlines()[1:]
     assert [row.split("\t")[1] for row in rows] == new
@@ -544,7 +516,7 @@ def test_too_few_pieces_and_a_folder_without_a_tokenizer(made, tmp_path):
     with pytest.raises(
         StageError, match="were asked for; lower n_pieces, or run: cmixtral tokenizer --n-pieces N"
     ):
-        vocab(made[2], out=tmp_path / "v", n_pieces=9999)
+        vocab(made.pieces, out=tmp_path / "v", n_pieces=9999)
     with pytest.raises(
         StageError, match="holds no tokenizer.json, expected a tokenizer; run: cmixtral vocab"
     ):
