@@ -61,17 +61,11 @@ def names(pieces):
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=1, max_size=8))
 def test_alp_equals_its_definition(sentences):
-    n = Counter(w for s in sentences for w in s)
-    total = sum(n.values())
-    naive = sum(math.log(n[w] / total) for s in sentences for w in s) / len(sentences)
-    assert math.isclose(
-        alp(
-            np.bincount([w for s in sentences for w in s], minlength=9).astype(float),
-            len(sentences),
-        ),
-        naive,
-        abs_tol=1e-9,
-    )
+    words = [word for sentence in sentences for word in sentence]
+    n = Counter(words)
+    naive = sum(math.log(n[word] / len(words)) for word in words) / len(sentences)
+    counts = np.bincount(words, minlength=9).astype(float)
+    assert math.isclose(alp(counts, len(sentences)), naive, abs_tol=1e-9)
 
 
 def test_alp_of_one_word_is_zero():
@@ -79,18 +73,14 @@ def test_alp_of_one_word_is_zero():
 
 
 def test_heldout_takes_the_runs_out():
-    h = read_heldout(
-        ["中国。人民！no Han here. 中国人，民\n中国", "  缩进"], base_tokenizer_model()
-    )
-    assert (
-        h.n_sentences == 5
-        and h.n_chars == 31
-        and h.runs
-        == Counter({"▁中国": 1, "。人民": 1, "▁中国人": 1, "，民": 1, "中国": 1, "缩进": 1})
-    )
-    assert (
-        h.rest["<0x0A>"] == 1 and h.rest["▁▁▁"] == 1
-    )  # the base joins the blanks, so no run begins with one
+    texts = ["中国。人民！no Han here. 中国人，民\n中国", "  缩进"]
+    h = read_heldout(texts, base_tokenizer_model())
+    assert h.n_sentences == 5
+    assert h.n_chars == 31
+    runs = ["▁中国", "。人民", "▁中国人", "，民", "中国", "缩进"]
+    assert h.runs == Counter(runs)
+    assert h.rest["<0x0A>"] == 1
+    assert h.rest["▁▁▁"] == 1  # the base joins the blanks, so no run begins with one
 
 
 @pytest.mark.parametrize("script", ["Han", "Latin", "Han Kana", "Arabic", "Cyrillic"])
@@ -104,7 +94,8 @@ def test_with_nothing_appended_the_counts_are_the_bases(script):
     text = read_heldout(texts, base, script)
     counts = token_counts(run_model(base_pieces(base, script), []), text)
     assert counts == Counter(t for ts in processor(base).encode(texts, out_type=str) for t in ts)
-    assert text.runs and all(run_pattern(script).fullmatch(run) for run in text.runs)
+    assert text.runs
+    assert all(run_pattern(script).fullmatch(run) for run in text.runs)
 
 
 def test_stretches_join_tokens_of_the_script():
@@ -124,7 +115,8 @@ def test_token_counts_weigh_runs():
 def test_scores_stay_apart_in_float32():
     for low in (0.0, -31740.0, -1e9):
         x = np.array(scores_below(low, 40_000), np.float32)
-        assert (np.diff(x) < 0).all() and x[0] < np.float32(low)
+        assert (np.diff(x) < 0).all()
+        assert x[0] < np.float32(low)
 
 
 # ---- selection
@@ -170,6 +162,7 @@ def test_order_by_tokens_saved():
 
 
 def test_what_cannot_be_built_is_left_out():
+    "人民大 and 。人 lack a part, 中国民 is 中国 + 民"
     odd = [
         Piece("人", 0, "char", 9),
         Piece("民", 0, "char", 9),
@@ -180,14 +173,7 @@ def test_what_cannot_be_built_is_left_out():
         Piece("。人", -3, "word", 4),
         Piece("，人", -4, "word", 4),
     ]
-    assert names(select_pieces(odd, BASE, 9)) == [
-        "人",
-        "民",
-        "大",
-        "国民",
-        "中国民",
-        "，人",
-    ]  # 中国民 is 中国 + 民, 人民大 and 。人 lack a part
+    assert names(select_pieces(odd, BASE, 9)) == ["人", "民", "大", "国民", "中国民", "，人"]
     assert [s.parts for s in growth(odd, BASE)][3:] == [("国", "民"), ("中国", "民"), ("，", "人")]
 
 
@@ -197,23 +183,25 @@ def test_what_cannot_be_built_is_left_out():
 )
 @settings(deadline=None)
 def test_every_prefix_equals_the_vocabulary_built_for_it(runs, n_chars):
-    steps, h = growth(PIECES, BASE, n_chars), Heldout(Counter(runs), Counter(x=1), 1, 1)
-    for n, counts in prefix_counts(steps, BASE, h, list(range(len(steps) + 1))).items():
-        assert counts == token_counts(run_model(BASE, [s.piece for s in steps[:n]]), h)
+    steps = growth(PIECES, BASE, n_chars)
+    text = Heldout(Counter(runs), Counter(x=1), 1, 1)
+    totals = list(range(len(steps) + 1))
+    for n, counts in prefix_counts(steps, BASE, text, totals).items():
+        alone = run_model(BASE, [s.piece for s in steps[:n]])
+        assert counts == token_counts(alone, text)
 
 
 @given(st.integers(0, 9), st.integers(0, 6))
 def test_selections_grow_by_appending(n, c):
     a, b = names(select_pieces(PIECES, BASE, n, c)), names(select_pieces(PIECES, BASE, n + 1, c))
-    assert set(a) <= set(b) and len(a) <= n
+    assert set(a) <= set(b)
+    assert len(a) <= n
 
 
 def test_run_model_scores_new_pieces_below_the_base():
     sp = run_model(BASE, select_pieces(PIECES, BASE, 9))
-    assert sp.encode("中国人", out_type=str) == [
-        "中国",
-        "人",
-    ]  # the base's merge is done before 国人
+    # the base's merge is done before 国人
+    assert sp.encode("中国人", out_type=str) == ["中国", "人"]
     assert sp.encode("国人", out_type=str) == ["国人"]
 
 
@@ -221,11 +209,9 @@ def test_run_model_scores_new_pieces_below_the_base():
 
 
 def test_knee_of_short_flat_and_convex_curves():
-    assert (
-        knee([1, 2], [1, 2]) is None
-        and knee([1, 2, 3], [5, 5, 5]) is None
-        and knee([1, 2, 3, 4], [1, 4, 9, 16]) is None
-    )
+    assert knee([1, 2], [1, 2]) is None
+    assert knee([1, 2, 3], [5, 5, 5]) is None
+    assert knee([1, 2, 3, 4], [1, 4, 9, 16]) is None
     x = np.arange(1, 60)
     assert knee(list(x), list(1 - np.exp(-x / 8))) in range(10, 25)
 
@@ -247,39 +233,35 @@ def row(n_chars, n_pieces, a, domain="mean", last=50.0):
 
 
 def test_choice_takes_the_best_characters_at_the_knee():
-    rows = [
-        row(c, t, -100 + min(4 * t, 30 + t) - abs(c - 20))
-        for c in (10, 20, 30)
-        for t in range(1, 31)
-    ] + [row(10, 5, 9.0, "news")]
-    c = choose(rows, 1200)
-    assert (
-        (c["n_pieces"], c["n_chars"]) == (10, 20)
-        and "the knee of the best ALP of 30 totals" in c["why"]
-        and "17.5% fewer tokens" in c["why"]
-    )
-    c = choose([row(10, 100, -5.0), row(10, 200, -4.0)], 2000)
-    assert c["n_pieces"] == 200 and "no knee, so the last of 2 totals" in c["why"]
+    rows = [row(10, 5, 9.0, "news")]
+    for n_chars in (10, 20, 30):
+        for total in range(1, 31):
+            bent = min(4 * total, 30 + total)  # at 10
+            rows.append(row(n_chars, total, -100 + bent - abs(n_chars - 20)))
+    choice = choose(rows, 1200)
+    assert (choice["n_pieces"], choice["n_chars"]) == (10, 20)
+    assert "the knee of the best ALP of 30 totals" in choice["why"]
+    assert "17.5% fewer tokens" in choice["why"]
+    choice = choose([row(10, 100, -5.0), row(10, 200, -4.0)], 2000)
+    assert choice["n_pieces"] == 200
+    assert "no knee, so the last of 2 totals" in choice["why"]
 
 
 def test_verdict_asks_what_is_saved_and_what_will_be_trained():
     rows = [row(10, 100, -5.0, last=50.0), row(10, 200, -4.0, last=10.0)]
-    assert choose(rows, 850)["why"].startswith(
-        "do not extend: 200 pieces save 5.9% of the tokens, less than 10%"
-    )
-    c = choose(rows, 2000, budget=1e6)
-    assert (
-        c["n_pieces"] == 100
-        and "the largest total up to no knee, so the last" in c["why"]
-        and "one of the last tenth 50 times" in c["why"]
-    )
-    c = choose(rows, 2000, budget=1e5)
-    assert (
-        c["n_pieces"] == 0
-        and "in 100,000 characters of training the last rows of 100 pieces are seen 5.0 times, "
+    little = "do not extend: 200 pieces save 5.9% of the tokens, less than 10%"
+    assert choose(rows, 850)["why"].startswith(little)
+    choice = choose(rows, 2000, budget=1e6)
+    assert choice["n_pieces"] == 100
+    assert "the largest total up to no knee, so the last" in choice["why"]
+    assert "one of the last tenth 50 times" in choice["why"]
+    choice = choose(rows, 2000, budget=1e5)
+    assert choice["n_pieces"] == 0
+    seldom = (
+        "in 100,000 characters of training the last rows of 100 pieces are seen 5.0 times, "
         "fewer than 20"
-        in c["why"]
     )
+    assert seldom in choice["why"]
 
 
 # ---- the stage
@@ -293,35 +275,27 @@ def made(tmp_path_factory):
 
 
 def test_table_against_whole_tokenizers(made):
-    _, c, pieces = made
-    base, pieces, texts = (
-        base_pieces(base_tokenizer_model()),
-        read_pieces(pieces),
-        {d: t[:60] for d, t in heldout(c).items()},
-    )
-    held = {d: read_heldout(t, base_tokenizer_model()) for d, t in texts.items()}
+    _, c, folder = made
+    base_file = base_tokenizer_model()
+    base, pieces = base_pieces(base_file), read_pieces(folder)
+    texts = {domain: docs[:60] for domain, docs in heldout(c).items()}
+    held = {domain: read_heldout(docs, base_file) for domain, docs in texts.items()}
     rows = search_table(pieces, base, held, [300, 600], [0, 1600, 1650, 9999])
-    assert len({(r["n_chars"], r["n_pieces"]) for r in rows}) == 8 and {
-        r["domain"] for r in rows
-    } == {*texts, "mean"}
+    assert len({(r["n_chars"], r["n_pieces"]) for r in rows}) == 8
+    assert {r["domain"] for r in rows} == {*texts, "mean"}
     for r in rows:
         if r["domain"] == "mean":
             continue
-        sp = processor(
-            extend_model(
-                base_tokenizer_model(), select_pieces(pieces, base, r["n_pieces"], r["n_chars"])
-            )
-        )
-        n = Counter(x for t in texts[r["domain"]] for x in sp.encode(t))
-        assert r["n_tokens"] == n.total() and math.isclose(
-            r["chars_per_token"], sum(map(len, texts[r["domain"]])) / n.total()
-        )
-        assert math.isclose(
-            r["alp"], alp(np.array(list(n.values()), float), held[r["domain"]].n_sentences)
-        )
-        assert math.isclose(
-            r["byte_share"], sum(k for i, k in n.items() if sp.is_byte(i)) / n.total()
-        )
+        docs = texts[r["domain"]]
+        chosen = select_pieces(pieces, base, r["n_pieces"], r["n_chars"])
+        sp = processor(extend_model(base_file, chosen))
+        n = Counter(i for ids in sp.encode(docs) for i in ids)
+        assert r["n_tokens"] == n.total()
+        assert math.isclose(r["chars_per_token"], sum(map(len, docs)) / n.total())
+        own_alp = alp(np.array(list(n.values()), float), held[r["domain"]].n_sentences)
+        assert math.isclose(r["alp"], own_alp)
+        n_bytes = sum(count for i, count in n.items() if sp.is_byte(i))
+        assert math.isclose(r["byte_share"], n_bytes / n.total())
         assert r["n_params"] == 2 * 4096 * r["n_pieces"] == r["bf16_bytes"] / 2
 
 
@@ -347,29 +321,22 @@ def test_search_writes_table_choice_and_curve(made, capsys):
         "bf16_bytes",
         "domain",
     ]
-    assert "news" in s.stats["domains"] and len(table) == 1 + s.stats["n_tried"] * (
-        len(s.stats["domains"]) + 1
-    )
-    assert (
-        read_choice(s)
-        == (s.stats["n_pieces"], s.stats["n_chars"])
-        == read_choice(s / "choice.json")
-    )
-    assert (s / "curve.svg").read_text().startswith(
-        "<?xml"
-    ) and "vocabularies tried on" in capsys.readouterr().out
-    assert (
-        s.stats["chars_per_token"] > s.stats["chars_per_token_base"]
-        and s.stats["alp"] > s.stats["alp_base"]
-    )
+    assert "news" in s.stats["domains"]
+    assert len(table) == 1 + s.stats["n_tried"] * (len(s.stats["domains"]) + 1)
+    choice = (s.stats["n_pieces"], s.stats["n_chars"])
+    assert read_choice(s) == choice
+    assert read_choice(s / "choice.json") == choice
+    assert (s / "curve.svg").read_text().startswith("<?xml")
+    assert "vocabularies tried on" in capsys.readouterr().out
+    assert s.stats["chars_per_token"] > s.stats["chars_per_token_base"]
+    assert s.stats["alp"] > s.stats["alp_base"]
 
 
 def test_a_search_that_says_no_is_heard(made, tmp_path):
     d, c, pieces = made
     s = search(pieces, corpus=c, out=tmp_path / "s", totals=[200, 400], budget=1000)
-    assert s.stats["n_pieces"] == 0 and s.stats["why"].startswith(
-        "do not extend: in 1,000 characters of training"
-    )
+    assert s.stats["n_pieces"] == 0
+    assert s.stats["why"].startswith("do not extend: in 1,000 characters of training")
     with pytest.raises(
         StageError,
         match="says: do not extend: .*; to extend all the same, give a number: "
@@ -380,18 +347,20 @@ def test_a_search_that_says_no_is_heard(made, tmp_path):
 
 def test_default_grid_reaches_all_candidates():
     totals, chars = default_grid(PIECES, BASE)
-    assert totals == list(range(1, 8)) and chars[0] == 0 and chars[-1] == 2 + 3 and len(chars) == 5
+    assert totals == list(range(1, 8))
+    assert chars[0] == 0
+    assert chars[-1] == 2 + 3
+    assert len(chars) == 5
 
 
 def test_figure_has_a_curve_for_each_number_of_characters():
     rows = [row(c, t, -9.0 + t) for c in (0, 1, 2) for t in (1, 2, 3)]
     left, right = plot_search(rows, choose(rows, 2000)).axes
-    assert [t.get_text() for t in right.get_legend().get_texts()] == [
-        "by tokens saved",
-        "1",
-        "2",
-        "choice",
-    ] and "nats" in left.get_ylabel()
+    assert "nats" in left.get_ylabel()
+    legend = right.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["by tokens saved", "1", "2", "choice"]
 
 
 def test_all_faults_at_once(tmp_path):
@@ -417,47 +386,29 @@ def test_all_faults_at_once(tmp_path):
 
 def test_little_text_to_judge_by_is_said(tmp_path, cli):
     "A text file of one's own, where one document in a thousand is held out"
-    with open(tmp_path / "my.txt", "w", encoding="utf-8") as f:
-        f.writelines(f"第{i}篇文章，讲词表的扩充和词汇。{chr(0x4E00 + i)}\n\n" for i in range(3000))
-    assert cli("corpus", "--sources", f"zh={tmp_path}/my.txt", "--out", tmp_path / "c")[0] == 0
+    text, corpus_dir, pieces_dir = tmp_path / "my.txt", tmp_path / "c", tmp_path / "p"
+    with open(text, "w", encoding="utf-8") as f:
+        for i in range(3000):
+            f.write(f"第{i}篇文章，讲词表的扩充和词汇。{chr(0x4E00 + i)}\n\n")
+
+    def says(*args):
+        status, _ = cli(*args)
+        assert status == 0
+        return cli.out
+
     assert (
         "characters are held out, too few to judge a vocabulary or a model by; "
-        "give --valid-share 0.04 or more" in cli.out
-    )
-    assert (
-        cli("tokenizer", "--corpus", tmp_path / "c", "--n-pieces", 200, "--out", tmp_path / "p")[0]
-        == 0
-    )
-    assert (
-        cli(
-            "search",
-            "--pieces",
-            tmp_path / "p",
-            "--corpus",
-            tmp_path / "c",
-            "--out",
-            tmp_path / "s",
-        )[0]
-        == 0
-    )
+        "give --valid-share 0.04 or more"
+    ) in says("corpus", "--sources", f"zh={text}", "--out", corpus_dir)
+    says("tokenizer", "--corpus", corpus_dir, "--n-pieces", 200, "--out", pieces_dir)
+    said = says("search", "--pieces", pieces_dir, "--corpus", corpus_dir, "--out", tmp_path / "s")
     assert (
         "characters are few to judge by; give more with --domains, "
-        "or run: cmixtral corpus --valid-share SHARE" in cli.out
-    )
-    assert cli.out.rstrip().endswith("tried on 1 domain")
-    assert (
-        cli(
-            "corpus",
-            "--sources",
-            f"zh={tmp_path}/my.txt",
-            "--valid-share",
-            0.2,
-            "--out",
-            tmp_path / "d",
-        )[0]
-        == 0
-    )
-    assert "too few" not in cli.out
+        "or run: cmixtral corpus --valid-share SHARE"
+    ) in said
+    assert said.rstrip().endswith("tried on 1 domain")
+    more = ("--valid-share", 0.2, "--out", tmp_path / "d")
+    assert "too few" not in says("corpus", "--sources", f"zh={text}", *more)
 
 
 def test_nothing_held_out_and_nothing_to_cut(made, tmp_path):
