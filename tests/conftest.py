@@ -12,9 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -122,7 +121,8 @@ class Cli:
     "The command in this process: cli(...) -> (exit status, standard error as lines)"
 
     def __init__(self, capsys):
-        self.capsys, self.out = capsys, ""  # out: what the last call printed
+        self.capsys = capsys
+        self.out = ""  # what the last call printed
 
     def __call__(self, *args):
         from cmixtral_nb.commands import main
@@ -142,32 +142,25 @@ def cli(capsys):
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     "The package as a user installs it: what the wheel holds, and beside it the wheel"
-    tmp, root = tmp_path_factory.mktemp("wheel"), Path(__file__).parents[1]
-    shutil.copytree(
-        root / "cmixtral_nb", tmp / "cmixtral_nb", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    tmp = tmp_path_factory.mktemp("wheel")
+    root = Path(__file__).parents[1]
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(root / "cmixtral_nb", tmp / "cmixtral_nb", ignore=no_caches)
     for name in ["settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]:
         shutil.copy(root / name, tmp)
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."],
-        cwd=tmp,
-        check=True,
-        capture_output=True,
-    )
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--target", "site", *(tmp / "dist").glob("*.whl")],
-        cwd=tmp,
-        check=True,
-        capture_output=True,
-    )
+
+    def pip(*args):
+        command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *args]
+        subprocess.run(command, cwd=tmp, check=True, capture_output=True)
+
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", "dist", ".")
+    pip("install", "--no-deps", "--target", "site", *(tmp / "dist").glob("*.whl"))
     return tmp / "site"
 
 
-@pytest.fixture(
-    scope="module"
-)  # not of the session: while it is open, no other test could use asyncio
+@pytest.fixture(scope="module")
 def chromium():
+    "Of the module, not of the session: while it is open, no other test could use asyncio"
     api = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM:
         pytest.skip("Chromium is not installed")
