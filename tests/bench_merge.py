@@ -112,7 +112,7 @@ def make(folder, layers, numbers=NUMBERS, shard_bytes=1_000_000_000, rank=RANK):
             eos_token_id=2,
         ),
     )
-    lora = {}
+    lora: dict[str, list[int]] = {}
     for n, s in shapes.items():
         if "_proj" in n or ".experts." in n:
             base = "base_model.model." + plain_name(n).removesuffix("weight")
@@ -145,6 +145,7 @@ def measure(code, *args):
         stderr=subprocess.PIPE,
         env=dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error"),
     )
+    assert p.stderr
     err = p.stderr.read()
     _, status, usage = os.wait4(p.pid, 0)
     assert status == 0, err.decode()[-2000:]

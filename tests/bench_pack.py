@@ -146,7 +146,7 @@ def seed_maps(path, tok, length, cache, out, n_proc):
     disable_progress_bars()
 
     def group(examples):
-        joined = {k: sum(examples[k], []) for k in examples}
+        joined: dict[str, list] = {k: sum(examples[k], []) for k in examples}
         total = len(joined["input_ids"]) // length * length
         result = {
             k: [t[i : i + length] for i in range(0, total, length)] for k, t in joined.items()

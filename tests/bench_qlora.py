@@ -115,7 +115,8 @@ def models():
 def step(batch, length=256, turns=7):
     import torch
 
-    nets, found = models(), {}
+    nets = models()
+    found: dict = {}
     x = torch.randint(0, 2000, (batch, length), generator=torch.Generator().manual_seed(0))
     opts = {
         k: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4)
