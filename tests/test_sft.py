@@ -4,7 +4,6 @@ import hashlib
 import json
 import lzma
 import re
-from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,11 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmixtral_nb import conversations
 from cmixtral_nb import sft as s
+from cmixtral_nb.chat_tokenizer import (
+    BEGIN,
+    END,
+    FORMS,
+    PAD,
+    ColouredTokens,
+    chat_tokenizer,
+    write_chat_tokenizer,
+)
+from cmixtral_nb.conversations import Faults, read_conversations
+from cmixtral_nb.machine import package_data
 from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.stages import StageError
 from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
+from cmixtral_nb.training import saved_checkpoints
 
 TALK = [dict(role="user", content="你好"), dict(role="assistant", content="你好！")]
 
@@ -36,22 +46,33 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tok(model, tmp_path_factory):
-    return s.write_chat_tokenizer(model, tmp_path_factory.mktemp("tok"))
+    return write_chat_tokenizer(model, tmp_path_factory.mktemp("tok"))
 
 
 @pytest.fixture(scope="module")
 def bpe(model):
-    return s._bpe(model)
+    return s.load_bpe(model)
 
 
-@pytest.fixture(scope="module", params=sorted(s.FORMS))
+@pytest.fixture(scope="module", params=sorted(FORMS))
 def either(request, model):
-    return s.chat_tokenizer(load_tokenizer(model), request.param)
+    return chat_tokenizer(load_tokenizer(model), request.param)
 
 
 def read(path, **kw):
-    counts = Counter()
-    return list(conversations.read_conversations(str(path), counts=counts, **kw)), dict(counts)
+    counts = Faults()
+    return list(read_conversations(str(path), counts=counts, **kw)), dict(counts)
+
+
+def rendered_ids(tok, talk):
+    "The ids of the finished text, as an engine makes them"
+    text = tok.apply_chat_template(talk, tokenize=False)
+    return tok(text, add_special_tokens=False)["input_ids"]
+
+
+def control_tokens(tok, ids):
+    control = {0, 1, 2, *tok.all_special_ids}
+    return [tok.convert_ids_to_tokens(i) for i in ids if i in control]
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,76 +94,44 @@ def test_ids_and_mask_are_those_of_the_template(either, texts):
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
-        st.sampled_from([s.BEGIN, s.END, s.PAD, "<s>", "</s>", "<unk>", "\n", "助手", "x", " "]),
+        st.sampled_from([BEGIN, END, PAD, "<s>", "</s>", "<unk>", "\n", "助手", "x", " "]),
         max_size=8,
     ).map("".join)
 )
 def test_no_word_becomes_control(tok, text):
-    "In our encoding, where words are kept to the letter, and in the finished text of the template, which other engines read"
+    "Neither in our encoding, letter by letter, nor in the template's text, which engines read"
     talk = [dict(role=r, content=text) for r in ("system", "user", "assistant")]
     ids, mask = s.encode_chat(tok, talk)
-    assert [tok.convert_ids_to_tokens(i) for i in ids if i in {0, 1, 2, *tok.all_special_ids}] == [
-        "<s>"
-    ] + [s.BEGIN, s.END] * 3
-    answer = [i for i, m in zip(ids, mask) if m]
-    assert (
-        answer[:-1] == encode_plain(tok, [f"助手\n{text}"])[0][4:]
-        and answer[-1] == tok.eos_token_id
-    )
-    theirs = tok(tok.apply_chat_template(talk, tokenize=False), add_special_tokens=False)[
-        "input_ids"
-    ]
-    assert [
-        tok.convert_ids_to_tokens(i) for i in theirs if i in {0, 1, 2, *tok.all_special_ids}
-    ] == ["<s>"] + [s.BEGIN, s.END] * 3
+    assert control_tokens(tok, ids) == ["<s>"] + [BEGIN, END] * 3
+    answer = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert answer[:-1] == encode_plain(tok, [f"助手\n{text}"])[0][4:]
+    assert answer[-1] == tok.eos_token_id
+    assert control_tokens(tok, rendered_ids(tok, talk)) == ["<s>"] + [BEGIN, END] * 3
 
 
-def test_ten_thousand_hostile_messages(tok, model):
-    "No control token that the form did not write, and no character lost; in the template's text, of messages without control tokens the same ids"
+def test_ten_thousand_hostile_messages(tok):
+    """No control token that the form did not write, and no character lost.
+
+    Where nobody typed a control token, the template's text has the same ids."""
     from cmixtral_nb.certificate import hostile_texts
 
-    marks = [
-        s.BEGIN,
-        s.END,
-        s.PAD,
-        "<s>",
-        "</s>",
-        "<unk>",
-        "<|im_end|>",
-        "[INST]",
-        "[/INST]",
-        f"{s.END}\n{s.BEGIN}系统\n",
-        "<",
-        "|>",
-        "<|endof",
-        "utterance|>",
-        "<</s>s>",
-        "<s></s>",
-    ]
-    texts = hostile_texts(10_000, marks + ["请", "你好", " the"])
-    control = {0, 1, 2, *tok.all_special_ids}
-    want = [
-        [tok.bos_token_id]
-        + [i for _ in range(n) for i in tok.convert_tokens_to_ids([s.BEGIN, s.END])]
-        for n in (1, 2, 3)
-    ]
+    own = [BEGIN, END, PAD, "<s>", "</s>", "<unk>"]
+    others = ["<|im_end|>", "[INST]", "[/INST]", f"{END}\n{BEGIN}系统\n"]
+    parts = ["<", "|>", "<|endof", "utterance|>", "<</s>s>", "<s></s>"]
+    texts = hostile_texts(10_000, own + others + parts + ["请", "你好", " the"])
+    roles = [["user"], ["user", "assistant"], ["system", "user", "assistant"]]
     bad = []
-    for k, t in enumerate(texts):
-        talk = [
-            dict(role=r, content=t)
-            for r in (["user"], ["user", "assistant"], ["system", "user", "assistant"])[k % 3]
-        ]
+    for k, text in enumerate(texts):
+        talk = [dict(role=role, content=text) for role in roles[k % 3]]
+        want = ["<s>"] + [BEGIN, END] * len(talk)
         ours = s.encode_chat(tok, talk)[0]
-        theirs = tok(tok.apply_chat_template(talk, tokenize=False), add_special_tokens=False)[
-            "input_ids"
-        ]
-        if any([i for i in ids if i in control] != want[k % 3] for ids in (ours, theirs)) or (
-            not any(m in t for m in ("<s>", "</s>", "<unk>", s.BEGIN, s.END, s.PAD))
-            and ours != theirs
-        ):
-            bad.append(t)
+        theirs = rendered_ids(tok, talk)
+        typed = any(mark in text for mark in own)
+        same = typed or ours == theirs
+        if not same or any(control_tokens(tok, ids) != want for ids in (ours, theirs)):
+            bad.append(text)
     assert len(texts) == 10_000 and not bad, bad[:3]
-    assert sum(any(m in t for m in marks[:6]) for t in texts) > 4000
+    assert sum(any(mark in text for mark in own) for text in texts) > 4000
 
 
 def test_every_added_token_in_every_role(model, tmp_path):
@@ -150,17 +139,14 @@ def test_every_added_token_in_every_role(model, tmp_path):
     tok = load_tokenizer(model)
     tok.add_tokens(["[INST]", "secret"], special_tokens=True)
     tok.add_tokens(["<tool>"])
-    s.chat_tokenizer(tok)
+    chat_tokenizer(tok)
     added = {i: t.content for i, t in tok.added_tokens_decoder.items()}
-    assert {"<s>", "</s>", "<unk>", "[INST]", "secret", "<tool>", s.BEGIN, s.END, s.PAD} == set(
-        added.values()
-    )
+    base = {"<s>", "</s>", "<unk>", "[INST]", "secret", "<tool>"}
+    assert set(added.values()) == base | {BEGIN, END, PAD}
     for t in added.values():
         talk = [dict(role=r, content=f"a{t}b {t}") for r in ("system", "user", "assistant")]
-        ids = tok(tok.apply_chat_template(talk, tokenize=False), add_special_tokens=False)[
-            "input_ids"
-        ]
-        assert [added[i] for i in ids if i in added] == ["<s>"] + [s.BEGIN, s.END] * 3, t
+        ids = rendered_ids(tok, talk)
+        assert [added[i] for i in ids if i in added] == ["<s>"] + [BEGIN, END] * 3, t
 
 
 def test_words_in_parts(either):
@@ -169,9 +155,9 @@ def test_words_in_parts(either):
         dict(role="user", content=[dict(type="text", text="a</s>"), dict(type="text", text="b")])
     ]
     whole = [dict(role="user", content="a</s>\nb")]
-    assert either.apply_chat_template(parts, tokenize=False) == either.apply_chat_template(
-        whole, tokenize=False
-    ) and "</s>" not in either.apply_chat_template(parts, tokenize=False)
+    text = either.apply_chat_template(parts, tokenize=False)
+    assert text == either.apply_chat_template(whole, tokenize=False)
+    assert "</s>" not in text
 
 
 @pytest.mark.parametrize(
@@ -192,16 +178,14 @@ def test_colours_are_the_mask(tok):
     ids, mask = s.encode_chat(
         tok, [dict(role="user", content="<b>\n你好"), dict(role="assistant", content="好\n<i>")]
     )
-    page = s.ColouredTokens(tok, ids, mask)._repr_html_()
-    assert (
-        page.count("#bfe3c0") == sum(mask)
-        and page.count("#ddd") == 4
-        and "<" not in re.sub("</?(div|span|br)[^>]*>", "", page)
-    )
+    page = ColouredTokens(tok, ids, mask)._repr_html_()
+    assert page.count("#bfe3c0") == sum(mask)
+    assert page.count("#ddd") == 4
+    assert "<" not in re.sub("</?(div|span|br)[^>]*>", "", page)
 
 
 def test_bpe_dropout_cuts_only_words(tok, model):
-    cut = s.dropout_encoder(s._bpe(model), 0.5, 3)
+    cut = s.dropout_encoder(s.load_bpe(model), 0.5, 3)
     talk = [
         dict(role="user", content="Please translate: the quick brown fox\nand more"),
         dict(role="assistant", content="Every word of it is here\nand there."),
@@ -210,10 +194,8 @@ def test_bpe_dropout_cuts_only_words(tok, model):
     plain, _ = s.encode_chat(tok, talk)
     assert len(ids) > len(plain) and len(ids) == len(mask)
     assert tok.decode(ids) == tok.decode(plain)
-    assert (
-        tok.decode([i for i, m in zip(ids, mask) if m]).removesuffix(s.END).strip()
-        == talk[1]["content"]
-    )
+    answer = tok.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert answer.removesuffix(END).strip() == talk[1]["content"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -232,10 +214,8 @@ def test_without_dropout_merges_are_those_of_sentencepiece(bpe, text):
 def test_dropout_is_the_same_everywhere(bpe):
     "A number that another process has to find, too"
     text = "the quick brown fox jumps over the lazy dog"
-    assert (
-        hashlib.sha256(str([bpe(text, 0.3, k) for k in range(20)]).encode()).hexdigest()[:8]
-        == "6032e1c2"
-    )
+    cuts = str([bpe(text, 0.3, k) for k in range(20)])
+    assert hashlib.sha256(cuts.encode()).hexdigest()[:8] == "6032e1c2"
     kept = [bpe(text, 0.5, k, keep=9) for k in range(9)]
     assert all(ids[:2] == bpe(text)[:2] for ids in kept) and len({str(k) for k in kept}) > 5
 
@@ -271,37 +251,41 @@ def test_every_form(tmp_path):
         assert talks[2][3]["content"] == "q\ni" and talks[0][-1]["content"] == "b"
 
 
+def line(roles="", contents=(), **more):
+    "A line of OpenAI's form; roles by their first letters"
+    names = dict(u="user", a="assistant", t="tool", s="system")
+    turns = [
+        dict(role=names[role], content=words) for role, words in zip(roles, contents, strict=True)
+    ]
+    return json.dumps(more or dict(messages=turns)).encode()
+
+
 @pytest.mark.parametrize(
     "row,reason",
     [
         (b'{"messages": [', "invalid JSON"),
+        (b'{"a": ' + b"[" * 100_000, "invalid JSON"),
         (b"\xff{}", "invalid UTF-8"),
         (b"[1]x", None),
+        (b"[" * 100_000, None),
         (b"3", "not an object"),
-        (b'{"text": "a"}', "unknown form"),
-        (b'{"messages": [{"role": "user", "content": "a"}]}', "no answer"),
-        (b'{"messages": [{"role": "tool", "content": "a"}]}', "unknown role 'tool'"),
-        (
-            b'{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}',
-            "empty turn of user",
-        ),
-        (b'{"messages": [{"role": "assistant", "content": "a"}]}', "begins with assistant"),
-        (b'{"instruction": "a", "output": ""}', "empty answer"),
-        (
-            b'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]}',
-            "two turns of user in a row",
-        ),
-        (b'{"messages": "hello"}', "turns that are no list of objects"),
-        (b'{"messages": [3]}', "turns that are no list of objects"),
-        (
-            b'{"messages": [{"role": "user", "content": {"a": 1}}, {"role": "assistant", "content": "a"}]}',
-            "content that is no text",
-        ),
-        (
-            b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}',
-            "half a character",
-        ),
-        (b'{"instruction": 3, "output": "a"}', "content that is no text"),
+        (line(text="a"), "unknown form"),
+        (line("u", "a"), "no answer"),
+        (line("t", "a"), "unknown role 'tool'"),
+        (line(messages=[dict(role=["user"], content="a")]), r"unknown role \"\['user'\]\""),
+        (line(messages=[dict(role={}, content="a")]), r"unknown role '{}'"),
+        (line("ua", [None, "a"]), "empty turn of user"),
+        (line("a", "a"), "begins with assistant"),
+        (line(instruction="a", output=""), "empty answer"),
+        (line("uua", "aaa"), "two turns of user in a row"),
+        (line("usa", "aaa"), "turns do not alternate"),
+        (line(messages="hello"), "turns that are no list of objects"),
+        (line(messages=[3]), "turns that are no list of objects"),
+        (line("ua", [{"a": 1}, "a"]), "content that is no text"),
+        (line("ua", ["\ud800", "a"]), "half a character"),
+        (line(instruction=3, output="a"), "content that is no text"),
+        (line(instruction="a", output="a", history=5), "history that is no list of pairs"),
+        (line(instruction="a", output="a", history=[["b"]]), "history that is no list of pairs"),
     ],
 )
 def test_bad_rows_are_counted_or_stop(row, reason, tmp_path):
@@ -312,85 +296,71 @@ def test_bad_rows_are_counted_or_stop(row, reason, tmp_path):
             read(f)
         return
     f.write_bytes(json.dumps(dict(messages=TALK)).encode() + b"\n" + row + b"\n")
-    assert read(f) == ([TALK], {reason: 1})
-    with pytest.raises(StageError, match=f"a.jsonl:2: {reason}; mend the line"):
+    read_talks, counts = read(f)
+    assert read_talks == [TALK] and list(counts.values()) == [1]
+    assert re.fullmatch(reason, *counts)
+    with pytest.raises(StageError, match=f"a.jsonl:2: {reason}; correct the line"):
         read(f, on_error="stop")
 
 
 def test_forms_and_faults_are_counted_file_by_file(model, tmp_path, capsys):
     "All faults of all files at once, with their lines; or a line for each file"
-    tok = s.chat_tokenizer(load_tokenizer(model))
-    parts = dict(
-        messages=[
-            dict(role="user", content=[dict(type="text", text="一"), dict(type="text", text="二")]),
-            TALK[1],
-        ]
-    )
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join(
-            map(
-                json.dumps,
-                [
-                    dict(messages=TALK),
-                    parts,
-                    dict(instruction="a", output="b"),
-                    dict(x=1),
-                    dict(x=2),
-                ],
-            )
-        )
-    )
-    (tmp_path / "b.json").write_text(
-        json.dumps(
-            [
-                dict(
-                    conversations=[{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-                ),
-                dict(messages=TALK),
-                7,
-            ]
-        )
-    )
-    files = [str(tmp_path / n) for n in ("a.jsonl", "b.json")]
-    train, _, counts, n = s._talks(files, tok, "skip", 0, 64, 0)
-    assert (
-        n["forms"] == {files[0]: dict(OpenAI=2, Alpaca=1), files[1]: dict(ShareGPT=1, OpenAI=1)}
-        and train[1][0]["content"] == "一\n二"
-    )
-    assert counts == {"unknown form": 2, "not an object": 1, "repeated": 1}
-    assert (n["tokens"], n["answers"]) == tuple(
-        sum(map(f, (s.encode_chat(tok, t) for t in train)))
-        for f in (lambda x: len(x[0]), lambda x: sum(x[1]))
-    )
+    tok = chat_tokenizer(load_tokenizer(model))
+    parts = [dict(type="text", text="一"), dict(type="text", text="二")]
+    lines = [
+        dict(messages=TALK),
+        dict(messages=[dict(role="user", content=parts), TALK[1]]),
+        dict(instruction="a", output="b"),
+        dict(x=1),
+        dict(x=2),
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    records = [dict(conversations=sharegpt), dict(messages=TALK), 7]
+    (tmp_path / "b.json").write_text(json.dumps(records))
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.json")]
+    talks = s.select_talks(files, tok, "skip", 0, 64, 0)
+    assert talks.sources == {
+        files[0]: dict(OpenAI=2, Alpaca=1),
+        files[1]: dict(ShareGPT=1, OpenAI=1),
+    }
+    assert talks.train[1][0]["content"] == "一\n二"
+    assert talks.dropped == {"unknown form": 2, "not an object": 1, "repeated": 1}
+    encoded = [s.encode_chat(tok, talk) for talk in talks.train]
+    assert talks.n_tokens == sum(len(ids) for ids, _ in encoded)
+    assert talks.n_answer_tokens == sum(sum(mask) for _, mask in encoded)
     said = capsys.readouterr().out.splitlines()
     assert said == [
         f"sft: {files[0]}: 2 OpenAI, 1 Alpaca; dropped: unknown form 2 (line 4, 5)",
         f"sft: {files[1]}: 1 ShareGPT, 1 OpenAI; dropped: not an object 1 (line 3), repeated 1",
     ]
     with pytest.raises(StageError) as e:
-        s._talks(files, tok, "stop", 0, 64, 0)
-    assert [f.split("; ")[0] for f in e.value.args] == [
+        s.select_talks(files, tok, "stop", 0, 64, 0)
+    assert [fault.split("; ")[0] for fault in e.value.args] == [
         f"{files[0]}:4: unknown form",
         f"{files[0]}:5: unknown form",
         f"{files[1]}:3: not an object",
     ]
     (tmp_path / "d.jsonl").write_text("{}\n" * 50)
     with pytest.raises(StageError, match="and 30 more"):
-        s._talks([str(tmp_path / "d.jsonl")], tok, "stop", 0, 64, 0)
+        s.select_talks([str(tmp_path / "d.jsonl")], tok, "stop", 0, 64, 0)
 
 
 def test_a_megabyte_in_one_message(model):
     "Too long to answer within the length: dropped and counted; as an answer it is cut"
-    tok, big = s.chat_tokenizer(load_tokenizer(model)), "长" * 350_000
-    f = [
+    tok, big = chat_tokenizer(load_tokenizer(model)), "长" * 350_000
+    read_talks = [
         [dict(role="user", content=big), TALK[1]],
         [TALK[0], dict(role="assistant", content=big)],
         TALK,
     ]
-    with patch.object(s, "read_conversations", lambda *a: iter(f)):
-        train, _, counts, n = s._talks(["builtin"], tok, "skip", 0, 256, 0)
-    assert train == f[1:] and counts == {"no answer within length": 1} and n["tokens"] < 512
-    assert s.collate_chat([s.encode_chat(tok, t) for t in train], 256)["input_ids"].shape[1] < 512
+    with patch.object(s, "read_conversations", lambda *a: iter(read_talks)):
+        talks = s.select_talks(["builtin"], tok, "skip", 0, 256, 0)
+    assert talks.train == read_talks[1:]
+    assert talks.dropped == {"no answer within length": 1}
+    assert talks.n_tokens < 512
+    batch = s.collate_chat([s.encode_chat(tok, talk) for talk in talks.train], 256)
+    assert batch["input_ids"].shape[1] < 512
 
 
 def test_a_chat_model_keeps_its_rows(model, tmp_path):
@@ -435,36 +405,32 @@ def test_a_chat_model_keeps_its_rows(model, tmp_path):
 def test_what_ships_is_whole():
     talks, counts = read("builtin")
     assert not counts and len(talks) == 2067 and len({json.dumps(t) for t in talks}) == len(talks)
-    rows = [
-        json.loads(l) for l in s.package_data("data/conversations.jsonl").read_text().splitlines()
-    ]
-    assert all(r["licence"] == "CC0-1.0" for r in rows)
+    lines = package_data("data/conversations.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["licence"] == "CC0-1.0" for line in lines)
 
 
 def test_the_end_is_learned_and_the_label_is_the_next_token(tok):
     ids, mask = s.encode_chat(tok, TALK)
     b = s.collate_chat([(ids, mask), (ids + ids[1:], mask + mask[1:])], 1000)
-    assert (b["labels"] == tok.eos_token_id).sum() == 3 and b["input_ids"].shape == (
-        1,
-        3 * len(ids) - 1,
-    )
+    assert (b["labels"] == tok.eos_token_id).sum() == 3
+    assert b["input_ids"].shape == (1, 3 * len(ids) - 1)
     assert b["position_ids"][0].tolist() == [*range(len(ids)), *range(2 * len(ids) - 1)]
-    assert (b["labels"][b["labels"] != -100] == b["input_ids"][b["labels"] != -100]).all()
-    assert (b["input_ids"][0][b["logits_to_keep"] + 1] == b["shift_labels"][0]).all() and b[
-        "shift_labels"
-    ].shape[1] == 3 * sum(mask)
+    counted = b["labels"] != -100
+    assert (b["labels"][counted] == b["input_ids"][counted]).all()
+    assert (b["input_ids"][0][b["logits_to_keep"] + 1] == b["shift_labels"][0]).all()
+    assert b["shift_labels"].shape[1] == 3 * sum(mask)
     assert s.collate_chat([(ids, mask)] * 2, 4)["input_ids"].shape == (1, 8)
 
 
 def test_every_conversation_is_read_once_a_round(tok):
     talks = [[dict(role="user", content=str(i)), TALK[1]] for i in range(7)]
     r = s.Rounds(talks, tok, None, 21, seed=4)
-    assert [sorted(str(r[k]) for k in range(l, l + 7)) for l in (0, 7, 14)] == 3 * [
-        sorted(str(s.encode_chat(tok, t)) for t in talks)
-    ]
-    assert r.order(0) != r.order(1) and r.order(0) == s.Rounds(talks, tok, None, 1, seed=4).order(
-        0
-    ) != s.Rounds(talks, tok, None, 1, seed=5).order(0)
+    each_once = sorted(str(s.encode_chat(tok, talk)) for talk in talks)
+    for first in (0, 7, 14):
+        assert sorted(str(r[k]) for k in range(first, first + 7)) == each_once
+    assert r.order(0) != r.order(1)
+    assert r.order(0) == s.Rounds(talks, tok, None, 1, seed=4).order(0)
+    assert r.order(0) != s.Rounds(talks, tok, None, 1, seed=5).order(0)
 
 
 def test_every_fault_at_once(model, tmp_path):
@@ -554,27 +520,30 @@ def test_killed_it_ends_as_if_it_had_not_been(model, tmp_path):
         device="cpu",
     )
     (tok_dir := tmp_path / "tok").mkdir()
-    s.write_chat_tokenizer(model, tok_dir)
-    whole, step, n = s.sft(model, out=tmp_path / "whole", **kw), Trainer.training_step, 0
+    write_chat_tokenizer(model, tok_dir)
+    whole = s.sft(model, out=tmp_path / "whole", **kw)
+    step = Trainer.training_step
+    steps = []
 
     def dying(self, *a, **k):
-        nonlocal n
-        n += 1
-        if n == 4:
+        steps.append("first run")
+        if len(steps) == 4:
             raise KeyboardInterrupt
+        return step(self, *a, **k)
+
+    def counting(self, *a, **k):
+        steps.append("second run")
         return step(self, *a, **k)
 
     with patch.object(Trainer, "training_step", dying), pytest.raises(KeyboardInterrupt):
         s.sft(model, out=tmp_path / "two", **kw)
-    assert not (tmp_path / "two").exists() and [
-        p.name for p in s.checkpoints(tmp_path / "two.tmp/checkpoints")
-    ] == ["checkpoint-2"]
-    with patch.object(
-        Trainer, "training_step", lambda self, *a, **k: steps.append(1) or step(self, *a, **k)
-    ):
-        steps = []
+    assert not (tmp_path / "two").exists()
+    left = saved_checkpoints(tmp_path / "two.tmp/checkpoints")
+    assert [path.name for path in left] == ["checkpoint-2"]
+    with patch.object(Trainer, "training_step", counting):
         two = s.sft(model, out=tmp_path / "two", **kw)
-    assert len(steps) == 2 and (two / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    assert steps.count("second run") == 2
+    assert (two / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
     a, b = (load_file(x / "adapter_model.safetensors") for x in (whole, two))
     assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
     assert {f.suffix for f in Path(two.path).glob("*.*")} <= {
@@ -593,23 +562,27 @@ def test_killed_it_ends_as_if_it_had_not_been(model, tmp_path):
     assert all((v != 0).any() for k, v in a.items() if "lora_B" in k)  # every expert learned
 
 
-def test_a_loss_that_is_no_number(model, tmp_path):
-    with pytest.raises(StageError, match="loss is nan at step 1, rows 0; lower --lr"):
-        from transformers import Trainer
+def test_a_nan_loss(model, tmp_path):
+    import torch
+    from transformers import Trainer
 
-        with patch.object(
-            Trainer, "training_step", lambda self, *a, **k: __import__("torch").tensor(float("nan"))
-        ):
-            s.sft(
-                model,
-                out=tmp_path / "o",
-                conversations=["builtin:handwritten"],
-                steps=1,
-                batch=1,
-                accumulation=1,
-                length=64,
-                rank=2,
-                valid_share=0,
-                device="cpu",
-            )
+    kw = dict(
+        conversations=["builtin:handwritten"],
+        steps=1,
+        batch=1,
+        accumulation=1,
+        length=64,
+        rank=2,
+        valid_share=0,
+        device="cpu",
+    )
+
+    def nan(self, *a, **k):
+        return torch.tensor(float("nan"))
+
+    with (
+        patch.object(Trainer, "training_step", nan),
+        pytest.raises(StageError, match="loss is nan at step 1, examples 0; lower --lr"),
+    ):
+        s.sft(model, out=tmp_path / "o", **kw)
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.tmp").exists()
