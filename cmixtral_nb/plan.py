@@ -34,7 +34,7 @@ __all__ = [
     "plan_faults",
 ]
 
-# %% ../nbs/a19_plan.ipynb #34f9d73a
+# %% ../nbs/a19_plan.ipynb #de9665b1
 import itertools
 import json
 import math
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     # "mixtral" (8x7B), a model folder, config.json as a dict, or a configuration of transformers
     ModelConfig: TypeAlias = str | Path | dict[str, Any] | PreTrainedConfig
 
-# %% ../nbs/a19_plan.ipynb #3b5881b4
+# %% ../nbs/a19_plan.ipynb #8a64459e
 MIXTRAL_8X7B: dict[str, Any] = dict(
     model_type="mixtral",
     vocab_size=32000,
@@ -81,7 +81,7 @@ def _as_dict(config: ModelConfig) -> dict[str, Any]:
     return read_json(Path(folder) / "config.json")
 
 
-# %% ../nbs/a19_plan.ipynb #11476c6a
+# %% ../nbs/a19_plan.ipynb #b46f1c6c
 class _Shape(NamedTuple):
     "The sizes of a model that memory and time follow from"
 
@@ -145,7 +145,7 @@ def _shape(config: ModelConfig) -> _Shape:
     )
 
 
-# %% ../nbs/a19_plan.ipynb #83900747
+# %% ../nbs/a19_plan.ipynb #a84b5b5d
 class _Matrices(NamedTuple):
     "Matrices of one size"
 
@@ -193,7 +193,7 @@ def count_parameters(
     return dict(counts, total=total, active=total - idle)
 
 
-# %% ../nbs/a19_plan.ipynb #98fa3d2d
+# %% ../nbs/a19_plan.ipynb #e032af4f
 _BYTES = dict(float32=4, bfloat16=2, float16=2)  # of one value
 
 
@@ -224,7 +224,7 @@ def frozen_bytes(
     return size + (counts["router"] + counts["norms"]) * 4
 
 
-# %% ../nbs/a19_plan.ipynb #73fca553
+# %% ../nbs/a19_plan.ipynb #b219181a
 def lora_parameters(
     config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
     rank: int,  # r of the two thin matrices
@@ -261,7 +261,7 @@ def optimiser_bytes(
     return 8
 
 
-# %% ../nbs/a19_plan.ipynb #3f30914a
+# %% ../nbs/a19_plan.ipynb #2024789d
 def activation_bytes(
     config: ModelConfig = "mixtral",  # "mixtral" (8x7B), a model folder, or a configuration
     rank: int = 64,  # of LoRA; 0: none
@@ -296,7 +296,7 @@ def _lora_activation_bytes(shape: _Shape, rank: int, dropout: float, value_bytes
     return inputs * (value_bytes + mask_bytes) + n_matrices * rank * value_bytes
 
 
-# %% ../nbs/a19_plan.ipynb #2eb63a04
+# %% ../nbs/a19_plan.ipynb #54b7300e
 def _trained_bytes(n_trained: int, optim: str, zero: int, n_gpus: int) -> dict[str, float]:
     "Bytes on each GPU of what is trained; ZeRO-2 divides gradients and moments"
     n_shares = n_gpus if zero else 1
@@ -347,7 +347,7 @@ def _step_bytes(
     return dict(sizes, peak=sizes["casts"] + sizes["activations"] + largest)
 
 
-# %% ../nbs/a19_plan.ipynb #12c9a8a0
+# %% ../nbs/a19_plan.ipynb #8527f555
 _CUDA_BYTES = 10**9  # the context, the kernels, and gaps between blocks: an estimate
 
 
@@ -386,13 +386,13 @@ def memory_plan(
     sizes |= _step_bytes(
         activation_bytes(config, rank, dropout, dtype),
         shape.n_layers,
-        size * shape.width,
-        batch * length,
-        size,
-        trainable["lora"],
-        rows,
-        value_bytes,
-        checkpointing,
+        table=size * shape.width,
+        n_tokens=batch * length,
+        vocab_size=size,
+        lora=trainable["lora"],
+        rows=rows,
+        value_bytes=value_bytes,
+        checkpointing=checkpointing,
     )
     sizes["cuda"] = _CUDA_BYTES if value_bytes == 2 else 0
     sizes["total"] = sizes["static"] + sizes["copies"] + sizes["peak"] + sizes["cuda"]
@@ -400,7 +400,7 @@ def memory_plan(
     return dict(parameters=parameters, trainable=trainable, bytes=rounded)
 
 
-# %% ../nbs/a19_plan.ipynb #324816a2
+# %% ../nbs/a19_plan.ipynb #066828bb
 _PLAN_LINES = dict(
     bf16="checkpoint in bfloat16",
     frozen="frozen weights",
@@ -435,7 +435,7 @@ def plan_table(
     return "\n".join(f"{line:<40}{count:>14}{size:>14}" for line, count, size in table)
 
 
-# %% ../nbs/a19_plan.ipynb #95e8e6e4
+# %% ../nbs/a19_plan.ipynb #21229000
 CARDS = (24, 40, 48, 80)  # GB of memory of common GPUs; 1 GB is 10^9 bytes
 
 
@@ -478,7 +478,7 @@ def _which_fits(parallel: bool, zero_2: bool) -> str:
     return "ZeRO-2" if zero_2 else "-"
 
 
-# %% ../nbs/a19_plan.ipynb #377af512
+# %% ../nbs/a19_plan.ipynb #1f4fada4
 def settings_plan(
     config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
     settings: dict[str, Any],  # of `pretrain` or `sft`; absent: the default of `memory_plan`
@@ -511,7 +511,7 @@ def _checkpoints(settings: dict[str, Any], device: str) -> bool:
     return device != "cpu" if said is None else said
 
 
-# %% ../nbs/a19_plan.ipynb #60a2a5b2
+# %% ../nbs/a19_plan.ipynb #38661152
 def smallest_change(
     need: Callable[[dict], float],  # function (settings) -> bytes
     settings: dict[str, Any],  # as they are
@@ -551,7 +551,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-# %% ../nbs/a19_plan.ipynb #1a7df2da
+# %% ../nbs/a19_plan.ipynb #794ef353
 def _choices(
     settings: dict[str, Any], n_new: int, device: str, n_gpus: int
 ) -> dict[str, list]:  # setting -> its value, then those that take less memory
@@ -602,7 +602,7 @@ def fit_text(
     return text
 
 
-# %% ../nbs/a19_plan.ipynb #f90a7535
+# %% ../nbs/a19_plan.ipynb #495fb7f6
 def fits_text(
     config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
     settings: dict[str, Any],  # parameters of `pretrain` or `sft`
@@ -621,7 +621,7 @@ def fits_text(
     return "\n".join(f"{cards:<10}{text}" for cards, text in texts.items())
 
 
-# %% ../nbs/a19_plan.ipynb #12e4bdc7
+# %% ../nbs/a19_plan.ipynb #0015efbd
 def step_flops(
     config: ModelConfig = "mixtral",  # "mixtral" (8x7B), a model folder, or a configuration
     vocab_size: int = 0,  # after extension; 0: as configured
@@ -654,7 +654,7 @@ def step_flops(
     )
 
 
-# %% ../nbs/a19_plan.ipynb #f52fe00d
+# %% ../nbs/a19_plan.ipynb #2d1126c1
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -689,7 +689,7 @@ def peak_flops(
     return 0.0
 
 
-# %% ../nbs/a19_plan.ipynb #d21e9916
+# %% ../nbs/a19_plan.ipynb #a21307dc
 def time_plan(
     config: ModelConfig = "mixtral",  # "mixtral" (8x7B), a model folder, or a configuration
     n_tokens: int = 42_000_000_000,  # to train on
@@ -735,7 +735,7 @@ def _short(number: float) -> str:
     return f"{number:.2g}" if number >= 0.01 else "under 0.01"
 
 
-# %% ../nbs/a19_plan.ipynb #2b744b5b
+# %% ../nbs/a19_plan.ipynb #af1470c2
 def disk_plan(
     config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
     vocab_size: int,  # after extension
@@ -785,7 +785,7 @@ def disk_text(
     return "\n".join(f"{name:<40}{n_bytes / 1e9:>14,.3f} GB" for name, n_bytes in lines.items())
 
 
-# %% ../nbs/a19_plan.ipynb #1dd027cc
+# %% ../nbs/a19_plan.ipynb #bcebead7
 def plan_faults(
     model: ModelConfig,  # model folder or configuration; what cannot be planned has no fault
     settings: dict[str, Any],  # parameters of the stage, such as rank, rows, batch, optim, zero
