@@ -598,9 +598,10 @@ their hashes, versions, seconds.</p>"""
 
 
 def _manifest(folder: str, manifest: dict) -> str:
-    mark = element("span", escape(str(manifest.get("fingerprint", ""))), class_="dim")
+    fingerprint = escape(str(manifest.get("fingerprint", "")))
     content = escape(json.dumps(manifest, indent=1, ensure_ascii=False))
-    return fold(f"{escape(folder)} {mark}", element("pre", content), id=anchor(folder))
+    title = f"{escape(folder)} {element('span', fingerprint, class_='dim')}"
+    return fold(title, element("pre", content), id=anchor(folder))
 
 
 def manifest_section(

@@ -13,53 +13,44 @@ from cmixtral_nb.run_report import report_data
 from cmixtral_nb.stages import Artifact
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def test_all_stages_and_the_report(micro):
-    out, recipe, printed = micro
-    assert {r["state"] for r in run_states(out)} == {"up to date"}
-    for s in STEPS:
-        Artifact.load(out / s.folder, verify=True)
+    out = micro[0]
+    assert {row["state"] for row in run_states(out)} == {"up to date"}
+    for step in STEPS:
+        Artifact.load(out / step.folder, verify=True)
     page = (out / "report.html").read_text()
-    assert (
-        page.count("<svg") >= 4
-        and "文件" in page
-        and "http://"
-        not in page.replace("http://www.w3.org", "")
-        .replace("http://purl.org", "")
-        .replace("http://creativecommons.org", "")
-    )
-    data = json.loads((out / "report.json").read_text())
-    assert (
-        data["vocabulary"]["english_ids_changed"]["n_changed"] == 0
-        and data["vocabulary"]["english_ids_changed"]["n_docs"] >= 3
-    )
+    assert page.count("<svg") >= 4 and "文件" in page
+    for name in ("www.w3.org", "purl.org", "creativecommons.org"):  # names of formats, not links
+        page = page.replace(f"http://{name}", "")
+    assert "http://" not in page
+
+    data = read_json(out / "report.json")
+    english = data["vocabulary"]["english_ids_changed"]
+    assert english["n_changed"] == 0 and english["n_docs"] >= 3
     assert set(data["bits_per_byte"]) == {"base", "model", "adapter", "merged", "chat"}
     assert data["gain"]["characters_per_token_zh"] > 1
-    assert all(
-        abs(sum(layer) - 1) < 1e-3
-        for when in data["router_load"].values()
-        for lang in when.values()
-        for layer in lang
-    )
-    assert {r["model"] for r in data["samples"]} == {"base", "merged", "chat"}
-    assert all(r["seconds"] is not None and r["peak_bytes"] > 0 for r in data["stages"])
+    for languages in data["router_load"].values():
+        for layers in languages.values():
+            assert [sum(layer) for layer in layers] == pytest.approx([1] * len(layers), abs=1e-3)
+    assert {row["model"] for row in data["samples"]} == {"base", "merged", "chat"}
+    assert all(row["seconds"] is not None and row["peak_bytes"] > 0 for row in data["stages"])
 
 
 def test_merged_is_the_adapter_within_rounding(micro):
-    b = json.loads((micro[0] / "report.json").read_text())["bits_per_byte"]
+    bits = read_json(micro[0] / "report.json")["bits_per_byte"]
     for lang in "zh", "en":
-        assert abs(b["merged"][lang] / b["adapter"][lang] - 1) < 1e-4
+        assert abs(bits["merged"][lang] / bits["adapter"][lang] - 1) < 1e-4
 
 
 def test_the_report_says_what_the_results_say(micro):
     out = micro[0]
-    data = report_data(out)
-    for name, value in data["bits_per_byte"].items():
-        assert (
-            value["zh"]
-            == json.loads((out / "evaluation" / name / "results.json").read_text())["results"][
-                "bpb"
-            ]["bits_per_byte_zh"]
-        )
+    for name, bits in report_data(out)["bits_per_byte"].items():
+        results = read_json(out / "evaluation" / name / "results.json")["results"]
+        assert bits["zh"] == results["bpb"]["bits_per_byte_zh"]
 
 
 def test_again_everything_is_up_to_date(micro):
@@ -128,7 +119,7 @@ a._seal = dying
     ],
 )
 def test_killed_at_the_worst_moment_then_finished(micro, tmp_path, stage, folder):
-    "SIGKILL when all is written but the manifest: the old folder is whole, the new one never seen, and the same command finishes"
+    "SIGKILL when all is written but the manifest: no folder is seen, and the command finishes it"
     out, recipe, _ = micro
     copy = tmp_path / "run"
     shutil.copytree(out, copy)
@@ -138,12 +129,14 @@ def test_killed_at_the_worst_moment_then_finished(micro, tmp_path, stage, folder
     assert not (copy / folder).exists() and (copy / f"{folder}.tmp").exists()
     again = cmixtral(*args)
     assert again.returncode == 0, again.stderr
-    files = lambda p: {
-        k: v["sha256"]
-        for k, v in Artifact.load(p / folder, verify=True).manifest["files"].items()
-        if not k.startswith("logs/")
-    }
-    assert files(copy) == files(out)
+
+    def hashes(run):
+        files = Artifact.load(run / folder, verify=True).manifest["files"]
+        return {
+            name: file["sha256"] for name, file in files.items() if not name.startswith("logs/")
+        }
+
+    assert hashes(copy) == hashes(out)
     assert not (copy / f"{folder}.tmp").exists()
 
 
@@ -166,7 +159,8 @@ def test_an_exam_without_questions_is_missed_before_the_first_step(tmp_path, cli
     assert status == 2 and not (tmp_path / "run").exists()
     assert err == [
         "StageError: [evaluate] unknown task 'ceval-vaild', did you mean 'ceval-valid'?",
-        "StageError: [evaluate] mmlu: where are the questions? give their folder with --data, or --data hub",
+        "StageError: [evaluate] mmlu: where are the questions? "
+        "give their folder with --data, or --data hub",
     ]
     assert [i for t, k, i in hub_ids(read_recipe("paper")) if k == "data"] == [
         "ceval/ceval-exam",
