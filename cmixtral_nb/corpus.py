@@ -6,18 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "FEW_CHARS",
-    "clean",
-    "Deduplicator",
-    "is_heldout",
-    "clean_docs",
-    "corpus",
-    "corpus_langs",
-    "missing_language",
-    "lang_faults",
-    "corpus_texts",
-]
+__all__ = ["FEW_CHARS", "clean", "Deduplicator", "is_heldout", "clean_docs", "corpus"]
 
 # %% ../nbs/01_corpus.ipynb #40f86d36
 import hashlib
@@ -30,11 +19,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+# What reads a corpus can be imported from here too.
+from .corpora import corpus_langs as corpus_langs
+from .corpora import corpus_texts as corpus_texts
+from .corpora import lang_faults as lang_faults
+from .corpora import missing_language as missing_language
 from .documents import doc_files, parse_sources, read_docs, text_faults
 from .languages import lang_script, script_share
-from .machine import say
+from .machine import progress, say
 from .options import faults_of, range_faults, refuse
-from .stages import Artifact, require, stage
+from .stages import stage
 
 # %% ../nbs/01_corpus.ipynb #ea6fde6e
 _JUNK = re.compile(
@@ -92,7 +86,7 @@ class Deduplicator:
         text: str,  # one document
     ) -> bool:
         "Whether this document was not seen before"
-        return self._first(text, self.docs)
+        return self._remember(text, self.docs)
 
     def keep_new(
         self,
@@ -103,18 +97,18 @@ class Deduplicator:
         if not self.paragraph_chars:
             return text
         paragraphs = text.split("\n")
-        kept = [
-            p
-            for p in paragraphs
-            if len(p) < self.paragraph_chars or self._first(p, self.paragraphs)
-        ]
+        kept = []
+        for paragraph in paragraphs:
+            is_short = len(paragraph) < self.paragraph_chars
+            if is_short or self._remember(paragraph, self.paragraphs):
+                kept.append(paragraph)
         if len(kept) == len(paragraphs):
             return text
         counts["repeated paragraph"] += len(paragraphs) - len(kept)
         return clean("\n".join(kept))
 
-    def _first(self, text: str, seen: set[int]) -> bool:
-        "Whether a text is the first of its kind; it is remembered"
+    def _remember(self, text: str, seen: set[int]) -> bool:
+        "Remember a text; whether it is the first of its kind"
         value = _hash(text)
         is_new = value not in seen
         seen.add(value)
@@ -149,14 +143,18 @@ def clean_docs(
         split = "valid" if is_heldout(text, valid_share) else "train"
         if len(text) < min_chars:
             counts["too short"] += 1
-        elif script and script_share(text, script) < min_share:
+            continue
+        if script and script_share(text, script) < min_share:
             counts["another script"] += 1
-        elif not seen.is_new(text):
+            continue
+        if not seen.is_new(text):  # from now on it was seen
             counts["repeated document"] += 1
-        elif len(text := seen.keep_new(text, counts)) < min_chars:
+            continue
+        text = seen.keep_new(text, counts)
+        if len(text) < min_chars:
             counts["only repeated paragraphs"] += 1
-        else:
-            yield dict(text=text, source=row["source"], split=split)
+            continue
+        yield dict(text=text, source=row["source"], split=split)
 
 
 # %% ../nbs/01_corpus.ipynb #55829861
@@ -209,16 +207,9 @@ def _report(lang: str, stats: dict, valid_share: float):
         )
 
 
-def _progress(rows: Iterable[dict], name: str) -> Iterable[dict]:
-    "A progress bar where somebody sees it"
-    from tqdm import tqdm
-
-    return tqdm(rows, desc=name, unit=" documents", disable=None)
-
-
 # %% ../nbs/01_corpus.ipynb #0e48b528
 def _found(sources, **_) -> dict:
-    "What the fingerprint is made of: the sources as a list, and the files that they name"
+    "What the key is made of: the sources as a list, and the files that they name"
     sources = [sources] if isinstance(sources, str) else [str(source) for source in sources]
     files: list[str] = []
     for source in sources:
@@ -230,9 +221,8 @@ def _found(sources, **_) -> dict:
 # %% ../nbs/01_corpus.ipynb #4ac36472
 @stage("corpus", inputs=("files",), found=_found, check=_check)
 def corpus(
-    sources: list[
-        str
-    ],  # LANG=REF; file, folder, glob, builtin:NAME, hub:ID[:config][@files]; #column
+    # LANG=REF; file, folder, glob, builtin:NAME, hub:ID[:config][@files]; #column
+    sources: list[str],
     out: Path,  # folder to write
     valid_share: float = 0.001,  # of documents held out, by the hash of each
     min_chars: int = 10,  # shorter documents are dropped
@@ -247,7 +237,7 @@ def corpus(
         drops: Counter = Counter()
         rows = itertools.chain.from_iterable(read_docs(ref, on_error, drops) for ref in refs)
         docs = clean_docs(
-            _progress(rows, lang), lang, drops, min_chars, min_share, paragraph_chars, valid_share
+            progress(rows, lang), lang, drops, min_chars, min_share, paragraph_chars, valid_share
         )
         sizes = _write_parts(docs, lang, out, limit_chars)
         train, valid = sizes["train"], sizes["valid"]
@@ -260,66 +250,3 @@ def corpus(
         )
         _report(lang, stats[lang], valid_share)
     return stats
-
-
-# %% ../nbs/01_corpus.ipynb #5c17937e
-def _folder(corpus: Artifact | str | Path) -> Path:
-    return Path(getattr(corpus, "path", corpus))
-
-
-def corpus_langs(
-    corpus: Artifact | str | Path,  # a corpus folder
-) -> list[str]:  # language codes; empty where the folder is no corpus
-    "The languages of a corpus"
-    return sorted(f.name.split(".")[0] for f in _folder(corpus).glob("*.train.jsonl"))
-
-
-def missing_language(
-    corpus: Artifact | str | Path,  # a corpus folder, as it is shown
-    lang: str,  # the language that was asked for
-    langs: list[str],  # the languages that the corpus has
-    split: str = "",  # 'valid' where held-out text was asked for
-    option: str = "",  # of the command line, with which another language can be chosen
-) -> str:  # one line
-    "What to say where a corpus has no text in a language, or no held-out text"
-    wanted = f"held-out {lang} text" if split == "valid" else f"{lang} text"
-    if lang in langs:  # but no document of it was held out
-        return f"{corpus} has no {wanted}; run: cmixtral corpus --valid-share 0.01"
-    choice = f"give {option} {langs[0]}, or " if option else ""
-    return (
-        f"{corpus} has no {wanted}, it has {', '.join(langs)}; "
-        f"{choice}run: cmixtral corpus --sources {lang}=REF --out DIR"
-    )
-
-
-# %% ../nbs/01_corpus.ipynb #5e28962e
-def lang_faults(
-    corpus: Artifact | str | Path,  # a corpus folder; text in another form has no known language
-    lang: str,  # language code
-) -> list[str]:  # one line, or none
-    "What is wrong where a corpus has no text in the language that `--lang` names"
-    langs = corpus_langs(corpus)
-    if not langs or lang in langs:
-        return []
-    return [missing_language(_folder(corpus), lang, langs, option="--lang")]
-
-
-def corpus_texts(
-    corpus: Artifact | str | Path,  # a corpus folder, or anything that `read_docs` reads
-    lang: str,  # language code
-    split: str = "train",  # or 'valid'
-    limit_chars: int = 0,  # stop after so many characters; 0: all
-) -> Iterator[str]:
-    "The texts of one language of a corpus"
-    if langs := corpus_langs(corpus):
-        part = _folder(corpus) / f"{lang}.{split}.jsonl"
-        require(part.is_file(), missing_language(_folder(corpus), lang, langs, split))
-        rows = read_docs(part, on_error="stop")
-    else:
-        rows = read_docs(str(corpus))
-    n_chars = 0
-    for row in rows:
-        yield row["text"]
-        n_chars += len(row["text"])
-        if limit_chars and n_chars >= limit_chars:
-            return

@@ -6,7 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["open_text", "doc_files", "read_docs", "parse_sources", "text_faults", "text_batches"]
+__all__ = [
+    "open_text",
+    "doc_files",
+    "read_docs",
+    "parse_sources",
+    "text_faults",
+    "up_to",
+    "text_batches",
+]
 
 # %% ../nbs/a04_documents.ipynb #9cbab21f
 import bz2
@@ -21,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from .languages import lang_script
 from .machine import package_data
@@ -343,6 +351,27 @@ def text_faults(
             f"raise it, to {min(0.5, 5 / n_docs):.2g} say: cmixtral corpus --valid-share{hint}"
         ]
     return []
+
+
+# %% ../nbs/a04_documents.ipynb #cff1dab6
+_T = TypeVar("_T")
+
+
+def up_to(
+    docs: Iterable[_T],  # texts, or anything that `size` can measure
+    limit_chars: int,  # characters that are enough; 0: all documents
+    size: Callable[[Any], int] = len,  # characters of one document
+) -> Iterator[_T]:  # whole documents; the last one may exceed the limit
+    """Documents until there are enough characters; 0: all
+
+    Example: up_to(["ab", "cd", "ef"], 3) -> "ab", "cd"
+    """
+    n_chars = 0
+    for doc in docs:
+        yield doc
+        n_chars += size(doc)
+        if limit_chars and n_chars >= limit_chars:
+            return
 
 
 # %% ../nbs/a04_documents.ipynb #e6fc304e

@@ -16,6 +16,7 @@ __all__ = [
     "world_size",
     "meet",
     "say",
+    "progress",
     "available_bytes",
     "gpu_bytes",
     "default_device",
@@ -27,10 +28,11 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib import metadata, resources
 from pathlib import Path
+from typing import TypeVar
 
 
 # %% ../nbs/a03_machine.ipynb #62bc459f
@@ -120,6 +122,21 @@ def say(
     "One line of progress, on standard output; of several processes the first speaks"
     if process_rank() == 0:
         print(f"{kind}: {text}", flush=True)
+
+
+# %% ../nbs/a03_machine.ipynb #e5bb54cd
+_T = TypeVar("_T")
+
+
+def progress(
+    rows: Iterable[_T],  # what is gone through
+    name: str,  # in front of the bar
+    unit: str = "documents",  # what is counted
+) -> Iterable[_T]:  # the same rows
+    "A progress bar where somebody sees it"
+    from tqdm import tqdm
+
+    return tqdm(rows, desc=name, unit=f" {unit}", disable=None)
 
 
 # %% ../nbs/a03_machine.ipynb #be299363

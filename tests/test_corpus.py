@@ -10,16 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmixtral_nb.corpora import corpus_langs, corpus_texts, lang_faults, missing_language
 from cmixtral_nb.corpus import (
     Deduplicator,
     clean,
     clean_docs,
     corpus,
-    corpus_langs,
-    corpus_texts,
     is_heldout,
-    lang_faults,
-    missing_language,
 )
 from cmixtral_nb.documents import doc_files, parse_sources, read_docs
 from cmixtral_nb.languages import lang_script, script_pattern, script_share
