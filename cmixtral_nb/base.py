@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .bits import bits_per_byte, head_loss
-from .corpus import corpus_langs, corpus_texts
+from .corpora import corpus_langs, corpus_texts
 from .machine import say
 from .mixtral import small_config, use_by_expert
 from .options import at_least, between, faults_of, range_faults, refuse

@@ -12,7 +12,7 @@ __all__ = ["MODELS", "data_licences", "ModelFacts", "model_card", "card"]
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .corpus import corpus_langs
+from .corpora import corpus_langs
 from .documents import read_docs
 from .gain import verdicts
 from .machine import package_data, say

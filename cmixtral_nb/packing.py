@@ -49,7 +49,8 @@ from cmixtral_nb.stages import (
 )
 
 from .checkpoints import ahead
-from .corpus import corpus_langs, corpus_texts, is_heldout, missing_language
+from .corpora import corpus_langs, corpus_texts, missing_language
+from .corpus import is_heldout
 from .documents import doc_files, text_batches
 from .tokenizer_files import encode_plain, load_tokenizer
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .base import text_blocks
 from .bits import bits_per_byte, head_loss
-from .corpus import corpus_langs, corpus_texts
+from .corpora import corpus_langs, corpus_texts
 from .mixtral import use_by_expert
 from .stages import Artifact, require
 from .tokenizer_files import encode_plain, load_tokenizer

@@ -35,7 +35,7 @@ from cmixtral_nb.report import (
     verdict_section,
 )
 
-from .corpus import corpus_texts
+from .corpora import corpus_texts
 from .gain import LANGUAGES, changes, percent, verdicts
 from .machine import say, versions
 from .pipeline import run_states

@@ -56,7 +56,8 @@ from cmixtral_nb.stages import (
     write_text,
 )
 
-from .corpus import FEW_CHARS, corpus_langs, lang_faults, missing_language
+from .corpora import corpus_langs, lang_faults, missing_language
+from .corpus import FEW_CHARS
 from .documents import read_docs
 from .languages import script_pattern
 from .machine import say
