@@ -43,13 +43,11 @@ def here(tmp_path_factory):
 
     d = tmp_path_factory.mktemp("pretrain")
     torch.manual_seed(0)
-    MixtralForCausalLM(small_config(hidden=32, layers=1, intermediate=64, heads=2)).save_pretrained(
-        d / "model"
-    )
+    small = small_config(hidden=32, layers=1, intermediate=64, heads=2)
+    MixtralForCausalLM(small).save_pretrained(d / "model")
     write_tokenizer(base_tokenizer_model("mixtral"), d / "model")
-    (d / "zh.jsonl").write_text(
-        "\n".join(json.dumps({"text": f"第{i}篇，词表扩充。" * 3}) for i in range(60))
-    )
+    lines = [json.dumps({"text": f"第{i}篇，词表扩充。" * 3}) for i in range(60)]
+    (d / "zh.jsonl").write_text("\n".join(lines))
     pack(d / "zh.jsonl", d / "model", d / "tokens", mix=["zh"], length=32, valid_share=0.2)
     return d
 
@@ -61,9 +59,8 @@ def whole(here):
 
 def test_log_and_files(whole):
     log = read_log(whole)
-    assert [h["step"] for h in log if "loss" in h] == [1, 2, 3, 4] and [
-        h["step"] for h in log if "bpb_zh" in h
-    ] == [0, 2, 4]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in log if "bpb_zh" in line] == [0, 2, 4]
     assert sorted(os.listdir(whole)) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -73,50 +70,56 @@ def test_log_and_files(whole):
         "router.json",
     ]
     speed = [json.loads(line) for line in (whole / "logs/speed.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in speed] == [1, 2, 3, 4] and all(
-        s["tokens_per_second"] > 0 and s["device"] == "cpu" and "utilisation" not in s
-        for s in speed
-    )
+    assert [line["step"] for line in speed] == [1, 2, 3, 4]
+    for line in speed:
+        assert line["tokens_per_second"] > 0
+        assert line["device"] == "cpu"
+        assert "utilisation" not in line
     assert list((whole / "logs").glob("events.out.tfevents.*"))
-    assert (
-        whole.stats["n_trained_tokens"] == 4 * 2 * 32
-        and whole.stats["bpb"]["zh"]["before"] == log[0]["bpb_zh"]
-    )
-    assert (
-        whole.manifest["tokenizer"]
-        and len(whole.stats["quantised"]) == 16
-        and whole.stats["quantised_dtype"] == "float32"
-    )
+    assert whole.stats["n_trained_tokens"] == 4 * 2 * 32
+    assert whole.stats["bpb"]["zh"]["before"] == log[0]["bpb_zh"]
+    assert whole.manifest["tokenizer"]
+    assert len(whole.stats["quantised"]) == 16
+    assert whole.stats["quantised_dtype"] == "float32"
     for load in read_json(whole / "router.json")["after"]["zh"]:
         assert abs(sum(load) - 1) < 1e-3
 
 
-def test_killed_for_real(here, whole):
-    code = f"""
-import os, signal
+DYING = """
+import os
+import signal
+
 from transformers import Trainer
+
 from cmixtral_nb.pretrain import pretrain
-step = Trainer.training_step
-def dying(self, *a, **kw):
-    if self.state.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *a, **kw)
+
+training_step = Trainer.training_step
+
+
+def dying(self, *args, **kw):
+    if self.state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return training_step(self, *args, **kw)
+
+
 Trainer.training_step = dying
-pretrain({str(here / "model")!r}, {str(here / "tokens")!r}, {str(here / "again")!r}, **{ARGS!r})
-"""
+"""  # runs in a process of its own
+
+
+def test_killed_for_real(here, whole):
+    model, tokens, out = (str(here / name) for name in ("model", "tokens", "again"))
+    code = f"{DYING}\npretrain({model!r}, {tokens!r}, {out!r}, **{ARGS!r})"
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert p.returncode == -signal.SIGKILL, p.stderr
+    assert not (here / "again").exists()
     kept = here / "again.tmp/checkpoints"
-    assert not (here / "again").exists() and [c.name for c in saved_checkpoints(kept)] == [
-        "checkpoint-2"
-    ]
+    assert [c.name for c in saved_checkpoints(kept)] == ["checkpoint-2"]
     shutil.copytree(kept / "checkpoint-2", kept / "checkpoint-3")  # a newer one, cut short
     (kept / "checkpoint-3/complete").unlink()
     (kept / "checkpoint-3/adapter_model.safetensors").write_bytes(b"half")
-    b = pretrain(here / "model", here / "tokens", here / "again", **ARGS)
-    assert (
-        b.fingerprint == whole.fingerprint
-        and (b / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
-    )
+    again = pretrain(here / "model", here / "tokens", here / "again", **ARGS)
+    assert again.fingerprint == whole.fingerprint
+    assert (again / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
 
 
 def test_another_seed_is_another_run(here, whole):
@@ -142,59 +145,51 @@ def test_refused_before_loading(here, tmp_path, monkeypatch):
     fails("expected a tokens", tokens="nothing")
     fails("no manifest.json", tokens="model")
     fails("does not exist", model="nothing")
-    other = here / "other"
-    shutil.copytree(here / "model", other)
-    t = read_json(other / "tokenizer.json")
-    t["added_tokens"].append(dict(id=32000, content="<|x|>", special=True))
-    write_json(other / "tokenizer.json", t)
+    tokenizer_file = shutil.copytree(here / "model", here / "other") / "tokenizer.json"
+    larger = read_json(tokenizer_file)
+    larger["added_tokens"].append(dict(id=32000, content="<|x|>", special=True))
+    write_json(tokenizer_file, larger)
     fails("was made with tokenizer .*run: cmixtral pack", model="other")
-    few = here / "few"
-    shutil.copytree(here / "model", few)
-    c = read_json(few / "config.json")
-    write_json(few / "config.json", dict(c, vocab_size=31000))
+    config_file = shutil.copytree(here / "model", here / "few") / "config.json"
+    write_json(config_file, dict(read_json(config_file), vocab_size=31000))
     fails("has 31,000 embedding rows; run: cmixtral init", model="few")
 
 
 def test_two_processes_killed_and_resumed_equal_one(tmp_path):
     bench_resume.make(tmp_path)
-    kw = dict(steps=4, save_every=2, eval_every=2, dropout=0, aux=0)
-    bench_resume.train(tmp_path, "one", 1, batch=4, **kw)
-    assert bench_resume.train(tmp_path, "two", 2, kill_at=3, batch=2, **kw)
-    assert not (tmp_path / "two").exists() and [
-        c.name for c in saved_checkpoints(tmp_path / "two.tmp/checkpoints")
-    ] == ["checkpoint-2"]
-    bench_resume.train(tmp_path, "two", 2, batch=2, **kw)
+    how = dict(steps=4, save_every=2, eval_every=2, dropout=0, aux=0)
+    bench_resume.train(tmp_path, "one", 1, batch=4, **how)
+    assert bench_resume.train(tmp_path, "two", 2, kill_at=3, batch=2, **how)
+    assert not (tmp_path / "two").exists()
+    assert [c.name for c in saved_checkpoints(tmp_path / "two.tmp/checkpoints")] == ["checkpoint-2"]
+    bench_resume.train(tmp_path, "two", 2, batch=2, **how)
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
-    assert [h["step"] for h in one] == [h["step"] for h in two] and sum(
-        "bpb_zh" in h for h in two
-    ) == 3
-    for a, b in zip(one, two, strict=True):
-        for k in ("loss", "grad_norm", "bpb_zh"):
-            assert abs(a.get(k, 0) - b.get(k, 0)) < 1e-4
-    orders = [
-        (tmp_path / f"{n}.order.{r}").read_text().splitlines()
-        for n, r in (("one", 0), ("two", 0), ("two", 1))
-    ]
-    assert [json.loads(a) for a in orders[0]][-1] == [
-        i for o in orders[1:] for i in json.loads(o[-1])
-    ]  # the two share the batch of one
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert sum("bpb_zh" in line for line in two) == 3
+    for ours, theirs in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm", "bpb_zh"):
+            assert abs(ours.get(name, 0) - theirs.get(name, 0)) < 1e-4
+
+    def last_batch(run, process):
+        lines = (tmp_path / f"{run}.order.{process}").read_text().splitlines()
+        return json.loads(lines[-1])
+
+    # the two share the batch of one
+    assert last_batch("one", 0) == last_batch("two", 0) + last_batch("two", 1)
 
 
 def test_rows_first(here):
-    a = pretrain(
-        here / "model", here / "tokens", here / "rows", **{**ARGS, "rows_steps": 2, "save_every": 9}
-    )
-    b = pretrain(
-        here / "model", here / "tokens", here / "rows only", **{**ARGS, "rank": 0, "save_every": 9}
-    )
-    pairs = zip(read_log(a), read_log(b), strict=True)
-    same = [x["loss"] == y["loss"] for x, y in pairs if "loss" in x]
+    def run(out, **kw):
+        return pretrain(here / "model", here / "tokens", here / out, **{**ARGS, **kw})
+
+    first = run("rows", rows_steps=2, save_every=9)
+    only = run("rows only", rank=0, save_every=9)
+    pairs = zip(read_log(first), read_log(only), strict=True)
+    same = [a["loss"] == b["loss"] for a, b in pairs if "loss" in a]
     assert same[:3] == [True] * 3  # LoRA has not moved when the loss of step 3 is taken
-    assert any(
-        k.endswith("lora_B.weight") and t.abs().sum()
-        for k, t in load_file(a / "adapter_model.safetensors").items()
-    )
-    assert not any("lora_" in k for k in load_file(b / "adapter_model.safetensors"))
+    adapter = load_file(first / "adapter_model.safetensors")
+    assert any(t.any() for name, t in adapter.items() if name.endswith("lora_B.weight"))
+    assert not any("lora_" in name for name in load_file(only / "adapter_model.safetensors"))
 
 
 def test_a_bad_batch_is_named(here, tmp_path, monkeypatch):
