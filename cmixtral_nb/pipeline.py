@@ -153,24 +153,13 @@ def status(
     run: Path,  # folder of a run
 ) -> None:
     "Show which stages of a run are up to date, stale, interrupted or missing"
-    table = [["stage", "folder", "MB", "seconds", "peak GB", "fingerprint", "state"]]
+    head = f"{'stage':11}{'folder':20}{'MB':>9}{'seconds':>9}{'peak GB':>9}"
+    print(f"{head}  {'fingerprint':18}state")
     for row in run_states(run):
-        table.append(
-            [
-                row["stage"],
-                row["folder"],
-                _number(row["bytes"], 1e6, 1),
-                _number(row["seconds"], 1, 1),
-                _number(row["peak_bytes"], 1e9, 2),
-                row["fingerprint"],
-                row["state"],
-            ]
+        megabytes = _number(row["bytes"], 1e6, 1)
+        seconds = _number(row["seconds"], 1, 1)
+        peak = _number(row["peak_bytes"], 1e9, 2)
+        print(
+            f"{row['stage']:11}{row['folder']:20}{megabytes:>9}{seconds:>9}{peak:>9}"
+            f"  {row['fingerprint']:18}{row['state']}"
         )
-    *widths, _ = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for *cells, state in table:
-        numbers = range(2, 5)  # columns that are set to the right
-        padded = [
-            cell.rjust(width) if number in numbers else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        print("  ".join([*padded, state]))
