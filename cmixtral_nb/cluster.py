@@ -15,7 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .corpus import corpus_langs
+from .corpora import corpus_langs
 from .options import range_faults, refuse
 from .pack import check_pack, pack, parse_mix
 from .packing import encode_part
