@@ -44,7 +44,7 @@ from cmixtral_nb.training import (
 from .adapters import save_adapter
 from .bits import bits_per_byte
 from .checkpoints import resolve_model
-from .corpus import corpus_texts
+from .corpora import corpus_texts
 from .loading import load_model
 from .machine import default_device, gpu_bytes, process_rank, say, world_size
 from .options import at_least, range_faults, refuse
