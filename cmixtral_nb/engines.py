@@ -79,7 +79,7 @@ def _last_words(run: subprocess.CompletedProcess) -> str:
 
 def ask_engine(
     to: str,  # form of the model: hf, vllm, gguf
-    model: Path,  # folder, or GGUF file
+    model: str | Path,  # folder, or GGUF file
     talks: list[list[dict]],  # conversations that end with a question
     n_tokens: int = 0,  # longest answer; 0: only the ids of the prompts
     python: str | None = None,  # Python that has the engine; None: this one
@@ -175,7 +175,7 @@ def compare(
 
 # %% ../nbs/a22_engines.ipynb #4a71e88b
 def our_answers(
-    model: Path,  # folder
+    model: str | Path,  # folder
     tok: PreTrainedTokenizerBase,  # of the model
     talks: list[list[dict]],  # as in `compare`
     n_tokens: int = 24,  # longest answer
@@ -207,7 +207,7 @@ CONVERTER = "convert_hf_to_gguf.py"
 
 
 def find_converter(
-    llama_cpp: Path | None = None,  # source of llama.cpp or llama-cpp-python; None: on the path
+    llama_cpp: str | Path | None = None,  # source of it or llama-cpp-python; None: the path
 ) -> Path:
     "llama.cpp's convert_hf_to_gguf.py"
     on_path = shutil.which(CONVERTER)

@@ -26,7 +26,7 @@ from .stages import require
 
 # %% ../nbs/a23_serve.ipynb #d14228dc
 def serve_command(
-    model: Path,  # GGUF file, or model folder
+    model: str | Path,  # GGUF file, or model folder
     host: str = "127.0.0.1",  # address to listen at
     port: int = 8000,  # of the server
     name: str = "chat",  # what clients call the model
@@ -49,7 +49,7 @@ def serve_command(
     return [python or sys.executable, "-m", module, *options]
 
 
-def _form(model: Path) -> str:
+def _form(model: str | Path) -> str:
     "Key in `ENGINES`: a file is llama.cpp's, a folder vLLM's"
     return "gguf" if Path(model).suffix == ".gguf" else "vllm"
 
@@ -80,7 +80,7 @@ def _port_faults(host: str, port: int) -> list[str]:
 
 # %% ../nbs/a23_serve.ipynb #f5abc4cb
 def served_model(
-    model: Path,  # GGUF file, folder with one, model folder, or hub id
+    model: str | Path,  # GGUF file, folder with one, model folder, or hub id
 ) -> Path:  # GGUF file, or model folder
     "What the engine is to load; `StageError` where it is not there"
     path = Path(model)

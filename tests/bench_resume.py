@@ -11,9 +11,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 STEPS = 20
 ARGS = dict(
@@ -29,52 +31,46 @@ ARGS = dict(
     device="cpu",
 )
 
-WORKER = """
-import json, os, shutil, signal, sys
 
-from transformers import Trainer
+def worker(args, out, order):
+    "`pretrain` in one process of a run; notes what it reads, and dies in the step KILL_AT"
+    from transformers import Trainer
 
-from cmixtral_nb.machine import process_rank, world_size
-from cmixtral_nb.pretrain import pretrain
-from cmixtral_nb.training import Numbered
+    from cmixtral_nb.machine import process_rank, world_size
+    from cmixtral_nb.pretrain import pretrain
+    from cmixtral_nb.training import Numbered
 
-args = json.loads(sys.argv[1])
-out = sys.argv[2]
-order = f'{sys.argv[3]}.{process_rank()}'
-kill_at = int(os.environ.get('KILL_AT', 0))
-collate = Numbered.collate
-rmtree = shutil.rmtree
-training_step = Trainer.training_step
+    kill_at = int(os.environ.get("KILL_AT", 0))
+    collate = Numbered.collate
+    rmtree = shutil.rmtree
+    training_step = Trainer.training_step
 
+    def recorded(self, make_batch):
+        inner = collate(self, make_batch)
 
-def recorded(self, make_batch):
-    inner = collate(self, make_batch)
+        def record(pairs):
+            with open(f"{order}.{process_rank()}", "a") as file:
+                print([i for i, _ in pairs], file=file)
+            return inner(pairs)
 
-    def record(pairs):
-        with open(order, 'a') as file:
-            print([i for i, _ in pairs], file=file)
-        return inner(pairs)
+        return record
 
-    return record
+    def keep(path, *args, **kw):  # the last checkpoint stays, to be compared
+        if os.path.basename(path) != "checkpoints":
+            rmtree(path, *args, **kw)
 
+    def dying(self, *args, **kw):
+        is_last = process_rank() == world_size() - 1
+        if kill_at and self.state.global_step == kill_at and is_last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(self, *args, **kw)
 
-def keep(path, *args, **kw):  # the last checkpoint stays, to be compared
-    if os.path.basename(path) != 'checkpoints':
-        rmtree(path, *args, **kw)
-
-
-def dying(self, *args, **kw):
-    is_last = process_rank() == world_size() - 1
-    if kill_at and self.state.global_step == kill_at and is_last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return training_step(self, *args, **kw)
-
-
-Numbered.collate = recorded
-shutil.rmtree = keep
-Trainer.training_step = dying
-pretrain(out=out, **args)
-"""
+    with (
+        patch.object(Numbered, "collate", recorded),
+        patch.object(shutil, "rmtree", keep),
+        patch.object(Trainer, "training_step", dying),
+    ):
+        pretrain(out=out, **json.loads(args))
 
 
 def make(work):
@@ -97,23 +93,14 @@ def make(work):
     pack(
         work / "zh.jsonl", work / "model", work / "tokens", mix=["zh"], length=32, valid_share=0.05
     )
-    (work / "worker.py").write_text(WORKER)
 
 
 def train(work, out, processes=1, kill_at=0, **kw):
     "Exit status of a training run, in one process or in several of torchrun"
-    start = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-        ]
-    )
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", str(processes)]
     args = json.dumps(dict(ARGS, model=str(work / "model"), tokens=str(work / "tokens"), **kw))
     env = dict(
         os.environ,
@@ -123,7 +110,7 @@ def train(work, out, processes=1, kill_at=0, **kw):
         HF_HUB_OFFLINE="1",
     )
     p = subprocess.run(
-        [*start, str(work / "worker.py"), args, str(work / out), str(work / f"{out}.order")],
+        [*start, __file__, "worker", args, str(work / out), str(work / f"{out}.order")],
         env=env,
         capture_output=True,
         text=True,
@@ -147,42 +134,41 @@ def state(work, out, processes):
     )
 
 
-def kill(work, n=5, seed=0):
+def last_checkpoint(folder):
+    "Step of the last complete checkpoint, 0 where there is none"
+    found = [p for p in folder.glob("checkpoint-*") if (p / "complete").exists()]
+    return max((int(p.name.split("-")[1]) for p in found), default=0)
+
+
+def require_same(killed, whole, n_steps):
+    "The same weights, optimiser, and order of the examples in the last steps"
     import torch
 
+    weights, moments, orders = whole
+    w, m, o = killed
+    assert w.keys() == weights.keys() and all(torch.equal(w[k], weights[k]) for k in weights)
+    for k in moments:
+        for x in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(m[k][x], moments[k][x])
+    assert [x[-n_steps:] for x in o] == [x[-n_steps:] for x in orders], "another order"
+
+
+def kill(work, n=5, seed=0):
     rng = random.Random(seed)
     for processes in (1, 2):
-        train(work, f"whole{processes}", processes, batch=4 // processes)
-        weights, moments, orders = state(work, f"whole{processes}", processes)
+        undisturbed, batch = f"whole{processes}", 4 // processes
+        train(work, undisturbed, processes, batch=batch)
+        whole = state(work, undisturbed, processes)
         for i in range(n):
             at, out = rng.randrange(1, STEPS), f"killed{processes}-{i}"
-            assert train(work, out, processes, at, batch=4 // processes) not in (0, 2)
-            first = max(
-                (
-                    int(p.name.split("-")[1])
-                    for p in (work / f"{out}.tmp/checkpoints").glob("checkpoint-*")
-                    if (p / "complete").exists()
-                ),
-                default=0,
-            )
+            assert train(work, out, processes, at, batch=batch) not in (0, 2)
+            first = last_checkpoint(work / f"{out}.tmp/checkpoints")
             for r in range(processes):
                 (work / f"{out}.order.{r}").unlink()
-            train(work, out, processes, batch=4 // processes)
-            w, m, o = state(work, out, processes)
-            assert (
-                all(torch.equal(w[k], weights[k]) for k in weights) and w.keys() == weights.keys()
-            )
-            assert all(
-                torch.equal(m[k][x], moments[k][x])
-                for k in moments
-                for x in ("exp_avg", "exp_avg_sq", "step")
-            )
-            assert [x[-(STEPS - first) :] for x in o] == [x[-(STEPS - first) :] for x in orders], (
-                "another order"
-            )
-            assert (work / out / "log.jsonl").read_text() == (
-                work / f"whole{processes}" / "log.jsonl"
-            ).read_text()
+            train(work, out, processes, batch=batch)
+            require_same(state(work, out, processes), whole, STEPS - first)
+            log, whole_log = (work / run / "log.jsonl" for run in (out, undisturbed))
+            assert log.read_text() == whole_log.read_text()
             print(
                 f"{processes} process(es), killed in step {at + 1}, resumed from step {first}: "
                 "weights, optimiser, log and order of the examples are the same bits",
@@ -195,7 +181,7 @@ def processes(work):
         return [json.loads(line) for line in (work / out / "log.jsonl").read_text().splitlines()]
 
     train(work, "one", 1, batch=4, dropout=0, aux=0)
-    runs = {"two processes": dict()}
+    runs: dict[str, dict] = {"two processes": {}}
     if importlib.util.find_spec("deepspeed"):
         runs["two processes, ZeRO-2"] = dict(zero=2)
     for name, kw in runs.items():
@@ -213,10 +199,23 @@ def processes(work):
         )
 
 
+def main(args):
+    match args:
+        case ["worker", settings, out, order]:
+            worker(settings, out, order)
+        case [("kill" | "processes") as what, folder, *numbers]:
+            work = Path(folder) / "resume"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            make(work)
+            if what == "kill":
+                kill(work, *map(int, numbers))
+            else:
+                processes(work)
+            shutil.rmtree(work)
+        case _:
+            sys.exit(__doc__)
+
+
 if __name__ == "__main__":
-    what, work = sys.argv[1], Path(sys.argv[2]) / "resume"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    make(work)
-    dict(kill=kill, processes=processes)[what](work, *map(int, sys.argv[3:]))
-    shutil.rmtree(work)
+    main(sys.argv[1:])
