@@ -535,8 +535,7 @@ def _say_result(steps: int, losses: list[float], bits: list[float], talks: Selec
 def sft(
     model: Path,  # model folder (ours or any other) or hub id
     out: Path,  # folder to write
-    conversations: list[str]
-    | None = None,  # jsonl in the form of ShareGPT, OpenAI or Alpaca; builtin; None: builtin
+    conversations: list[str] | None = None,  # jsonl: ShareGPT, OpenAI, Alpaca; None: builtin
     load_in_4bit: bool = True,  # hold the frozen weights, experts too, in NF4
     rank: int = 64,  # r of LoRA
     alpha: float = 128,  # the update is scaled by alpha / rank
