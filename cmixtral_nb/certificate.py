@@ -37,14 +37,14 @@ __all__ = [
 # %% ../nbs/a10_certificate.ipynb #606a57be
 import random
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from .corpus import corpus_langs, corpus_texts
-from .documents import read_docs
+from .corpora import corpus_langs, corpus_texts
+from .documents import read_docs, up_to
 from .languages import lang_script, script_pattern
 from .options import Range, at_least
 from .stages import Artifact, StageError, write_json
@@ -55,17 +55,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/a10_certificate.ipynb #0beeac9f
-_ODD_CHARS = [
-    *["\t", "\n", "\r\n", "\x00", "\x1b", "\x7f", "\u0085"],  # control characters
-    *["\u3000", "\u00a0", "\u200b", "\u200d", "\u2028", "\ufeff"],  # blanks, some without width
-    *["\ufffd", "\U000e0041"],  # the sign of a decoding error, an invisible tag
-    *["😀", "\U0001f469\u200d\U0001f469\u200d\U0001f467", "🇨🇳"],  # one, five and two code points
-    *["é", "e\u0301", "ﬁ", "ß", "〈", "％", "１", "､"],  # what normalisation would change
-]
-_MARKERS = [
-    *["<s>", "</s>", "<unk>", "<0x41>", "<pad>", "<unused0>"],
-    *["<|beginofutterance|>", "<|endofutterance|>", "[INST]", "<|im_start|>"],
-]
+_CONTROLS = ["\t", "\n", "\r\n", "\x00", "\x1b", "\x7f", "\u0085"]
+_SPACES = ["\u3000", "\u00a0", "\u200b", "\u200d", "\u2028", "\ufeff"]  # some without width
+_INVISIBLE = ["\ufffd", "\U000e0041"]  # the sign of a decoding error, an invisible tag
+# one, five and two code points
+_EMOJI = ["😀", "\U0001f469\u200d\U0001f469\u200d\U0001f467", "🇨🇳"]
+_NORMALISED = ["é", "e\u0301", "ﬁ", "ß", "〈", "％", "１", "､"]  # what normalisation would change
+_ODD_CHARS = _CONTROLS + _SPACES + _INVISIBLE + _EMOJI + _NORMALISED
+
+_PIECE_NAMES = ["<s>", "</s>", "<unk>", "<0x41>", "<pad>", "<unused0>"]
+_CHAT_MARKERS = ["<|beginofutterance|>", "<|endofutterance|>", "[INST]", "<|im_start|>"]
+_MARKERS = _PIECE_NAMES + _CHAT_MARKERS
 _RARE_CHARS = [
     (0x4E00, 0x9FFF),  # Han
     (0x20000, 0x323AF),  # Han, rare
@@ -142,20 +142,10 @@ def hostile_texts(
 
 
 # %% ../nbs/a10_certificate.ipynb #a1cfad34
-def _take(docs: Iterable[str], limit_chars: int) -> list[str]:
-    "Documents until there are `limit_chars` characters"
-    taken, n_chars = [], 0
-    for doc in docs:
-        taken.append(doc)
-        n_chars += len(doc)
-        if n_chars >= limit_chars:
-            break
-    return taken
-
-
 def _shipped(lang: str, limit_chars: int) -> list[str]:
     "Documents that come with the package"
-    return _take((row["text"] for row in read_docs(f"builtin:{lang}")), limit_chars)
+    docs = (row["text"] for row in read_docs(f"builtin:{lang}"))
+    return list(up_to(docs, limit_chars))
 
 
 def _written_in(lang: str, script: str) -> bool:
@@ -173,7 +163,7 @@ def certificate_texts(
     held = {}
     if corpus:
         for lang in corpus_langs(corpus):
-            held[lang] = _take(corpus_texts(corpus, lang, "valid"), limit_chars)
+            held[lang] = list(up_to(corpus_texts(corpus, lang, "valid"), limit_chars))
     lines: list[str] = []
     measured: list[str] = []
     for docs in [*shipped.values(), *held.values()]:
@@ -379,7 +369,9 @@ class Extension:
         return [i for i in range(len(self.before), len(self.after)) if i not in self.after.silent]
 
     def ends(self, of_all: list) -> list:
-        "The first and the last thousand, for checks that are slow"
+        "The first and the last thousand, for checks that are slow; all where there are no more"
+        if len(of_all) <= 2000:
+            return of_all
         return of_all[:1000] + of_all[-1000:]
 
     def encode(self, text: str) -> list[int]:
