@@ -14,6 +14,7 @@ __all__ = [
     "read_runs",
     "run_batches",
     "mass",
+    "weighted_totals",
     "count_runs",
 ]
 
@@ -29,10 +30,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import Full
+from typing import TYPE_CHECKING
 
 from .documents import text_batches
 from .languages import script_pattern
 from .stages import require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 # %% ../nbs/a06_runs.ipynb #399e692c
@@ -98,6 +103,22 @@ def mass(
 ) -> int:  # characters, repeats included
     "How much text the runs are. Example: mass([('中国', 2), ('人', 5)]) -> 9"
     return sum(len(run) * count for run, count in rows)
+
+
+# %% ../nbs/a06_runs.ipynb #523f8655
+def weighted_totals(
+    ids: list[list[int]],  # of each run
+    counts: Iterable[int],  # how often each run occurs
+    n_ids: int,  # size of the vocabulary
+) -> np.ndarray:  # (n_ids,), int64: how often each id occurs
+    "Example: weighted_totals([[3, 4], [3]], [10, 2], 5) -> [0, 0, 0, 12, 10]"
+    import numpy as np
+
+    lengths = [len(run_ids) for run_ids in ids]
+    flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, sum(lengths))
+    # the count of a run, for each of its tokens
+    weights: np.ndarray = np.repeat(np.fromiter(counts, np.int64), lengths)
+    return np.bincount(flat, weights, minlength=n_ids).astype(np.int64)
 
 
 # %% ../nbs/a06_runs.ipynb #0e6bc288
