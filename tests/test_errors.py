@@ -16,132 +16,105 @@ def tree(path):
     return {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob("*"))}
 
 
-def refused(cli, *args, says, lines=1):
-    "Exit status 2 and `lines` lines (None: one or more, each a fault), with these words among them"
-    status, err = cli(*args)
+def refused(cli, *words, says, lines: int | None = 1, **options):
+    """Exit status 2 and `lines` lines with these words among them; None: at least one line
+
+    Example: refused(cli, "merge", model="x", force=True, says="x: no such folder")
+    runs `cmixtral merge --model x --force`
+    """
+    status, err = cli(*words, *flags(options))
     assert status == 2, err
-    assert len(err) == (lines or max(1, len(err))) and all(
-        e.startswith("StageError: ") for e in err
-    ), err
+    if lines is None:
+        assert err
+    else:
+        assert len(err) == lines, err
+    assert all(line.startswith("StageError: ") for line in err), err
     for part in [says] if isinstance(says, str) else says:
-        assert any(part in e for e in err), (part, err)
+        assert any(part in line for line in err), (part, err)
+
+
+def flags(options):
+    "Example: dict(valid_share=0.1, force=True) -> ['--valid-share', 0.1, '--force']"
+    words = []
+    for name, value in options.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(value)
+    return words
+
+
+def jsonl(file, texts):
+    lines = [json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts]
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
 
 
 def test_missing_file(cli, tmp_path):
-    refused(
-        cli,
-        "corpus",
-        "--sources",
-        "zh=nothing.jsonl",
-        "--out",
-        tmp_path / "c",
-        says="nothing.jsonl",
-    )
+    refused(cli, "corpus", sources="zh=nothing.jsonl", out=tmp_path / "c", says="nothing.jsonl")
     assert tree(tmp_path) == {}
 
 
 def test_empty_corpus(cli, tmp_path):
-    (tmp_path / "a.jsonl").write_text("")
-    refused(
-        cli, "corpus", "--sources", f"zh={tmp_path / 'a.jsonl'}", "--out", tmp_path / "c", says="zh"
-    )
+    file = jsonl(tmp_path / "a.jsonl", [])
+    refused(cli, "corpus", sources=f"zh={file}", out=tmp_path / "c", says="zh")
     assert set(tree(tmp_path)) == {"a.jsonl"}
 
 
 def test_corpus_without_chinese(cli, tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        "".join(
-            json.dumps({"text": f"Plain English, sentence number {i}, and so on and on."}) + "\n"
-            for i in range(50)
-        )
-    )
-    refused(
-        cli,
-        "corpus",
-        "--sources",
-        f"zh={tmp_path / 'a.jsonl'}",
-        "--out",
-        tmp_path / "c",
-        says="Han",
-    )
+    texts = [f"Plain English, sentence number {i}, and so on and on." for i in range(50)]
+    file = jsonl(tmp_path / "a.jsonl", texts)
+    refused(cli, "corpus", sources=f"zh={file}", out=tmp_path / "c", says="Han")
 
 
 @pytest.mark.parametrize("bad", [b'{"text": "broken\n', b'{"text": "\xff\xfe broken encoding"}\n'])
 def test_broken_lines_are_counted_or_stop(cli, tmp_path, bad):
-    good = "".join(
-        json.dumps({"text": f"第{i}篇文章讲的是如何扩充词表，让模型学会中文。"}, ensure_ascii=False)
-        + "\n"
-        for i in range(200)
-    ).encode()
-    (tmp_path / "a.jsonl").write_bytes(good + bad)
-    args = (
-        "corpus",
-        "--sources",
-        f"zh={tmp_path / 'a.jsonl'}",
-        "--valid-share",
-        0.1,
-        "--out",
-        tmp_path / "c",
-    )
-    refused(cli, *args, "--on-error", "stop", says=["a.jsonl", "201"])
-    assert cli(*args)[0] == 0
+    texts = [f"第{i}篇文章讲的是如何扩充词表，让模型学会中文。" for i in range(200)]
+    file = jsonl(tmp_path / "a.jsonl", texts)
+    file.write_bytes(file.read_bytes() + bad)
+    options = dict(sources=f"zh={file}", valid_share=0.1, out=tmp_path / "c")
+    refused(cli, "corpus", **options, on_error="stop", says=["a.jsonl", "201"])
+    assert cli("corpus", *flags(options))[0] == 0
     assert list(Artifact.load(tmp_path / "c").stats["zh"]["dropped"].values()) == [1]
 
 
 def test_a_directory_that_is_not_an_artifact(cli, tmp_path, micro):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    run, mine = micro[0], tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
     refused(
         cli,
         "init",
-        "--model",
-        micro[0] / "base",
-        "--tokenizer",
-        micro[0] / "tokenizer",
-        "--out",
-        tmp_path / "mine",
-        "--force",
+        model=run / "base",
+        tokenizer=run / "tokenizer",
+        out=mine,
+        force=True,
         says="not an artifact",
     )
-    refused(
-        cli,
-        "pretrain",
-        "--model",
-        micro[0] / "model",
-        "--tokens",
-        tmp_path / "mine",
-        "--out",
-        tmp_path / "o",
-        says="mine",
-    )
+    refused(cli, "pretrain", model=run / "model", tokens=mine, out=tmp_path / "o", says="mine")
     assert set(tree(tmp_path)) == {"mine", "mine/letter.txt"}
 
 
 def test_tokens_packed_with_another_tokenizer(cli, tmp_path, micro):
+    run = micro[0]
     refused(
         cli,
         "pretrain",
-        "--model",
-        micro[0] / "base",
-        "--tokens",
-        micro[0] / "tokens",
-        "--out",
-        tmp_path / "o",
+        model=run / "base",
+        tokens=run / "tokens",
+        out=tmp_path / "o",
         says=["tokenizer", "cmixtral pack"],
     )
     assert tree(tmp_path) == {}
 
 
 def test_an_adapter_for_another_base(cli, tmp_path, micro):
+    run = micro[0]
     refused(
         cli,
         "merge",
-        "--model",
-        micro[0] / "base",
-        "--adapter",
-        micro[0] / "adapter",
-        "--out",
-        tmp_path / "o",
+        model=run / "base",
+        adapter=run / "adapter",
+        out=tmp_path / "o",
         says="adapter",
         lines=None,
     )
@@ -149,19 +122,15 @@ def test_an_adapter_for_another_base(cli, tmp_path, micro):
 
 
 def test_recipe_faults_are_listed_at_once(cli, tmp_path):
+    text = MICRO.replace("[vocab]\nn_pieces = 300", "[vocab]\nn_pices = 300")
+    text = text.replace("lr = 1e-3", 'lr = "1e-3"') + "\n[pretrian]\n"
     bad = tmp_path / "bad.toml"
-    bad.write_text(
-        MICRO.replace("[vocab]\nn_pieces = 300", "[vocab]\nn_pices = 300").replace(
-            "lr = 1e-3", 'lr = "1e-3"'
-        )
-        + "\n[pretrian]\n"
-    )
+    bad.write_text(text)
     refused(
         cli,
         "run",
         bad,
-        "--out",
-        tmp_path / "o",
+        out=tmp_path / "o",
         says=["did you mean 'n_pieces'", "expected float", "did you mean 'pretrain'"],
         lines=3,
     )
@@ -170,82 +139,49 @@ def test_recipe_faults_are_listed_at_once(cli, tmp_path):
 
 def truncated(src, dst):
     shutil.copytree(src, dst, copy_function=shutil.copy)
-    f = next(p for p in dst.glob("*.safetensors"))
+    f = next(dst.glob("*.safetensors"))
     os.truncate(f, f.stat().st_size // 2)
     return f
 
 
 def test_truncated_safetensors(cli, tmp_path, micro):
+    run, out = micro[0], tmp_path / "o"
     for name in "ours", "foreign":
-        f = truncated(micro[0] / "base", tmp_path / name)
+        model = tmp_path / name
+        shard = truncated(run / "base", model)
         if name == "foreign":
-            (tmp_path / name / "manifest.json").unlink()
+            (model / "manifest.json").unlink()
         before = tree(tmp_path)
+        refused(cli, "init", model=model, tokenizer=run / "tokenizer", out=out, says=shard.name)
+        refused(cli, "evaluate", model=model, out=out, says=shard.name)
         refused(
-            cli,
-            "init",
-            "--model",
-            tmp_path / name,
-            "--tokenizer",
-            micro[0] / "tokenizer",
-            "--out",
-            tmp_path / "o",
-            says=f.name,
-        )
-        refused(cli, "evaluate", "--model", tmp_path / name, "--out", tmp_path / "o", says=f.name)
-        refused(
-            cli,
-            "merge",
-            "--model",
-            tmp_path / name,
-            "--adapter",
-            micro[0] / "adapter",
-            "--out",
-            tmp_path / "o",
-            says=f.name,
-            lines=None,
+            cli, "merge", model=model, adapter=run / "adapter", out=out, says=shard.name, lines=None
         )
         assert tree(tmp_path) == before
 
 
 def test_pickle_checkpoint(cli, tmp_path, micro):
-    src = tmp_path / "pickled"
-    src.mkdir()
-    for p in (micro[0] / "base").glob("*"):
-        if (
-            p.suffix != ".safetensors"
-            and p.name != "manifest.json"
-            and p.is_file()
-            and "index" not in p.name
-        ):
-            shutil.copy(p, src)
-    (src / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    run, out = micro[0], tmp_path / "o"
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for p in (run / "base").glob("*"):
+        is_weights = p.suffix == ".safetensors" or "index" in p.name
+        if p.is_file() and p.name != "manifest.json" and not is_weights:
+            shutil.copy(p, pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     refused(
         cli,
         "init",
-        "--model",
-        src,
-        "--tokenizer",
-        micro[0] / "tokenizer",
-        "--out",
-        tmp_path / "o",
+        model=pickled,
+        tokenizer=run / "tokenizer",
+        out=out,
         says=["pytorch_model.bin", "safetensors"],
     )
     adapter = tmp_path / "adapter"
-    shutil.copytree(micro[0] / "adapter", adapter)
+    shutil.copytree(run / "adapter", adapter)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     (adapter / "manifest.json").unlink()
-    refused(
-        cli,
-        "merge",
-        "--model",
-        micro[0] / "model",
-        "--adapter",
-        adapter,
-        "--out",
-        tmp_path / "o",
-        says="safetensors",
-    )
+    refused(cli, "merge", model=run / "model", adapter=adapter, out=out, says="safetensors")
 
 
 def test_files_of_an_artifact_follow_the_umask(micro, tmp_path):
@@ -258,11 +194,14 @@ def test_files_of_an_artifact_follow_the_umask(micro, tmp_path):
 
 def test_options(cli):
     status, err = cli("merge", "--model", "x", "--adapter", "y", "--out", "z", "--fource")
-    assert (status, len(err)) == (2, 1) and "did you mean '--force'" in err[0]
+    assert (status, len(err)) == (2, 1)
+    assert "did you mean '--force'" in err[0]
     status, err = cli("mrege")
-    assert (status, len(err)) == (2, 1) and "did you mean 'merge'" in err[0]
+    assert (status, len(err)) == (2, 1)
+    assert "did you mean 'merge'" in err[0]
     status, err = cli("pretrain", "--model", "x", "--tokens", "y", "--out", "z", "--lr", "fast")
-    assert (status, len(err)) == (2, 1) and "--lr" in err[0]
+    assert (status, len(err)) == (2, 1)
+    assert "--lr" in err[0]
 
 
 def test_status_of_nothing(cli, tmp_path):
@@ -273,47 +212,38 @@ def test_status_of_nothing(cli, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     "A file system of 3 MB"
-    mnt = tmp_path / "disk"
-    mnt.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(mnt)], capture_output=True
-    ).returncode:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
-    yield mnt
-    subprocess.run(["umount", str(mnt)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("stage", ["corpus", "init", "pretrain"])
 def test_full_disk(small_disk, micro, stage):
     run = micro[0]
-    args = dict(
-        corpus=["--sources", "zh=builtin:zh", "--valid-share", "0.02"],
-        init=["--model", run / "base", "--tokenizer", run / "tokenizer"],
-        pretrain=[
-            "--model",
-            run / "model",
-            "--tokens",
-            run / "tokens",
-            "--batch",
-            1,
-            "--steps",
-            2,
-            "--rank",
-            4,
-            "--eval-every",
-            100,
-        ],
-    )[stage]
-    out = cmixtral(stage, *args, "--out", small_disk / "o")
+    options: dict = dict(
+        corpus=dict(sources="zh=builtin:zh", valid_share=0.02),
+        init=dict(model=run / "base", tokenizer=run / "tokenizer"),
+        pretrain=dict(
+            model=run / "model", tokens=run / "tokens", batch=1, steps=2, rank=4, eval_every=100
+        ),
+    )
+    out = cmixtral(stage, *flags(options[stage]), "--out", small_disk / "o")
     assert out.returncode == 2, out.stderr
     err = out.stderr.strip().splitlines()
-    assert len(err) == 1 and "space" in err[0], err
+    assert len(err) == 1, err
+    assert "space" in err[0], err
     assert not (small_disk / "o").exists()
 
 
 def test_the_paper_recipe_is_refused_early_with_all_that_is_missing():
     out = cmixtral("run", "paper", "--out", "nowhere", env={"HF_HUB_OFFLINE": "1"}, timeout=120)
     err = out.stderr.strip().splitlines()
-    assert out.returncode == 2 and all(e.startswith("StageError: ") for e in err), out.stderr
-    assert any("SkyPile" in e for e in err) and any("mistralai/Mixtral-8x7B-v0.1" in e for e in err)
+    assert out.returncode == 2, out.stderr
+    assert all(line.startswith("StageError: ") for line in err), out.stderr
+    assert any("SkyPile" in line for line in err)
+    assert any("mistralai/Mixtral-8x7B-v0.1" in line for line in err)
     assert not os.path.exists("nowhere")
