@@ -255,8 +255,12 @@ def kill(folder, n=20, seed=0):
 
 
 if __name__ == "__main__":
-    what, where = sys.argv[1:3]
-    if what == "grow":
-        grow(where, [int(x) for x in sys.argv[3:]] or list(LAYERS))
-    else:
-        dict(peft=beside_peft, kill=kill)[what](where)
+    match sys.argv[1:]:
+        case ["grow", where, *sizes]:
+            grow(where, [int(size) for size in sizes] or list(LAYERS))
+        case ["peft", where]:
+            beside_peft(where)
+        case ["kill", where]:
+            kill(where)
+        case _:
+            sys.exit(__doc__)

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from itertools import cycle
 from pathlib import Path
@@ -229,10 +230,21 @@ def memory(work, data):
         shutil.rmtree(corpus)
 
 
+COMMANDS: dict[str, Callable] = {"speed": speed, "seed": seed, "memory": memory}
+
+
+def main(args):
+    match args:
+        case ["peak", *rest]:  # what `memory` runs in a process of its own
+            sys.exit(peak(*rest))
+        case [what, folder, *rest] if what in COMMANDS:
+            data, *numbers = rest or ["builtin:zh"]
+            work = Path(folder).resolve()
+            work.mkdir(parents=True, exist_ok=True)
+            COMMANDS[what](work, data, *map(int, numbers))
+        case _:
+            sys.exit(__doc__)
+
+
 if __name__ == "__main__":
-    what, *rest = sys.argv[1:]
-    if what == "peak":
-        sys.exit(peak(*rest))
-    work, data = Path(rest[0]).resolve(), rest[1] if len(rest) > 1 else "builtin:zh"
-    work.mkdir(parents=True, exist_ok=True)
-    dict(speed=speed, seed=seed, memory=memory)[what](work, data, *map(int, rest[2:]))
+    main(sys.argv[1:])

@@ -150,8 +150,11 @@ def step(batch, length=256, turns=7):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "load":
-        load(sys.argv[2])
-    else:
-        for batch in 4, 8:
-            step(batch)
+    match sys.argv[1:]:
+        case ["load", where]:
+            load(where)
+        case ["step"]:
+            for batch in 4, 8:
+                step(batch)
+        case _:
+            sys.exit(__doc__)

@@ -35,11 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from cmixtral_nb.certificate import hostile_texts
+from cmixtral_nb.chat_tokenizer import form_of
 from cmixtral_nb.conversations import read_conversations, translations
 from cmixtral_nb.engines import ask_engine, our_answers
 from cmixtral_nb.generate import encode_prompt, generate_text
 from cmixtral_nb.loading import load_model
-from cmixtral_nb.sft import dropout_encoder, encode_chat, form_of, load_bpe
+from cmixtral_nb.sft import dropout_encoder, encode_chat, load_bpe
 from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, processor
 
 MARKS = ("<s>", "</s>", "<unk>", "<pad>", "<|")

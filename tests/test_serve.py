@@ -12,10 +12,10 @@ import pytest
 
 from cmixtral_nb import engines as v
 from cmixtral_nb import serve
+from cmixtral_nb.chat_tokenizer import chat_template, form_of, write_chat_tokenizer
 from cmixtral_nb.generate import encode_prompt
 from cmixtral_nb.options import faults_of
 from cmixtral_nb.pieces import base_tokenizer_model
-from cmixtral_nb.sft import chat_template, form_of, write_chat_tokenizer
 from cmixtral_nb.stages import StageError
 from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
 
