@@ -241,8 +241,17 @@ def base(
         f"batch={batch}; add text, or lower length and batch",
     )
     set_seed(seed)
-    sizes = (hidden, layers, experts, top_k, intermediate, heads, kv_heads)
-    config = small_config(*sizes, vocab_size=len(tok), aux_loss=aux_loss)
+    config = small_config(
+        hidden=hidden,
+        layers=layers,
+        experts=experts,
+        top_k=top_k,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=kv_heads,
+        vocab_size=len(tok),
+        aux_loss=aux_loss,
+    )
     config._experts_implementation = use_by_expert()
     model = MixtralForCausalLM(config)
     arguments = _arguments(out / "trainer", steps, batch, lr, warmup, weight_decay, seed, device)
