@@ -1,6 +1,6 @@
 """Each notebook is a test: it runs top to bottom in a process of its own, without slow and GPU
-cells, in an empty folder and against the installed wheel, so that nothing of the checkout can help it.
-Figures that it draws must have their axes labelled (run_notebook.py).
+cells, in an empty folder and against the installed wheel, so that nothing of the checkout can
+help it. Figures that it draws must have their axes labelled (run_notebook.py).
 """
 
 import os

@@ -426,14 +426,15 @@ def test_the_change_that_is_named_fits_and_milder_ones_do_not(have):
     def harm(settings):
         return [choices[name].index(settings[name]) for name in reversed(choices)]
 
-    choices = dict(
-        batch=[16, 8, 4, 2, 1],
-        optim=["adamw_torch", "paged_adamw_8bit"],
-        rows=["all", "new"],
-        rank=[64, 32, 16, 8],
-    )
+    choices: dict[str, list] = {
+        "batch": [16, 8, 4, 2, 1],
+        "optim": ["adamw_torch", "paged_adamw_8bit"],
+        "rows": ["all", "new"],
+        "rank": [64, 32, 16, 8],
+    }
     start = dict(SEED, optim="adamw_torch")
     change = smallest_change(need, start, choices, have * GB)
+    assert change is not None
     assert need({**start, **change}) <= have * GB
     every = [dict(zip(choices, v, strict=True)) for v in itertools.product(*choices.values())]
     assert harm({**start, **change}) == min(
