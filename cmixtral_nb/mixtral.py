@@ -102,8 +102,9 @@ def by_expert(
     k = index.shape[-1]
     # Place j of the flat index belongs to token j // k. `order`: all places of expert 0 first.
     chosen, order = torch.sort(index.reshape(-1), stable=True)
+    token_of = order // k
     counts = torch.bincount(chosen, minlength=experts.num_experts).tolist()
-    parts = x[order // k].split(counts)
+    parts = x[token_of].split(counts)
     gate_up = experts.gate_up_proj.unbind(0)
     down = experts.down_proj.unbind(0)
     y = torch.cat(
