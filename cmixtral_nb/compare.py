@@ -26,10 +26,11 @@ from cmixtral_nb.report import (
 
 from .checkpoints import resolve_model
 from .evaluate import evaluate
-from .gain import changes, load_evaluation, verdicts
+from .gain import changes, verdicts
 from .generate import generate
 from .machine import say
 from .options import faults_of, named_refs, refuse
+from .results import load_evaluation
 from .stages import read_json, require, write_json, write_text
 
 

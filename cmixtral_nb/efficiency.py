@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoints import named_models, resolve_model
-from .evaluate import eval_docs, text_faults
 from .generate import PROMPTS, generate_text
+from .heldout import eval_docs, text_faults
 from .loading import load_model
 from .machine import say
 from .options import faults_of, named_refs, range_faults, refuse

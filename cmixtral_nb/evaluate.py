@@ -6,137 +6,42 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "heldout_docs",
-    "heldout_texts",
-    "domain_docs",
-    "eval_docs",
-    "bootstrap",
-    "bpb_results",
-    "text_faults",
-    "ask_bits",
-    "evaluate",
-]
+__all__ = ["bootstrap", "bpb_results", "ask_bits", "evaluate"]
 
 # %% ../nbs/13_evaluate.ipynb #6cdd06de
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmixtral_nb.results import (
     PLACES,
     check_context,
+    check_evaluation,
     repeat_command,
-    tokenizer_faults,
     tokenizer_home,
     write_lines,
     write_questions,
     write_results,
 )
 
-from .adapters import require_adapter
 from .bits import document_bits
 from .checkpoints import resolve_model
-from .corpus import corpus_langs, is_heldout, missing_language
-from .documents import read_docs
-from .exams import Answers, run_lm_eval, split_tasks, task_faults
+from .exams import Answers, run_lm_eval, split_tasks
+from .heldout import eval_docs
 from .loading import load_model
-from .options import at_least, faults_of, range_faults, refuse, split_name
-from .stages import Artifact, fingerprint, require, stage, tokenizer_fingerprint
+from .stages import fingerprint, stage, tokenizer_fingerprint
 from .tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# %% ../nbs/13_evaluate.ipynb #4248e0e6
-_BUILTIN_SHARE = 0.01  # held out of the shipped text, by hash of the document
-
-
-def _first(docs: Iterable[dict], n_chars: int) -> list[dict]:
-    "As many documents as hold `n_chars` characters; 0: all"
-    out, n = [], 0
-    for doc in docs:
-        if n_chars and n >= n_chars:
-            break
-        out.append(doc)
-        n += len(doc["text"])
-    return out
-
-
-def heldout_docs(
-    lang: str,  # zh, en
-    corpus: Path = None,  # corpus artifact; None: the text that ships with the package
-    n_chars: int = 200_000,  # as many documents as this holds, drawn by hash; 0: all
-) -> list[dict]:  # text, source
-    "Documents to measure on: the validation part of a corpus"
-    rows: Iterable[dict]
-    if corpus is None:
-        shipped = read_docs(f"builtin:{lang}")
-        rows = (row for row in shipped if is_heldout(row["text"], _BUILTIN_SHARE))
-    else:
-        rows = read_docs(Path(corpus) / f"{lang}.valid.jsonl", on_error="stop")
-    docs = [dict(text=row["text"], source=row.get("source") or lang) for row in rows]
-    if n_chars:
-        docs.sort(key=lambda doc: hashlib.sha256(doc["text"].encode()).digest())
-    return _first(docs, n_chars)
-
-
-def heldout_texts(
-    lang: str,  # zh, en
-    corpus: Path = None,  # as in `heldout_docs`
-    n_chars: int = 200_000,  # likewise
-) -> list[str]:
-    "The texts of `heldout_docs` alone"
-    return [doc["text"] for doc in heldout_docs(lang, corpus, n_chars)]
-
-
-# %% ../nbs/13_evaluate.ipynb #64fe9fcc
-def domain_docs(
-    domain: str,  # "LANG/NAME=REF"
-    n_chars: int,  # as many documents as this holds; 0: all
-) -> list[dict]:  # text, domain
-    "Held-out text from elsewhere"
-    name, ref = split_name(domain)
-    lang, _, kind = name.partition("/")
-    require(
-        ref and lang and kind,
-        f"domains: {str(domain)!r}, expected LANG/NAME=REF, such as zh/news=news.jsonl",
-    )
-    rows = (row for row in read_docs(ref) if row["text"].strip())
-    docs = _first((dict(text=row["text"], domain=name) for row in rows), n_chars)
-    require(docs, f"domains: {domain} is empty, expected held-out text; give another file")
-    return docs
-
-
-def eval_docs(
-    corpus: Path = None,  # corpus artifact; None: the text that ships
-    n_chars: int = 200_000,  # of each language, and of each further domain; 0: all
-    domains: list[str] = None,  # more held-out text, "LANG/NAME=REF" each
-) -> dict[str, list[dict]]:  # language -> documents: text, domain
-    "All held-out documents, by language"
-    langs = ["zh", "en"] if corpus is None else corpus_langs(corpus)
-    out: dict[str, list[dict]] = {}
-    for lang in sorted(langs, key=lambda name: (name != "zh", name)):
-        out[lang] = [
-            dict(text=doc["text"], domain=f"{lang}/{doc['source']}")
-            for doc in heldout_docs(lang, corpus, n_chars)
-            if doc["text"]
-        ]
-    for domain in domains or []:
-        docs = domain_docs(domain, n_chars)
-        lang = docs[0]["domain"].split("/")[0]
-        out[lang] = out.get(lang, []) + docs
-    return out
-
 
 # %% ../nbs/13_evaluate.ipynb #581dca37
 def bootstrap(
-    rows: ndarray | list[tuple],  # (n, k) a row for each document or question: what is summed
-    n: int = 1000,  # drawings
+    rows: ndarray | list[tuple],  # (documents or questions, k) what is summed
+    n_drawings: int = 1000,  # how often rows are drawn
     seed: int = 0,
-) -> ndarray:  # (n, k) sums of each drawing
+) -> ndarray:  # (n_drawings, k) sums of each drawing
     "Sums over rows drawn with replacement (Efron 1979)"
     import numpy as np
 
@@ -144,8 +49,9 @@ def bootstrap(
     shares = np.full(len(x), 1 / len(x))
     at_once = max(1, 10**7 // max(1, len(x)))  # drawings in memory: 80 MB
     sums = []
-    for start in range(0, n, at_once):
-        times = rng.multinomial(len(x), shares, min(at_once, n - start))  # each row is drawn
+    for start in range(0, n_drawings, at_once):
+        n_now = min(at_once, n_drawings - start)
+        times = rng.multinomial(len(x), shares, n_now)  # how often each row is drawn
         sums.append(times @ x)
     return np.concatenate(sums)
 
@@ -153,21 +59,20 @@ def bootstrap(
 # %% ../nbs/13_evaluate.ipynb #72807fac
 def _scores(documents: list[dict]) -> dict:
     "Measures of some documents taken together"
-    n = {
-        name: sum(d[name] for d in documents) for name in ("bits", "n_bytes", "n_chars", "n_tokens")
-    }
+    summed = ("bits", "n_bytes", "n_chars", "n_tokens")
+    total = {name: sum(d[name] for d in documents) for name in summed}
     stderr = None
     if len(documents) > 1:
         sums = bootstrap([(d["bits"], d["n_bytes"]) for d in documents])
         stderr = float((sums[:, 0] / sums[:, 1]).std())
     return dict(
-        bits_per_byte=n["bits"] / n["n_bytes"],
+        bits_per_byte=total["bits"] / total["n_bytes"],
         bits_per_byte_stderr=stderr,
-        bits_per_char=n["bits"] / n["n_chars"],
-        chars_per_token=n["n_chars"] / n["n_tokens"],
-        tokens_per_doc=n["n_tokens"] / len(documents),
+        bits_per_char=total["bits"] / total["n_chars"],
+        chars_per_token=total["n_chars"] / total["n_tokens"],
+        tokens_per_doc=total["n_tokens"] / len(documents),
         n_docs=len(documents),
-        n_bytes=n["n_bytes"],
+        n_bytes=total["n_bytes"],
     )
 
 
@@ -190,44 +95,6 @@ def bpb_results(
         for domain in sorted({d["domain"] for d in documents})
     }
     return dict(bpb=languages) | domains
-
-
-# %% ../nbs/13_evaluate.ipynb #ec92b041
-def text_faults(
-    corpus: Path | None,  # corpus artifact
-    domains: list[str] | None,  # "LANG/NAME=REF" each
-) -> list[str]:  # one line each
-    "Why there is no text to measure on"
-    faults = []
-    if corpus is not None:
-        faults += faults_of(Artifact.load, corpus, "corpus")
-        langs = corpus_langs(corpus)
-        for lang in langs:
-            valid = Path(corpus) / f"{lang}.valid.jsonl"
-            if not valid.is_file() or not valid.stat().st_size:
-                faults.append(missing_language(corpus, lang, langs, "valid"))
-    for domain in domains or []:
-        faults += faults_of(domain_docs, domain, 1)
-    return faults
-
-
-def _check(model, tasks, data, corpus, domains, adapter, dtype, shots, chat, **options):
-    "Everything that can be wrong with a request, before a model is loaded"
-    names = split_tasks(tasks)
-    exams = [name for name in names if name != "bpb"]
-    faults = range_faults(
-        dict(options, shots=shots), shots=at_least(0), limit=at_least(0), batch=at_least(0)
-    )
-    if dtype is not None:
-        faults += range_faults(dict(dtype=dtype))
-    if exams:
-        faults += task_faults(exams, data, shots)
-    if adapter is not None:
-        faults += faults_of(require_adapter, adapter)
-    no_model = faults_of(resolve_model, model)
-    faults += no_model or tokenizer_faults(resolve_model(model), adapter, chat)
-    faults += text_faults(corpus, domains if "bpb" in names else [])
-    refuse(faults)
 
 
 # %% ../nbs/13_evaluate.ipynb #62ca0663
@@ -261,6 +128,48 @@ def ask_bits(
     return out
 
 
+# %% ../nbs/13_evaluate.ipynb #c212a4c5
+def _ask_exams(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    exams: list[str],  # lm-eval's tasks; none: nothing is asked
+    data: Path | None,  # folder of benchmarks, or "hub"
+    out: Path,  # receives the questions
+    answers: Answers,  # what was answered before
+    shots: int,
+    limit: int,
+    batch: int,  # 0: as many as fit
+    chat: bool,
+    whole: bool,  # also write the likelihood of each answer
+) -> tuple[dict, list[dict]]:  # what lm-eval found; each question with what became of it
+    "Accuracies of exams"
+    if not exams:
+        return dict(results={}), []
+    assert data is not None  # `check_evaluation` has refused exams without files
+    at_once = batch or ("auto" if model.device.type == "cuda" else 8)
+    found = run_lm_eval(
+        model, tok, exams, Path(data), shots, limit, at_once, chat, samples=True, answers=answers
+    )
+    check_context(found["n_long"], shots)
+    samples = found.pop("samples")
+    return found, write_questions(samples, out, whole)
+
+
+def _ask_texts(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    docs: dict[str, list[dict]],  # from `eval_docs`
+    out: Path,  # receives the documents
+    answers: Answers,  # what was answered before
+    length: int,  # tokens in a window
+    batch: int,  # 0: as many as fit
+) -> dict[str, dict]:  # of `bpb_results`
+    "Bits per byte"
+    documents = ask_bits(model, tok, docs, length, batch, answers)
+    write_lines(out / "documents.jsonl", documents)
+    return bpb_results(documents)
+
+
 # %% ../nbs/13_evaluate.ipynb #27dc9539
 @stage(
     "evaluation",
@@ -268,7 +177,7 @@ def ask_bits(
     ignore=("batch", "device"),
     schema=2,
     resumable=True,
-    check=_check,
+    check=check_evaluation,
 )
 def evaluate(
     model: Path,  # model folder (ours or any other), or hub id
@@ -290,37 +199,42 @@ def evaluate(
     device: str = None,  # None: the GPU if there is one
 ):
     "C-Eval, CMMLU, MMLU, HellaSwag through lm-eval; bits per byte; goes on after an interruption"
-    asked = dict(locals())  # the options, as they were given
-    for name in ("out", "batch", "device"):
-        del asked[name]  # they do not change the result
+    asked = dict(  # what decides on the result
+        model=model,
+        tasks=tasks,
+        data=data,
+        corpus=corpus,
+        domains=domains,
+        adapter=adapter,
+        load_in_4bit=load_in_4bit,
+        dtype=dtype,
+        shots=shots,
+        limit=limit,
+        chat=chat,
+        samples=samples,
+        length=length,
+        n_chars=n_chars,
+    )
     names = split_tasks(tasks)
     exams = [name for name in names if name != "bpb"]
     answers = Answers(out / "answers.jsonl")
     lm = load_model(model, adapter=adapter, load_in_4bit=load_in_4bit, dtype=dtype, device=device)
     home = tokenizer_home(resolve_model(model), adapter)
     tok = load_tokenizer(home)
-    found: dict[str, Any] = dict(results={})
-    questions: list[dict] = []
-    if exams:
-        assert data is not None  # `_check` has refused exams without files
-        at_once = batch or ("auto" if lm.device.type == "cuda" else 8)
-        found = run_lm_eval(
-            lm, tok, exams, Path(data), shots, limit, at_once, chat, samples=True, answers=answers
-        )
-        check_context(found["n_long"], shots)
-        questions = write_questions(found.pop("samples"), out, whole=samples)
+    found, questions = _ask_exams(
+        lm, tok, exams, data, out, answers, shots, limit, batch, chat, samples
+    )
+    results = found["results"]
     if "bpb" in names:
         docs = eval_docs(corpus, n_chars, domains)
-        documents = ask_bits(lm, tok, docs, length, batch, answers)
-        write_lines(out / "documents.jsonl", documents)
-        found["results"] |= bpb_results(documents)
+        results = results | _ask_texts(lm, tok, docs, out, answers, length, batch)
     config = {name: value for name, value in asked.items() if name not in PLACES}
     config |= dict(dtype=str(lm.dtype).removeprefix("torch."), device=lm.device.type)
     command = repeat_command(evaluate, asked, out.parent)
-    write_results(out, found, questions, names, config, command)
+    write_results(out, dict(found, results=results), questions, names, config, command)
     (out / "answers.jsonl").unlink(missing_ok=True)  # the results hold them now
     return dict(
-        results={name: found["results"][name] for name in names if name in found["results"]},
+        results={name: results[name] for name in names if name in results},
         n_asked=answers.n_asked,
         tokenizer=tokenizer_fingerprint(home),
     )

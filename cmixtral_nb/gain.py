@@ -6,242 +6,149 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "EXAMS",
-    "LANGUAGES",
-    "load_evaluation",
-    "measures",
-    "value_of",
-    "change",
-    "changes",
-    "verdict",
-    "percent",
-    "sentence",
-    "verdicts",
-    "gain_figure",
-]
+__all__ = ["value_of", "change", "verdict", "changes", "percent", "sentence", "verdicts"]
 
 # %% ../nbs/13b_gain.ipynb #b06fb23b
-import itertools
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .evaluate import bootstrap
-from .exams import categories, letters
-from .stages import read_json, require
+from .results import EXAMS, load_evaluation, measures
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from numpy import ndarray
-
-# %% ../nbs/13b_gain.ipynb #b118af8b
-EXAMS = {"ceval-valid": "C-Eval", "cmmlu": "CMMLU", "mmlu": "MMLU", "hellaswag": "HellaSwag"}
-LANGUAGES = {"zh": "Chinese", "en": "English"}
-
-
-def _read_lines(file: Path) -> list[dict]:
-    "JSON Lines; nothing where the file is missing"
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
-
-
-def load_evaluation(
-    ref: Any,  # evaluation folder, results.json of ours or of lm-eval, or what one holds
-) -> dict:  # results, documents, questions
-    "An evaluation with the rows under it, where there are any"
-    if isinstance(ref, dict):
-        found = ref if "results" in ref else dict(results=ref)
-        return dict(documents=[], questions=[]) | found
-    path = Path(getattr(ref, "path", ref))
-    file = path / "results.json" if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        dated = sorted(path.rglob("results_*.json"))  # lm-eval adds the date
-        file = dated[0] if dated else file
-    found = read_json(file)
-    require(
-        isinstance(found, dict) and "results" in found,
-        f'{file} holds no "results"; expected what cmixtral evaluate or lm_eval writes',
-    )
-    return dict(
-        results=found["results"],
-        documents=_read_lines(file.parent / "documents.jsonl"),
-        questions=_read_lines(file.parent / "questions.jsonl"),
-    )
-
-
-# %% ../nbs/13b_gain.ipynb #b128a64d
-def _text_measure(name: str, kind: str, documents: list[dict]) -> dict:
-    "Bits per byte of some documents"
-    return dict(
-        name=name,
-        kind=kind,
-        lower_is_better=True,
-        n=len(documents),
-        rows={(d["domain"], d["id"]): (d["bits"], d["n_bytes"]) for d in documents},
-    )
-
-
-def _exam_measure(name: str, kind: str, questions: list[dict], metric: str) -> dict:
-    "Accuracy on some questions of one exam, and the letter that the model gives most often"
-    favourite = next(iter(letters(questions).values()), {})
-    return dict(
-        favourite,
-        name=name,
-        kind=kind,
-        lower_is_better=False,
-        n=len(questions),
-        rows={(q["task"], q["hash"], q["id"]): (q[metric], 1) for q in questions},
-    )
-
-
-def _text_measures(documents: list[dict]) -> dict[str, dict]:
-    "Of languages, then of domains"
-    out = {}
-    for lang in dict.fromkeys(d["lang"] for d in documents):
-        mine = [d for d in documents if d["lang"] == lang]
-        out[lang] = _text_measure(LANGUAGES.get(lang, lang), "language", mine)
-    for domain in sorted({d["domain"] for d in documents}):
-        mine = [d for d in documents if d["domain"] == domain]
-        out[f"bpb/{domain}"] = _text_measure(domain, "domain", mine)
-    return out
-
-
-def _exam_measures(questions: list[dict]) -> dict[str, dict]:
-    "Of whole exams, and of their categories"
-    out = {}
-    for exam, name in EXAMS.items():
-        mine = [q for q in questions if q["task"] == exam or q["task"].startswith(exam + "_")]
-        if not mine:
-            continue
-        metric = "acc_norm" if exam == "hellaswag" else "acc"  # the one that is published
-        out[exam] = _exam_measure(name, "exam", mine, metric)
-        for category in sorted({c for q in mine for c in categories(q["task"])}):
-            part = [q for q in mine if category in categories(q["task"])]
-            out[f"{exam}/{category}"] = _exam_measure(f"{name}, {category}", "part", part, metric)
-    return out
-
-
-def _bare_measures(results: dict[str, dict]) -> dict[str, dict]:
-    "Where there are no rows: what the table itself says"
-    out = {}
-    for task, scores in results.items():
-        metrics = ["acc_norm,none", "acc,none"] if task == "hellaswag" else ["acc,none"]
-        known = [metric for metric in metrics if isinstance(scores.get(metric), float)]
-        if known and not any(task.startswith(exam + "_") for exam in EXAMS):
-            out[task] = dict(
-                name=EXAMS.get(task, task),
-                kind="exam",
-                lower_is_better=False,
-                n=None,
-                value=scores[known[0]],
-                stderr=scores.get(known[0].replace(",", "_stderr,")),
-            )
-    bits = results.get("bpb", {})
-    for column, value in bits.items():
-        if column.startswith("bits_per_byte_") and not column.endswith("stderr"):
-            lang = column.removeprefix("bits_per_byte_")
-            out[lang] = dict(
-                name=LANGUAGES.get(lang, lang),
-                kind="language",
-                lower_is_better=True,
-                n=None,
-                value=value,
-                stderr=bits.get(column + "_stderr"),
-            )
-    return out
-
-
-def measures(
-    evaluation: dict,  # from `load_evaluation`
-) -> dict[str, dict]:  # key -> name, kind, lower_is_better, n, and rows or value with stderr
-    "What was measured; kind: language, domain, exam or part; of exams also what `letters` says"
-    out = _text_measures(evaluation["documents"]) | _exam_measures(evaluation["questions"])
-    for key, measure in _bare_measures(evaluation["results"]).items():
-        out.setdefault(key, measure)
-    return out
 
 
 # %% ../nbs/13b_gain.ipynb #b13ec253
-def _spread(rows: list[tuple], f: Callable[[ndarray], ndarray], n: int) -> dict:
-    "Where 95% of the values of `f` lie when the rows are drawn again; too few rows: not known"
+def _spread(
+    rows: list[tuple],  # what is summed, for each document or question
+    measure: Callable[[ndarray], ndarray],  # of the sums of each drawing
+    n_drawings: int,
+) -> dict:  # low, high
+    "Where 95% of the drawings lie; of fewer than five rows that is not known"
     import numpy as np
 
     if len(rows) < 5:
         return dict(low=None, high=None)
-    ends: Any = np.quantile(f(bootstrap(rows, n)), [0.025, 0.975])
+    drawn = measure(bootstrap(rows, n_drawings))
+    ends: Any = np.quantile(drawn, [0.025, 0.975])
     return dict(low=float(ends[0]), high=float(ends[1]))
 
 
 def value_of(
     measure: dict,  # one of `measures`
-    n: int = 1000,  # drawings
+    n_drawings: int = 1000,
 ) -> dict:  # value, low, high; of an exam also letter, share, accuracy as in `letters`
     "A measure with its 95% interval; None where nothing is known of the spread"
     if "rows" not in measure:
-        value, e = measure["value"], measure["stderr"]
-        if not isinstance(e, float):
+        value, stderr = measure["value"], measure["stderr"]
+        if not isinstance(stderr, float):
             return dict(value=value, low=None, high=None)
-        return dict(value=value, low=value - 1.96 * e, high=value + 1.96 * e)
+        return dict(value=value, low=value - 1.96 * stderr, high=value + 1.96 * stderr)
     rows = list(measure["rows"].values())
-    total, size = map(sum, zip(*rows, strict=True))
-    favourite = {k: measure[k] for k in ("letter", "share", "accuracy") if k in measure}
+    total = sum(amount for amount, _ in rows)
+    size = sum(row_size for _, row_size in rows)
+    favourite = {name: measure[name] for name in ("letter", "share", "accuracy") if name in measure}
     return dict(
         value=float(total / size),
-        **_spread(rows, lambda sums: sums[:, 0] / sums[:, 1], n),
+        **_spread(rows, lambda sums: sums[:, 0] / sums[:, 1], n_drawings),
         **favourite,
     )
 
 
 # %% ../nbs/13b_gain.ipynb #ade96644
-def _share(x, y, size):
-    "By which part of the first the second differs: for bits per byte"
-    return y / x - 1
+def _relative(before: Any, after: Any, size: Any) -> Any:
+    "The change of bits per byte, as a share of the first; the size cancels out"
+    return after / before - 1
 
 
-def _difference(x, y, size):
-    "For accuracy"
-    return (y - x) / size
+def _difference(before: Any, after: Any, size: Any) -> Any:
+    "The change of an accuracy"
+    return (after - before) / size
 
 
 def change(
     a: dict,  # a measure of the first model
     b: dict,  # the same measure of the second
-    n: int = 1000,  # drawings
+    n_drawings: int = 1000,
 ) -> dict:  # change, low, high, n, paired
     "What is different in the second, on the rows that both have"
-    compare = _share if a["lower_is_better"] else _difference
+    compare = _relative if a["lower_is_better"] else _difference
     common = [key for key in a.get("rows", {}) if key in b.get("rows", {})]
     if not common:
-        return _change_of_strangers(a, b, n)
+        return _change_of_strangers(a, b, n_drawings)
     rows = [(a["rows"][key][0], b["rows"][key][0], a["rows"][key][1]) for key in common]
+    before = sum(row[0] for row in rows)
+    after = sum(row[1] for row in rows)
+    size = sum(row[2] for row in rows)
+
+    def of_drawings(sums: ndarray) -> ndarray:
+        return compare(before=sums[:, 0], after=sums[:, 1], size=sums[:, 2])
+
     return dict(
-        change=float(compare(*map(sum, zip(*rows, strict=True)))),
-        **_spread(rows, lambda sums: compare(*sums.T), n),
+        change=float(compare(before, after, size)),
+        **_spread(rows, of_drawings, n_drawings),
         n=len(common),
         paired=True,
     )
 
 
-def _change_of_strangers(a: dict, b: dict, n: int) -> dict:
+def _change_of_strangers(a: dict, b: dict, n_drawings: int) -> dict:
     "Two models that share no rows: the errors of both add up"
-    x, y = value_of(a, n), value_of(b, n)
-    compare = _share if a["lower_is_better"] else _difference
-    found = compare(x["value"], y["value"], 1)
-    if None in (x["low"], y["low"]):
+    first, second = value_of(a, n_drawings), value_of(b, n_drawings)
+    compare = _relative if a["lower_is_better"] else _difference
+    found = compare(first["value"], second["value"], 1)
+    if None in (first["low"], second["low"]):
         return dict(change=found, low=None, high=None, n=None, paired=False)
-    e = math.hypot(x["high"] - x["low"], y["high"] - y["low"]) / 2
+    error = math.hypot(first["high"] - first["low"], second["high"] - second["low"]) / 2
     if a["lower_is_better"]:
-        e /= x["value"]
-    return dict(change=found, low=found - e, high=found + e, n=None, paired=False)
+        error /= first["value"]
+    return dict(change=found, low=found - error, high=found + error, n=None, paired=False)
 
 
 # %% ../nbs/13b_gain.ipynb #b1626943
 _CHANCE = 0.25  # four answers
+
+
+def _guesses(model: dict) -> bool:
+    "Not clearly better than chance, nor than its own favourite letter given to every question"
+    return model["low"] is not None and model["low"] <= max(_CHANCE, model.get("accuracy", 0))
+
+
+def verdict(
+    base: dict,  # value of the first model, with its interval
+    model: dict,  # value of the other one; change, change_low, change_high
+    lower_is_better: bool,  # as for bits per byte
+    is_exam: bool,  # on an exam one can guess
+) -> str:  # gained, lost, not shown, guessing
+    "What may be said of a change"
+    if is_exam and _guesses(base) and _guesses(model):
+        return "guessing"
+    if model["change_low"] is None or model["change_low"] <= 0 <= model["change_high"]:
+        return "not shown"
+    fell = model["change"] < 0
+    return "gained" if fell == lower_is_better else "lost"
+
+
+def _compared(
+    key: str,  # of `measures`
+    a: dict,  # that measure of the base
+    b: dict,  # and of another model
+    base: dict,  # `value_of` a
+) -> dict:  # value, change, their intervals, n, paired, verdict
+    "A model beside the base"
+    found = change(a, b)
+    model = dict(
+        value_of(b),
+        change=found["change"],
+        change_low=found["low"],
+        change_high=found["high"],
+        n=found["n"],
+        paired=found["paired"],
+    )
+    is_exam = key.split("/")[0] in EXAMS
+    return dict(model, verdict=verdict(base, model, a["lower_is_better"], is_exam))
 
 
 def changes(
@@ -250,46 +157,15 @@ def changes(
     "Every measure that the base has; models: name -> value, change, their intervals, verdict"
     found = {name: measures(load_evaluation(ref)) for name, ref in evaluations.items()}
     base, *others = found
-    out = []
+    rows = []
     for key, a in found[base].items():
-        row = {k: a[k] for k in ("name", "kind", "lower_is_better", "n")}
-        row = dict(key=key, **row, models={base: value_of(a)})
+        models = {base: value_of(a)}
         for name in others:
-            if key not in found[name]:
-                continue
-            b = found[name][key]
-            c = change(a, b)
-            row["models"][name] = dict(
-                value_of(b),
-                change=c["change"],
-                change_low=c["low"],
-                change_high=c["high"],
-                n=c["n"],
-                paired=c["paired"],
-            )
-            row["models"][name]["verdict"] = verdict(row, name)
-        out.append(row)
-    return out
-
-
-def _guesses(m: dict) -> bool:
-    "Not clearly better than chance, nor than its own favourite letter given to every question"
-    return m["low"] is not None and m["low"] <= max(_CHANCE, m.get("accuracy", 0))
-
-
-def verdict(
-    row: dict,  # of `changes`
-    name: str,  # of a model
-) -> str:  # gained, lost, not shown, guessing
-    "What may be said of a change"
-    base, m = next(iter(row["models"].values())), row["models"][name]
-    is_exam = row["key"].split("/")[0] in EXAMS
-    if is_exam and _guesses(base) and _guesses(m):
-        return "guessing"
-    if m["change_low"] is None or m["change_low"] <= 0 <= m["change_high"]:
-        return "not shown"
-    fell = m["change"] < 0
-    return "gained" if fell == row["lower_is_better"] else "lost"
+            if key in found[name]:
+                models[name] = _compared(key, a, found[name][key], models[base])
+        about = {field: a[field] for field in ("name", "kind", "lower_is_better", "n")}
+        rows.append(dict(key=key, **about, models=models))
+    return rows
 
 
 # %% ../nbs/13b_gain.ipynb #b1767829
@@ -302,24 +178,24 @@ def percent(
     return f"{x:+.2%}" if size < 0.01 else f"{x:+.1%}"
 
 
-def _words_of_bits(row: dict, m: dict, base: str) -> tuple[str, str]:
+def _words_of_bits(row: dict, model: dict, base: str) -> tuple[str, str]:
     "What happened to bits per byte, and its interval"
-    size = percent(m["change"]).lstrip("+-")
-    direction = "fewer" if m["change"] < 0 else "more"
+    size = percent(model["change"]).lstrip("+-")
+    direction = "fewer" if model["change"] < 0 else "more"
     what = f"{row['name']}: {size} {direction} bits per byte than {base}"
-    if m["change_low"] is None:
+    if model["change_low"] is None:
         return what, ""
-    low, high = (percent(m[end], m["change"]) for end in ("change_low", "change_high"))
+    low, high = (percent(model[end], model["change"]) for end in ("change_low", "change_high"))
     return what, f"{low} to {high}"
 
 
-def _words_of_exam(row: dict, m: dict, base: str) -> tuple[str, str]:
+def _words_of_exam(row: dict, model: dict, base: str) -> tuple[str, str]:
     "What happened to an accuracy, and its interval"
-    points = f"{100 * m['change']:+.1f} points against {base}"
-    what = f"{row['name']}: {100 * m['value']:.1f}%, {points}"
-    if m["change_low"] is None:
+    points = f"{100 * model['change']:+.1f} points against {base}"
+    what = f"{row['name']}: {100 * model['value']:.1f}%, {points}"
+    if model["change_low"] is None:
         return what, ""
-    return what, f"{100 * m['change_low']:+.1f} to {100 * m['change_high']:+.1f}"
+    return what, f"{100 * model['change_low']:+.1f} to {100 * model['change_high']:+.1f}"
 
 
 _VERDICTS = {
@@ -336,19 +212,19 @@ def sentence(
     base: str = "the base",  # what to call the first model
 ) -> str:
     "One change in words, with its interval"
-    m = row["models"][name]
+    model = row["models"][name]
     if row["lower_is_better"]:
-        (what, span), unit = _words_of_bits(row, m, base), "documents"
+        (what, span), unit = _words_of_bits(row, model, base), "documents"
     else:
-        (what, span), unit = _words_of_exam(row, m, base), "questions"
-    n = m["n"]
+        (what, span), unit = _words_of_exam(row, model, base), "questions"
+    n = model["n"]
     if not span:
         return f"{what}; its spread is not known" + (f" ({n} {unit})" if n else "")
     basis = f" over {n:,} {unit}" if n else ", not paired"
     repeats = ""
-    if m.get("share", 0) >= 0.9:
-        repeats = f"; {name} gives {m['letter']} to {m['share']:.0%} of them"
-    return f"{what} ({span}, 95%{basis}): {_VERDICTS[m['verdict']]}{repeats}"
+    if model.get("share", 0) >= 0.9:
+        repeats = f"; {name} gives {model['letter']} to {model['share']:.0%} of them"
+    return f"{what} ({span}, 95%{basis}): {_VERDICTS[model['verdict']]}{repeats}"
 
 
 def verdicts(
@@ -361,62 +237,3 @@ def verdicts(
         name: [sentence(row, name, names[0]) for row in whole if name in row["models"]]
         for name in names[1:]
     }
-
-
-# %% ../nbs/13b_gain.ipynb #b232be64
-_COLOURS = ["#d1495b", "#3a7ca5", "#2a9d5c", "#8a5fbf", "#c98a1b"]
-
-
-def _draw_models(ax, row: dict, labels: dict[str, str], colour: str):
-    "The values of one measure, a model beside the other, each with its interval and its number"
-    names, values = list(row["models"]), list(row["models"].values())
-    below, above = (
-        [abs(v["value"] - v[end]) if v[end] is not None else 0 for v in values]
-        for end in ("low", "high")
-    )
-    heights = [v["value"] for v in values]
-    ax.errorbar(
-        range(len(values)),
-        heights,
-        (below, above),
-        color=colour,
-        marker="o",
-        ms=5,
-        capsize=4,
-        lw=1.5,
-        linestyle="none",  # models are no scale, and a line would cross the numbers
-    )
-    for i, height in enumerate(heights):
-        ax.annotate(
-            f"{height:.2f}",
-            (i, height),
-            textcoords="offset points",
-            xytext=(9, 0),
-            va="center",
-            fontsize=9,
-        )
-    ax.set(title=row["name"], ylabel="bits per byte", xlim=(-0.4, len(values) - 0.3))
-    ax.set_ylim(0, 1.1 * max(h + a for h, a in zip(heights, above, strict=True)))
-    many = len(values) > 3
-    ax.set_xticks(
-        range(len(values)),
-        [labels.get(name, name) for name in names],
-        rotation=20 if many else 0,
-        ha="right" if many else "center",
-    )
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def gain_figure(
-    rows: list[dict],  # from `changes`
-    labels: dict[str, str] | None = None,  # model -> what to call it
-) -> Figure:
-    "Bits per byte of each language, model by model, with 95% intervals"
-    from matplotlib.figure import Figure
-
-    languages = [row for row in rows if row["kind"] == "language"]
-    fig = Figure(figsize=(9, 2.9), layout="constrained")
-    axes = fig.subplots(1, max(1, len(languages)), squeeze=False)[0]
-    for ax, row, colour in zip(axes, languages, itertools.cycle(_COLOURS), strict=False):
-        _draw_models(ax, row, labels or {}, colour)
-    return fig

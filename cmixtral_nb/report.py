@@ -27,6 +27,7 @@ __all__ = [
     "change_text",
     "change_table",
     "verdict_list",
+    "gain_figure",
     "verdict_section",
     "text_section",
     "exam_section",
@@ -39,6 +40,7 @@ __all__ = [
 
 # %% ../nbs/a26_report.ipynb #fb18911a
 import io
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -46,8 +48,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .gain import LANGUAGES, gain_figure, percent, sentence
+from .gain import percent, sentence
 from .machine import package_data
+from .results import LANGUAGES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -396,6 +399,67 @@ def verdict_list(
         parts.append(element("h3", escape(labels.get(name, name))))
         parts.append(element("ul", "".join(items), class_="verdicts"))
     return "".join(parts)
+
+
+# %% ../nbs/a26_report.ipynb #c6225860
+_COLOURS = ["#d1495b", "#3a7ca5", "#2a9d5c", "#8a5fbf", "#c98a1b"]
+
+
+def _draw_values(ax: Any, values: list[dict], colour: str) -> None:
+    "Values of one measure with their intervals, the number beside each"
+    heights = [value["value"] for value in values]
+    below, above = (
+        [abs(v["value"] - v[end]) if v[end] is not None else 0 for v in values]
+        for end in ("low", "high")
+    )
+    ax.errorbar(
+        range(len(values)),
+        heights,
+        (below, above),
+        color=colour,
+        marker="o",
+        ms=5,
+        capsize=4,
+        lw=1.5,
+        linestyle="none",  # models are no scale, and a line would cross the numbers
+    )
+    for i, height in enumerate(heights):
+        ax.annotate(
+            f"{height:.2f}",
+            (i, height),
+            textcoords="offset points",
+            xytext=(9, 0),
+            va="center",
+            fontsize=9,
+        )
+    ax.set_ylim(0, 1.1 * max(h + a for h, a in zip(heights, above, strict=True)))
+
+
+def _draw_models(ax: Any, row: dict, labels: dict[str, str], colour: str) -> None:
+    "One measure, a model beside the other"
+    names = [labels.get(name, name) for name in row["models"]]
+    _draw_values(ax, list(row["models"].values()), colour)
+    ax.set(title=row["name"], ylabel="bits per byte", xlim=(-0.4, len(names) - 0.3))
+    if len(names) > 3:
+        ax.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    else:
+        ax.set_xticks(range(len(names)), names)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def gain_figure(
+    rows: list[dict],  # from `changes`
+    labels: dict[str, str] | None = None,  # model -> what to call it
+) -> Figure:
+    "Bits per byte of each language, model by model, with 95% intervals"
+    from matplotlib.figure import Figure
+
+    languages = [row for row in rows if row["kind"] == "language"]
+    fig = Figure(figsize=(9, 2.9), layout="constrained")
+    axes = fig.subplots(1, max(1, len(languages)), squeeze=False)[0]
+    for ax, row, colour in zip(axes, languages, itertools.cycle(_COLOURS), strict=False):
+        _draw_models(ax, row, labels or {}, colour)
+    return fig
 
 
 # %% ../nbs/a26_report.ipynb #26ae8aaf

@@ -36,10 +36,11 @@ from cmixtral_nb.report import (
 )
 
 from .corpora import corpus_texts
-from .gain import LANGUAGES, changes, percent, verdicts
+from .gain import changes, percent, verdicts
 from .machine import say, versions
 from .pipeline import run_states
 from .recipes import CHAIN, STEPS, read_recipe
+from .results import LANGUAGES
 from .stages import fingerprint, read_json, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer
 

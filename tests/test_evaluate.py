@@ -14,6 +14,7 @@ import pytest
 
 from cmixtral_nb import evaluate as ev
 from cmixtral_nb import exams
+from cmixtral_nb.heldout import heldout_texts
 from cmixtral_nb.stages import StageError
 
 pytest.importorskip("lm_eval")
@@ -64,7 +65,10 @@ def model(tmp_path_factory):
 
     torch.manual_seed(0)
     d = write_tokenizer(base_tokenizer_model("mixtral"), tmp_path_factory.mktemp("model"))
-    MixtralForCausalLM(small_config(64, 1, 4, 2, 128, 4, 2, 32000, 1024, 0.0)).save_pretrained(d)
+    config = small_config(
+        hidden=64, layers=1, intermediate=128, heads=4, positions=1024, aux_loss=0.0
+    )
+    MixtralForCausalLM(config).save_pretrained(d)
     return d
 
 
@@ -492,7 +496,7 @@ def test_bits_per_byte_equals_a_reference_for_any_batch(model):
     from cmixtral_nb.bits import bits_per_byte
 
     lm, tok = ev.load_model(model, device="cpu"), ev.load_tokenizer(model)
-    texts = ev.heldout_texts("zh", n_chars=400) + ev.heldout_texts("en", n_chars=400)
+    texts = heldout_texts("zh", n_chars=400) + heldout_texts("en", n_chars=400)
     docs = [*(text[:120] for text in texts), "x", "汉"]
     n_bytes = sum(len(doc.encode()) for doc in docs)
     want = pytest.approx(sum(reference_bits(lm, tok, doc, 16) for doc in docs) / n_bytes, rel=1e-6)

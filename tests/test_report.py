@@ -11,8 +11,9 @@ from conftest import watched
 
 from cmixtral_nb.compare import is_evaluation
 from cmixtral_nb.efficiency import named
-from cmixtral_nb.gain import change, changes, load_evaluation, measures, sentence
+from cmixtral_nb.gain import change, changes, sentence
 from cmixtral_nb.report import anchor
+from cmixtral_nb.results import load_evaluation, measures
 
 
 def read_json(path):
