@@ -16,7 +16,6 @@ __all__ = [
     "Step",
     "growth",
     "select_pieces",
-    "heldout",
     "stretches",
     "Heldout",
     "read_heldout",
@@ -34,36 +33,31 @@ __all__ = [
     "plot_search",
     "default_grid",
     "search",
-    "read_choice",
 ]
 
 # %% ../nbs/03_search.ipynb #96372593
 import functools
-import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from cmixtral_nb.stages import (
-    Artifact,
-    StageError,
-    read_json,
-    require,
-    stage,
-    write_json,
-    write_text,
+from cmixtral_nb.search_files import (
+    check_search,
+    heldout,
+    several,
+    train_chars,
+    whole_numbers,
+    write_search,
 )
 
-from .corpora import corpus_langs, lang_faults, missing_language
 from .corpus import FEW_CHARS
-from .documents import read_docs
 from .languages import script_pattern
 from .machine import say
-from .options import at_least, faults_of, range_faults, refuse, split_name
 from .pieces import Piece, base_tokenizer_model, read_model, read_pieces
-from .runs import mark_pattern, run_pattern
+from .runs import mark_pattern, run_pattern, weighted_totals
+from .stages import require, stage
 from .tokenizer import base_cutter, bpe_parts
 
 if TYPE_CHECKING:
@@ -146,13 +140,20 @@ class Step(NamedTuple):
     parts: tuple[str, ...]
 
 
-def _parts(piece: Piece, rank: dict[str, float], known: set[str]) -> tuple[str, ...]:
+def _base_ranks(base: dict[str, float]) -> dict[str, int]:
+    "Example: _base_ranks({'中': 0.0, '国': -1.0, '人': -1.0}) -> {'中': -2, '国': -1, '人': -1}"
+    scores = sorted(set(base.values()), reverse=True)
+    rank = {score: i - len(scores) for i, score in enumerate(scores)}
+    return {piece: rank[score] for piece, score in base.items()}
+
+
+def _parts(piece: Piece, rank: dict[str, int], known: set[str]) -> tuple[str, ...]:
     "The tokens that a piece replaces; empty where it cannot be built of what there is"
     if piece.kind == "char":
         return byte_pieces(piece.piece)
     if not known.issuperset(piece.piece):
         return ()
-    parts = bpe_parts(piece.piece, lambda token: rank.get(token, float("inf")))
+    parts = bpe_parts(piece.piece, rank)
     return tuple(parts) if len(parts) == 2 else ()
 
 
@@ -162,7 +163,7 @@ def growth(
     n_chars: int = 0,  # single characters with the base's; 0: order by tokens saved
 ) -> list[Step]:
     "The order in which pieces are appended; every prefix is a vocabulary without dead pieces"
-    rank = {piece: -score - 1e12 for piece, score in base.items()}  # the base joins first
+    rank = _base_ranks(base)  # below 0, so the base joins first; new words get their place
     known = {piece for piece in base if len(piece) == 1}
     steps: list[Step] = []
     waiting = _order(pieces, base, n_chars)
@@ -193,83 +194,40 @@ def select_pieces(
     return [step.piece for step in growth(pieces, base, n_chars)[:n_pieces]]
 
 
-# %% ../nbs/03_search.ipynb #c8f4f46b
-def _by_source(rows: Iterable[dict], limit_chars: int) -> dict[str, list[str]]:
-    "Documents of each source; sources with less than 2% of the text are one, 'other'"
-    texts: dict[str, list[str]] = {}
-    n_chars: Counter = Counter()
-    for row in rows:
-        source = row["source"]
-        if not limit_chars or n_chars[source] < limit_chars:
-            texts.setdefault(source, []).append(row["text"])
-            n_chars[source] += len(row["text"])
-    small = [source for source in texts if n_chars[source] < 0.02 * n_chars.total()]
-    if len(small) > 1:
-        texts["other"] = [text for source in small for text in texts.pop(source)]
-    return texts
-
-
-def _named_domain(given: str, limit_chars: int) -> tuple[str, list[str]]:
-    "Name and documents of NAME=REF"
-    name, ref = split_name(given)
-    require(name and ref, f"domains: {given!r}, expected NAME=REF, such as news=news.jsonl")
-    groups = _by_source(read_docs(ref), limit_chars).values()
-    docs = list(itertools.chain.from_iterable(groups))
-    require(docs, f"domains: {given} is empty, expected held-out text; give another file")
-    return name, docs
-
-
-def heldout(
-    corpus: Artifact | str | Path,  # a corpus folder, or a file or folder of text
-    lang: str = "zh",  # language
-    limit_chars: int = 0,  # of each domain; 0: all
-    domains: list[str] | None = None,  # more text, "NAME=REF" each
-) -> dict[str, list[str]]:  # domain -> documents
-    "Held-out text by domain; `StageError` where there is none"
-    path = Path(getattr(corpus, "path", corpus))
-    require(
-        path.exists(),
-        f"{path} does not exist, expected a corpus; run: cmixtral corpus --out {path}",
-    )
-    refuse(lang_faults(path, lang))
-    file = path
-    if langs := corpus_langs(path):
-        file = path / f"{lang}.valid.jsonl"
-        require(file.stat().st_size, missing_language(path, lang, langs, "valid"))
-    texts = _by_source(read_docs(file), limit_chars)
-    texts.update(_named_domain(given, limit_chars) for given in domains or [])
-    require(any(texts.values()), f"{path} holds no text to judge by; give held-out text")
-    return texts
-
-
 # %% ../nbs/03_search.ipynb #c8a84fb4
+@functools.cache
+def _token_kind(token: str, script: str) -> str:
+    """What a token can be in a run: its own characters, its start, or none of it
+
+    Example with Han: '我' -> 'own', '，' and '，我' -> 'start', 'and' -> 'rest'
+    """
+    if script_pattern(script).fullmatch(token):
+        return "own"
+    if mark_pattern().fullmatch(token) or run_pattern(script).fullmatch(token):
+        return "start"
+    return "rest"
+
+
 def stretches(
     tokens: Iterable[str],  # of the base, in the order of the text
     script: str = "Han",  # script of the runs
 ) -> Iterator[str]:
     "Example: ['▁', '我', '们', '，', 'and'] -> '▁我们', '，', 'and'"
-    goes_on, may_begin = _token_tests(script)
     run = ""
     for token in tokens:
-        if goes_on(token):
+        kind = _token_kind(token, script)
+        if kind == "own":
             run += token
             continue
         if run:
             yield run
             run = ""
-        if may_begin(token):
+        if kind == "start":
             run = token
         else:
             yield token
     if run:
         yield run
-
-
-@functools.cache
-def _token_tests(script: str) -> tuple[Callable, Callable]:
-    "Whether a token goes on in a run; whether it may begin one. Each token is looked at once"
-    begin = re.compile(f"{mark_pattern().pattern}|{run_pattern(script).pattern}")
-    return functools.cache(script_pattern(script).fullmatch), functools.cache(begin.fullmatch)
 
 
 # %% ../nbs/03_search.ipynb #c6aa6226
@@ -368,14 +326,8 @@ def token_counts(
     text: Heldout,
 ) -> Counter:  # token -> count, the rest of the text included
     "How often each token occurs in the whole text"
-    import numpy as np
-
-    ids = sp.encode(list(text.runs))
-    lengths = np.array([len(i) for i in ids], int)
-    weights: np.ndarray = np.repeat(np.array(list(text.runs.values()), float), lengths)
-    tokens = np.fromiter(itertools.chain.from_iterable(ids), int)
-    totals = np.bincount(tokens, weights, minlength=len(sp))
-    counts = Counter({sp.id_to_piece(int(i)): int(totals[i]) for i in np.flatnonzero(totals)})
+    totals = weighted_totals(sp.encode(list(text.runs)), text.runs.values(), len(sp))
+    counts = Counter({sp.id_to_piece(i): int(n) for i, n in enumerate(totals) if n})
     counts.update(text.rest)
     return counts
 
@@ -414,7 +366,7 @@ def measure(
     text: Heldout,
     steps: list[Step],  # what was appended
 ) -> dict[str, float]:
-    "Tokens, ALP, share of bytes, and how often an appended row is seen in a million characters"
+    "Tokens, ALP, share of bytes, and how often a new piece is seen in a million characters"
     import numpy as np
 
     n_tokens = counts.total()
@@ -478,7 +430,7 @@ def search_table(
                 n_chars=n_chars,
                 n_all_chars=n_base + sum(step.piece.kind == "char" for step in steps[:size]),
                 n_pieces=size,
-                n_params=2 * width * size,  # a row of the embedding and one of the head
+                n_params=2 * width * size,  # each piece has an embedding row and one of the head
                 bf16_bytes=4 * width * size,
             )
             measured = {d: measure(counts[d][size], texts[d], steps[:size]) for d in texts}
@@ -514,47 +466,64 @@ def best_by_total(
     return dict(sorted(best.items()))
 
 
+def _seen(per_million: float, budget: float) -> float:
+    "How often the training sees what occurs so often in a million characters"
+    return per_million * budget / 1e6
+
+
+def _trained_totals(best: dict[int, dict], budget: float, min_seen: float) -> list[int]:
+    "Totals whose last pieces the training sees often enough; all where no budget is given"
+    if not budget:
+        return list(best)
+    return [n for n, row in best.items() if _seen(row["per_last_row"], budget) >= min_seen]
+
+
 def choose(
     rows: list[dict],  # of search_table
     base_tokens: float,  # tokens of the same texts with the base
     budget: float = 0,  # characters that the training will read; 0: not asked
     min_saving: float = 0.1,  # of the tokens
-    min_seen: float = 20,  # times that one of the last tenth of the rows occurs in the training
+    min_seen: float = 20,  # times that one of the last tenth of the pieces occurs in the training
 ) -> dict:  # n_pieces (0: do not extend), n_chars, and why
-    "The knee of the best ALP at each total, or less where rows would be seen too rarely, or none"
+    "The knee of the best ALP, or less where pieces would be seen too rarely, or nothing"
     best = best_by_total(rows)
-    first, last = min(best), max(best)
-    saved = 1 - min(row["n_tokens"] for row in rows if row["domain"] == "mean") / base_tokens
+    fewest_tokens = min(row["n_tokens"] for row in rows if row["domain"] == "mean")
+    saved = 1 - fewest_tokens / base_tokens
     if saved < min_saving:
-        why = f"{last:,} pieces save {saved:.1%} of the tokens, less than {min_saving:.0%}"
-        return _verdict(0, best[first], f"do not extend: {why}")
-
-    at = knee(list(best), [row["alp"] for row in best.values()])
-    top = last if at is None else int(at)
-    seen = {n: row["per_last_row"] * budget / 1e6 for n, row in best.items() if n <= top}
-    trained = [n for n in seen if not budget or seen[n] >= min_seen]
-    if not trained:
-        return _verdict(
-            0,
-            best[first],
-            f"do not extend: in {budget:,.0f} characters of training the last rows of "
-            f"{first:,} pieces are seen {seen[first]:.1f} times, fewer than {min_seen:g}; "
-            "train on more, or try smaller totals",
+        return _refusal(
+            best,
+            f"{max(best):,} pieces save {saved:.1%} of the tokens, less than {min_saving:.0%}",
         )
 
-    n_pieces = max(trained)
-    where = "no knee, so the last" if at is None else "the knee of the best ALP"
-    tried = f"of {len(best)} totals from {first:,} to {last:,}"
-    if n_pieces < top:
-        where = f"the largest total up to {where} ({top:,}) {tried}"
-        where += f" whose last rows are seen {min_seen:g} times"
-    else:
-        where = f"{where} {tried}"
-    row = best[n_pieces]
-    return _verdict(n_pieces, row, _reasons(row, where, base_tokens, budget))
+    bend = knee(list(best), [row["alp"] for row in best.values()])
+    largest = max(best) if bend is None else int(bend)
+    affordable = [n for n in _trained_totals(best, budget, min_seen) if n <= largest]
+    if not affordable:
+        return _refusal(best, _seldom(best, budget, min_seen))
+
+    n_pieces = max(affordable)
+    where = _where(n_pieces, best, bend, min_seen)
+    why = _reasons(best[n_pieces], where, base_tokens, budget)
+    return _verdict(n_pieces, best[n_pieces], why)
 
 
 # %% ../nbs/03_search.ipynb #ba9bc6a2
+_LAST_TENTH = "one of the last tenth of the pieces"
+
+
+def _where(n_pieces: int, best: dict[int, dict], bend: float | None, min_seen: float) -> str:
+    "Where on the curve a total lies"
+    end = "no knee, so the last" if bend is None else "the knee of the best ALP"
+    largest = max(best) if bend is None else int(bend)
+    tried = f"of {len(best)} totals from {min(best):,} to {max(best):,}"
+    if n_pieces == largest:
+        return f"{end} {tried}"
+    return (
+        f"the largest total up to {end} ({largest:,}) {tried} "
+        f"at which {_LAST_TENTH} is seen {min_seen:g} times"
+    )
+
+
 def _reasons(row: dict, where: str, base_tokens: float, budget: float) -> str:
     "What is appended, where on the curve it lies, what it saves and what it costs"
     order = "in the seed’s order" if row["n_chars"] else "by tokens saved"
@@ -564,18 +533,33 @@ def _reasons(row: dict, where: str, base_tokens: float, budget: float) -> str:
         f"{row['n_params'] / 1e6:,.1f}M parameters ({row['bf16_bytes'] / 1e6:,.0f} MB in 16 bits)"
     )
     if budget:
-        average, last = (row[key] * budget / 1e6 for key in ("per_row", "per_last_row"))
         words += (
-            f"; in {budget:,.0f} characters of training an average new row is seen "
-            f"{average:,.0f} times, one of the last tenth {last:,.0f} times"
+            f"; in {budget:,.0f} characters of training an average new piece is seen "
+            f"{_seen(row['per_row'], budget):,.0f} times, {_LAST_TENTH} "
+            f"{_seen(row['per_last_row'], budget):,.0f} times"
         )
     return words
+
+
+def _seldom(best: dict[int, dict], budget: float, min_seen: float) -> str:
+    "Why even the smallest total is too large for the training"
+    fewest = min(best)
+    seen = _seen(best[fewest]["per_last_row"], budget)
+    return (
+        f"in {budget:,.0f} characters of training {_LAST_TENTH} is seen {seen:.1f} times "
+        f"with {fewest:,} pieces, fewer than {min_seen:g}; train on more, or try smaller totals"
+    )
 
 
 def _verdict(n_pieces: int, row: dict, why: str) -> dict:
     "A choice, with what was measured of it"
     measured = {key: row[key] for key in ("n_chars", "n_all_chars", "alp", "chars_per_token")}
     return dict(n_pieces=n_pieces, **measured, why=why)
+
+
+def _refusal(best: dict[int, dict], reason: str) -> dict:
+    "The choice not to extend, measured at the smallest total"
+    return _verdict(0, best[min(best)], f"do not extend: {reason}")
 
 
 # %% ../nbs/03_search.ipynb #71eabd60
@@ -622,19 +606,6 @@ def default_grid(
     return sorted(totals), [0, *chars]
 
 
-def _whole_numbers(name: str, values: list[str] | None, low: int) -> list[int]:
-    "Sorted, each once; `StageError` unless they are whole numbers from `low` on"
-    try:
-        numbers = sorted({int(value) for value in values or []})
-    except (TypeError, ValueError):
-        numbers = [low - 1]
-    require(
-        not numbers or numbers[0] >= low,
-        f"{name} is {values!r}, expected whole numbers from {low} on",
-    )
-    return numbers
-
-
 def _grid(
     candidates: list[Piece],
     base: dict[str, float],
@@ -644,43 +615,12 @@ def _grid(
     "What was asked for, else the default"
     all_totals, all_chars = default_grid(candidates, base)
     return (
-        _whole_numbers("totals", totals, 1) or all_totals,
-        _whole_numbers("chars", chars, 0) or all_chars,
-    )
-
-
-def _check(
-    pieces: Path,
-    corpus: Path,
-    base: str,
-    chars: list[str] | None,
-    totals: list[str] | None,
-    domains: list[str] | None,
-    lang: str,
-    script: str,
-    limit_chars: int,
-    budget: int,
-    **_: Any,
-) -> None:
-    "Refuse options and inputs that cannot be, all at once"
-    refuse(
-        [
-            *range_faults(dict(limit_chars=limit_chars, budget=budget), budget=at_least(0)),
-            *faults_of(_whole_numbers, "chars", chars, 0),
-            *faults_of(_whole_numbers, "totals", totals, 1),
-            *faults_of(read_pieces, pieces, script),
-            *faults_of(lambda: read_model(base_tokenizer_model(base))),
-            *faults_of(heldout, corpus, lang, 1, domains),
-        ]
+        whole_numbers("totals", totals, 1) or all_totals,
+        whole_numbers("chars", chars, 0) or all_chars,
     )
 
 
 # %% ../nbs/03_search.ipynb #5a8a8471
-def _several(n: int, one: str, many: str) -> str:
-    "Example: _several(1, 'domain', 'domains') -> '1 domain'"
-    return f"{n:,} {one if n == 1 else many}"
-
-
 def _texts_to_judge_by(
     docs: dict[str, list[str]], base_file: Path, script: str, missing: str
 ) -> dict[str, Heldout]:
@@ -698,30 +638,8 @@ def _texts_to_judge_by(
     return texts
 
 
-def _train_chars(corpus: Artifact | str | Path, lang: str) -> int:
-    "Characters of a corpus's training text; 0 where it is no corpus of ours"
-    path = Path(getattr(corpus, "path", corpus))
-    if not (path / "manifest.json").is_file():
-        return 0
-    return Artifact.load(path).stats.get(lang, {}).get("train", {}).get("n_chars", 0)
-
-
-def _write_search(out: Path, rows: list[dict], choice: dict) -> None:
-    "The table, the choice and the figure"
-    import matplotlib
-
-    lines = ["\t".join(rows[0])]
-    for row in rows:
-        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
-        lines.append("\t".join(cells))
-    write_text(out / "table.tsv", "\n".join(lines) + "\n")
-    write_json(out / "choice.json", choice)
-    with matplotlib.rc_context({"svg.hashsalt": "cmixtral"}):  # equal choices, equal bytes
-        plot_search(rows, choice).savefig(out / "curve.svg", metadata={"Date": None})
-
-
 # %% ../nbs/03_search.ipynb #93348223
-@stage("search", inputs=("pieces", "corpus", "base", "domains"), check=_check, schema=2)
+@stage("search", inputs=("pieces", "corpus", "base", "domains"), check=check_search, schema=2)
 def search(
     pieces: Path,  # folder of candidates, table of pieces, or sentencepiece model
     corpus: Path,  # corpus whose held-out part judges, or a jsonl or text file
@@ -738,8 +656,8 @@ def search(
     # characters of this language that the training will read; 0: the corpus once, where it is one
     budget: int = 0,
     min_saving: float = 0.1,  # of the tokens; less is not worth it
-    min_seen: float = 20.0,  # times that the rarest new rows should be seen in the training
-    width: int = 4096,  # hidden size of the model, for the cost of a row
+    min_seen: float = 20.0,  # times that the rarest new pieces should be seen in the training
+    width: int = 4096,  # hidden size of the model, for the cost of a piece
 ):
     "Try vocabularies on held-out text: what each saves and costs, the knee, and a verdict"
     base_file = base_tokenizer_model(base)
@@ -759,15 +677,15 @@ def search(
         "characters; lower both, or run: cmixtral tokenizer --n-pieces N",
     )
     before = measure_base(have, texts)
-    budget = budget or _train_chars(corpus, lang)
+    budget = budget or train_chars(corpus, lang)
     choice = choose(rows, before["n_tokens"], budget, min_saving, min_seen)
-    _write_search(out, rows, choice)
+    write_search(out, rows, choice, plot_search(rows, choice))
     n_tried = len({(row["n_chars"], row["n_pieces"]) for row in rows})
     say(
         "search",
         f"{choice['why']}; {script} text, characters per token {before['chars_per_token']:.2f} "
-        f"-> {choice['chars_per_token']:.2f}, {_several(n_tried, 'vocabulary', 'vocabularies')} "
-        f"tried on {_several(len(texts), 'domain', 'domains')}",
+        f"-> {choice['chars_per_token']:.2f}, {several(n_tried, 'vocabulary', 'vocabularies')} "
+        f"tried on {several(len(texts), 'domain', 'domains')}",
     )
     return dict(
         choice,
@@ -778,25 +696,3 @@ def search(
         n_tried=n_tried,
         domains={domain: text.n_chars for domain, text in texts.items()},
     )
-
-
-# %% ../nbs/03_search.ipynb #5276cd8d
-def read_choice(
-    search: Artifact | str | Path,  # search folder, or choice.json
-) -> tuple[int, int]:  # n_pieces, n_chars
-    "What a search chose; `StageError` where it chose nothing"
-    path = Path(getattr(search, "path", search))
-    choice = read_json(path / "choice.json" if path.is_dir() else path)
-    if not isinstance(choice, dict):
-        choice = {}
-    n_pieces, n_chars = choice.get("n_pieces"), choice.get("n_chars")
-    if not (isinstance(n_pieces, int) and isinstance(n_chars, int)):
-        raise StageError(
-            f"{path} holds no choice (n_pieces, n_chars); run: cmixtral search --out DIR"
-        )
-    require(
-        n_pieces,
-        f"{path} says: {choice.get('why', 'do not extend')}; to extend all the same, "
-        "give a number: cmixtral vocab --n-pieces N",
-    )
-    return n_pieces, n_chars

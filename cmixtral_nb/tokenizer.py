@@ -26,8 +26,8 @@ __all__ = [
 import itertools
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +47,11 @@ from cmixtral_nb.runs import (
     read_runs,
     run_batches,
     run_pattern,
+    weighted_totals,
     write_runs,
 )
 
-from .corpus import corpus_texts, lang_faults
+from .corpora import corpus_texts, lang_faults
 from .languages import script_pattern
 from .lexicons import lexicon_faults, mix_runs, opencc_faults, run_sources
 from .machine import say
@@ -67,16 +68,12 @@ def char_counts(
     script: str = "Han",  # of the characters; marks do not count
 ) -> Counter:  # character -> count
     "How often each character occurs in the runs"
-    import numpy as np
-
-    totals: np.ndarray = np.zeros(0x110000, np.int64)  # one for each code point of Unicode
-    for texts, counts in run_batches(runs.items(), 100_000):
-        code_points = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
-        lengths = [len(text) for text in texts]
-        np.add.at(totals, code_points, np.repeat(counts, lengths))
+    totals: defaultdict[str, int] = defaultdict(int)  # twice as fast as a Counter
+    for run, count in runs.items():
+        for char in run:
+            totals[char] += count
     own = script_pattern(script)
-    found = {chr(i): int(totals[i]) for i in np.flatnonzero(totals)}
-    return Counter({char: count for char, count in found.items() if own.match(char)})
+    return Counter({char: n for char, n in totals.items() if own.match(char)})
 
 
 def frequent_chars(
@@ -156,13 +153,13 @@ def train_pieces(
 # %% ../nbs/02_tokenizer.ipynb #1fec1302
 def bpe_parts(
     piece: str,  # characters
-    rank: Callable[[str], float],  # of a piece, the lowest first; infinite for what is no piece
+    rank: dict[str, int],  # of each piece, the lowest joined first
     below: float = math.inf,  # only joins of a lower rank than this
 ) -> list[str]:
-    "Example: with 中国 first and 人民 second, 中国人民 has the parts ['中国', '人民']"
+    "Example: bpe_parts('中国人民', {'中国': 0, '人民': 1}) -> ['中国', '人民']"
     parts = list(piece)
     while len(parts) > 1:
-        ranks = [rank(left + right) for left, right in itertools.pairwise(parts)]
+        ranks = [rank.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
         lowest = min(ranks)
         if lowest >= below:
             break
@@ -183,10 +180,7 @@ def token_totals(
     processor = spm.SentencePieceProcessor(model_file=str(model_file))
     totals: np.ndarray = np.zeros(len(processor), np.int64)  # one for each piece
     for texts, counts in run_batches(rows):
-        ids = processor.encode(texts)
-        lengths = [len(run_ids) for run_ids in ids]
-        all_ids = np.fromiter(itertools.chain.from_iterable(ids), int, sum(lengths))
-        np.add.at(totals, all_ids, np.repeat(counts, lengths))
+        totals += weighted_totals(processor.encode(texts), counts, len(processor))
     return Counter({processor.id_to_piece(i): int(n) for i, n in enumerate(totals) if n})
 
 
@@ -196,13 +190,9 @@ def made_counts(
 ) -> Counter:  # piece -> how often it is made
     "How often each piece is a token, or was one until it became part of a longer one"
     rank = {word: i for i, word in enumerate(words)}
-
-    def rank_of(text: str) -> float:
-        return rank.get(text, math.inf)
-
     made = Counter(tokens)
     for word in reversed(words):  # the wholes before their parts
-        for part in bpe_parts(word, rank_of, below=rank[word]):
+        for part in bpe_parts(word, rank, below=rank[word]):
             made[part] += made[word]
     return made
 

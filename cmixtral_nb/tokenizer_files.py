@@ -17,6 +17,7 @@ __all__ = [
     "encode_plain",
     "append_special",
     "check_special",
+    "write_vocab",
 ]
 
 # %% ../nbs/a09_tokenizer_files.ipynb #b94f1df2
@@ -25,8 +26,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pieces import read_model
-from .stages import Artifact, StageError, require, write_json
+from .pieces import Piece, read_model
+from .stages import Artifact, StageError, require, write_json, write_text
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -236,3 +237,23 @@ def check_special(
         f"tokens: {', '.join(bad)}: expected control tokens without blanks, each once, "
         "that the base does not have",
     )
+
+
+# %% ../nbs/a09_tokenizer_files.ipynb #7ef9ca51
+def write_vocab(
+    out: Path,  # folder
+    model,  # ModelProto: base, new pieces, special pieces
+    new: list[Piece],  # what was appended
+    special: list[tuple[int, str, str]],  # of append_special
+) -> None:
+    "The files of an extended tokenizer, and the table of what is new"
+    (out / "tokenizer.model").write_bytes(model.SerializeToString())
+    write_tokenizer(out / "tokenizer.model", out)
+    first = len(model.pieces) - len(special) - len(new)
+    rows: list[tuple] = [("id", "piece", "score", "kind", "count")]
+    for i, piece in enumerate(new, first):
+        rows.append((i, piece.piece, f"{model.pieces[i].score:.0f}", piece.kind, piece.count))
+    for i, token, kind in special:
+        rows.append((i, token, 0, kind, 0))
+    lines = ["\t".join(map(str, row)) + "\n" for row in rows]
+    write_text(out / "pieces.tsv", "".join(lines))

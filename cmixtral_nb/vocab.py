@@ -10,28 +10,21 @@ __all__ = ["extend_model", "vocab", "compare_tokenizers"]
 
 # %% ../nbs/04_vocab.ipynb #62d17c21
 from pathlib import Path
-from typing import Any
 
-from cmixtral_nb.certificate import (
-    CERTIFICATE_RANGES,
-    certificate_texts,
-    hostile_texts,
-    write_certificate,
-)
 from cmixtral_nb.tokenizer_files import (
     append_special,
     chars_per_token,
-    check_special,
     processor,
     read_bpe,
-    write_tokenizer,
+    write_vocab,
 )
 
+from .certificate import certificate_texts, hostile_texts, write_certificate
 from .machine import say
-from .options import at_least, faults_of, range_faults, refuse
 from .pieces import Piece, base_tokenizer_model, read_pieces
-from .search import base_pieces, read_choice, scores_below, select_pieces
-from .stages import Artifact, require, stage, write_text
+from .search import base_pieces, scores_below, select_pieces
+from .search_files import check_vocab, read_choice
+from .stages import require, stage
 
 
 # %% ../nbs/04_vocab.ipynb #6c025d14
@@ -50,57 +43,8 @@ def extend_model(
     return model
 
 
-# %% ../nbs/04_vocab.ipynb #718a224b
-def _write_vocab(out: Path, model, new: list[Piece], special: list[tuple[int, str, str]]) -> None:
-    "The tokenizer, and the table of what is new"
-    (out / "tokenizer.model").write_bytes(model.SerializeToString())
-    write_tokenizer(out / "tokenizer.model", out)
-    first = len(model.pieces) - len(special) - len(new)
-    rows: list[tuple] = [("id", "piece", "score", "kind", "count")]
-    for i, piece in enumerate(new, first):
-        rows.append((i, piece.piece, f"{model.pieces[i].score:.0f}", piece.kind, piece.count))
-    for i, token, kind in special:
-        rows.append((i, token, 0, kind, 0))
-    lines = ["\t".join(map(str, row)) + "\n" for row in rows]
-    write_text(out / "pieces.tsv", "".join(lines))
-
-
-# %% ../nbs/04_vocab.ipynb #cf8badb1
-def _check(
-    pieces: Path,
-    base: str,
-    search: Path | None,
-    n_pieces: int,
-    n_chars: int,
-    tokens: list[str] | None,
-    multiple: int,
-    corpus: Path | None,
-    script: str,
-    limit_chars: int,
-    n_hostile: int,
-    **_: Any,
-) -> None:
-    "Refuse options and inputs that cannot be, all at once"
-    counts = dict(n_pieces=n_pieces, n_chars=n_chars, multiple=multiple)
-    enough = dict(n_hostile=n_hostile, limit_chars=limit_chars)
-    faults = range_faults(counts, n_pieces=at_least(0), multiple=at_least(0))
-    if not n_pieces and not search:
-        faults.append(
-            "how many pieces? give a number or a search: cmixtral vocab --n-pieces N, "
-            "or cmixtral vocab --search DIR"
-        )
-    faults += range_faults(enough, **CERTIFICATE_RANGES)
-    faults += faults_of(read_pieces, pieces, script)
-    faults += faults_of(lambda: check_special(base_tokenizer_model(base), tokens or []))
-    if search and not n_pieces:
-        faults += faults_of(read_choice, search)
-    if corpus:
-        faults += faults_of(Artifact.load, corpus, "corpus")
-    refuse(faults)
-
-
 # %% ../nbs/04_vocab.ipynb #d9097fd0
-@stage("tokenizer", inputs=("pieces", "base", "search", "corpus"), check=_check, schema=2)
+@stage("tokenizer", inputs=("pieces", "base", "search", "corpus"), check=check_vocab, schema=2)
 def vocab(
     pieces: Path,  # folder of candidates, table of pieces, or sentencepiece model
     out: Path,  # folder to write
@@ -132,7 +76,7 @@ def vocab(
     )
     model = extend_model(base_file, new)
     special = append_special(model, tokens or [], multiple)
-    _write_vocab(out, model, new, special)
+    write_vocab(out, model, new, special)
 
     lines, measured = certificate_texts(corpus, script, limit_chars)
     real = [line for line in lines if line][::7]

@@ -19,11 +19,9 @@ from cmixtral_nb.search import (
     choose,
     default_grid,
     growth,
-    heldout,
     knee,
     plot_search,
     prefix_counts,
-    read_choice,
     read_heldout,
     run_model,
     scores_below,
@@ -33,6 +31,7 @@ from cmixtral_nb.search import (
     stretches,
     token_counts,
 )
+from cmixtral_nb.search_files import heldout, read_choice
 from cmixtral_nb.stages import StageError
 from cmixtral_nb.tokenizer import tokenizer
 from cmixtral_nb.tokenizer_files import processor
@@ -161,6 +160,16 @@ def test_order_by_tokens_saved():
     ]
 
 
+def test_equal_scores_of_the_base_are_joined_from_the_left():
+    base = dict.fromkeys(["中", "国", "人", "国人", "中国"], 0.0)
+    pieces = [Piece("中国人", -1.0, "word", 3), Piece("国人中", -2.0, "word", 2)]
+    steps = growth(pieces, base)
+    assert [s.parts for s in steps] == [("中国", "人"), ("国人", "中")]
+    sp = run_model(base, [s.piece for s in steps[:1]])
+    assert sp.encode("国人中", out_type=str) == ["国人", "中"]
+    assert run_model(base, []).encode("中国人", out_type=str) == ["中国", "人"]
+
+
 def test_what_cannot_be_built_is_left_out():
     "人民大 and 。人 lack a part, 中国民 is 中国 + 民"
     odd = [
@@ -253,13 +262,14 @@ def test_verdict_asks_what_is_saved_and_what_will_be_trained():
     assert choose(rows, 850)["why"].startswith(little)
     choice = choose(rows, 2000, budget=1e6)
     assert choice["n_pieces"] == 100
-    assert "the largest total up to no knee, so the last" in choice["why"]
-    assert "one of the last tenth 50 times" in choice["why"]
+    assert "the largest total up to no knee, so the last (200) of 2 totals" in choice["why"]
+    assert "at which one of the last tenth of the pieces is seen 20 times" in choice["why"]
+    assert "one of the last tenth of the pieces 50 times" in choice["why"]
     choice = choose(rows, 2000, budget=1e5)
     assert choice["n_pieces"] == 0
     seldom = (
-        "in 100,000 characters of training the last rows of 100 pieces are seen 5.0 times, "
-        "fewer than 20"
+        "in 100,000 characters of training one of the last tenth of the pieces is seen 5.0 times "
+        "with 100 pieces, fewer than 20"
     )
     assert seldom in choice["why"]
 

@@ -145,7 +145,7 @@ def naive_bpe(runs, n_merges):
     words = {tuple(run): count for run, count in runs.items()}
     merges: list[str] = []
     for _ in range(n_merges):
-        pairs = Counter()
+        pairs: Counter = Counter()
         for word, count in words.items():
             for pair in itertools.pairwise(word):
                 pairs[pair] += count
@@ -172,7 +172,7 @@ def test_made_counts_are_those_of_the_merges(tmp_path_factory, runs):
     made = {p.piece: p.count for p in pieces}
     words = [p.piece for p in pieces if p.kind == "word"]
     rank = {word: i for i, word in enumerate(words)}
-    n_joined = Counter()  # every join of every run, counted as it happens
+    n_joined: Counter = Counter()  # every join of every run, counted as it happens
     for run, count in runs.items():
         parts = list(run)
         while len(parts) > 1:
@@ -189,11 +189,7 @@ def test_made_counts_are_those_of_the_merges(tmp_path_factory, runs):
 
 
 def test_bpe_by_hand_joins_by_rank_and_from_the_left():
-    ranks = {"ab": 1, "bc": 0, "aa": 2}
-
-    def rank(piece):
-        return ranks.get(piece, float("inf"))
-
+    rank = {"ab": 1, "bc": 0, "aa": 2}
     assert bpe_parts("abc", rank) == ["a", "bc"]
     assert bpe_parts("aaa", rank) == ["aa", "a"]
     made = made_counts(Counter({"aab": 3, "a": 1}), ["aa", "aab"])
@@ -436,7 +432,7 @@ def test_mixing_keeps_whole_counts_and_shares(a, b, share):
 
 
 def test_thinning_fits_and_is_deterministic():
-    runs = Counter()
+    runs: Counter = Counter()
     for i in range(9000):
         run = chr(0x4E00 + i) + chr(0x4E00 + (i * 7) % 999)
         runs[run] = 101 if i % 50 == 0 else 1

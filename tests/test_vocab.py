@@ -200,6 +200,14 @@ def certified(base, new, tok, texts):
     return {line["check"]: line for line in certify(base, new, tok, texts)}
 
 
+def test_few_texts_are_counted_once(both):
+    base, new, tok = both
+    lines = certified(base, new, tok, ["a", "词表", "the <s> end"])
+    assert lines["decoding gives the text back"]["cases"] == 3
+    assert lines["saved and loaded again, the same"]["cases"] == 3
+    assert lines["with special tokens: BOS, then the same ids"]["cases"] == 3
+
+
 def test_wrong_fast_tokenizer_is_found_with_the_smallest_text(both, made, tmp_path):
     base, new, _ = both
     t = json.loads((made.tokenizer / "tokenizer.json").read_text())
