@@ -38,7 +38,6 @@ from cmixtral_nb.pieces import base_tokenizer_model, read_pieces
 from cmixtral_nb.search import (
     base_pieces,
     growth,
-    heldout,
     prefix_counts,
     read_heldout,
     run_model,
@@ -46,6 +45,7 @@ from cmixtral_nb.search import (
     select_pieces,
     token_counts,
 )
+from cmixtral_nb.search_files import heldout
 from cmixtral_nb.stages import StageError, write_json
 from cmixtral_nb.tokenizer import tokenizer
 from cmixtral_nb.tokenizer_files import chars_per_token, encode_plain, load_tokenizer, processor
@@ -286,7 +286,7 @@ def certificate(work, n):
     base, new, tok = processor(BASE), processor(folder / "tokenizer.model"), load_tokenizer(folder)
     start = time.time()
     done = 0
-    n_failed = Counter()
+    n_failed: Counter = Counter()
     while done < n:
         some = strings(min(50_000, n - done), folder, seed=1000 + done)
         for line in certify(base, new, tok, some):
