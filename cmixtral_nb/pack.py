@@ -10,9 +10,7 @@ __all__ = [
     "cut_examples",
     "positions",
     "collate",
-    "parse_mix",
     "repeats",
-    "check_pack",
     "pack",
     "load_examples",
     "valid_texts",
@@ -20,7 +18,6 @@ __all__ = [
 
 # %% ../nbs/07_pack.ipynb #2217c98d
 import json
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,11 +28,11 @@ from cmixtral_nb.packing import (
     ExampleWriter,
     Parts,
     as_fraction,
+    check_pack,
     encode_part,
     gather,
     ids_dtype,
-    part_faults,
-    source_faults,
+    parse_mix,
     source_texts,
     special_ids,
 )
@@ -48,8 +45,8 @@ from cmixtral_nb.stages import (
     write_text,
 )
 
+from .documents import up_to
 from .machine import say
-from .options import between, range_faults, refuse
 from .tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
@@ -113,38 +110,6 @@ def collate(
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-# %% ../nbs/07_pack.ipynb #d8fce449
-def parse_mix(
-    mix: Iterable[str],  # "RATIO:LANG" or "LANG"
-) -> dict[str, float]:  # language -> ratio
-    "Example: parse_mix(['1:zh', '0.5:en']) -> {'zh': 1.0, 'en': 0.5}; `StageError` has all faults"
-    entries = [mix] if isinstance(mix, str) else list(mix)
-    faults = [] if entries else ["mix is empty, expected RATIO:LANG, such as 1:zh"]
-    ratios: dict[str, float] = {}
-    for entry in entries:
-        ratio, lang = _split_entry(str(entry))
-        if not lang or not 0 < ratio < math.inf:
-            faults.append(
-                f"mix has {entry!r}, expected RATIO:LANG with a ratio above 0, such as 0.5:en"
-            )
-        elif lang in ratios:
-            both = f"{ratios[lang] + ratio:g}:{lang}"
-            faults.append(f"mix names {lang} twice; give one ratio, such as {both}")
-        else:
-            ratios[lang] = ratio
-    refuse(faults)
-    return ratios
-
-
-def _split_entry(entry: str) -> tuple[float, str]:
-    "Examples: '0.5:en' -> (0.5, 'en'), 'en' -> (1.0, 'en'); NaN where the ratio is no number"
-    ratio, _, lang = entry.rpartition(":")
-    try:
-        return float(ratio or 1), lang
-    except ValueError:
-        return math.nan, lang
-
-
 # %% ../nbs/07_pack.ipynb #13d863b2
 def repeats(
     n: int,  # documents of the source
@@ -163,66 +128,46 @@ def repeats(
         yield order[: n * rest // denominator]
 
 
-# %% ../nbs/07_pack.ipynb #f6e2f3b6
-def check_pack(
-    corpus: Path,  # these as for `pack`
-    tokenizer: Path,
-    mix: Iterable[str],
-    length: int = 2048,
-    valid_share: float = 0.001,
-    seed: int = 0,
-    workers: int = 1,
-    parts: Path | None = None,
-    **others,  # cannot be wrong
-) -> None:
-    "`StageError` with everything that is wrong with a request to `pack`"
-    ratios = parse_mix(mix)
-    options = dict(length=length, valid_share=valid_share, seed=seed, workers=workers)
-    faults = source_faults(corpus, ratios)
-    faults += range_faults(options, length=between(8, 2**20))
-    if not (Path(tokenizer) / "tokenizer.json").is_file():
-        faults.append(f"{tokenizer} holds no tokenizer.json; run: cmixtral vocab --out DIR")
-    if parts and not faults:
-        faults = part_faults(parts, corpus, tokenizer, ratios, valid_share, seed)
-    refuse(faults)
-
-
 # %% ../nbs/07_pack.ipynb #6ad96899
-def _passes(parts: Parts, ratio: float, seed: int, counted: dict) -> Iterator[ndarray]:
-    "The stream of a source; what each repeat holds is added to `counted`"
+def _passes(parts: Parts, ratio: float, seed: int) -> Iterator[ndarray]:
+    "The stream of a source, with its repeats"
     yield from parts.stream()
-    if ratio <= 1:
-        return
-    counts = parts.counts()
+    if ratio > 1:
+        counts = parts.counts()
+        for order in repeats(len(counts), ratio, seed):
+            yield from gather(parts, order, counts)
+
+
+def _repeated(counts: ndarray, ratio: float, seed: int) -> dict[str, int]:
+    "What the repeats of a source hold together; `counts` is what each document holds"
+    totals = dict.fromkeys(COUNTED, 0)
     for order in repeats(len(counts), ratio, seed):
-        counted["n_docs"] += len(order)
+        totals["n_docs"] += len(order)
         for column, key in enumerate(COUNTED[1:]):
-            counted[key] += int(counts[order, column].sum(dtype="int64"))
-        yield from gather(parts, order, counts)
+            totals[key] += int(counts[order, column].sum(dtype="int64"))
+    return totals
 
 
 def _pack_source(writer: ExampleWriter, source: int, parts: Parts, ratio: float, seed: int) -> dict:
     "Write the examples of one source; what it gave"
     counted = dict(ratio=ratio, **parts.stats)
+    if ratio > 1:
+        for key, n in _repeated(parts.counts(), ratio, seed).items():
+            counted[key] += n
     n_before = writer.n_examples
-    for block in cut_examples(_passes(parts, ratio, seed, counted), writer.length):
+    for block in cut_examples(_passes(parts, ratio, seed), writer.length):
         writer.write(block, source)
-    counted["n_rows"] = writer.n_examples - n_before
+    counted["n_rows"] = writer.n_examples - n_before  # rows of the Arrow file: examples
     counted["chars_per_token"] = round(counted["n_chars"] / max(1, counted["n_tokens"]), 4)
     return counted
 
 
 def _write_valid(path: Path, texts: Iterable[str], limit_chars: int) -> int:
-    "Keep held-out texts until there are enough characters; how many texts that were"
-    lines = []
-    n_chars = 0
-    for text in texts:
-        if n_chars >= limit_chars:
-            break
-        lines.append(json.dumps(dict(text=text), ensure_ascii=False) + "\n")
-        n_chars += len(text)
+    "Keep held-out texts until there are enough characters; 0: none; how many texts that were"
+    kept = list(up_to(texts, limit_chars)) if limit_chars > 0 else []
+    lines = [json.dumps(dict(text=text), ensure_ascii=False) + "\n" for text in kept]
     write_text(path, "".join(lines))
-    return len(lines)
+    return len(kept)
 
 
 # %% ../nbs/07_pack.ipynb #db04f8f6
@@ -301,14 +246,7 @@ def valid_texts(
     "Held-out documents of a language"
     path = Artifact.load(tokens, "tokens") / f"valid.{lang}.jsonl"
     require(path.is_file(), f"{path}: no such file; run: cmixtral pack --mix 1:{lang} --out DIR")
-    texts = []
-    n_chars = 0
     # newline="\n": other line ends, such as U+2028, belong to documents
     with open(path, encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            text = json.loads(line)["text"]
-            texts.append(text)
-            n_chars += len(text)
-            if limit_chars and n_chars >= limit_chars:
-                break
-    return texts
+        texts = (json.loads(line)["text"] for line in lines)
+        return list(up_to(texts, limit_chars))

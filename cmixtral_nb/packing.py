@@ -10,6 +10,7 @@ __all__ = [
     "COUNTED",
     "as_fraction",
     "takes",
+    "parse_mix",
     "ids_dtype",
     "special_ids",
     "encode_docs",
@@ -24,11 +25,13 @@ __all__ = [
     "gather",
     "source_faults",
     "part_faults",
+    "check_pack",
     "ExampleWriter",
 ]
 
 # %% ../nbs/a15_packing.ipynb #90f1f503
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -52,6 +55,7 @@ from .checkpoints import ahead
 from .corpora import corpus_langs, corpus_texts, missing_language
 from .corpus import is_heldout
 from .documents import doc_files, text_batches
+from .options import between, range_faults, refuse
 from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
@@ -78,6 +82,38 @@ def takes(
     before = (i + seed) * numerator // denominator
     after = (i + seed + 1) * numerator // denominator
     return after > before
+
+
+# %% ../nbs/a15_packing.ipynb #87fc0086
+def parse_mix(
+    mix: Iterable[str],  # "RATIO:LANG" or "LANG"
+) -> dict[str, float]:  # language -> ratio
+    "Example: parse_mix(['1:zh', '0.5:en']) -> {'zh': 1.0, 'en': 0.5}; `StageError` has all faults"
+    entries = [mix] if isinstance(mix, str) else list(mix)
+    faults = [] if entries else ["mix is empty, expected RATIO:LANG, such as 1:zh"]
+    ratios: dict[str, float] = {}
+    for entry in entries:
+        ratio, lang = _split_entry(str(entry))
+        if not lang or not 0 < ratio < math.inf:
+            faults.append(
+                f"mix has {entry!r}, expected RATIO:LANG with a ratio above 0, such as 0.5:en"
+            )
+        elif lang in ratios:
+            both = f"{ratios[lang] + ratio:g}:{lang}"
+            faults.append(f"mix names {lang} twice; give one ratio, such as {both}")
+        else:
+            ratios[lang] = ratio
+    refuse(faults)
+    return ratios
+
+
+def _split_entry(entry: str) -> tuple[float, str]:
+    "Examples: '0.5:en' -> (0.5, 'en'), 'en' -> (1.0, 'en'); NaN where the ratio is no number"
+    ratio, _, lang = entry.rpartition(":")
+    try:
+        return float(ratio or 1), lang
+    except ValueError:
+        return math.nan, lang
 
 
 # %% ../nbs/a15_packing.ipynb #e2ff8b6e
@@ -128,7 +164,7 @@ def line_spans(
 ) -> Iterator[tuple[int, int]]:  # first byte, byte after the last
     "A part of a file in spans of whole lines; all parts in their order are the file"
     n_bytes = path.stat().st_size
-    n_spans = -(-n_bytes // size_bytes)  # rounded up
+    n_spans = math.ceil(n_bytes / size_bytes)
     first = n_spans * part // n_parts
     last = n_spans * (part + 1) // n_parts
     with open(path, "rb") as file:
@@ -151,9 +187,14 @@ def _line_start(file, at: int) -> int:
 
 def _count_lines(path: str | Path, start: int, end: int, block: int = 2**20) -> int:
     "Ends of lines between two bytes of a file"
+    n_lines = 0
+    left = end - start
     with open(path, "rb") as file:
         file.seek(start)
-        return sum(file.read(min(block, end - at)).count(b"\n") for at in range(start, end, block))
+        while left > 0 and (data := file.read(min(block, left))):
+            n_lines += data.count(b"\n")
+            left -= len(data)
+    return n_lines
 
 
 # %% ../nbs/a15_packing.ipynb #e6cf2f44
@@ -478,6 +519,30 @@ def _lang_part_faults(folder: Path, lang: str, identity: str) -> list[str]:
             f"with another tokenizer, ratio or seed; {again}"
         )
     return faults
+
+
+# %% ../nbs/a15_packing.ipynb #f0d08144
+def check_pack(
+    corpus: Path,  # these as for `pack`
+    tokenizer: Path,
+    mix: Iterable[str],
+    length: int = 2048,
+    valid_share: float = 0.001,
+    seed: int = 0,
+    workers: int = 1,
+    parts: Path | None = None,
+    **others,  # cannot be wrong
+) -> None:
+    "`StageError` with everything that is wrong with a request to `pack`"
+    ratios = parse_mix(mix)
+    options = dict(length=length, valid_share=valid_share, seed=seed, workers=workers)
+    faults = source_faults(corpus, ratios)
+    faults += range_faults(options, length=between(8, 2**20))
+    if not (Path(tokenizer) / "tokenizer.json").is_file():
+        faults.append(f"{tokenizer} holds no tokenizer.json; run: cmixtral vocab --out DIR")
+    if parts and not faults:
+        faults = part_faults(parts, corpus, tokenizer, ratios, valid_share, seed)
+    refuse(faults)
 
 
 # %% ../nbs/a15_packing.ipynb #a78566c4

@@ -27,7 +27,6 @@ from cmixtral_nb.pack import (
     cut_examples,
     load_examples,
     pack,
-    parse_mix,
     positions,
     repeats,
     valid_texts,
@@ -39,6 +38,7 @@ from cmixtral_nb.packing import (
     encoded,
     gather,
     line_spans,
+    parse_mix,
     takes,
 )
 from cmixtral_nb.stages import Artifact, StageError
