@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .machine import meet, peak_bytes, process_rank
-from .plan import PEAK_FLOPS
+from .plan import peak_flops
 from .qlora import parameter_table
 from .stages import StageError, write_json, write_text
 
@@ -137,9 +137,8 @@ def log_speed(
     device = torch.cuda.get_device_name(model.device) if on_gpu else "cpu"
     peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else peak_bytes()
     line = dict(step=step, tokens_per_second=round(speed, 1), peak_bytes=peak, device=device)
-    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device), 0)
-    if peak_flops:
-        utilisation = flops_per_token(model) * speed / (peak_flops * n_devices)
+    if possible := peak_flops(device):
+        utilisation = flops_per_token(model) * speed / (possible * n_devices)
         line["utilisation"] = round(utilisation, 4)
     path.parent.mkdir(exist_ok=True)
     with open(path, "a") as file:
