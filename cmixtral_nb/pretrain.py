@@ -24,13 +24,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmixtral_nb.stages import (
-    Artifact,
-    input_fingerprint,
-    read_json,
-    same_tokenizer,
-    stage,
-    write_json,
+from cmixtral_nb.pretraining import (
+    bits_of_langs,
+    check_pretrain,
+    held_out_texts,
+    in_one_line,
+    note_loads,
+    old_rows,
+    run_stats,
 )
 from cmixtral_nb.training import (
     drop_half_written,
@@ -42,15 +43,12 @@ from cmixtral_nb.training import (
 )
 
 from .adapters import save_adapter
-from .bits import bits_per_byte
 from .checkpoints import resolve_model
-from .corpora import corpus_texts
 from .loading import load_model
-from .machine import default_device, gpu_bytes, process_rank, say, world_size
-from .options import at_least, range_faults, refuse
-from .pack import collate, load_examples, valid_texts
-from .plan import plan_faults
-from .qlora import add_lora, parameter_table, quantised
+from .machine import default_device, process_rank, say, world_size
+from .pack import collate, load_examples
+from .qlora import add_lora
+from .stages import Artifact, stage
 from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
@@ -216,175 +214,14 @@ def trainer(
     )
 
 
-# %% ../nbs/09_pretrain.ipynb #d10dc374
-def _check(model, tokens, corpus=None, device=None, **options) -> None:
-    packed = Artifact.load(tokens, "tokens")
-    folder = resolve_model(model)
-    right = f"cmixtral pack --tokenizer {model} --out DIR"
-    same_tokenizer(tokens, model if Path(model).exists() else folder, right)
-    faults = _vocabulary_faults(packed, model, folder)
-    faults += _example_faults(packed, options)
-    faults += _option_faults(options)
-    if not faults:
-        faults = _memory_faults(packed, model, folder, device, options)
-    refuse(faults)
-
-
-def _vocabulary_faults(packed: Artifact, model: str | Path, folder: Path) -> list[str]:
-    n_rows = read_json(folder / "config.json")["vocab_size"]
-    n_ids = packed.stats["vocab_size"]
-    if n_ids <= n_rows:
-        return []
-    return [
-        f"{packed} has ids up to {n_ids - 1:,}, {model} has {n_rows:,} embedding rows; "
-        f"run: cmixtral init --model {model} --tokenizer DIR --out DIR"
-    ]
-
-
-def _example_faults(packed: Artifact, options: dict[str, Any]) -> list[str]:
-    n_examples = packed.stats["n_rows"]
-    n_step = options["batch"] * options["accumulation"] * world_size()
-    if n_examples >= n_step:
-        return []
-    return [
-        f"{packed} has {n_examples:,} examples, a step takes {n_step:,} "
-        "(batch × accumulation × devices); lower --batch"
-    ]
-
-
-def _option_faults(options: dict[str, Any]) -> list[str]:
-    lowest_rank = 1 if options["rows"] == "none" else 0  # something must be trained
-    counted = {name for name in options if name != "epochs" or not options["steps"]}
-    checked = {name: value for name, value in options.items() if name in counted}
-    return range_faults(checked, rank=at_least(lowest_rank))
-
-
-def _memory_faults(packed: Artifact, model, folder: Path, device, options: dict) -> list[str]:
-    settings = dict(options, n_old=_n_old(model, options["n_old"]))
-    device = device or ("cuda" if gpu_bytes() else "cpu")
-    length = packed.stats["length"]
-    return plan_faults(folder, settings, length, device=device, n_gpus=world_size())
-
-
-def _n_old(model: str | Path, n_old: int) -> int:
-    "Embedding rows before the vocabulary grew: as given, or as `init` wrote it down"
-    manifest = Path(model) / "manifest.json"
-    if n_old or not manifest.is_file():
-        return n_old
-    return read_json(manifest)["stats"].get("n_old", 0)
-
-
-# %% ../nbs/09_pretrain.ipynb #75d7d7fd
-def _held_out(corpus, tokens, lang: str, limit_chars: int) -> list[str]:
-    "Held-out documents of a language, from a corpus or from what `pack` kept"
-    if corpus is None:
-        return valid_texts(tokens, lang, limit_chars)
-    return list(corpus_texts(corpus, lang, "valid", limit_chars))
-
-
-def _measure(model, tok, texts: dict[str, list[str]], length: int, batch: int) -> dict[str, float]:
-    "Bits per byte of each language"
-    was_training = model.training
-    model.eval()
-    found = {}
-    for lang, documents in texts.items():
-        if documents:
-            own = documents[process_rank() :: world_size()]
-            bits = _bits_and_bytes(model, tok, own, length, batch)
-            found[f"bpb_{lang}"] = round(_over_all(bits), 4)
-    model.train(was_training)
-    return found
-
-
-def _bits_and_bytes(model, tok, documents: list[str], length: int, batch: int) -> tuple:
-    if not documents:  # fewer documents than processes
-        return 0.0, 0
-    found = bits_per_byte(model, tok, documents, length=length, batch=batch)
-    return found["bits_per_byte"] * found["n_bytes"], found["n_bytes"]
-
-
-def _over_all(own: tuple[float, int]) -> float:
-    "Bits per byte over the documents of all processes"
-    each = [own]
-    if world_size() > 1:
-        from accelerate.utils import gather_object
-
-        each = gather_object(each)
-    return sum(bits for bits, _ in each) / sum(n_bytes for _, n_bytes in each)
-
-
-# %% ../nbs/09_pretrain.ipynb #f1efdbfc
-def _note_loads(out: Path, when: str, model, tok, texts: dict[str, list[str]]) -> None:
-    "Write the router load of each language into router.json, by one process"
-    if process_rank():
-        return
-    path = out / "router.json"
-    loads = read_json(path) if when == "after" else {}
-    loads[when] = {}
-    if getattr(model.config, "num_local_experts", 0):  # a dense model has no router
-        for lang, documents in texts.items():
-            if documents:
-                loads[when][lang] = router_load(model, tok, _beginning(documents, 20_000))
-    write_json(path, loads)
-
-
-def _beginning(texts: list[str], n_chars: int) -> list[str]:
-    "Example: _beginning(['abc', 'def'], 4) -> ['abc', 'd']"
-    beginning = []
-    for text in texts:
-        if n_chars <= 0:
-            break
-        beginning.append(text[:n_chars])
-        n_chars -= len(text)
-    return beginning
-
-
-# %% ../nbs/09_pretrain.ipynb #6158fdfe
-def _stats(model, run: Trainer, packed: Artifact, folder: Path, log: list[dict]) -> dict:
-    "What the manifest says of a run"
-    losses = [line["loss"] for line in log if "loss" in line]
-    changes = _bpb_changes(log)
-    steps = run.state.global_step
-    shown = [f"{lang} {c['before']:.3f} → {c['after']:.3f}" for lang, c in changes.items()]
-    say(
-        "pretrain",
-        f"{steps:,} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}; "
-        f"bits per byte {', '.join(shown)}",
-    )
-    return dict(
-        tokenizer=packed.manifest["tokenizer"],
-        base=input_fingerprint(folder),
-        steps=steps,
-        n_trained_tokens=steps * _step_examples(run.args) * packed.stats["length"],
-        loss=dict(first=losses[0], last=losses[-1]),
-        bpb=changes,
-        parameters=parameter_table(model),
-        quantised=quantised(model),
-        quantised_dtype=str(model.dtype).removeprefix("torch."),
-    )
-
-
-def _bpb_changes(log: list[dict]) -> dict[str, dict[str, float]]:
-    "Bits per byte of each language at the first and at the last evaluation"
-    changes = {}
-    for name in log[0]:
-        if name.startswith("bpb_"):
-            values = [line[name] for line in log if name in line]
-            changes[name.removeprefix("bpb_")] = dict(before=values[0], after=values[-1])
-    return changes
-
-
-def _step_examples(args: TrainingArguments) -> int:
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
 # %% ../nbs/09_pretrain.ipynb #6facb8b0
+# Longer than other stages: its options and those of the Trainer stand one a line.
 @stage(
     "adapter",
     inputs=("model", "tokens", "corpus"),
     ignore=("device",),
     resumable=True,
-    check=_check,
+    check=check_pretrain,
     parallel=True,
 )
 def pretrain(
@@ -422,43 +259,66 @@ def pretrain(
     device = device or default_device()
     packed = Artifact.load(tokens, "tokens")
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
-    _weigh_balance(net, aux / (accumulation * world_size()))
-    net = add_lora(net, rank, alpha, dropout, rows, _n_old(model, n_old), seed)
+    _weigh_balance(net, aux, accumulation)
+    net = add_lora(net, rank, alpha, dropout, rows, old_rows(model, n_old), seed)
     tok = load_tokenizer(resolve_model(model))
-    texts = {lang: _held_out(corpus, tokens, lang, eval_chars) for lang in packed.stats["sources"]}
+    texts = held_out_texts(tokens, corpus, eval_chars)
     done = saved_checkpoints(out / "checkpoints")
     drop_half_written(out / "checkpoints")
-    options: dict[str, Any] = dict(learning_rate=lr, optim=optim, seed=seed)
-    options |= dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
-    options |= dict(max_steps=steps or -1, num_train_epochs=epochs, warmup_steps=warmup)
-    options |= dict(logging_steps=log_every, eval_steps=eval_every, save_steps=save_every)
-    options |= dict(dataloader_drop_last=True, eval_on_start=not done)
-    args = training_arguments(out / "checkpoints", device, zero, checkpointing, **options)
+    args = training_arguments(
+        out / "checkpoints",
+        device,
+        zero,
+        checkpointing,
+        learning_rate=lr,
+        optim=optim,
+        seed=seed,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps or -1,
+        num_train_epochs=epochs,
+        warmup_steps=warmup,
+        logging_steps=log_every,
+        eval_steps=eval_every,
+        save_steps=save_every,
+        dataloader_drop_last=True,
+        eval_on_start=not done,
+    )
     run = trainer(
         net,
         load_examples(tokens).select_columns("input_ids").with_format("numpy"),
         args,
         partial(collate, bos=packed.stats["bos"]),
         rows_lr=rows_lr or lr,
-        measure=partial(_measure, net, tok, texts, packed.stats["length"], batch),
+        measure=partial(bits_of_langs, net, tok, texts, packed.stats["length"], batch),
         log=out / "log.jsonl",
         rows_steps=rows_steps,
     )
     if not done:
         _note_loads(out, "before", net, tok, texts)
     _run_to_end(run, done)
-    if process_rank():
-        return {}  # the first process writes
-    _note_loads(out, "after", net, tok, texts)
-    save_adapter(net, out, Path(model).name if Path(model).exists() else str(model))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return _stats(net, run, packed, resolve_model(model), read_log(out))
+    return _results(out, run, net, tok, texts, packed, model)
 
 
-def _weigh_balance(model, weight: float) -> None:
-    "The weight of the router's balance in the loss of a batch; the Trainer adds up the batches"
+def _weigh_balance(model: PreTrainedModel, aux: float, accumulation: int) -> None:
+    "The weight of the router's balance in the loss of a batch"
     model.config.output_router_logits = True
-    model.router_aux_loss_coef = weight
+    # The Trainer adds up the batches of a step; each adds its share of the balance.
+    n_batches = accumulation * world_size()
+    model.router_aux_loss_coef = aux / n_batches
+
+
+def _note_loads(
+    out: Path,
+    when: str,  # before or after
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    texts: dict[str, list[str]],
+) -> None:
+    "The router load of each language into router.json"
+    has_router = getattr(model.config, "num_local_experts", 0)  # a dense model has none
+    load_of = partial(router_load, model, tok)
+    note_loads(out / "router.json", when, texts if has_router else {}, load_of)
 
 
 def _run_to_end(run: Trainer, done: list[Path]) -> None:
@@ -472,3 +332,23 @@ def _run_to_end(run: Trainer, done: list[Path]) -> None:
     if run.state.global_step > max(evaluated, default=-1):
         run.evaluate()
     full_precision(run.model)
+
+
+def _results(
+    out: Path,
+    run: Trainer,
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    texts: dict[str, list[str]],
+    packed: Artifact,
+    base: str | Path,  # that the adapter belongs to
+) -> dict:
+    "Write the adapter and what came of the run; the first process does"
+    if process_rank():
+        return {}
+    _note_loads(out, "after", model, tok, texts)
+    save_adapter(model, out, Path(base).name if Path(base).exists() else str(base))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    stats = run_stats(run, model, packed, resolve_model(base), read_log(out))
+    say("pretrain", in_one_line(stats))
+    return stats

@@ -145,11 +145,13 @@ def test_refused_before_loading(here, tmp_path, monkeypatch):
     fails("expected a tokens", tokens="nothing")
     fails("no manifest.json", tokens="model")
     fails("does not exist", model="nothing")
+    fails("(?s)expected a tokens.*dropout is 1", tokens="nothing", dropout=1)  # both at once
     tokenizer_file = shutil.copytree(here / "model", here / "other") / "tokenizer.json"
     larger = read_json(tokenizer_file)
     larger["added_tokens"].append(dict(id=32000, content="<|x|>", special=True))
     write_json(tokenizer_file, larger)
     fails("was made with tokenizer .*run: cmixtral pack", model="other")
+    fails("(?s)was made with tokenizer .*dropout is 1", model="other", dropout=1)
     config_file = shutil.copytree(here / "model", here / "few") / "config.json"
     write_json(config_file, dict(read_json(config_file), vocab_size=31000))
     fails("has 31,000 embedding rows; run: cmixtral init", model="few")
