@@ -347,8 +347,8 @@ def _read_lines(file: Path) -> list[dict]:
     "JSON Lines; nothing where the file is missing"
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    with open(file, encoding="utf-8") as lines:  # `splitlines` would also cut at U+2028
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def load_evaluation(
