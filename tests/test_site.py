@@ -5,18 +5,15 @@ import functools
 import html
 import http.server
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import watched
+from conftest import cmixtral, watched
 
 from cmixtral_nb.book import chain_svg
 from cmixtral_nb.notebooks import cells, checkout, execute
@@ -53,16 +50,7 @@ def site(tmp_path_factory):
     for name in "nbs", "cmixtral_nb":
         shutil.copytree(ROOT / name, tmp / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "settings.ini", tmp)
-    code = (
-        "import sys; from cmixtral_nb.commands import main; sys.exit(main(['docs', '--no-quarto']))"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp)},
-    )
+    out = cmixtral("docs", "--no-quarto", cwd=tmp, env={"PYTHONPATH": str(tmp)})
     assert out.returncode == 0, out.stderr[-3000:]
     assert "index.html" in out.stdout
     return tmp / "_docs"
@@ -83,13 +71,12 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
-        self.ids |= {a[k] for k in ("id", "name") if a.get(k)}
+        self.ids.update(a[key] for key in ("id", "name") if a.get(key))
         if tag == "a" and a.get("href"):
             self.links.append(a["href"])
-        if tag in ("script", "link", "img", "iframe", "source") and (
-            ref := a.get("src") or (a.get("href") if tag == "link" else None)
-        ):
-            self.loads.append(ref)
+        loaded = a.get("href" if tag == "link" else "src")
+        if tag in ("script", "link", "img", "iframe", "source") and loaded:
+            self.loads.append(loaded)
         self.skip += tag in ("script", "style")
 
     def handle_endtag(self, tag):
@@ -151,47 +138,37 @@ def error_texts(node):
     if not isinstance(node, ast.Call) or name not in ("require", "StageError"):
         return
     for argument in node.args[1:] if name == "require" else node.args:
-        values = [v for v in ast.walk(argument) if isinstance(v, ast.FormattedValue)]
-        inside = {id(part) for value in values for part in ast.walk(value)}
-        for part in ast.walk(argument):
-            is_text = isinstance(part, ast.Constant) and isinstance(part.value, str)
-            if is_text and id(part) not in inside:
+        parts = list(ast.walk(argument))
+        filled_in = {
+            id(inner)
+            for part in parts
+            if isinstance(part, ast.FormattedValue)
+            for inner in ast.walk(part)
+        }
+        for part in parts:
+            if not isinstance(part, ast.Constant) or id(part) in filled_in:
+                continue
+            if isinstance(part.value, str):
                 yield part.value
 
 
 def test_what_the_command_says_is_on_the_page(pages, cli, tmp_path):
     "Real errors: each line is on the page, which has … or ‹name› for what is filled in"
-    rows = [re.split(r"…|‹[^›]*›", m["text"]) for ms in package_messages().values() for m in ms]
-    known = [re.compile(".*".join(map(re.escape, r)) + "$") for r in rows]
+    found = [m["text"] for of_module in package_messages().values() for m in of_module]
+    rows = [re.split(r"…|‹[^›]*›", text) for text in found]
+    known = [re.compile(".*".join(map(re.escape, row)) + "$") for row in rows]
+    out, none = ["--out", tmp_path / "o"], tmp_path / "none"
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.toml").write_text("[vocab]\nn_pices = 3\n[pretrian]\n")
     for args in (
-        ["corpus", "--sources", "zh=nothing.jsonl", "en", "--out", tmp_path / "o"],
-        ["corpus", "--sources", f"zh={tmp_path / 'empty.jsonl'}", "--out", tmp_path / "o"],
-        ["tokenizer", "--corpus", tmp_path / "none", "--out", tmp_path / "o", "--n-pieces", "0"],
-        ["vocab", "--pieces", tmp_path / "none", "--out", tmp_path / "o"],
-        ["init", "--model", tmp_path / "none", "--tokenizer", tmp_path, "--out", tmp_path / "o"],
-        [
-            "merge",
-            "--model",
-            tmp_path / "none",
-            "--adapter",
-            tmp_path / "none",
-            "--out",
-            tmp_path / "o",
-        ],
-        ["generate", "--models", "x", "--out", tmp_path / "o"],
-        [
-            "base",
-            "--corpus",
-            "builtin:en",
-            "--hidden",
-            "65",
-            "--steps",
-            "0",
-            "--out",
-            tmp_path / "o",
-        ],
+        ["corpus", "--sources", "zh=nothing.jsonl", "en", *out],
+        ["corpus", "--sources", f"zh={tmp_path / 'empty.jsonl'}", *out],
+        ["tokenizer", "--corpus", none, *out, "--n-pieces", "0"],
+        ["vocab", "--pieces", none, *out],
+        ["init", "--model", none, "--tokenizer", tmp_path, *out],
+        ["merge", "--model", none, "--adapter", none, *out],
+        ["generate", "--models", "x", *out],
+        ["base", "--corpus", "builtin:en", "--hidden", "65", "--steps", "0", *out],
         ["run", tmp_path / "bad.toml"],
         ["run", "nothing"],
         ["status", tmp_path],
@@ -200,13 +177,14 @@ def test_what_the_command_says_is_on_the_page(pages, cli, tmp_path):
         ["merge", "--modle", "x"],
     ):
         status, err = cli(*args)
-        assert status == 2 and err, args
+        assert status == 2, args
+        assert err, args
         for line in err:
-            assert any(k.search(line) for k in known), line
+            assert any(pattern.search(line) for pattern in known), line
     said = pages["troubleshooting.html"].text
-    for parts in rows:
-        for part in (" ".join(q.split()) for p in parts for q in p.split("; ")):
-            assert part in said, part
+    sentences = [sentence for row in rows for part in row for sentence in part.split("; ")]
+    for sentence in sentences:
+        assert " ".join(sentence.split()) in said, sentence
 
 
 def test_messages_of_every_kind_are_read():
@@ -229,24 +207,26 @@ def test_commands_and_functions_stand_on_their_pages(pages):
     from cmixtral_nb.commands import parser
     from cmixtral_nb.recipes import MODULES as COMMANDS
 
-    for c in COMMANDS:
-        assert f"cmixtral {c}" in pages["commands.html"].text
-        for option in (
-            o for a in parser(c)._actions for o in a.option_strings if o not in ("-h", "--help")
-        ):
-            assert option in pages["commands.html"].text, option
+    commands = pages["commands.html"].text
+    for command in COMMANDS:
+        assert f"cmixtral {command}" in commands
+        options = [o for action in parser(command)._actions for o in action.option_strings]
+        for option in {*options} - {"-h", "--help"}:
+            assert option in commands, option
     links = set(pages["api.html"].links)
     for path in MODULES:
-        for x in exported(path.read_text(encoding="utf-8")):
-            assert f"{path.stem}.html#{x['name'].lower()}" in links, x["name"]
+        for definition in exported(path.read_text(encoding="utf-8")):
+            name = definition["name"]
+            assert f"{path.stem}.html#{name.lower()}" in links, name
 
 
 def test_the_gpu_page_says_what_plan_says(pages, cli):
     assert cli("plan", "paper")[0] == 0
+    page = pages["gpu.html"].text
     for line in cli.out.splitlines():
         if m := re.match(r"(\d+) GB × (\d)\s+set (.*)", line):
-            assert m[3] in pages["gpu.html"].text.replace("“", '"').replace("”", '"'), line
-    assert pages["gpu.html"].text.count("fits") > 4
+            assert m[3] in page.replace("“", '"').replace("”", '"'), line
+    assert page.count("fits") > 4
 
 
 def test_the_picture_is_the_one_that_is_drawn():
@@ -259,17 +239,22 @@ def test_commands_in_the_pages_exist():
 
     from cmixtral_nb.commands import parser
 
-    n = 0
-    for p in (ROOT / "nbs" / f"{s}.ipynb" for s in NBS if s in NO_BADGE or s == "quickstart"):
-        for block in re.findall(r"```sh\n(.*?)```", "\n".join(c["source"] for c in cells(p)), re.S):
-            for line in re.findall(r"^(?:torchrun .*--no-python )?cmixtral (.+)$", block, re.M):
-                words = shlex.split(line, comments=True)
-                got = vars(parser(words[0]).parse_args(words[1:]))
-                assert words[0] != "tokenizer" or got["n_chars"] <= got["n_pieces"], (
-                    line
-                )  # what the first newcomer ran into
-                n += 1
-    assert n > 15
+    commands = [
+        command for n in NBS if n in NO_BADGE or n == "quickstart" for command in commands_in(n)
+    ]
+    assert len(commands) > 15
+    for command in commands:
+        stage, *words = shlex.split(command, comments=True)
+        got = vars(parser(stage).parse_args(words))
+        if stage == "tokenizer":  # what the first newcomer ran into
+            assert got["n_chars"] <= got["n_pieces"], command
+
+
+def commands_in(notebook):
+    "Commands in the shell blocks of a notebook, without the word cmixtral"
+    text = "\n".join(c["source"] for c in cells(ROOT / "nbs" / f"{notebook}.ipynb"))
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+        yield from re.findall(r"^(?:torchrun .*--no-python )?cmixtral (.+)$", block, re.M)
 
 
 def test_docs_refuse_what_is_no_checkout(tmp_path, monkeypatch):
@@ -298,21 +283,24 @@ def test_badges_are_those_that_colab_makes(tmp_path):
 
 def test_a_cell_that_says_nothing_any_more_keeps_no_output(tmp_path):
     said = [dict(output_type="stream", name="stdout", text=["old\n"])]
-    code: list = [("x = 1", {}), ("print(x)", {}), ("#| slow\nprint(2)", {})]
+    code = ["x = 1", "print(x)", "#| slow\nprint(2)"]
     rows = [
         dict(
-            cell_type="code", id=str(i), source=[t], outputs=said, execution_count=None, metadata=m
+            cell_type="code",
+            id=str(i),
+            source=[source],
+            outputs=said,
+            execution_count=None,
+            metadata={},
         )
-        for i, (t, m) in enumerate(code)
+        for i, source in enumerate(code)
     ]
-    (tmp_path / "a.ipynb").write_text(
-        json.dumps(dict(cells=rows, metadata={}, nbformat=4, nbformat_minor=5))
-    )
-    execute(tmp_path / "a.ipynb")
-    assert ["".join(o["text"]) for c in cells(tmp_path / "a.ipynb") for o in c["outputs"]] == [
-        "1\n",
-        "old\n",
-    ]  # the slow cell did not run
+    notebook = tmp_path / "a.ipynb"
+    notebook.write_text(json.dumps(dict(cells=rows, metadata={}, nbformat=4, nbformat_minor=5)))
+    execute(notebook)
+    outputs = [output for c in cells(notebook) for output in c["outputs"]]
+    # the slow cell did not run
+    assert ["".join(output["text"]) for output in outputs] == ["1\n", "old\n"]
 
 
 # pages without anything to run
@@ -336,27 +324,27 @@ class Browser:
         self.page = watched(chromium)
         self.errors, self.asked = self.page.said, self.page.asked
 
+    def forget(self):
+        "What was logged and asked for until now"
+        self.errors.clear()
+        self.asked.clear()
+
     def width(self):
         return self.page.evaluate("document.documentElement.scrollWidth")
 
     def background(self):
-        return sum(
-            map(
-                int,
-                re.findall(
-                    r"\d+", self.page.evaluate("getComputedStyle(document.body).backgroundColor")
-                )[:3],
-            )
-        )
+        "Sum of red, green and blue: 0 is black, 765 white"
+        colour = self.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(int(n) for n in re.findall(r"\d+", colour)[:3])
 
     def find(self, term):
+        "Texts and links of what the search finds"
         box = self.page.locator(".smalldocs-search input").first
         box.fill(term)
         self.page.wait_for_selector(".search-result, .search-none")
         self.page.wait_for_timeout(200)
-        return self.page.locator(".search-result").all_inner_texts(), self.page.locator(
-            ".search-result"
-        ).evaluate_all("a => a.map(x => x.href)")
+        found = self.page.locator(".search-result")
+        return found.all_inner_texts(), found.evaluate_all("a => a.map(x => x.href)")
 
 
 # Code blocks of a page whose lines are longer than what is seen of them.
@@ -377,7 +365,7 @@ def browser(chromium):
 
 def test_every_page_in_a_browser(browser, site, pages):
     "From disk: no error, no request elsewhere, no page wider than the screen, light and dark"
-    browser.errors.clear(), browser.asked.clear()
+    browser.forget()
     for name in sorted(pages):
         browser.page.set_viewport_size(dict(width=1280, height=900))
         browser.page.emulate_media(color_scheme="light")
@@ -403,7 +391,7 @@ def test_every_page_in_a_browser(browser, site, pages):
 
 
 def test_search_from_disk(browser, site, pages):
-    browser.errors.clear(), browser.asked.clear()
+    browser.forget()
     browser.page.set_viewport_size(dict(width=1280, height=900))
     browser.page.goto((site / "index.html").as_uri())
     for term in TERMS:
@@ -412,7 +400,8 @@ def test_search_from_disk(browser, site, pages):
         assert term.lower() in pages[found[0]].text.lower(), (term, texts[:3])
     browser.page.locator(".search-result").first.click()
     browser.page.wait_for_load_state()
-    assert browser.page.url.startswith("file:") and "index.html" not in browser.page.url
+    assert browser.page.url.startswith("file:")
+    assert "index.html" not in browser.page.url
     assert browser.errors == []
 
 
@@ -421,11 +410,9 @@ def test_under_a_path(browser, site):
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def translate_path(self, path):
-            return (
-                str(site / unquote(urlsplit(path).path).removeprefix("/a/b/"))
-                if path.startswith("/a/b/")
-                else "/nonexistent"
-            )
+            if not path.startswith("/a/b/"):
+                return "/nonexistent"
+            return str(site / unquote(urlsplit(path).path).removeprefix("/a/b/"))
 
         def log_message(self, *args):
             pass
@@ -436,15 +423,13 @@ def test_under_a_path(browser, site):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}/a/b/"
     try:
-        browser.errors.clear(), browser.asked.clear()
+        browser.forget()
         browser.page.goto(base + "index.html")
         browser.page.click("text=for the impatient")
         browser.page.wait_for_url(base + "quickstart.html")
         assert browser.find("manifest")[0]
-        assert [u for u in browser.asked if not u.startswith((base, "data:"))] in (
-            [],
-            [base.replace("/a/b/", "/favicon.ico")],
-        )
+        elsewhere = [u for u in browser.asked if not u.startswith((base, "data:"))]
+        assert elsewhere in ([], [base.replace("/a/b/", "/favicon.ico")])
         assert [e for e in browser.errors if "favicon" not in e and "404" not in e] == []
     finally:
         server.shutdown()
@@ -465,5 +450,6 @@ def test_formulas_are_drawn(browser, site):
     boxes = browser.page.locator("math").evaluate_all(
         "m => m.map(x => x.getBoundingClientRect().height)"
     )
-    assert len(boxes) > 3 and all(h > 8 for h in boxes)
+    assert len(boxes) > 3
+    assert all(h > 8 for h in boxes)
     assert "\\frac" not in html.unescape(browser.page.locator("main").inner_text())
