@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from .corpora import corpus_langs
 from .options import range_faults, refuse
-from .pack import check_pack, pack, parse_mix
-from .packing import encode_part
+from .pack import pack
+from .packing import check_pack, encode_part, parse_mix
 from .stages import StageError, require
 
 if TYPE_CHECKING:

@@ -34,15 +34,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmixtral_nb.chat_tokenizer import (  # noqa: F401  # some for those who still import them here
-    BEGIN,
-    END,
+from cmixtral_nb.chat_tokenizer import (
     FORMS,
     PAD,
-    ColouredTokens,
-    Form,
-    chat_template,
-    chat_tokenizer,
     form_of,
     write_chat_tokenizer,
 )
