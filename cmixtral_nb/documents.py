@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
+    "UNREADABLE",
     "open_text",
     "doc_files",
     "read_docs",
@@ -25,6 +26,7 @@ import itertools
 import json
 import lzma
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -51,6 +53,10 @@ _OPENERS: dict[str, Callable] = {
     ".xz": lzma.open,
     ".zst": _open_zst,
 }
+
+# What reading raises at a file that is cut off, broken inside, or not what its name says.
+# The errors of zlib (a flipped bit) and lzma are no OSError; pyarrow's is a ValueError.
+UNREADABLE = (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error)
 
 
 def open_text(
@@ -268,7 +274,7 @@ def _file_rows(path: Path, reader: _Reader) -> Iterator[dict]:
     assert form, path  # `_ref_faults` has looked
     try:
         yield from form(path, reader)
-    except (EOFError, OSError, lzma.LZMAError, ValueError) as e:
+    except UNREADABLE as e:
         reason = " ".join(str(e).split())[:120]
         raise StageError(
             f"{path}: cannot be read to its end ({reason}); copy or download it again"

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import zlib
 from collections import Counter
 
 import pytest
@@ -18,7 +19,7 @@ from cmixtral_nb.corpus import (
     corpus,
     is_heldout,
 )
-from cmixtral_nb.documents import doc_files, parse_sources, read_docs
+from cmixtral_nb.documents import UNREADABLE, doc_files, open_text, parse_sources, read_docs
 from cmixtral_nb.languages import lang_script, script_pattern, script_share
 from cmixtral_nb.stages import StageError
 
@@ -187,6 +188,17 @@ def test_truncated_archive(here, name, compress):
     (here / name).write_bytes(data[:-40])
     with pytest.raises(StageError, match="cannot be read to its end .*; copy or download it again"):
         texts(name)
+
+
+def test_a_flipped_bit_in_an_archive(here):
+    "What gzip does not wrap: zlib's own error, which is no OSError"
+    head = gzip.compress(b"")[:10]
+    (here / "flipped.jsonl.gz").write_bytes(head + b"\x07")  # deflate has no block of type 3
+    with pytest.raises(zlib.error) as e, open_text(here / "flipped.jsonl.gz") as f:
+        f.read()
+    assert isinstance(e.value, UNREADABLE) and not isinstance(e.value, OSError | ValueError)
+    with pytest.raises(StageError, match="cannot be read to its end .*; copy or download it again"):
+        texts("flipped.jsonl.gz")
 
 
 @pytest.mark.parametrize("name", ["not.jsonl.gz", "not.jsonl.xz", "not.parquet", "not.jsonl.zst"])
