@@ -499,12 +499,13 @@ def merge_faults(
     refs: Sequence[str | Path],  # adapter folders, in the order in which they are added
 ) -> list[str]:
     "Everything that keeps adapters from being added to a model, one after another"
-    adapters, faults = [], []
+    adapters: list[Adapter] = []
+    faults: list[str] = []
     for ref in refs:
-        if wrong := faults_of(Adapter, ref):
-            faults += wrong
-        else:
+        try:
             adapters.append(Adapter(ref))
+        except StageError as e:
+            faults += e.args
     faults += faults_of(resolve_model, model) or _fit_faults(model, adapters)
     for a in adapters:
         bad = [name for name in a.head if not is_finite(a.tensor(name))]
