@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a21_conversations.ipynb #c36a06ab
+import codecs
 import hashlib
 import json
 import re
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .documents import open_text
+from .documents import UNREADABLE, open_text
 from .machine import package_data
 from .stages import StageError
 
@@ -188,7 +189,7 @@ class Faults(Counter):
             (path, line, reason) for reason, met in self.where.items() for path, line in met
         )
         said = [
-            f"{path}:{line}: {reason}; correct the line, or go on without it with --on-error skip"
+            f"{path}:{line}: {reason}; correct this entry, or go on without it with --on-error skip"
             for path, line, reason in places[:most]
         ]
         if len(places) > most:
@@ -212,26 +213,41 @@ class Faults(Counter):
 def _records(path: Path, faults: Faults) -> Iterator[tuple[int, Any]]:
     "Line number and value of each line of a jsonl file, or of each item of one JSON list"
     with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 and line.lstrip().startswith(b"["):
-                file.seek(0)
-                yield from enumerate(_json_list(path, file), 1)
-                return
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                faults.note(path, number, "invalid UTF-8")
-            except (ValueError, RecursionError):
-                faults.note(path, number, "invalid JSON")
-            else:
-                yield number, value
+        try:
+            yield from _records_of(file, path, faults)
+        except UNREADABLE as e:
+            raise StageError(
+                f"{path}: cannot be read to its end ({e}); copy or download it again"
+            ) from e
+
+
+def _records_of(file: BinaryIO, path: Path, faults: Faults) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, 1):
+        if number == 1 and _begins_list(line):
+            file.seek(0)
+            yield from enumerate(_json_list(path, file), 1)
+            return
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            faults.note(path, number, "invalid UTF-8")
+        except (ValueError, RecursionError):
+            faults.note(path, number, "invalid JSON")
+        else:
+            yield number, value
+
+
+def _begins_list(line: bytes) -> bool:
+    "Whether a file that begins so is one JSON list; a byte-order mark may stand before it"
+    return line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _json_list(path: Path, file: BinaryIO) -> list:
+    text = file.read()
     try:
-        return json.loads(file.read().decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise StageError(f"{path}: not valid JSON ({e})") from None
 

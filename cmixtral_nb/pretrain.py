@@ -14,6 +14,8 @@ __all__ = [
     "two_rates_trainer",
     "trainer",
     "pretrain",
+    "weigh_balance",
+    "run_to_end",
 ]
 
 # %% ../nbs/09_pretrain.ipynb #b608af06
@@ -215,7 +217,6 @@ def trainer(
 
 
 # %% ../nbs/09_pretrain.ipynb #6facb8b0
-# Longer than other stages: its options and those of the Trainer stand one a line.
 @stage(
     "adapter",
     inputs=("model", "tokens", "corpus"),
@@ -256,10 +257,11 @@ def pretrain(
     device: str = None,  # None: the GPU if there is one
 ):
     "Continue pre-training with QLoRA; after an interruption it continues from its last checkpoint"
+    # Long: the options of the Trainer stand one a line.
     device = device or default_device()
     packed = Artifact.load(tokens, "tokens")
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
-    _weigh_balance(net, aux, accumulation)
+    weigh_balance(net, aux, accumulation)
     net = add_lora(net, rank, alpha, dropout, rows, old_rows(model, n_old), seed)
     tok = load_tokenizer(resolve_model(model))
     texts = held_out_texts(tokens, corpus, eval_chars)
@@ -296,11 +298,15 @@ def pretrain(
     )
     if not done:
         _note_loads(out, "before", net, tok, texts)
-    _run_to_end(run, done)
+    run_to_end(run, done)
     return _results(out, run, net, tok, texts, packed, model)
 
 
-def _weigh_balance(model: PreTrainedModel, aux: float, accumulation: int) -> None:
+def weigh_balance(
+    model: PreTrainedModel,  # a Mixtral
+    aux: float,  # weight of the router's balance in the loss of a step
+    accumulation: int,  # batches added up to one step
+) -> None:
     "The weight of the router's balance in the loss of a batch"
     model.config.output_router_logits = True
     # The Trainer adds up the batches of a step; each adds its share of the balance.
@@ -321,7 +327,10 @@ def _note_loads(
     note_loads(out / "router.json", when, texts if has_router else {}, load_of)
 
 
-def _run_to_end(run: Trainer, done: list[Path]) -> None:
+def run_to_end(
+    run: Trainer,  # from `trainer`
+    done: list[Path],  # whole checkpoints, oldest first; empty at a first start
+) -> None:
     "Train, from the last whole checkpoint where there is one, and evaluate after the last step"
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
     evaluated = [

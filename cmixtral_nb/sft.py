@@ -42,7 +42,6 @@ from cmixtral_nb.chat_tokenizer import (
 )
 from cmixtral_nb.training import (
     drop_half_written,
-    full_precision,
     read_log,
     saved_checkpoints,
     training_arguments,
@@ -56,7 +55,7 @@ from .loading import load_model
 from .machine import default_device, gpu_bytes, meet, process_rank, say, world_size
 from .options import at_least, faults_of, one_of, range_faults, refuse
 from .plan import plan_faults
-from .pretrain import trainer
+from .pretrain import run_to_end, trainer, weigh_balance
 from .qlora import add_lora, parameter_table, quantised
 from .stages import input_fingerprint, require, stage, tokenizer_fingerprint
 from .tokenizer_files import encode_plain, load_tokenizer
@@ -204,9 +203,6 @@ def load_bpe(
     return BPE(sentencepiece.SentencePieceProcessor(model_file=model_file))
 
 
-_bpe = load_bpe  # its former name
-
-
 # %% ../nbs/11_sft.ipynb #f11755a2
 def dropout_encoder(
     bpe: BPE,  # of the model
@@ -321,7 +317,7 @@ def answer_bits(
     model: PreTrainedModel,  # a chat model
     tok: PreTrainedTokenizerBase,  # its tokenizer
     talks: list[list[dict]],  # conversations
-    length: int = 1024,  # tokens of a conversation
+    length: int = 1024,  # tokens; every conversation must fit
     batch: int = 8,  # conversations at once
 ) -> float:  # bits for each UTF-8 byte of the answers, end tokens included in the bits
     "How well a model predicts the answers of conversations it has not seen"
@@ -330,6 +326,11 @@ def answer_bits(
     nats = 0.0
     for start in range(0, len(talks), batch):
         examples = [encode_chat(tok, talk) for talk in talks[start : start + batch]]
+        longest = max(len(ids) for ids, _ in examples)
+        require(
+            longest <= length,
+            f"a conversation has {longest:,} tokens, expected at most length, {length:,}",
+        )
         nats += _answer_nats(model, collate_chat(examples, length))
     model.train(was_training)
     answers = [m["content"] for talk in talks for m in talk if m["role"] == "assistant"]
@@ -374,15 +375,18 @@ class Selection:
         if text in self.seen:
             return "repeated"
         self.seen.add(text)
-        mask = encode_chat(tok, talk)[1][:length]
-        if not any(mask):
+        ids, mask = encode_chat(tok, talk)
+        read = mask[:length]
+        if not any(read):
             return "no answer within length"
-        if is_heldout(text, valid_share):
-            self.valid.append(talk)
-        else:
+        if not is_heldout(text, valid_share):
             self.train.append(talk)
-            self.n_tokens += len(mask)
-            self.n_answer_tokens += sum(mask)
+            self.n_tokens += len(read)
+            self.n_answer_tokens += sum(read)
+            return ""
+        if len(ids) > length:  # bits of a part over the bytes of the whole would be too few
+            return "held out, but longer than length"
+        self.valid.append(talk)
         return ""
 
 
@@ -435,7 +439,8 @@ def _check(model, conversations=None, device=None, **options) -> None:
     faults += source_faults(conversations)
     faults += faults_of(_require_tokenizer, model, options["bpe_dropout"])
     if not faults:
-        faults = plan_faults(
+        faults = faults_of(_require_marks, model, options["rows"], options["template"])
+        faults += plan_faults(
             resolve_model(model),
             options,
             options["length"],
@@ -447,10 +452,15 @@ def _check(model, conversations=None, device=None, **options) -> None:
 
 
 def _option_faults(options: dict[str, Any]) -> list[str]:
-    counted = {name for name in options if name != "epochs" or not options["steps"]}
-    checked = {name: value for name, value in options.items() if name in counted}
-    narrower = dict(length=at_least(16), rows=one_of("all", "none"), template=one_of(*FORMS))
-    return range_faults(checked, **narrower)
+    checked = dict(options)
+    if options["steps"]:
+        del checked["epochs"]
+    return range_faults(
+        checked,
+        length=at_least(16),
+        rows=one_of("all", "none"),
+        template=one_of(*FORMS),
+    )
 
 
 def _require_tokenizer(model: str | Path, bpe_dropout: float) -> None:
@@ -466,6 +476,17 @@ def _require_tokenizer(model: str | Path, bpe_dropout: float) -> None:
             f"{model} holds no tokenizer.model, which BPE-dropout needs; use --bpe-dropout 0"
         )
     refuse(faults)
+
+
+def _require_marks(model: str | Path, rows: str, template: str) -> None:
+    "New tokens need rows of their own, which only training all rows saves"
+    known = load_tokenizer(resolve_model(model)).get_vocab()
+    form = FORMS[template]
+    new = [mark for mark in (form.begin, form.end, PAD) if mark not in known]
+    require(
+        rows == "all" or not new,
+        f"rows is {rows!r}, but {', '.join(new)} are new to {model}; use --rows all",
+    )
 
 
 # %% ../nbs/11_sft.ipynb #5f2771c1
@@ -559,6 +580,7 @@ def sft(
     device: str | None = None,  # None: the GPU if there is one
 ):
     "Teach a model to answer; after an interruption it continues from its last checkpoint"
+    # Long: the options of the Trainer stand one a line.
     device = device or default_device()
     folder = resolve_model(model)
     old = load_tokenizer(folder)
@@ -567,33 +589,40 @@ def sft(
     talks = select_talks(refs, tok, on_error, n_translations, length, valid_share)
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
     _grow_marks(net, tok, old)
-    net.config.output_router_logits = True
-    net.router_aux_loss_coef = aux / (accumulation * world_size())
+    weigh_balance(net, aux, accumulation)
     net = add_lora(net, rank, alpha, dropout, rows, seed=seed)
     n_step = batch * accumulation * world_size()  # conversations of a step
     n_steps = steps or max(1, round(epochs * len(talks.train) / n_step))
     bpe = load_bpe(folder) if bpe_dropout else None
     done = saved_checkpoints(out / "checkpoints")
     drop_half_written(out / "checkpoints")
-    options: dict[str, Any] = dict(learning_rate=lr, optim=optim, seed=seed)
-    options |= dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
-    options |= dict(max_steps=n_steps, warmup_steps=warmup, eval_on_start=not done)
-    options |= dict(logging_steps=log_every, eval_steps=eval_every, save_steps=save_every)
-    options |= dict(neftune_noise_alpha=_neftune_alpha(neftune, batch))
+    args = training_arguments(
+        out / "checkpoints",
+        device,
+        learning_rate=lr,
+        optim=optim,
+        seed=seed,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=n_steps,
+        warmup_steps=warmup,
+        logging_steps=log_every,
+        eval_steps=eval_every,
+        save_steps=save_every,
+        eval_on_start=not done,
+        neftune_noise_alpha=_neftune_alpha(neftune, batch),
+    )
     run = trainer(
         net,
         Rounds(talks.train, tok, bpe, n_steps * n_step, bpe_dropout, seed),
-        training_arguments(out / "checkpoints", device, **options),
+        args,
         partial(collate_chat, length=length),
         rows_lr=rows_lr or lr,
         measure=partial(_measure, net, tok, talks.valid, length),
         log=out / "log.jsonl",
         ordered=True,
     )
-    run.train(resume_from_checkpoint=str(done[-1]) if done else None)
-    if run.state.global_step % eval_every:
-        run.evaluate()
-    full_precision(net)
+    run_to_end(run, done)
     if process_rank():
         return {}  # the first process writes
     save_adapter(net, out)

@@ -8,7 +8,6 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "LOGGED",
-    "checkpoints",
     "write_log",
     "read_log",
     "saved_checkpoints",
@@ -16,7 +15,6 @@ __all__ = [
     "flops_per_token",
     "log_speed",
     "Numbered",
-    "log_keeper",
     "tensorboard_callback",
     "watched_trainer",
     "stop_at_nan",
@@ -84,9 +82,6 @@ def saved_checkpoints(
 def _step_of(checkpoint: Path) -> int:
     "Example: checkpoint-50 -> 50"
     return int(checkpoint.name.split("-")[1])
-
-
-checkpoints = saved_checkpoints  # its former name
 
 
 def drop_half_written(
@@ -182,7 +177,7 @@ class Numbered:
 
 
 # %% ../nbs/a20_training.ipynb #8740df31
-def log_keeper(
+def _log_keeper(
     log: Path,  # log.jsonl; speed.jsonl goes to the folder logs beside it
     n_tokens: Callable[[], int],  # how many this process has read so far
 ) -> TrainerCallback:
@@ -283,7 +278,7 @@ def watched_trainer() -> type:  # a subclass of transformers' Trainer
 
 
 def _log_callbacks(log: Path, n_tokens: Callable[[], int]) -> list[TrainerCallback]:
-    keeper = log_keeper(log, n_tokens)
+    keeper = _log_keeper(log, n_tokens)
     board = tensorboard_callback(log.parent / "logs") if process_rank() == 0 else None
     return [keeper, board] if board else [keeper]
 

@@ -1,5 +1,7 @@
 "What the chapter on fine-tuning does not show: bad files, hostile words, killed runs"
 
+import codecs
+import gzip
 import hashlib
 import json
 import lzma
@@ -299,7 +301,7 @@ def test_bad_rows_are_counted_or_stop(row, reason, tmp_path):
     read_talks, counts = read(f)
     assert read_talks == [TALK] and list(counts.values()) == [1]
     assert re.fullmatch(reason, *counts)
-    with pytest.raises(StageError, match=f"a.jsonl:2: {reason}; correct the line"):
+    with pytest.raises(StageError, match=f"a.jsonl:2: {reason}; correct this entry"):
         read(f, on_error="stop")
 
 
@@ -344,6 +346,50 @@ def test_forms_and_faults_are_counted_file_by_file(model, tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text("{}\n" * 50)
     with pytest.raises(StageError, match="and 30 more"):
         s.select_talks([str(tmp_path / "d.jsonl")], tok, "stop", 0, 64, 0)
+
+
+def test_a_list_with_a_byte_order_mark(tmp_path):
+    f = tmp_path / "a.json"
+    f.write_bytes(codecs.BOM_UTF8 + json.dumps([dict(messages=TALK), {}]).encode())
+    assert read(f) == ([TALK], {"unknown form": 1})
+    with pytest.raises(StageError, match="a.json:2: unknown form; correct this entry"):
+        read(f, on_error="stop")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_file_that_is_cut_off(compress, as_list, tmp_path):
+    talks = [[dict(role="user", content=str(i)), TALK[1]] for i in range(2000)]
+    lines = [json.dumps(dict(messages=talk)) for talk in talks]
+    text = f"[{','.join(lines)}]" if as_list else "\n".join(lines)
+    packed = compress(text.encode())
+    f = tmp_path / ("a.jsonl.gz" if compress is gzip.compress else "a.jsonl.xz")
+    f.write_bytes(packed)
+    assert read(f) == (talks, {})
+    f.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(StageError, match=f"{f}: cannot be read to its end .*download it again"):
+        read(f)
+
+
+def test_a_long_talk_is_not_measured(model):
+    "Bits of a part over the bytes of the whole would be too few; training reads a part"
+    tok = chat_tokenizer(load_tokenizer(model))
+    talk = [TALK[0], dict(role="assistant", content="长" * 100)]
+    n = len(s.encode_chat(tok, talk)[0])
+    measured, dropped, trained = s.Selection(), s.Selection(), s.Selection()
+    assert measured.add(talk, tok, n, 0.999) == "" and measured.valid == [talk]
+    assert dropped.add(talk, tok, n - 1, 0.999) == "held out, but longer than length"
+    assert dropped.valid == dropped.train == []
+    assert trained.add(talk, tok, n - 1, 0) == "" and trained.train == [talk]
+    assert trained.n_tokens == n - 1
+
+    from cmixtral_nb.loading import load_model
+
+    net = load_model(model)
+    net.resize_token_embeddings(len(tok))
+    assert s.answer_bits(net, tok, [talk], n) > 1
+    with pytest.raises(StageError, match=f"has {n} tokens, expected at most length, {n - 1}"):
+        s.answer_bits(net, tok, [talk], n - 1)
 
 
 def test_a_megabyte_in_one_message(model):
@@ -474,6 +520,29 @@ def test_every_fault_at_once(model, tmp_path):
     ):
         assert part in text, part
     assert not list(tmp_path.iterdir())
+
+
+def test_new_marks_need_their_rows(model, tmp_path):
+    "Without them the adapter could not be loaded again; a chat model has them"
+    says = f"rows is 'none', but {BEGIN}, {END}, {PAD} are new to {model}; use --rows all"
+    with pytest.raises(StageError) as e:
+        s.sft(model, out=tmp_path / "o", rows="none")
+    assert e.value.args == (says,)
+    chat = tmp_path / "chat"
+    chat.mkdir()
+    write_chat_tokenizer(model, chat)
+    for f in model.iterdir():
+        if not (chat / f.name).exists():
+            (chat / f.name).symlink_to(f)
+    s._require_marks(chat, "none", "huozi")
+    with pytest.raises(StageError, match="but .*im_start.*, .*im_end.* are new to"):
+        s._require_marks(chat, "none", "chatml")
+
+
+@pytest.mark.parametrize("name", ["eval_every", "save_every", "log_every"])
+def test_no_step_is_every_0th(model, tmp_path, name):
+    with pytest.raises(StageError, match=f"{name} is 0, expected at least 1"):
+        s.sft(model, out=tmp_path / "o", **{name: 0})
 
 
 def test_a_model_without_its_tokenizer(model, tmp_path):
