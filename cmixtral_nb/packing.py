@@ -210,7 +210,7 @@ class Span(NamedTuple):
 
 
 def span_texts(
-    span: Span,
+    span: Span,  # of a file
 ) -> list[str]:
     "The documents of a span that the first pass takes"
     with open(span.path, "rb") as file:
@@ -523,14 +523,14 @@ def _lang_part_faults(folder: Path, lang: str, identity: str) -> list[str]:
 
 # %% ../nbs/a15_packing.ipynb #f0d08144
 def check_pack(
-    corpus: Path,  # these as for `pack`
-    tokenizer: Path,
-    mix: Iterable[str],
-    length: int = 2048,
-    valid_share: float = 0.001,
-    seed: int = 0,
-    workers: int = 1,
-    parts: Path | None = None,
+    corpus: Path,  # from `corpus`, or text of another form
+    tokenizer: Path,  # folder of a tokenizer
+    mix: Iterable[str],  # "RATIO:LANG" each
+    length: int = 2048,  # tokens of an example
+    valid_share: float = 0.001,  # of documents to hold out
+    seed: int = 0,  # of the order of repeats
+    workers: int = 1,  # processes
+    parts: Path | None = None,  # folder of finished parts
     **others,  # cannot be wrong
 ) -> None:
     "`StageError` with everything that is wrong with a request to `pack`"

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 # %% ../nbs/a20b_pretraining.ipynb #af9144ef
 def check_pretrain(
-    model: str | Path,  # these as for `pretrain`
-    tokens: str | Path,
-    corpus: str | Path | None = None,
-    device: str | None = None,
+    model: str | Path,  # folder or hub id
+    tokens: str | Path,  # from `pack`
+    corpus: str | Path | None = None,  # for held-out text; None: that of the tokens
+    device: str | None = None,  # None: a GPU where there is one
     **options: Any,  # the others, all of them
 ) -> None:
     "`StageError` with everything that is wrong with a request to `pretrain`"
@@ -128,8 +128,8 @@ def held_out_texts(
 
 
 def bits_of_langs(
-    model: PreTrainedModel,
-    tok: PreTrainedTokenizerBase,
+    model: PreTrainedModel,  # with or without an adapter
+    tok: PreTrainedTokenizerBase,  # its tokenizer
     texts: dict[str, list[str]],  # language -> documents
     length: int,  # tokens in a window
     batch: int,  # windows at a time

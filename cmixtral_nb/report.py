@@ -220,7 +220,7 @@ def _table_cell(value: Any, title: str) -> str:
 def table(
     head: list[str],  # column titles; those that begin with # are of numbers, set to the right
     rows: list[list[Any]],  # values, escaped here; a `Cell` links to its manifest
-    caption: str = "",
+    caption: str = "",  # below it; empty: none
 ) -> str:
     "An HTML table that sorts by any column and scrolls by itself on a narrow screen"
     lines = []

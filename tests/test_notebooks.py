@@ -4,6 +4,7 @@ help it. Figures that it draws must have their axes labelled (run_notebook.py).
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-NBS = Path(__file__).parents[1] / "nbs"
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "nbs").glob("*.ipynb"))
+APPENDICES = [p for p in NOTEBOOKS if re.match(r"a\d", p.stem)]  # run by test_appendices.py
 RUN = Path(__file__).with_name("run_notebook.py")
 
 
@@ -26,7 +28,10 @@ def run(path, site, folder):
     )
 
 
-@pytest.mark.parametrize("path", sorted(NBS.glob("*.ipynb")), ids=lambda p: p.stem)
+STORIES_AND_PAGES = [path for path in NOTEBOOKS if path not in APPENDICES]
+
+
+@pytest.mark.parametrize("path", STORIES_AND_PAGES, ids=lambda p: p.stem)
 def test_notebook(path, wheel, tmp_path):
     out = run(path, wheel, tmp_path)
     assert out.returncode == 0, out.stderr[-3000:]
