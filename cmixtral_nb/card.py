@@ -19,8 +19,8 @@ from .machine import package_data, say
 from .options import nearest
 from .pipeline import run_states
 from .recipes import CHAIN, read_recipe
-from .report import TRAINED, read_lines, value_text
-from .results import markdown_table
+from .report import TRAINED, value_text
+from .results import markdown_table, read_lines
 from .run_report import report_data
 from .stages import read_json, require, write_text
 

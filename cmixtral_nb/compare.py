@@ -17,7 +17,6 @@ from cmixtral_nb.report import (
     exam_section,
     manifest_section,
     page,
-    read_lines,
     sample_section,
     sampling_text,
     text_section,
@@ -30,7 +29,7 @@ from .gain import changes, verdicts
 from .generate import generate
 from .machine import say
 from .options import faults_of, named_refs, refuse
-from .results import load_evaluation
+from .results import load_evaluation, read_lines
 from .stages import read_json, require, write_json, write_text
 
 

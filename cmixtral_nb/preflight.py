@@ -332,8 +332,3 @@ def _hours_text(asked: dict, n_tokens: int, utilisation: float) -> str:
         length=asked["length"],
     )
     return hours + "\n"
-
-
-# %% ../nbs/a31_preflight.ipynb #e58f9e5a
-# its older name, until every module has the new one
-_hub_ids = hub_ids

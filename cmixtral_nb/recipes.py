@@ -330,8 +330,3 @@ def check_recipe(
             faults += _table_faults(name, value)
     tables = {name: value for name, value in recipe.items() if isinstance(value, dict)}
     return list(dict.fromkeys(faults + _missing_inputs(tables)))
-
-
-# %% ../nbs/a30_recipes.ipynb #f45c096b
-# its older name, for those that still use it
-_steps = recipe_steps

@@ -32,7 +32,6 @@ __all__ = [
     "text_section",
     "exam_section",
     "efficiency_section",
-    "read_lines",
     "sampling_text",
     "sample_section",
     "manifest_section",
@@ -45,7 +44,6 @@ import json
 import re
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .gain import percent, sentence
@@ -611,16 +609,6 @@ def efficiency_section(
 
 
 # %% ../nbs/a26_report.ipynb #e197bf58
-def read_lines(
-    file: Path,  # JSON Lines
-) -> list[dict]:  # empty where the file is missing
-    "The rows of a file"
-    if not file.is_file():
-        return []
-    with open(file, encoding="utf-8") as lines:  # `splitlines` would also cut at U+2028
-        return [json.loads(line) for line in lines if line.strip()]
-
-
 def sampling_text(
     params: dict,  # of the stage that wrote the samples
 ) -> str:

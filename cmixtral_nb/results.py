@@ -21,6 +21,7 @@ __all__ = [
     "tokenizer_home",
     "tokenizer_faults",
     "check_evaluation",
+    "read_lines",
     "load_evaluation",
     "measures",
 ]
@@ -343,8 +344,10 @@ EXAMS = {"ceval-valid": "C-Eval", "cmmlu": "CMMLU", "mmlu": "MMLU", "hellaswag":
 LANGUAGES = {"zh": "Chinese", "en": "English"}
 
 
-def _read_lines(file: Path) -> list[dict]:
-    "JSON Lines; nothing where the file is missing"
+def read_lines(
+    file: Path,  # JSON Lines
+) -> list[dict]:  # empty where the file is missing
+    "The rows of a file"
     if not file.is_file():
         return []
     with open(file, encoding="utf-8") as lines:  # `splitlines` would also cut at U+2028
@@ -370,8 +373,8 @@ def load_evaluation(
     )
     return dict(
         results=found["results"],
-        documents=_read_lines(file.parent / "documents.jsonl"),
-        questions=_read_lines(file.parent / "questions.jsonl"),
+        documents=read_lines(file.parent / "documents.jsonl"),
+        questions=read_lines(file.parent / "questions.jsonl"),
     )
 
 

@@ -24,7 +24,6 @@ from cmixtral_nb.report import (
     number_cell,
     page,
     plain_svg,
-    read_lines,
     router_figure,
     sample_section,
     sampling_text,
@@ -40,7 +39,7 @@ from .gain import changes, percent, verdicts
 from .machine import say, versions
 from .pipeline import run_states
 from .recipes import CHAIN, STEPS, read_recipe
-from .results import LANGUAGES
+from .results import LANGUAGES, read_lines
 from .stages import fingerprint, read_json, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer
 
