@@ -10,6 +10,7 @@ __all__ = [
     "SCRIPTS",
     "SCRIPT_LANGS",
     "lang_script",
+    "language_name",
     "script_ranges",
     "script_pattern",
     "script_share",
@@ -80,6 +81,23 @@ def lang_script(
 ) -> str:  # names of scripts; empty for a language that the table does not hold
     "Example: lang_script('ja') -> 'Han Kana'"
     return _LANG_SCRIPTS.get(lang.split("-")[0], "")
+
+
+# %% ../nbs/a05_languages.ipynb #26212440
+def language_name(
+    code: str,  # language code, such as "zh" or "zh-Hant"
+) -> str:  # in English; the code itself where its language is not known
+    "Example: language_name('km') -> 'Khmer'"
+    from babel import Locale
+
+    english = Locale("en")
+    tag, (lang, *parts) = code.replace("-", "_"), code.split("-")
+    if name := english.languages.get(tag):
+        return name
+    known = {**english.scripts, **english.territories}
+    if lang not in english.languages or not all(part in known for part in parts):
+        return code
+    return f"{english.languages[lang]} ({', '.join(known[part] for part in parts)})"
 
 
 # %% ../nbs/a05_languages.ipynb #03403616
