@@ -11,28 +11,32 @@ __all__ = [
     "STEPS",
     "STAGES",
     "MODULES",
+    "BASE_LANGS",
     "TOP_KEYS",
     "Step",
     "command",
     "recipe_file",
     "read_recipe",
     "recipe_steps",
-    "arguments",
-    "settings",
     "anno_type",
     "fits",
+    "languages",
+    "arguments",
+    "settings",
     "check_recipe",
 ]
 
 # %% ../nbs/a30_recipes.ipynb #4505ea76
 import inspect
 import json
+import re
 import tomllib
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .languages import lang_script
 from .machine import package_data
 from .options import above, nearest, range_faults
 from .stages import StageError, require
@@ -178,41 +182,6 @@ def recipe_steps(
     return [step for step in STEPS if step.command in recipe]
 
 
-# %% ../nbs/a30_recipes.ipynb #c13d750e
-def arguments(
-    step: Step,  # where in the chain
-    recipe: dict[str, Any],  # as read
-    out: Path,  # folder of the run
-) -> dict[str, Any]:  # keyword arguments of the stage, without `out`
-    "What a step is called with: earlier folders, its table, what its place demands"
-    made: dict[str, Any] = {
-        earlier.folder: out / earlier.folder for earlier in recipe_steps(recipe)
-    }
-    if model := recipe.get("init", {}).get("model"):
-        made["base"] = model  # a model from elsewhere is the base
-    wired: dict[str, Any] = {}
-    for name, folders in step.inputs.items():
-        if isinstance(folders, list):  # models with their names, as NAME=FOLDER
-            wired[name] = [f"{folder}={made[folder]}" for folder in folders if folder in made]
-        elif folders in made:
-            wired[name] = made[folders]
-    table = recipe.get(step.command, {})
-    chosen = {name: value for name, value in table.items() if name not in wired}
-    known = inspect.signature(command(step.command)).parameters
-    given = {**wired, **chosen, **step.fixed}
-    return {name: value for name, value in given.items() if name in known}
-
-
-def settings(
-    name: str,  # of a command
-    recipe: dict[str, Any],  # as read
-) -> dict[str, Any]:  # parameter -> value
-    "Parameters of a stage: its defaults, and what the recipe says"
-    params = inspect.signature(command(name)).parameters
-    defaults = {k: p.default for k, p in params.items() if p.default is not p.empty}
-    return {**defaults, **recipe.get(name, {})}
-
-
 # %% ../nbs/a30_recipes.ipynb #62898595
 # name in an annotation -> type; a list of one type is written [type]
 _TYPES: dict[str, Any] = {
@@ -257,11 +226,94 @@ def _type_name(typ: Any) -> str:
     return f"list of {typ[0].__name__}" if isinstance(typ, list) else typ.__name__
 
 
+# %% ../nbs/a30_recipes.ipynb #9a8d8383
+def _source_langs(recipe: dict) -> list[str]:
+    "The languages of [corpus] sources, in order; what is wrong with them is told elsewhere"
+    table = recipe.get("corpus")
+    sources = table.get("sources") if isinstance(table, dict) else None
+    named = [str(source).partition("=") for source in sources or [] if isinstance(sources, list)]
+    return list(dict.fromkeys(lang for lang, _, ref in named if lang and ref))
+
+
+def languages(
+    recipe: dict[str, Any],  # as read
+) -> tuple[str, list[str]]:  # codes: the new language, and those to keep
+    "Example: languages({'corpus': {'sources': ['km=a.txt', 'en=b.txt']}}) -> ('km', ['en'])"
+    found = _source_langs(recipe)
+    kept = recipe.get("kept")
+    kept = kept if fits(kept, [str]) else None
+    others = [lang for lang in found if lang not in (kept or [])]
+    language = recipe.get("language")
+    if not isinstance(language, str):
+        language = (others or ["zh"])[0]
+    if kept is None:
+        kept = [lang for lang in found if lang != language]
+    return language, list(kept)
+
+
+# %% ../nbs/a30_recipes.ipynb #c13d750e
+BASE_LANGS = ("base",)  # commands that read a language which the base should know already
+
+
+def _of_languages(
+    name: str,  # of a command
+    recipe: dict[str, Any],  # as read
+) -> dict[str, Any]:  # parameter -> value
+    "What the languages of a recipe say about a command; nothing where it names none"
+    if not _source_langs(recipe) and "language" not in recipe and "kept" not in recipe:
+        return {}
+    language, kept = languages(recipe)
+    found: dict[str, Any] = {"lang": language, "kept": kept}
+    if name in BASE_LANGS:
+        found["lang"] = (kept or [language])[0]
+    if script := lang_script(language):
+        found["script"] = script
+    found["mix"] = [f"1:{language}", *(f"0.5:{lang}" for lang in kept)]
+    return found
+
+
+def arguments(
+    step: Step,  # where in the chain
+    recipe: dict[str, Any],  # as read
+    out: Path,  # folder of the run
+) -> dict[str, Any]:  # keyword arguments of the stage, without `out`
+    "What a step is called with: earlier folders, languages, its table, what its place demands"
+    made: dict[str, Any] = {
+        earlier.folder: out / earlier.folder for earlier in recipe_steps(recipe)
+    }
+    if model := recipe.get("init", {}).get("model"):
+        made["base"] = model  # a model from elsewhere is the base
+    wired: dict[str, Any] = {}
+    for name, folders in step.inputs.items():
+        if isinstance(folders, list):  # models with their names, as NAME=FOLDER
+            wired[name] = [f"{folder}={made[folder]}" for folder in folders if folder in made]
+        elif folders in made:
+            wired[name] = made[folders]
+    table = recipe.get(step.command, {})
+    chosen = {name: value for name, value in table.items() if name not in wired}
+    known = inspect.signature(command(step.command)).parameters
+    given = {**_of_languages(step.command, recipe), **wired, **chosen, **step.fixed}
+    return {name: value for name, value in given.items() if name in known}
+
+
+def settings(
+    name: str,  # of a command
+    recipe: dict[str, Any],  # as read
+) -> dict[str, Any]:  # parameter -> value
+    "Parameters of a stage: its defaults, what the languages say, and what the recipe says"
+    params = inspect.signature(command(name)).parameters
+    defaults = {k: p.default for k, p in params.items() if p.default is not p.empty}
+    derived = {k: v for k, v in _of_languages(name, recipe).items() if k in params}
+    return {**defaults, **derived, **recipe.get(name, {})}
+
+
 # %% ../nbs/a30_recipes.ipynb #fc1e4d5f
 # keys of a recipe that are not tables, and their types
-TOP_KEYS: dict[str, type] = {
+TOP_KEYS: dict[str, Any] = {
     "name": str,  # of the run, and of its folder
     "about": str,  # a sentence for the model card
+    "language": str,  # code of the new language
+    "kept": [str],  # codes of the languages that the base should keep
     "tokens": float,  # of one epoch of pre-training, known before they are packed
 }
 
@@ -271,6 +323,37 @@ def _top_faults(name: str, value: Any) -> list[str]:
     if not fits(value, TOP_KEYS[name]):
         return [f"{name} = {_as_toml(value)}: expected {_type_name(TOP_KEYS[name])}"]
     return range_faults({name: value}, tokens=above(0))
+
+
+_CODE = re.compile("[a-z]{2,8}(-[A-Za-z0-9]+)*")  # as [corpus] sources take it
+
+
+def _code_fault(key: str, code: str, found: list[str]) -> list[str]:
+    "What is wrong with the code of a language"
+    if not _CODE.fullmatch(code):
+        return [f'{key} names {code!r}, expected the code of a language, such as "km"']
+    if found and code not in found:
+        return [
+            f"{key} names {code!r}, which no source has; the sources have {', '.join(found)}; "
+            f"add one to [corpus] sources, such as {code}=FILE"
+        ]
+    return []
+
+
+def _language_faults(recipe: dict) -> list[str]:
+    "What is wrong with the languages of a recipe"
+    faults, found = [], _source_langs(recipe)
+    language, kept = languages(recipe)
+    if isinstance(recipe.get("language"), str):
+        faults += _code_fault("language", language, found)
+    if fits(recipe.get("kept"), [str]):
+        for code in dict.fromkeys(kept):
+            faults += _code_fault("kept", code, found)
+            if kept.count(code) > 1:
+                faults.append(f"kept names {code!r} {kept.count(code)} times, expected once")
+        if language in kept:
+            faults.append(f"kept names {language!r}, the new language; leave it out of one of them")
+    return faults
 
 
 def _table_faults(name: str, table: dict) -> list[str]:
@@ -328,5 +411,6 @@ def check_recipe(
             faults.append(f"{name} = {value!r}: expected a table [{name}]")
         else:
             faults += _table_faults(name, value)
+    faults += _language_faults(recipe)
     tables = {name: value for name, value in recipe.items() if isinstance(value, dict)}
     return list(dict.fromkeys(faults + _missing_inputs(tables)))
