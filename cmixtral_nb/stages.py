@@ -593,6 +593,7 @@ class _Stage:
     schema: int
     resumable: bool
     check: Callable | None
+    options: Callable | None
     found: Callable | None
     parallel: bool
 
@@ -609,6 +610,12 @@ class _Stage:
             self.check(**named)
         seen = {**named, **(self.found(**named) if self.found else {})}
         return named, out, _request(self.kind, self.schema, seen, self.inputs, self.ignore)
+
+    def option_faults(self, **given) -> list[str]:
+        "What is wrong with a call as far as it is known, before what it reads has been made"
+        params = inspect.signature(self.function).parameters
+        defaults = {k: p.default for k, p in params.items() if p.default is not p.empty}
+        return self.options(**{**defaults, **given}) if self.options else []
 
     def state(self, *args, **kwargs) -> str:
         "What lies in the folder of a call: missing, interrupted, damaged, stale or up to date"
@@ -652,13 +659,17 @@ def stage(
     schema: int = 1,  # raised when the meaning of the files changes
     resumable: bool = False,  # after an interruption, go on from what lies in `out.tmp`
     check: Callable | None = None,  # `check(**args)`: raises `StageError` before work begins
+    # `options(**args)`: one line for each fault that is known before the inputs have been made
+    options: Callable | None = None,
     found: Callable | None = None,  # `found(**args)`: inputs that arguments only lead to
     parallel: bool = False,  # may run as several processes of `torchrun`
 ) -> Callable[[Callable], Any]:
     "Make `f(..., out) -> dict of statistics` into a stage `f(..., out, force=False) -> Artifact`"
 
     def decorate(function: Callable) -> Any:
-        made = _Stage(function, kind, inputs, ignore, schema, resumable, check, found, parallel)
+        made = _Stage(
+            function, kind, inputs, ignore, schema, resumable, check, options, found, parallel
+        )
         _commands.setdefault(kind, function.__name__)
 
         @functools.wraps(function)
@@ -668,6 +679,7 @@ def stage(
         decorated: Any = run  # a function may have attributes, of which type checkers know nothing
         decorated.__signature__ = _with_force(function)
         decorated.state = made.state
+        decorated.option_faults = made.option_faults
         return decorated
 
     return decorate
