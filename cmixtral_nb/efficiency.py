@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoints import named_models, resolve_model
-from .generate import PROMPTS, generate_text
+from .generate import generate_text
 from .heldout import eval_docs, text_faults
 from .loading import load_model
 from .machine import say
 from .options import faults_of, named_refs, range_faults, refuse
 from .pieces import base_tokenizer_model
 from .results import markdown_table
+from .samples import PROMPTS
 from .stages import stage, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, processor
 

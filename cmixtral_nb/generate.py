@@ -7,14 +7,11 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
-    "PROMPTS",
     "nucleus",
     "encode_prompt",
     "stop_ids",
     "generate_text",
     "decode_after",
-    "read_prompts",
-    "samples_table",
     "generate",
     "chat",
 ]
@@ -28,10 +25,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cmixtral_nb.samples import (
+    check_generate,
+    read_prompts,
+    require_room,
+    samples_table,
+    sampling_faults,
+)
+
 from .checkpoints import named_models, resolve_model
 from .loading import load_model
 from .machine import say
-from .options import Range, faults_of, range_faults, refuse
+from .options import faults_of, refuse
 from .stages import StageError, require, stage, tokenizer_fingerprint, write_text
 from .tokenizer_files import encode_plain, load_tokenizer
 
@@ -108,16 +113,6 @@ def stop_ids(
 
 
 # %% ../nbs/12_generate.ipynb #f0dc40b3
-def _require_room(n_prompt: int, max_new_tokens: int, room: int):
-    "Refuse a prompt that leaves no room for its answer"
-    require(
-        n_prompt + max_new_tokens <= room,
-        f"the prompt has {n_prompt:,} tokens, expected at most {max(0, room - max_new_tokens):,}: "
-        f"the model holds {room:,}, of which the answer may take {max_new_tokens:,}; "
-        "shorten it, or lower --max-new-tokens",
-    )
-
-
 def generate_text(
     model: PreTrainedModel,  # from `load_model`
     tok: PreTrainedTokenizerBase,  # from `load_tokenizer`
@@ -134,7 +129,7 @@ def generate_text(
     ids = encode_prompt(tok, prompt)
     ends = stop_ids(model, tok)
     room = getattr(model.config, "max_position_embeddings", None) or 10**9
-    _require_room(len(ids), max_new_tokens, room)
+    require_room(len(ids), max_new_tokens, room)
     x = torch.tensor([ids], device=model.device)
     how: dict = dict(do_sample=False)
     if temperature > 0:
@@ -172,76 +167,8 @@ def decode_after(
     return tok.decode(new, skip_special_tokens=True)
 
 
-# %% ../nbs/12_generate.ipynb #6d9f1940
-PROMPTS = [
-    "今天天气很好，",
-    "中国的首都是",
-    "人工智能是",
-    "从前有一个",
-    "The capital of France is",
-    "Once upon a time",
-]
-
-
-def _is_file(prompt: str) -> bool:
-    "Whether a prompt names a file; longer texts than a name may be are not even looked for"
-    return len(prompt.encode()) < 256 and Path(prompt).is_file()
-
-
-def read_prompts(
-    prompts: str | Path | list[str] | None = None,  # texts, or files with one on each line
-) -> list[str]:  # without any: six short beginnings
-    "Prompts as they are, and the lines of the files among them"
-    asked: list[str] = []
-    for prompt in [prompts] if isinstance(prompts, str | Path) else prompts or PROMPTS:
-        if _is_file(str(prompt)):
-            lines = Path(prompt).read_text("utf-8").splitlines()
-            asked += [line for line in lines if line.strip()]
-        else:
-            asked.append(str(prompt))
-    require(
-        asked and all(prompt.strip() for prompt in asked),
-        "an empty prompt; expected text to continue",
-    )
-    return asked
-
-
-# %% ../nbs/12_generate.ipynb #41f8420a
-_TOP_P = Range(lambda value: 0 < value <= 1, "above 0, at most 1")  # 0 would leave no token
-
-
-def _check(models, prompts=None, **options):
-    "All faults at once, before a model is loaded"
-    refuse(
-        range_faults(options, top_p=_TOP_P)
-        + faults_of(named_models, models)
-        + faults_of(read_prompts, prompts)
-    )
-
-
-# %% ../nbs/12_generate.ipynb #1a77db48
-def _flat(text: str) -> str:
-    "One line, in which nothing is markdown"
-    return re.sub(r"([\\`*_<>|])", r"\\\1", " ".join(text.split()))
-
-
-def samples_table(
-    rows: list[dict],  # model, prompt, text, stop
-) -> str:  # markdown
-    "Samples for people: the prompts, and below each what every model wrote"
-    lines = []
-    for prompt in dict.fromkeys(row["prompt"] for row in rows):
-        lines.append(f"**{_flat(prompt)}**\n")
-        for row in rows:
-            if row["prompt"] == prompt:
-                more = "" if row["stop"] == "end" else " …"
-                lines.append(f"- {row['model']}: {_flat(row['text'])}{more}")
-        lines.append("")
-    return "\n".join(lines)
-
-
 # %% ../nbs/12_generate.ipynb #a2d32121
-@stage("samples", inputs=("models", "prompts"), ignore=("device",), check=_check)
+@stage("samples", inputs=("models", "prompts"), ignore=("device",), check=check_generate)
 def generate(
     models: list[str],  # "NAME=FOLDER" of each model to compare
     out: Path,  # folder to write: samples.jsonl, samples.md
@@ -332,7 +259,7 @@ def chat(
 ):
     "Talk with a model; /reset forgets, /exit or end of file leaves, Ctrl-C stops an answer"
     how = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    refuse(range_faults(how, top_p=_TOP_P) + faults_of(resolve_model, model))
+    refuse(sampling_faults(how) + faults_of(resolve_model, model))
     net = load_model(model, adapter=adapter, load_in_4bit=load_in_4bit, attn=attn, device=device)
     its_own = adapter if adapter and tokenizer_fingerprint(adapter) else None
     tok = load_tokenizer(its_own or resolve_model(model))

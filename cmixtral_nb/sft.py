@@ -16,29 +16,26 @@ __all__ = [
     "Rounds",
     "collate_chat",
     "answer_bits",
-    "Selection",
-    "select_talks",
     "sft",
 ]
 
 # %% ../nbs/11_sft.ipynb #f0d23b90
 import heapq
-import json
 import math
 import random
 import shutil
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cmixtral_nb.chat_tokenizer import (
-    FORMS,
-    PAD,
-    form_of,
-    write_chat_tokenizer,
+from cmixtral_nb.finetuning import (
+    Selection,
+    chat_stats,
+    check_sft,
+    in_two_lines,
+    measured,
+    select_talks,
 )
 from cmixtral_nb.training import (
     drop_half_written,
@@ -48,16 +45,13 @@ from cmixtral_nb.training import (
 )
 
 from .adapters import save_adapter
+from .chat_tokenizer import PAD, form_of, write_chat_tokenizer
 from .checkpoints import resolve_model
-from .conversations import Faults, conversation_refs, read_conversations, source_faults
-from .corpus import is_heldout
 from .loading import load_model
-from .machine import default_device, gpu_bytes, meet, process_rank, say, world_size
-from .options import at_least, faults_of, one_of, range_faults, refuse
-from .plan import plan_faults
+from .machine import default_device, meet, process_rank, say, world_size
 from .pretrain import run_to_end, trainer, weigh_balance
-from .qlora import add_lora, parameter_table, quantised
-from .stages import input_fingerprint, require, stage, tokenizer_fingerprint
+from .qlora import add_lora
+from .stages import require, stage
 from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
@@ -351,200 +345,13 @@ def _answer_nats(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
     return cross_entropy(logits[0].float(), labels, reduction="sum").item()
 
 
-# %% ../nbs/11_sft.ipynb #1dbb1fe7
-@dataclass
-class Selection:
-    "Conversations for training and for measuring; the others are counted"
-
-    train: list[list[dict]] = field(default_factory=list)
-    valid: list[list[dict]] = field(default_factory=list)
-    dropped: Faults = field(default_factory=Faults)
-    sources: dict[str, dict[str, int]] = field(default_factory=dict)  # source -> form -> how many
-    n_tokens: int = 0  # of `train`
-    n_answer_tokens: int = 0  # of them under the loss
-    seen: set[str] = field(default_factory=set, repr=False)
-
-    def add(
-        self,
-        talk: list[dict],  # a conversation
-        tok: PreTrainedTokenizerBase,  # from `chat_tokenizer`
-        length: int,  # tokens that are read of it
-        valid_share: float,  # of conversations to hold out
-    ) -> str:  # why it is dropped; empty where it is not
-        text = json.dumps(talk, ensure_ascii=False)
-        if text in self.seen:
-            return "repeated"
-        self.seen.add(text)
-        ids, mask = encode_chat(tok, talk)
-        read = mask[:length]
-        if not any(read):
-            return "no answer within length"
-        if not is_heldout(text, valid_share):
-            self.train.append(talk)
-            self.n_tokens += len(read)
-            self.n_answer_tokens += sum(read)
-            return ""
-        if len(ids) > length:  # bits of a part over the bytes of the whole would be too few
-            return "held out, but longer than length"
-        self.valid.append(talk)
-        return ""
-
-
-def select_talks(
-    refs: list[str],  # sources, as `read_conversations` takes them
-    tok: PreTrainedTokenizerBase,  # from `chat_tokenizer`
-    on_error: str,  # skip or stop
-    n_translations: int,  # of builtin
-    length: int,  # tokens that are read of a conversation
-    valid_share: float,  # of conversations to hold out
-) -> Selection:
-    "Read all sources; `StageError` with the faults of all files, or if nothing is left"
-    chosen = Selection()
-    faults = []
-
-    def add_source(ref: str) -> None:
-        forms: Counter[str] = Counter()
-        dropped = Faults()
-        talks = list(read_conversations(ref, on_error, dropped, n_translations, forms))
-        for talk in talks:
-            if reason := chosen.add(talk, tok, length, valid_share):
-                dropped[reason] += 1
-        _say_source(ref, forms, dropped)
-        chosen.sources[ref] = dict(forms) or dict(builtin=len(talks))
-        chosen.dropped.take(dropped)
-
-    for ref in refs:
-        faults += faults_of(add_source, ref)
-    refuse(faults)
-    require(
-        chosen.train,
-        f"no conversation left to train on of {', '.join(refs)}; "
-        f"dropped: {chosen.dropped or 'none'}",
-    )
-    return chosen
-
-
-def _say_source(ref: str, forms: Counter[str], dropped: Faults) -> None:
-    "One line for each file; what ships is known"
-    if not ref.startswith("builtin"):
-        read = ", ".join(f"{n:,} {form}" for form, n in forms.items())
-        more = f"; dropped: {dropped}" if dropped else ""
-        say("sft", f"{ref}: {read or 'no conversation'}{more}")
-
-
-# %% ../nbs/11_sft.ipynb #d6828847
-def _check(model, conversations=None, device=None, **options) -> None:
-    "Options, sources, the model's tokenizer and memory, before a model is loaded"
-    faults = _option_faults(options)
-    faults += source_faults(conversations)
-    faults += faults_of(_require_tokenizer, model, options["bpe_dropout"])
-    if not faults:
-        faults = faults_of(_require_marks, model, options["rows"], options["template"])
-        faults += plan_faults(
-            resolve_model(model),
-            options,
-            options["length"],
-            device=device or ("cuda" if gpu_bytes() else "cpu"),
-            n_gpus=world_size(),
-            stage="sft",
-        )
-    refuse(faults)
-
-
-def _option_faults(options: dict[str, Any]) -> list[str]:
-    checked = dict(options)
-    if options["steps"]:
-        del checked["epochs"]
-    return range_faults(
-        checked,
-        length=at_least(16),
-        rows=one_of("all", "none"),
-        template=one_of(*FORMS),
-    )
-
-
-def _require_tokenizer(model: str | Path, bpe_dropout: float) -> None:
-    folder = resolve_model(model)
-    faults = []
-    if not (folder / "tokenizer.json").is_file():
-        faults.append(
-            f"{model} holds no tokenizer.json; "
-            f"run: cmixtral init --model {model} --tokenizer DIR --out DIR"
-        )
-    if bpe_dropout and not (folder / "tokenizer.model").is_file():
-        faults.append(
-            f"{model} holds no tokenizer.model, which BPE-dropout needs; use --bpe-dropout 0"
-        )
-    refuse(faults)
-
-
-def _require_marks(model: str | Path, rows: str, template: str) -> None:
-    "New tokens need rows of their own, which only training all rows saves"
-    known = load_tokenizer(resolve_model(model)).get_vocab()
-    form = FORMS[template]
-    new = [mark for mark in (form.begin, form.end, PAD) if mark not in known]
-    require(
-        rows == "all" or not new,
-        f"rows is {rows!r}, but {', '.join(new)} are new to {model}; use --rows all",
-    )
-
-
-# %% ../nbs/11_sft.ipynb #5f2771c1
-def _measure(model, tok, valid: list[list[dict]], length: int) -> dict[str, float]:
-    "What the log gets at each evaluation"
-    if not valid:
-        return {}
-    return dict(bpb_answers=round(answer_bits(model, tok, valid, length), 4))
-
-
-def _chat_stats(model, run: Trainer, talks: Selection, folder: Path, out: Path) -> dict:
-    "What the manifest says of a run"
-    log = read_log(out)
-    losses = [line["loss"] for line in log if "loss" in line]
-    bits = [line["bpb_answers"] for line in log if "bpb_answers" in line]
-    _say_result(run.state.global_step, losses, bits, talks)
-    return dict(
-        tokenizer=tokenizer_fingerprint(out),
-        base=input_fingerprint(folder),
-        steps=run.state.global_step,
-        n_conversations=len(talks.train),
-        n_valid=len(talks.valid),
-        dropped=dict(talks.dropped),
-        sources=talks.sources,
-        n_tokens=talks.n_tokens,
-        n_answer_tokens=talks.n_answer_tokens,
-        loss=dict(first=losses[0], last=losses[-1]),
-        bpb=dict(answers=dict(before=bits[0], after=bits[-1])) if bits else {},
-        parameters=parameter_table(model),
-        quantised=quantised(model),
-        quantised_dtype=str(model.dtype).removeprefix("torch."),
-    )
-
-
-def _say_result(steps: int, losses: list[float], bits: list[float], talks: Selection) -> None:
-    n_train = len(talks.train)
-    share = talks.n_answer_tokens / talks.n_tokens
-    say(
-        "sft",
-        f"{n_train:,} conversations, {talks.n_tokens:,} tokens, "
-        f"the loss on {talks.n_answer_tokens:,} of them ({share:.0%})",
-    )
-    measured = (
-        f"; bits per byte of {len(talks.valid)} held-out answers {bits[0]:.3f} → {bits[-1]:.3f}"
-        if bits
-        else ""
-    )
-    loss = f"loss {losses[0]:.3f} → {losses[-1]:.3f}"
-    say("sft", f"{steps:,} steps on {n_train:,} conversations, {loss}{measured}")
-
-
 # %% ../nbs/11_sft.ipynb #62913b9c
 @stage(
     "adapter",
     inputs=("model", "conversations"),
     ignore=("device",),
     resumable=True,
-    check=_check,
+    check=check_sft,
     parallel=True,
 )
 def sft(
@@ -583,12 +390,11 @@ def sft(
     # Long: the options of the Trainer stand one a line.
     device = device or default_device()
     folder = resolve_model(model)
-    old = load_tokenizer(folder)
     tok = _written_tokenizer(folder, out, template)
-    refs = conversation_refs(conversations)
-    talks = select_talks(refs, tok, on_error, n_translations, length, valid_share)
+    encode = partial(encode_chat, tok)
+    talks = select_talks(conversations, encode, on_error, n_translations, length, valid_share)
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
-    _grow_marks(net, tok, old)
+    _grow_marks(net, tok, load_tokenizer(folder))
     weigh_balance(net, aux, accumulation)
     net = add_lora(net, rank, alpha, dropout, rows, seed=seed)
     n_step = batch * accumulation * world_size()  # conversations of a step
@@ -618,21 +424,12 @@ def sft(
         args,
         partial(collate_chat, length=length),
         rows_lr=rows_lr or lr,
-        measure=partial(_measure, net, tok, talks.valid, length),
+        measure=partial(measured, talks.valid, partial(answer_bits, net, tok, length=length)),
         log=out / "log.jsonl",
         ordered=True,
     )
     run_to_end(run, done)
-    if process_rank():
-        return {}  # the first process writes
-    save_adapter(net, out)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return _chat_stats(net, run, talks, folder, out)
-
-
-def _neftune_alpha(alpha: float, batch: int) -> float | None:
-    "The Trainer divides noise by the root of a sequence's length; ours is `batch` conversations"
-    return alpha * batch**0.5 or None
+    return _results(net, talks, run, folder, out)
 
 
 def _written_tokenizer(folder: Path, out: Path, template: str) -> PreTrainedTokenizerBase:
@@ -641,3 +438,22 @@ def _written_tokenizer(folder: Path, out: Path, template: str) -> PreTrainedToke
         write_chat_tokenizer(folder, out, template)
     meet()
     return load_tokenizer(out)
+
+
+def _neftune_alpha(alpha: float, batch: int) -> float | None:
+    "The Trainer divides noise by the root of a sequence's length; ours is `batch` conversations"
+    return alpha * batch**0.5 or None
+
+
+def _results(
+    model: PreTrainedModel, talks: Selection, run: Trainer, folder: Path, out: Path
+) -> dict:
+    "Write the adapter and what came of the run; the first process does"
+    if process_rank():
+        return {}
+    save_adapter(model, out)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    stats = chat_stats(model, talks, run.state.global_step, folder, out, read_log(out))
+    for line in in_two_lines(stats):
+        say("sft", line)
+    return stats

@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import re
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmixtral_nb import finetuning
 from cmixtral_nb import sft as s
 from cmixtral_nb.chat_tokenizer import (
     BEGIN,
@@ -320,8 +322,9 @@ def test_forms_and_faults_are_counted_file_by_file(model, tmp_path, capsys):
     sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     records = [dict(conversations=sharegpt), dict(messages=TALK), 7]
     (tmp_path / "b.json").write_text(json.dumps(records))
+    encode = partial(s.encode_chat, tok)
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.json")]
-    talks = s.select_talks(files, tok, "skip", 0, 64, 0)
+    talks = finetuning.select_talks(files, encode, "skip", 0, 64, 0)
     assert talks.sources == {
         files[0]: dict(OpenAI=2, Alpaca=1),
         files[1]: dict(ShareGPT=1, OpenAI=1),
@@ -337,7 +340,7 @@ def test_forms_and_faults_are_counted_file_by_file(model, tmp_path, capsys):
         f"sft: {files[1]}: 1 ShareGPT, 1 OpenAI; dropped: not an object 1 (line 3), repeated 1",
     ]
     with pytest.raises(StageError) as e:
-        s.select_talks(files, tok, "stop", 0, 64, 0)
+        finetuning.select_talks(files, encode, "stop", 0, 64, 0)
     assert [fault.split("; ")[0] for fault in e.value.args] == [
         f"{files[0]}:4: unknown form",
         f"{files[0]}:5: unknown form",
@@ -345,7 +348,7 @@ def test_forms_and_faults_are_counted_file_by_file(model, tmp_path, capsys):
     ]
     (tmp_path / "d.jsonl").write_text("{}\n" * 50)
     with pytest.raises(StageError, match="and 30 more"):
-        s.select_talks([str(tmp_path / "d.jsonl")], tok, "stop", 0, 64, 0)
+        finetuning.select_talks([str(tmp_path / "d.jsonl")], encode, "stop", 0, 64, 0)
 
 
 def test_a_list_with_a_byte_order_mark(tmp_path):
@@ -376,11 +379,12 @@ def test_a_long_talk_is_not_measured(model):
     tok = chat_tokenizer(load_tokenizer(model))
     talk = [TALK[0], dict(role="assistant", content="长" * 100)]
     n = len(s.encode_chat(tok, talk)[0])
-    measured, dropped, trained = s.Selection(), s.Selection(), s.Selection()
-    assert measured.add(talk, tok, n, 0.999) == "" and measured.valid == [talk]
-    assert dropped.add(talk, tok, n - 1, 0.999) == "held out, but longer than length"
+    encode = partial(s.encode_chat, tok)
+    measured, dropped, trained = (finetuning.Selection() for _ in range(3))
+    assert measured.add(talk, encode, n, 0.999) == "" and measured.valid == [talk]
+    assert dropped.add(talk, encode, n - 1, 0.999) == "held out, but longer than length"
     assert dropped.valid == dropped.train == []
-    assert trained.add(talk, tok, n - 1, 0) == "" and trained.train == [talk]
+    assert trained.add(talk, encode, n - 1, 0) == "" and trained.train == [talk]
     assert trained.n_tokens == n - 1
 
     from cmixtral_nb.loading import load_model
@@ -400,8 +404,8 @@ def test_a_megabyte_in_one_message(model):
         [TALK[0], dict(role="assistant", content=big)],
         TALK,
     ]
-    with patch.object(s, "read_conversations", lambda *a: iter(read_talks)):
-        talks = s.select_talks(["builtin"], tok, "skip", 0, 256, 0)
+    with patch.object(finetuning, "read_conversations", lambda *a: iter(read_talks)):
+        talks = finetuning.select_talks(["builtin"], partial(s.encode_chat, tok), "skip", 0, 256, 0)
     assert talks.train == read_talks[1:]
     assert talks.dropped == {"no answer within length": 1}
     assert talks.n_tokens < 512
@@ -534,9 +538,9 @@ def test_new_marks_need_their_rows(model, tmp_path):
     for f in model.iterdir():
         if not (chat / f.name).exists():
             (chat / f.name).symlink_to(f)
-    s._require_marks(chat, "none", "huozi")
+    finetuning._require_marks(chat, "none", "huozi")
     with pytest.raises(StageError, match="but .*im_start.*, .*im_end.* are new to"):
-        s._require_marks(chat, "none", "chatml")
+        finetuning._require_marks(chat, "none", "chatml")
 
 
 @pytest.mark.parametrize("name", ["eval_every", "save_every", "log_every"])
