@@ -15,7 +15,7 @@ extras = {
     if k.endswith("_requirements")
 }
 extras["dev"] = sorted(
-    {req for name, reqs in extras.items() if name not in ("gpu", "serve") for req in reqs}
+    {req for name, reqs in extras.items() if name not in ("gpu", "flash", "serve") for req in reqs}
 )  # no use without GPUs; compiled for minutes
 
 setup(

@@ -28,6 +28,7 @@ from cmixtral_nb.plan import (
 from .exams import hub_datasets, split_tasks, task_faults, task_files
 from .machine import gpu_bytes, world_size
 from .options import refuse
+from .packages import package_faults
 from .recipes import Step, check_recipe, read_recipe, recipe_steps, settings
 from .stages import StageError, read_json, require
 
@@ -208,12 +209,22 @@ def preflight(
     recipe: dict[str, Any],  # as read and checked
     steps: list[Step],  # what is going to run
 ) -> list[str]:  # one line for each thing that is missing
-    "What a run would miss later: hub repositories, questions of exams, memory for training"
+    "What a run would miss later: packages, hub repositories, questions of exams, memory"
     commands = {step.command for step in steps}
-    faults = _hub_faults({name: table for name, table in recipe.items() if name in commands})
+    faults = _package_faults(recipe, commands)
+    faults += _hub_faults({name: table for name, table in recipe.items() if name in commands})
     if "evaluate" in commands:
         faults += _exam_faults(recipe)
     return faults + _memory_faults(recipe, commands)
+
+
+def _package_faults(recipe: dict, commands: set[str]) -> list[str]:
+    "Packages of an extra that values of the recipe ask for, and that are not here"
+    faults = []
+    for name, table in recipe.items():
+        if name in commands:
+            faults += [f"[{name}] {fault}" for fault in package_faults(table)]
+    return faults
 
 
 def _hub_faults(recipe: dict) -> list[str]:
