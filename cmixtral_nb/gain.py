@@ -6,7 +6,17 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["value_of", "change", "verdict", "changes", "percent", "sentence", "verdicts"]
+__all__ = [
+    "ENOUGH",
+    "value_of",
+    "change",
+    "verdict",
+    "changes",
+    "percent",
+    "too_few",
+    "sentence",
+    "verdicts",
+]
 
 # %% ../nbs/13b_gain.ipynb #b06fb23b
 import math
@@ -99,15 +109,17 @@ def _change_of_strangers(a: dict, b: dict, n_drawings: int) -> dict:
     first, second = value_of(a, n_drawings), value_of(b, n_drawings)
     compare = _relative if a["lower_is_better"] else _difference
     found = compare(first["value"], second["value"], 1)
+    n = min((m["n"] for m in (a, b) if m.get("n")), default=None)  # the fewest rows behind a value
     if None in (first["low"], second["low"]):
-        return dict(change=found, low=None, high=None, n=None, paired=False)
+        return dict(change=found, low=None, high=None, n=n, paired=False)
     error = math.hypot(first["high"] - first["low"], second["high"] - second["low"]) / 2
     if a["lower_is_better"]:
         error /= first["value"]
-    return dict(change=found, low=found - error, high=found + error, n=None, paired=False)
+    return dict(change=found, low=found - error, high=found + error, n=n, paired=False)
 
 
 # %% ../nbs/13b_gain.ipynb #b1626943
+ENOUGH = 20  # documents or questions behind a verdict
 _CHANCE = 0.25  # four answers
 
 
@@ -118,11 +130,13 @@ def _guesses(model: dict) -> bool:
 
 def verdict(
     base: dict,  # value of the first model, with its interval
-    model: dict,  # value of the other one; change, change_low, change_high
+    model: dict,  # value of the other one; change, change_low, change_high, n where it is known
     lower_is_better: bool,  # as for bits per byte
     is_exam: bool,  # on an exam one can guess
-) -> str:  # gained, lost, not shown, guessing
+) -> str:  # gained, lost, not shown, guessing, too few
     "What may be said of a change"
+    if (model.get("n") or ENOUGH) < ENOUGH:
+        return "too few"
     if is_exam and _guesses(base) and _guesses(model):
         return "guessing"
     if model["change_low"] is None or model["change_low"] <= 0 <= model["change_high"]:
@@ -206,6 +220,14 @@ _VERDICTS = {
 }
 
 
+def too_few(
+    n: int,  # documents or questions
+    unit: str = "documents",
+) -> str:
+    "Example: too_few(5) -> 'too few documents (5, expected 20)'"
+    return f"too few {unit} ({n}, expected {ENOUGH})"
+
+
 def sentence(
     row: dict,  # of `changes`
     name: str,  # of a model
@@ -218,9 +240,11 @@ def sentence(
     else:
         (what, span), unit = _words_of_exam(row, model, base), "questions"
     n = model["n"]
+    if model["verdict"] == "too few":
+        return f"{what}{f' ({span}, 95%)' if span else ''}: {too_few(n, unit)}"
     if not span:
         return f"{what}; its spread is not known" + (f" ({n} {unit})" if n else "")
-    basis = f" over {n:,} {unit}" if n else ", not paired"
+    basis = f" over {n:,} {unit}" if model["paired"] else ", not paired"
     repeats = ""
     if model.get("share", 0) >= 0.9:
         repeats = f"; {name} gives {model['letter']} to {model['share']:.0%} of them"

@@ -21,6 +21,7 @@ from .stages import Artifact, require
 
 # %% ../nbs/a24c_heldout.ipynb #345841af
 _BUILTIN_SHARE = 0.01  # held out of the shipped text, by hash of the document
+_BUILTIN_LANGS = ["zh", "en"]  # languages of the shipped text
 
 
 def _size(doc: dict) -> int:
@@ -28,7 +29,7 @@ def _size(doc: dict) -> int:
 
 
 def heldout_docs(
-    lang: str,  # zh, en
+    lang: str,  # language code, such as "km"
     corpus: Path = None,  # corpus artifact; None: the text that ships with the package
     n_chars: int = 200_000,  # as many documents as this holds, drawn by hash; 0: all
 ) -> list[dict]:  # text, source
@@ -46,7 +47,7 @@ def heldout_docs(
 
 
 def heldout_texts(
-    lang: str,  # zh, en
+    lang: str,  # language code, such as "km"
     corpus: Path = None,  # as in `heldout_docs`
     n_chars: int = 200_000,  # likewise
 ) -> list[str]:
@@ -74,15 +75,21 @@ def domain_docs(
 
 
 # %% ../nbs/a24c_heldout.ipynb #73acb5aa
+def _langs_as_asked(corpus: Path) -> list[str]:
+    "Languages of a corpus in the order of its sources, where its manifest says that"
+    there = corpus_langs(corpus)
+    first = [lang for lang in Artifact.load(corpus).stats if lang in there]
+    return list(dict.fromkeys([*first, *there]))
+
+
 def eval_docs(
     corpus: Path = None,  # corpus artifact; None: the text that ships
     n_chars: int = 200_000,  # of each language, and of each further domain; 0: all
     domains: list[str] = None,  # more held-out text, "LANG/NAME=REF" each
 ) -> dict[str, list[dict]]:  # language -> documents: text, domain
-    "All held-out documents, by language"
-    langs = ["zh", "en"] if corpus is None else corpus_langs(corpus)
+    "All held-out documents, by language; those of a corpus in the order of its sources"
     out: dict[str, list[dict]] = {}
-    for lang in sorted(langs, key=lambda name: (name != "zh", name)):
+    for lang in _BUILTIN_LANGS if corpus is None else _langs_as_asked(corpus):
         out[lang] = [
             dict(text=doc["text"], domain=f"{lang}/{doc['source']}")
             for doc in heldout_docs(lang, corpus, n_chars)

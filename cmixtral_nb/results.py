@@ -22,7 +22,9 @@ __all__ = [
     "tokenizer_faults",
     "check_evaluation",
     "read_lines",
+    "results_file",
     "load_evaluation",
+    "by_language",
     "measures",
 ]
 
@@ -43,10 +45,22 @@ from cmixtral_nb.exams import (
     subject_table,
     task_faults,
 )
+from cmixtral_nb.shapes import (
+    ANYTHING,
+    NAME,
+    TEXT,
+    number,
+    read_shaped,
+    read_shaped_lines,
+    shape_fault,
+    visible,
+    whole,
+)
 
 from .adapters import require_adapter
 from .checkpoints import resolve_model
 from .heldout import text_faults
+from .languages import language_name
 from .machine import say, versions
 from .options import at_least, faults_of, range_faults, refuse
 from .stages import read_json, require, tokenizer_fingerprint, write_json, write_text
@@ -343,38 +357,95 @@ def check_evaluation(
 EXAMS = {"ceval-valid": "C-Eval", "cmmlu": "CMMLU", "mmlu": "MMLU", "hellaswag": "HellaSwag"}
 LANGUAGES = {"zh": "Chinese", "en": "English"}
 
+_SHARE = number(0, 1)
+_BITS = number(1e-9, 1e6)  # for one byte
+_ROW = {str: ANYTHING}
+_RESULTS = {
+    "results": {str: {"acc,none?": _SHARE, "acc_norm,none?": _SHARE}},
+    "config?": {str: ANYTHING},
+}
+_DOCUMENT = {
+    "lang": TEXT,
+    "domain": TEXT,
+    "id": NAME,
+    "bits": number(1e-9),
+    "n_bytes": whole(1),
+}
+_QUESTION = {
+    "task": TEXT,
+    "id": NAME,
+    "hash": NAME,
+    "acc": _SHARE,
+    "acc_norm?": _SHARE,
+    "chosen?": whole(0, 3),
+    "target?": whole(0, 3),
+}
+
 
 def read_lines(
     file: Path,  # JSON Lines
+    shape: Any = _ROW,  # of each row, as in a02b_shapes
 ) -> list[dict]:  # empty where the file is missing
     "The rows of a file"
-    if not file.is_file():
-        return []
-    with open(file, encoding="utf-8") as lines:  # `splitlines` would also cut at U+2028
-        return [json.loads(line) for line in lines if line.strip()]
+    return read_shaped_lines(file, shape)
+
+
+# %% ../nbs/a24b_results.ipynb #c0ed80df
+def results_file(
+    ref: str | Path,  # evaluation folder or file, ours or lm-eval's
+) -> Path:  # it need not exist
+    "The file that holds the results; of those that lm-eval has dated, the last"
+    path = Path(ref)
+    if not path.is_dir() or (path / "results.json").is_file():
+        return path / "results.json" if path.is_dir() else path
+    dated = sorted([*path.glob("results_*.json"), *path.glob("*/results_*.json")])
+    folders = sorted({file.parent for file in dated})  # lm-eval makes one for each model
+    require(
+        len(folders) <= 1,
+        f"{path} holds evaluations of {len(folders)} models; give one of them, "
+        f"such as {folders[0] if folders else ''}",
+    )
+    return dated[-1] if dated else path / "results.json"
+
+
+def _bits_columns(
+    results: dict[str, dict],  # task -> what was measured
+    measure: str = "bits_per_byte",
+) -> dict[str, Any]:  # language -> value
+    "A measure of languages as our table has it"
+    prefix = measure + "_"
+    return {
+        column.removeprefix(prefix): value
+        for column, value in results.get("bpb", {}).items()
+        if column.startswith(prefix) and not column.endswith("_stderr")
+    }
+
+
+def _bits_fault(results: dict[str, dict]) -> str:
+    "What is wrong with the bits per byte of languages; empty where all is well"
+    return shape_fault(_bits_columns(results), {str: _BITS}, "results.bpb.bits_per_byte")
 
 
 def load_evaluation(
     ref: Any,  # evaluation folder, results.json of ours or of lm-eval, or what one holds
-) -> dict:  # results, documents, questions
+) -> dict:  # results, documents, questions, config
     "An evaluation with the rows under it, where there are any"
     if isinstance(ref, dict):
         found = ref if "results" in ref else dict(results=ref)
-        return dict(documents=[], questions=[]) | found
-    path = Path(getattr(ref, "path", ref))
-    file = path / "results.json" if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        dated = sorted(path.rglob("results_*.json"))  # lm-eval adds the date
-        file = dated[0] if dated else file
-    found = read_json(file)
+        return dict(documents=[], questions=[], config={}) | found
+    file = results_file(getattr(ref, "path", ref))
+    written = read_shaped(file, _ROW)
     require(
-        isinstance(found, dict) and "results" in found,
+        "results" in written,
         f'{file} holds no "results"; expected what cmixtral evaluate or lm_eval writes',
     )
+    fault = shape_fault(written, _RESULTS) or _bits_fault(written["results"])
+    require(not fault, f"{file}: {fault}")
     return dict(
-        results=found["results"],
-        documents=read_lines(file.parent / "documents.jsonl"),
-        questions=read_lines(file.parent / "questions.jsonl"),
+        results=written["results"],
+        documents=read_lines(file.parent / "documents.jsonl", _DOCUMENT),
+        questions=read_lines(file.parent / "questions.jsonl", _QUESTION),
+        config=written.get("config") or {},
     )
 
 
@@ -408,10 +479,10 @@ def _text_measures(documents: list[dict]) -> dict[str, dict]:
     out = {}
     for lang in dict.fromkeys(d["lang"] for d in documents):
         mine = [d for d in documents if d["lang"] == lang]
-        out[lang] = _text_measure(LANGUAGES.get(lang, lang), "language", mine)
+        out[lang] = _text_measure(visible(language_name(lang)), "language", mine)
     for domain in sorted({d["domain"] for d in documents}):
         mine = [d for d in documents if d["domain"] == domain]
-        out[f"bpb/{domain}"] = _text_measure(domain, "domain", mine)
+        out[f"bpb/{domain}"] = _text_measure(visible(domain), "domain", mine)
     return out
 
 
@@ -422,7 +493,8 @@ def _exam_measures(questions: list[dict]) -> dict[str, dict]:
         mine = [q for q in questions if q["task"] == exam or q["task"].startswith(exam + "_")]
         if not mine:
             continue
-        metric = "acc_norm" if exam == "hellaswag" else "acc"  # the one that is published
+        is_normed = exam == "hellaswag" and all("acc_norm" in q for q in mine)
+        metric = "acc_norm" if is_normed else "acc"  # the one that is published
         out[exam] = _exam_measure(name, "exam", mine, metric)
         for category in sorted({c for q in mine for c in categories(q["task"])}):
             part = [q for q in mine if category in categories(q["task"])]
@@ -436,39 +508,51 @@ def _exam_scores(results: dict[str, dict]) -> dict[str, dict]:
     out = {}
     for task, scores in results.items():
         metrics = ["acc_norm", "acc"] if task == "hellaswag" else ["acc"]
-        known = [metric for metric in metrics if isinstance(scores.get(f"{metric},none"), float)]
+        known = [metric for metric in metrics if _SHARE.holds(scores.get(f"{metric},none"))]
         if known and not any(task.startswith(exam + "_") for exam in EXAMS):
             out[task] = dict(
-                name=EXAMS.get(task, task),
+                name=EXAMS.get(task, visible(task)),
                 kind="exam",
                 lower_is_better=False,
                 n=None,
                 value=scores[f"{known[0]},none"],
-                stderr=scores.get(f"{known[0]}_stderr,none"),
+                stderr=_error(scores.get(f"{known[0]}_stderr,none")),
             )
     return out
 
 
-def _bits_scores(bits: dict[str, Any]) -> dict[str, dict]:
+def _error(value: Any) -> float | None:
+    "A standard error; None where there is none, which lm-eval writes as N/A"
+    return float(value) if number(0).holds(value) else None
+
+
+def _bits_scores(results: dict[str, dict]) -> dict[str, dict]:
     "Bits per byte of languages as our table says them"
-    out = {}
-    for column, value in bits.items():
-        if column.startswith("bits_per_byte_") and not column.endswith("stderr"):
-            lang = column.removeprefix("bits_per_byte_")
-            out[lang] = dict(
-                name=LANGUAGES.get(lang, lang),
-                kind="language",
-                lower_is_better=True,
-                n=None,
-                value=value,
-                stderr=bits.get(column + "_stderr"),
-            )
-    return out
+    return {
+        lang: dict(
+            name=visible(language_name(lang)),
+            kind="language",
+            lower_is_better=True,
+            n=None,
+            value=value,
+            stderr=_error(results["bpb"].get(f"bits_per_byte_{lang}_stderr")),
+        )
+        for lang, value in _bits_columns(results).items()
+    }
+
+
+def by_language(
+    results: dict[str, dict],  # of an evaluation: task -> what was measured
+    measure: str,  # such as "chars_per_token"
+) -> dict[str, float]:  # language -> value
+    "Example: by_language(results, 'bits_per_byte') -> {'km': 7.437, 'en': 2.213}"
+    columns = _bits_columns(results, measure)
+    return {lang: value for lang, value in columns.items() if number(1e-9).holds(value)}
 
 
 def _bare_measures(results: dict[str, dict]) -> dict[str, dict]:
     "Where there are no rows: what the table itself says"
-    return _exam_scores(results) | _bits_scores(results.get("bpb", {}))
+    return _exam_scores(results) | _bits_scores(results)
 
 
 def measures(
