@@ -29,6 +29,8 @@ __all__ = [
     "adapter_faults",
     "is_finite",
     "merge_faults",
+    "as_list",
+    "check_merge",
 ]
 
 # %% ../nbs/a18_adapters.ipynb #82021442
@@ -36,11 +38,11 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .checkpoints import load_tensor, read_header, resolve_model, tensor_files
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
-from .options import faults_of
+from .options import faults_of, range_faults, refuse
 from .stages import StageError, input_fingerprint, read_json, require, write_json
 
 if TYPE_CHECKING:
@@ -527,3 +529,27 @@ def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
         faults += adapter_faults(a, shapes, fingerprint)
         shapes |= {name: a.shape(tensor) for name, tensor in a.whole.items()}
     return faults
+
+
+# %% ../nbs/a18_adapters.ipynb #89d6387a
+def as_list(
+    adapter: Any,  # one adapter, or several in a list
+) -> list:
+    "Example: as_list('adapter') -> ['adapter']"
+    return list(adapter) if isinstance(adapter, list | tuple) else [adapter]
+
+
+def check_merge(
+    model: str | Path,  # HF model folder, artifact or hub id
+    adapter: Any,  # one adapter, or several in a list
+    into: str,  # dequantised or original
+    rounding: str,  # peft or once
+    shard_bytes: int,  # most bytes in a file
+    **_: Any,  # options of `merge` that have nothing to be refused
+) -> None:
+    "Refuse options and inputs of `merge` that cannot be, all at once"
+    refs = as_list(adapter)
+    faults = range_faults(dict(into=into, rounding=rounding, shard_bytes=shard_bytes))
+    if not refs:
+        faults.append("no adapter is given; expected one or several")
+    refuse(faults + merge_faults(model, refs))

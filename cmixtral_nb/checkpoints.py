@@ -15,19 +15,24 @@ __all__ = [
     "read_header",
     "tensor_files",
     "load_tensor",
+    "row_tensors",
     "specs_of",
     "n_bytes",
     "ahead",
     "write_tensors",
     "plan_shards",
+    "is_written",
+    "require_space",
     "write_index",
     "resolve_model",
     "named_models",
     "link_file",
     "rewrite_shard",
     "copy_index",
+    "copy_weights",
     "copy_config",
     "copy_tokenizer",
+    "write_special_ids",
 ]
 
 # %% ../nbs/a11_checkpoints.ipynb #d12cf020
@@ -51,6 +56,7 @@ from .stages import StageError, read_json, require, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 # %% ../nbs/a11_checkpoints.ipynb #48995dd2
@@ -159,6 +165,14 @@ def load_tensor(
 
     with safe_open(files[name], "pt") as f:
         return f.get_tensor(name)
+
+
+def row_tensors(
+    files: dict[str, Path],  # from `tensor_files`
+) -> list[str]:  # the embedding, and the head unless it is tied to it
+    "Names of the tensors with one row for each token"
+    endings = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+    return [name for name in files if name.endswith(endings)]
 
 
 # %% ../nbs/a11_checkpoints.ipynb #7237953b
@@ -293,6 +307,34 @@ def plan_shards(
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, 1)}
 
 
+# %% ../nbs/a11_checkpoints.ipynb #8eee43fc
+def is_written(
+    path: Path,  # a shard, which may be missing
+    specs: list[tuple],  # (name, dtype, shape) that it shall hold
+) -> bool:
+    "Whether a shard is whole and as planned, in whatever order"
+    try:
+        found = specs_of(read_header(path)) if path.is_file() else []
+    except StageError:
+        return False
+    planned = [(name, dtype, list(shape)) for name, dtype, shape in specs]
+    return sorted(found) == sorted(planned)
+
+
+def require_space(
+    folder: Path,  # to write into
+    need_bytes: int,  # of tensors that are still to be written
+) -> None:
+    "Refuse before the first byte what the disk cannot hold"
+    need = need_bytes + 10_000_000  # for the files beside the tensors
+    free = shutil.disk_usage(folder).free
+    require(
+        need <= free,
+        f"{folder}: the merged model needs {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
+        "free some, or choose another --out",
+    )
+
+
 # %% ../nbs/a11_checkpoints.ipynb #c75263e8
 def write_index(
     folder: str | Path,  # HF model folder with all its shards
@@ -410,6 +452,22 @@ def copy_index(
     write_index(out, files, read_json(model / INDEX).get("metadata", {}))
 
 
+def copy_weights(
+    model: Path,  # folder to copy from
+    out: Path,  # folder to copy to
+    changed: dict[str, Tensor],  # tensors to put in; they may have other shapes
+) -> None:
+    "Shards and index of a model with some tensors replaced; shards without a change are linked"
+    files = tensor_files(model)
+    for shard in sorted(set(files.values())):
+        mine = {name: tensor for name, tensor in changed.items() if files[name] == shard}
+        if mine:
+            rewrite_shard(shard, out / shard.name, mine)
+        else:
+            link_file(shard, out / shard.name)
+    copy_index(model, out)
+
+
 # %% ../nbs/a11_checkpoints.ipynb #fb994ce0
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -443,3 +501,16 @@ def copy_tokenizer(
     for name in TOKENIZER_FILES:
         if (Path(folder) / name).is_file():
             shutil.copyfile(Path(folder) / name, out / name)
+
+
+def write_special_ids(
+    folder: Path,  # model folder, changed
+    tok: PreTrainedTokenizerBase,  # its tokenizer
+) -> None:
+    "Ids of the tokens that begin, end and fill a text, where the model's files name them"
+    keys = [f"{role}_token_id" for role in ("bos", "eos", "pad", "unk")]
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        if file.is_file():
+            config = read_json(file)
+            named = {key: getattr(tok, key) for key in keys if key in config}
+            write_json(file, {**config, **named})

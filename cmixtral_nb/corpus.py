@@ -24,10 +24,10 @@ from .corpora import corpus_langs as corpus_langs
 from .corpora import corpus_texts as corpus_texts
 from .corpora import lang_faults as lang_faults
 from .corpora import missing_language as missing_language
-from .documents import doc_files, parse_sources, read_docs, text_faults
+from .documents import check_corpus, doc_files, parse_sources, read_docs, text_faults
 from .languages import lang_script, script_share
 from .machine import progress, say
-from .options import faults_of, range_faults, refuse
+from .options import refuse
 from .stages import stage
 
 # %% ../nbs/01_corpus.ipynb #ea6fde6e
@@ -158,11 +158,6 @@ def clean_docs(
 
 
 # %% ../nbs/01_corpus.ipynb #55829861
-def _check(sources, **options):
-    "All faults at once, before anything is read"
-    refuse(faults_of(parse_sources, sources) + range_faults(options))
-
-
 def _write_parts(
     rows: Iterable[dict],  # of `clean_docs`
     lang: str,
@@ -219,7 +214,7 @@ def _found(sources, **_) -> dict:
 
 
 # %% ../nbs/01_corpus.ipynb #4ac36472
-@stage("corpus", inputs=("files",), found=_found, check=_check)
+@stage("corpus", inputs=("files",), found=_found, check=check_corpus)
 def corpus(
     # LANG=REF; file, folder, glob, builtin:NAME, hub:ID[:config][@files]; #column
     sources: list[str],

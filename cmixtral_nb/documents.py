@@ -12,6 +12,7 @@ __all__ = [
     "doc_files",
     "read_docs",
     "parse_sources",
+    "check_corpus",
     "text_faults",
     "up_to",
     "text_batches",
@@ -35,7 +36,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from .languages import lang_script
 from .machine import package_data
-from .options import range_faults, refuse
+from .options import faults_of, range_faults, refuse
 from .stages import StageError, require
 
 
@@ -319,6 +320,14 @@ def parse_sources(
         faults.append("no sources, expected LANG=REF, such as zh=builtin:zh")
     refuse(faults)
     return refs
+
+
+def check_corpus(
+    sources: str | list[str],  # "LANG=REF" each
+    **options: Any,  # of `corpus`
+) -> None:
+    "Refuse sources and options of `corpus` that cannot be, all at once"
+    refuse(faults_of(parse_sources, sources) + range_faults(options))
 
 
 # %% ../nbs/a04_documents.ipynb #947ad6e7

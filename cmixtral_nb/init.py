@@ -11,13 +11,11 @@ __all__ = [
     "piece_bytes",
     "pieces_of",
     "spell",
-    "new_tokens",
     "weighted_mean",
     "Matrix",
     "script_of",
     "n_chars",
     "new_rows",
-    "row_tensors",
     "grow",
     "write_rows",
     "probe_methods",
@@ -29,22 +27,22 @@ import re
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cmixtral_nb.checkpoints import (
     copy_config,
-    copy_index,
     copy_tokenizer,
-    link_file,
+    copy_weights,
     load_tensor,
     resolve_model,
-    rewrite_shard,
+    row_tensors,
     tensor_files,
+    write_special_ids,
 )
 from cmixtral_nb.probe import (
     plot_probe,
-    probe_langs,
     probe_model,
     probe_table,
     probe_texts,
@@ -52,18 +50,15 @@ from cmixtral_nb.probe import (
 )
 from cmixtral_nb.stages import (
     Artifact,
-    StageError,
-    read_json,
-    require,
     stage,
     tokenizer_fingerprint,
-    write_json,
     write_text,
 )
 
+from .growing import check_init, old_and_new
 from .machine import say
-from .options import at_least, faults_of, one_of, range_faults, refuse
-from .tokenizer_files import load_tokenizer
+from .options import one_of, range_faults, refuse
+from .tokenizer_files import new_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,21 +138,6 @@ def spell(
         return [token.id for token in bpe.tokenize(name)]
 
     return [ids_of(piece) or [unknown] for piece in pieces]
-
-
-def new_tokens(
-    old: PreTrainedTokenizerBase,  # the model's tokenizer
-    new: PreTrainedTokenizerBase,  # the one that extends it
-) -> list[str] | None:  # in the order of their ids; None where new does not extend old
-    "What the new tokenizer has and the old one has not"
-
-    def by_id(tok: PreTrainedTokenizerBase) -> list[tuple[str, int]]:
-        return sorted(tok.get_vocab().items(), key=lambda item: item[1])
-
-    before, after = by_id(old), by_id(new)
-    if after[: len(before)] != before:
-        return None
-    return [token for token, _ in after[len(before) :]]
 
 
 # %% ../nbs/06_init.ipynb #682e256a
@@ -334,43 +314,15 @@ def _change(
     tokenizer: Artifact | str | Path,  # folder of the new tokenizer
     transplant: bool = False,
 ) -> _Change:
-    "Old and new tokens; `StageError` where one does not follow from the other"
-    folder = Path(tokenizer)
-    require(
-        folder.is_dir(),
-        f"{folder} does not exist; expected a tokenizer; run: cmixtral vocab --out {folder}",
-    )
-    old, new = load_tokenizer(model), load_tokenizer(folder)
-    n_rows = read_json(model / "config.json").get("vocab_size", len(old))
-    require(
-        n_rows >= len(old),
-        f"{model} has {n_rows:,} rows for {len(old):,} tokens; expected at least as many",
-    )
+    "What changes; `StageError` where the new tokenizer does not follow from the old"
+    old, new = old_and_new(model, tokenizer, transplant)
     if transplant:
         pieces = pieces_of(new)
         return _Change(old, new, 0, pieces, _same_tokens(old, new, pieces))
-    added = new_tokens(old, new)
-    remedy = f"run: cmixtral vocab --base {model} --out DIR"
-    if added is None:
-        raise StageError(
-            f"{folder} does not extend the tokenizer of {model}: the first {len(old):,} tokens "
-            f"differ; {remedy}; or make all rows anew: cmixtral init --transplant"
-        )
-    require(
-        added, f"{folder} has no token that {model} lacks, expected an extended tokenizer; {remedy}"
-    )
-    return _Change(old, new, len(old), added, {})
+    return _Change(old, new, len(old), new_tokens(old, new) or [], {})
 
 
 # %% ../nbs/06_init.ipynb #dee068e3
-def row_tensors(
-    files: dict[str, Path],  # from `tensor_files`
-) -> list[str]:  # the embedding, and the head unless it is tied to it
-    "Names of the tensors with one row for each token"
-    endings = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
-    return [name for name in files if name.endswith(endings)]
-
-
 def grow(
     W: Tensor,  # (n_rows, d) embedding or lm_head
     n_old: int,  # rows that stay where they are
@@ -383,28 +335,6 @@ def grow(
 
 
 # %% ../nbs/06_init.ipynb #35ff2b02
-def _write_model(src: Path, out: Path, files: dict[str, Path], changed: dict[str, Tensor]) -> None:
-    "The shards that change, links to the others, config and index"
-    for shard in sorted(set(files.values())):
-        mine = {name: W for name, W in changed.items() if files[name] == shard}
-        if mine:
-            rewrite_shard(shard, out / shard.name, mine)
-        else:
-            link_file(shard, out / shard.name)
-    copy_config(src, out, n_rows=len(next(iter(changed.values()))))
-    copy_index(src, out)
-
-
-def _write_ids(out: Path, tok: PreTrainedTokenizerBase) -> None:
-    "Ids of the tokens that begin, end and fill a text, where the model's files name them"
-    keys = [f"{role}_token_id" for role in ("bos", "eos", "pad", "unk")]
-    for file in (out / "config.json", out / "generation_config.json"):
-        if file.is_file():
-            config = read_json(file)
-            named = {key: getattr(tok, key) for key in keys if key in config}
-            write_json(file, {**config, **named})
-
-
 def _mean_norm(W: Tensor) -> float:
     return round(W.float().norm(dim=1).mean().item(), 4)
 
@@ -434,14 +364,16 @@ def write_rows(
             rows[[*change.taken]] = old_rows[[*change.taken.values()]]
         changed[name] = rows if transplant else grow(W, change.n_kept, rows)
         norms[name] = {"old": _mean_norm(old_rows), "new": _mean_norm(rows)}
-    _write_model(src, out, files, changed)
+    n_rows = len(next(iter(changed.values())))
+    copy_weights(src, out, changed)
+    copy_config(src, out, n_rows)
     copy_tokenizer(Path(tokenizer), out)
     if transplant:
-        _write_ids(out, change.new)
+        write_special_ids(out, change.new)
     return dict(
         n_old=change.n_kept,
         n_new=len(change.pieces),
-        n_rows=len(next(iter(changed.values()))),
+        n_rows=n_rows,
         n_taken=len(change.taken),
         sub_tokens=round(sum(map(len, spellings)) / len(spellings), 3),
         norms=norms,
@@ -479,19 +411,6 @@ def probe_methods(
 
 
 # %% ../nbs/06_init.ipynb #ea891eef
-def _check(model, tokenizer, method, seed, probe, steps, seeds, transplant) -> None:
-    "The model is whole, the tokenizer extends the model's own, the probe has text to judge by"
-    options = {"method": method, "seed": seed, "steps": steps, "seeds": seeds}
-    faults = range_faults(options, method=one_of(*METHODS), seeds=at_least(1))
-    if probe is not None:
-        faults += faults_of(probe_langs, probe)
-
-    def check_tokens() -> None:
-        _change(resolve_model(model), tokenizer, transplant)
-
-    refuse(faults + faults_of(check_tokens))
-
-
 def _report_probe(out: Path, results: list[dict]) -> list[dict]:
     "The probe's table and figure beside the model; the ranking is said and returned"
     write_text(out / "probe.tsv", probe_table(results))
@@ -502,7 +421,7 @@ def _report_probe(out: Path, results: list[dict]) -> list[dict]:
     return ranked
 
 
-@stage("model", inputs=("model", "tokenizer", "probe"), check=_check)
+@stage("model", inputs=("model", "tokenizer", "probe"), check=partial(check_init, METHODS))
 def init(
     model: Path,  # HF model folder, artifact or hub id
     tokenizer: Path,  # folder of a tokenizer that extends the model's; any with `transplant`

@@ -13,6 +13,7 @@ __all__ = [
     "opencc_converter",
     "lexicon_faults",
     "opencc_faults",
+    "check_tokenizer",
     "Source",
     "mix_runs",
     "run_sources",
@@ -24,14 +25,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .corpora import lang_faults
 from .documents import open_text
 from .languages import script_pattern
-from .options import faults_of, refuse
-from .pieces import package_file
+from .options import faults_of, range_faults, refuse
+from .pieces import base_tokenizer_model, package_file, read_model
 from .runs import mass, read_runs
-from .stages import StageError, require
+from .stages import Artifact, StageError, require
 
 # %% ../nbs/a07_lexicons.ipynb #83b0bc32
 _EXAMPLES = {"lexicons": "0.25:jieba", "opencc": "0.1:s2t"}
@@ -181,6 +183,39 @@ def opencc_faults(
     for _, name in [] if faults else parse_shares(opencc, "opencc"):
         faults += faults_of(opencc_converter, name)
     return faults
+
+
+# %% ../nbs/a07_lexicons.ipynb #a249e2ea
+def check_tokenizer(
+    corpus: Artifact | str | Path,  # corpus folder, or a file of text
+    lang: str,  # language of the corpus to learn from
+    script: str,  # script of the pieces
+    n_pieces: int,  # candidates
+    n_chars: int | None,  # single characters among them
+    lexicons: list[str] | None,  # "SHARE:NAME" each
+    opencc: list[str] | None,  # "SHARE:CONVERSION" each
+    method: str,  # bpe or continued
+    base: str,  # base tokenizer, for 'continued'
+    **others: Any,  # options that have a range and nothing else to be refused
+) -> None:
+    "Refuse options and inputs of `tokenizer` that cannot be, all at once"
+    n_chars = n_chars or 0
+    faults = range_faults(dict(others, n_pieces=n_pieces, n_chars=n_chars, method=method))
+    if n_chars > n_pieces > 0:
+        faults.append(
+            f"n_chars is {n_chars}, more than all {n_pieces} pieces; "
+            "raise n_pieces or lower n_chars"
+        )
+    if not Path(corpus).exists():
+        faults.append(
+            f"{corpus} does not exist, expected a corpus; run: cmixtral corpus --out {corpus}"
+        )
+    faults += lang_faults(corpus, lang)
+    faults += faults_of(script_pattern, script)
+    faults += lexicon_faults(lexicons, script, lang) + opencc_faults(opencc)
+    if method == "continued":
+        faults += faults_of(lambda: read_model(base_tokenizer_model(base)))
+    refuse(faults)
 
 
 # %% ../nbs/a07_lexicons.ipynb #c7e36585

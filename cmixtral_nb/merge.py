@@ -26,7 +26,6 @@ __all__ = [
 ]
 
 # %% ../nbs/10_merge.ipynb #1dd5adb2
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,22 +34,25 @@ from typing import TYPE_CHECKING
 from cmixtral_nb.adapters import (
     FUSED_PARAMETERS,
     Adapter,
+    as_list,
+    check_merge,
     fused_matrices,
     fused_place,
     half_of,
     is_finite,
     is_linear,
-    merge_faults,
     plain_name,
 )
 from cmixtral_nb.checkpoints import (
     DTYPES,
     copy_config,
     copy_tokenizer,
+    is_written,
     load_tensor,
     n_bytes,
     plan_shards,
     read_header,
+    require_space,
     resolve_model,
     tensor_files,
     write_index,
@@ -59,8 +61,7 @@ from cmixtral_nb.checkpoints import (
 
 from .loading import one_tensor_at_a_time, streamed
 from .machine import say
-from .options import range_faults, refuse
-from .stages import StageError, require, stage
+from .stages import require, stage
 from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
@@ -377,42 +378,6 @@ def _compare(src: Sources, out: Path, n_rows: int) -> float:
     return float(f"{difference:.0e}")
 
 
-# %% ../nbs/10_merge.ipynb #345a211f
-def _listed(adapter: str | Path | list | tuple) -> list:
-    "One adapter or several, as a list"
-    return list(adapter) if isinstance(adapter, list | tuple) else [adapter]
-
-
-def _check(model, adapter, into, rounding, shard_bytes, **_):
-    "Everything that can be known before the first tensor is written"
-    refs = _listed(adapter)
-    faults = range_faults(dict(into=into, rounding=rounding, shard_bytes=shard_bytes))
-    if not refs:
-        faults.append("no adapter is given; expected one or several")
-    refuse(faults + merge_faults(model, refs))
-
-
-def _is_written(path: Path, specs: list[tuple]) -> bool:
-    "Whether a shard of an interrupted merge is whole and as planned"
-    try:
-        head = read_header(path) if path.is_file() else {}
-    except StageError:
-        return False
-    found = [(name, entry["dtype"], list(entry["shape"])) for name, entry in head.items()]
-    return sorted(found) == sorted((name, dtype, list(shape)) for name, dtype, shape in specs)
-
-
-def _require_space(out: Path, missing: dict[str, list]) -> None:
-    "Refuse before the first byte if the disk cannot hold the shards that are not yet written"
-    need = sum(n_bytes(specs) for specs in missing.values()) + 10_000_000
-    free = shutil.disk_usage(out).free
-    require(
-        need <= free,
-        f"{out}: the merged model needs {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
-        "free some, or choose another --out",
-    )
-
-
 # %% ../nbs/10_merge.ipynb #75c91399
 def _write_rest(src: Sources, model: Path, out: Path, n_rows: int) -> dict[str, Path]:
     "Configuration, tokenizer and index beside the weights; which shard holds each tensor"
@@ -439,7 +404,7 @@ def _say(stats: dict) -> None:
 
 
 # %% ../nbs/10_merge.ipynb #11d34a1d
-@stage("model", inputs=("model", "adapter"), ignore=("device",), resumable=True, check=_check)
+@stage("model", inputs=("model", "adapter"), ignore=("device",), resumable=True, check=check_merge)
 def merge(
     model: Path,  # model the adapter was trained on: HF folder, artifact or hub id
     adapter: list[str],  # PEFT adapter, ours or another tool's; several are added in their order
@@ -455,14 +420,14 @@ def merge(
     from tqdm import tqdm
 
     folder = resolve_model(model)
-    adapters = [Adapter(ref) for ref in _listed(adapter)]
+    adapters = [Adapter(ref) for ref in as_list(adapter)]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     src = open_sources(folder, adapters, into, rounding, device)
     specs = merged_specs(src)
     plan = plan_shards(specs, shard_bytes)
-    missing = {file: held for file, held in plan.items() if not _is_written(out / file, held)}
-    _require_space(out, missing)
+    missing = {file: held for file, held in plan.items() if not is_written(out / file, held)}
     total = sum(n_bytes(held) for held in missing.values())
+    require_space(out, total)
     sums: dict[str, str] = {}
     bar = tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=None)
     with one_tensor_at_a_time(), bar:

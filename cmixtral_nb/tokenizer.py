@@ -51,11 +51,10 @@ from cmixtral_nb.runs import (
     write_runs,
 )
 
-from .corpora import corpus_texts, lang_faults
+from .corpora import corpus_texts
 from .languages import script_pattern
-from .lexicons import lexicon_faults, mix_runs, opencc_faults, run_sources
+from .lexicons import check_tokenizer, mix_runs, run_sources
 from .machine import say
-from .options import faults_of, range_faults, refuse
 from .stages import require, stage
 
 if TYPE_CHECKING:
@@ -301,28 +300,6 @@ def learn_pieces(
     return [piece for piece in pieces if whole.fullmatch(piece.piece)]
 
 
-# %% ../nbs/02_tokenizer.ipynb #1d508521
-def _check(corpus, lang, script, n_pieces, n_chars, lexicons, opencc, method, base, **others):
-    "Everything that is wrong with the options, before any text is read"
-    n_chars = n_chars or 0
-    faults = range_faults(dict(others, n_pieces=n_pieces, n_chars=n_chars, method=method))
-    if n_chars > n_pieces > 0:
-        faults.append(
-            f"n_chars is {n_chars}, more than all {n_pieces} pieces; "
-            "raise n_pieces or lower n_chars"
-        )
-    if not Path(corpus).exists():
-        faults.append(
-            f"{corpus} does not exist, expected a corpus; run: cmixtral corpus --out {corpus}"
-        )
-    faults += lang_faults(corpus, lang)
-    faults += faults_of(script_pattern, script)
-    faults += lexicon_faults(lexicons, script, lang) + opencc_faults(opencc)
-    if method == "continued":
-        faults += faults_of(lambda: read_model(base_tokenizer_model(base)))
-    refuse(faults)
-
-
 # %% ../nbs/02_tokenizer.ipynb #1a8e1768
 def _kept_chars(counts: Counter, n_pieces: int, n_chars: int | None) -> list[str]:
     "The most frequent characters; `StageError` where they are more than all pieces"
@@ -335,7 +312,13 @@ def _kept_chars(counts: Counter, n_pieces: int, n_chars: int | None) -> list[str
     return chars
 
 
-@stage("pieces", inputs=("corpus", "lexicons", "base"), ignore=("workers",), check=_check, schema=2)
+@stage(
+    "pieces",
+    inputs=("corpus", "lexicons", "base"),
+    ignore=("workers",),
+    check=check_tokenizer,
+    schema=2,
+)
 def tokenizer(
     corpus: Path,  # corpus folder, or a jsonl or text file
     out: Path,  # folder to write

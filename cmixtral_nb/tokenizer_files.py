@@ -15,6 +15,7 @@ __all__ = [
     "write_tokenizer",
     "load_tokenizer",
     "encode_plain",
+    "new_tokens",
     "append_special",
     "check_special",
     "write_vocab",
@@ -198,6 +199,22 @@ def encode_plain(
         return [e.ids for e in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally:
         fast.encode_special_tokens = before
+
+
+# %% ../nbs/a09_tokenizer_files.ipynb #e45e475a
+def new_tokens(
+    old: PreTrainedTokenizerBase,  # the model's tokenizer
+    new: PreTrainedTokenizerBase,  # the one that extends it
+) -> list[str] | None:  # in the order of their ids; None where new does not extend old
+    "What the new tokenizer has and the old one has not"
+
+    def by_id(tok: PreTrainedTokenizerBase) -> list[tuple[str, int]]:
+        return sorted(tok.get_vocab().items(), key=lambda item: item[1])
+
+    before, after = by_id(old), by_id(new)
+    if after[: len(before)] != before:
+        return None
+    return [token for token, _ in after[len(before) :]]
 
 
 # %% ../nbs/a09_tokenizer_files.ipynb #364c2542

@@ -8,6 +8,7 @@ python tests/bench_merge.py peft DIR        # 2 GB: beside peft's merge_and_unlo
 python tests/bench_merge.py kill DIR        # 20 kills at random moments of a small merge
 """
 
+import importlib
 import os
 import random
 import shutil
@@ -29,20 +30,30 @@ NUMBERS = dict(
 )
 LAYERS = {1: 5, 2: 11, 4: 22, 8: 45}
 
-PEFT = """
-import sys
-from peft import PeftModel
-from cmixtral_nb.loading import load_model, save_stock
-net = load_model(sys.argv[1], dtype="bfloat16", device="cpu")
-save_stock(PeftModel.from_pretrained(net, sys.argv[2]).merge_and_unload(), sys.argv[3])
-"""
-OURS = """
-import sys
-from cmixtral_nb.merge import merge
-model, adapter, out, *options = sys.argv[1:]
-how = dict(into="original", device="cpu", shard_bytes=1_000_000_000)
-merge(model, adapter, out=out, check="check" in options, **how)
-"""
+
+def only_import():
+    "What every job pays: the import of PyTorch and of the package"
+    for name in ("torch", "safetensors", "tqdm", "cmixtral_nb.merge"):
+        importlib.import_module(name)
+
+
+def merge_with_peft(model, adapter, out):
+    from peft import PeftModel
+
+    from cmixtral_nb.loading import load_model, save_stock
+
+    net = load_model(model, dtype="bfloat16", device="cpu")
+    save_stock(PeftModel.from_pretrained(net, adapter).merge_and_unload(), out)
+
+
+def merge_here(model, adapter, out, check=""):
+    from cmixtral_nb.merge import merge
+
+    how = dict(into="original", device="cpu", shard_bytes=1_000_000_000)
+    merge(model, adapter, out=out, check=check == "check", **how)
+
+
+JOBS = {job.__name__: job for job in (only_import, merge_with_peft, merge_here)}
 
 
 def specs_of(layers, numbers):
@@ -136,11 +147,11 @@ def make(folder, layers, numbers=NUMBERS, shard_bytes=1_000_000_000, rank=RANK):
     return model, adapter
 
 
-def measure(code, *args):
-    "Seconds and peak resident bytes of a fresh process"
+def measure(job, *args):
+    "Seconds and peak resident bytes of a fresh process that does one of JOBS"
     start = time.time()
     p = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
+        [sys.executable, __file__, "job", job.__name__, *map(str, args)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error"),
@@ -165,7 +176,7 @@ def copy(src, out):
 
 
 def grow(folder, sizes):
-    folder, empty = Path(folder), measure("import cmixtral_nb.merge, torch, safetensors, tqdm")
+    folder, empty = Path(folder), measure(only_import)
     print(f"an empty process that imports torch: {empty[0]:.1f} s, {empty[1] / 1e6:,.0f} MB")
     for size in sizes:
         here = folder / f"{size}gb"
@@ -173,7 +184,7 @@ def grow(folder, sizes):
         n = sum(f.stat().st_size for f in model.glob("*.safetensors"))
         os.sync()
         plain, durable = copy(model, here / "copy")
-        seconds, peak = measure(OURS, model, adapter, here / "out")
+        seconds, peak = measure(merge_here, model, adapter, here / "out")
         print(
             f"{n / 1e9:.2f} GB, rank {RANK}: merge {seconds:.1f} s, peak {peak / 1e6:,.0f} MB; "
             f"cp {plain:.1f} s, with fsync {durable:.1f} s; merge/cp {seconds / plain:.1f}, "
@@ -181,7 +192,7 @@ def grow(folder, sizes):
             flush=True,
         )
         shutil.rmtree(here / "out")
-        seconds, peak = measure(OURS, model, adapter, here / "out", "check")
+        seconds, peak = measure(merge_here, model, adapter, here / "out", "check")
         print(f"    with the check: {seconds:.1f} s, peak {peak / 1e6:,.0f} MB", flush=True)
         shutil.rmtree(here)
 
@@ -197,8 +208,8 @@ def beside_peft(folder):
     os.sync()
     ours, theirs = [], []
     for i in range(2):  # in turn, so that a busy moment hits both
-        theirs.append(measure(PEFT, model, adapter, here / f"theirs{i}"))
-        ours.append(measure(OURS, model, adapter, here / f"ours{i}"))
+        theirs.append(measure(merge_with_peft, model, adapter, here / f"theirs{i}"))
+        ours.append(measure(merge_here, model, adapter, here / f"ours{i}"))
     a, b = (
         {plain_name(n): (f, n) for n in f}
         for f in (tensor_files(here / "ours0"), tensor_files(here / "theirs0"))
@@ -262,5 +273,7 @@ if __name__ == "__main__":
             beside_peft(where)
         case ["kill", where]:
             kill(where)
+        case ["job", name, *args]:
+            JOBS[name](*args)
         case _:
             sys.exit(__doc__)

@@ -47,6 +47,15 @@ OLD = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"a
 NEW = ["中国", "中国大", "龙"]
 
 
+def save_tok(t, path, **special):
+    "A tokenizer as transformers reads it, with its special tokens by their roles"
+    path.mkdir(exist_ok=True)
+    t.save(str(path / "tokenizer.json"))
+    config = dict(special, tokenizer_class="PreTrainedTokenizerFast")
+    write_json(path / "tokenizer_config.json", config)
+    return path
+
+
 def write_tok(path, vocab):
     words = [piece for piece in vocab if len(piece) > 1 and piece[0] != "<"]
     merges = [(word[:-1], word[-1]) for word in words]
@@ -64,18 +73,7 @@ def write_tok(path, vocab):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     t.add_special_tokens(["<unk>", "<s>", "</s>"])
-    path.mkdir(exist_ok=True)
-    t.save(str(path / "tokenizer.json"))
-    write_json(
-        path / "tokenizer_config.json",
-        dict(
-            tokenizer_class="PreTrainedTokenizerFast",
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-        ),
-    )
-    return path
+    return save_tok(t, path, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture
@@ -159,15 +157,7 @@ def test_copies_where_links_are_impossible(model, tok, tmp_path, monkeypatch):
 def test_tied_model(tok, tmp_path):
     p = write_tok(tmp_path / "tied", OLD)
     LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(OLD),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
+        LlamaConfig(**dict(LLAMA, num_hidden_layers=1), tie_word_embeddings=True)
     ).save_pretrained(p)
     a = init(p, tok, out=tmp_path / "out")
     net = AutoModelForCausalLM.from_pretrained(a.path)
@@ -338,18 +328,8 @@ def byte_level(tmp_path):
             show_progress=False,
         ),
     )
-    p = tmp_path / "bytes"
-    p.mkdir()
-    t.save(str(p / "tokenizer.json"))
-    write_json(
-        p / "tokenizer_config.json",
-        dict(
-            tokenizer_class="PreTrainedTokenizerFast",
-            eos_token="<|end|>",
-            bos_token="<|go|>",
-            unk_token="<|end|>",
-        ),
-    )
+    special = dict(eos_token="<|end|>", bos_token="<|go|>", unk_token="<|end|>")
+    p = save_tok(t, tmp_path / "bytes", **special)
     torch.manual_seed(0)
     net = LlamaForCausalLM(
         LlamaConfig(

@@ -180,6 +180,15 @@ def test_same_bits_as_peft(llama, tmp_path, kw):
 
 PER_EXPERT = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
 FUSED_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+WHOLE = ["embed_tokens", "lm_head"]  # matrices with a row for each token
+
+
+def with_rows(*ids):
+    "All matrices, and single rows of embedding and head"
+    rows = {name: list(ids) for name in WHOLE}
+    return dict(target_modules=PER_EXPERT, trainable_token_indices=rows)
+
+
 # name: (whether peft sees one nn.Linear for each matrix, rows that the vocabulary grows by,
 #        configuration)
 LAYOUTS: dict[str, tuple[bool, int, dict]] = {
@@ -213,32 +222,10 @@ LAYOUTS: dict[str, tuple[bool, int, dict]] = {
     ),
     "rewritten by peft": (False, 0, dict(target_modules=["q_proj", "w1", "w2", "w3"])),
     "rewritten by peft, router": (False, 0, dict(target_modules=["gate", "w1", "w2", "w3"])),
-    "modules_to_save": (
-        True,
-        0,
-        dict(target_modules=PER_EXPERT, modules_to_save=["embed_tokens", "lm_head"]),
-    ),
-    "rows": (
-        True,
-        0,
-        dict(
-            target_modules=PER_EXPERT,
-            trainable_token_indices={"embed_tokens": [3, 39], "lm_head": [3, 39]},
-        ),
-    ),
-    "grown": (
-        True,
-        3,
-        dict(target_modules=PER_EXPERT, modules_to_save=["embed_tokens", "lm_head"]),
-    ),
-    "grown, rows": (
-        True,
-        3,
-        dict(
-            target_modules=PER_EXPERT,
-            trainable_token_indices={"embed_tokens": [3, 42], "lm_head": [3, 42]},
-        ),
-    ),
+    "modules_to_save": (True, 0, dict(target_modules=PER_EXPERT, modules_to_save=WHOLE)),
+    "rows": (True, 0, with_rows(3, 39)),
+    "grown": (True, 3, dict(target_modules=PER_EXPERT, modules_to_save=WHOLE)),
+    "grown, rows": (True, 3, with_rows(3, 42)),
     "grown, nothing else trained": (False, 3, dict(target_modules=["q_proj"])),
     "grown, fused": (
         False,
@@ -246,7 +233,7 @@ LAYOUTS: dict[str, tuple[bool, int, dict]] = {
         dict(
             target_modules=["q_proj"],
             target_parameters=FUSED_TARGETS,
-            modules_to_save=["embed_tokens", "lm_head"],
+            modules_to_save=WHOLE,
         ),
     ),
 }
@@ -505,17 +492,18 @@ def test_nf4_is_bitwise_what_training_used(saved, dtype):
     )
 
 
+def write_manifest(adapter, inputs, stats):
+    "What our own training leaves beside an adapter"
+    found = dict(inputs=inputs, stats=stats)
+    write_json(adapter / "manifest.json", dict(found, kind="adapter", files={}, fingerprint="x"))
+
+
 def test_manifest_says_what_was_in_4_bits(model, adapter, tmp_path):
     name = "model.layers.0.mlp.experts.1.w1"
-    write_json(
-        adapter / "manifest.json",
-        dict(
-            kind="adapter",
-            files={},
-            fingerprint="x",
-            inputs={},
-            stats=dict(quantised=[name], quantised_dtype="float32"),
-        ),
+    write_manifest(
+        adapter,
+        inputs={},
+        stats=dict(quantised=[name], quantised_dtype="float32"),
     )
     m = run(model, adapter, tmp_path)
     plain = run(model, adapter, tmp_path, "o", into="original")
@@ -781,15 +769,10 @@ def test_adapter_of_another_model(refuses, model, adapter, tmp_path):
     small(layers=1).save_pretrained(tmp_path / "short")
     refuses("the model has no model.layers.1", tmp_path / "short", adapter)
     small(hidden=64, aux_loss=0.5).save_pretrained(tmp_path / "same")
-    write_json(
-        adapter / "manifest.json",
-        dict(
-            kind="adapter",
-            files={},
-            fingerprint="x",
-            stats={},
-            inputs={"model": {"fingerprint": "abc"}},
-        ),
+    write_manifest(
+        adapter,
+        stats={},
+        inputs={"model": {"fingerprint": "abc"}},
     )
     refuses(
         f"was trained on model abc, found {input_fingerprint(tmp_path / 'same')}",
@@ -840,7 +823,7 @@ def test_model_stored_in_4_bits(refuses, model, adapter):
 
 def test_full_disk_is_seen_first(refuses, model, adapter, monkeypatch):
     usage = SimpleNamespace(total=100, used=99, free=1000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda p: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: usage)
     refuses(
         "the merged model needs .* MB, 0 MB are free; free some, or choose another --out",
         model,
@@ -889,15 +872,10 @@ def test_faults_of_all_adapters_and_of_the_model_at_once(refuses, model, adapter
 
 def test_a_later_adapter_of_another_model(refuses, model, adapter, tmp_path):
     later = shutil.copytree(adapter, tmp_path / "later")
-    write_json(
-        later / "manifest.json",
-        dict(
-            kind="adapter",
-            files={},
-            fingerprint="x",
-            stats={},
-            inputs={"model": {"fingerprint": "abc"}},
-        ),
+    write_manifest(
+        later,
+        stats={},
+        inputs={"model": {"fingerprint": "abc"}},
     )
     faults = refuses("later was trained on model abc, found", model, [adapter, later])
     assert len(faults) == 1
