@@ -6,21 +6,23 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["windows", "document_bits", "bits_per_byte", "head_loss"]
+__all__ = ["FEW_LOGITS", "windows", "document_bits", "bits_per_byte", "head_loss", "without_logits"]
 
 # %% ../nbs/a12_bits.ipynb #41568bea
 import functools
 import inspect
 import math
+import re
+from importlib.util import find_spec
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .stages import require
 from .tokenizer_files import encode_plain
 
 if TYPE_CHECKING:
-    from torch import Tensor, device
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor, device, nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # %% ../nbs/a12_bits.ipynb #be0b1466
@@ -147,9 +149,39 @@ def head_loss(
     W: Tensor,  # (V, d) lm_head
     labels: Tensor,  # (n,) next tokens; negative: not counted
     block: int = 256,  # tokens whose logits are in memory at once
+    n_items: float | Tensor | None = None,  # what the sum is divided by; None: labels counted
 ) -> Tensor:  # mean cross entropy, differentiable in h and W
     "Cross entropy of `h @ W.T` without ever holding all its logits"
-    return _head_loss_function().apply(h, W, labels, block)
+    return _head_loss_function().apply(h, W.detach(), W, None, labels, n_items, block)
+
+
+def _loss_and_gradient(z: Tensor, right: Tensor) -> Tensor:
+    "Loss of each token, (n, 1); the logits z become their gradient, softmax minus one-hot"
+    import torch
+
+    z_right = z.gather(1, right)
+    z_max = z.max(1, keepdim=True).values
+    total = z.sub_(z_max).exp_().sum(1, keepdim=True)  # z now holds exp(z - max)
+    z.div_(total).scatter_add_(1, right, -torch.ones_like(z_right))
+    return total.log() + z_max - z_right
+
+
+def _logits_into(z: Tensor, x: Tensor, W: Tensor) -> None:
+    "z = x @ W.T; where z has more digits than x, the product is rounded as x is"
+    import torch
+
+    if z.dtype == x.dtype:
+        torch.mm(x, W.T, out=z)
+    else:
+        z.copy_(x @ W.T)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    "total += a @ b"
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
 
 
 @functools.cache
@@ -158,35 +190,194 @@ def _head_loss_function() -> Any:
     import torch
 
     class HeadLoss(torch.autograd.Function):
+        "Gradients of h and of `trained`: the whole head, or those `rows` of it"
+
         @staticmethod
-        def forward(ctx, h, W, labels, block):
+        def forward(ctx, h, W, trained, rows, labels, n_items, block):
+            # In 16 bits the softmax and sums over blocks are float32 all the same, and gradients
+            # are divided at the very end: float16 could not hold them earlier.
+            short = h.dtype in (torch.bfloat16, torch.float16)
+            full = torch.float32 if short else h.dtype
+            W = W.to(h.dtype)
             counted = labels >= 0
-            n_counted = counted.sum().clamp(min=1)
-            loss = h.new_zeros(())
+            n = counted.sum().clamp(min=1) if n_items is None else n_items
+            loss = h.new_zeros((), dtype=full)
             h_grad = torch.empty_like(h)
-            head_grad = torch.zeros_like(W)
-            memory = torch.empty(min(block, len(h)), len(W), dtype=h.dtype, device=h.device)
+            wanted = ctx.needs_input_grad[2]
+            head_grad = trained.new_zeros(trained.shape if wanted else 0, dtype=full)
+            memory = torch.empty(min(block, len(h)), len(W), dtype=full, device=h.device)
             for i in range(0, len(h), block):
                 part = slice(i, i + block)
                 x = h[part]
-                right = labels[part].clamp(min=0)[:, None]
                 keep = counted[part][:, None]
-                z = torch.mm(x, W.T, out=memory[: len(x)])  # logits
-                z_right = z.gather(1, right)
-                z_max = z.max(1, keepdim=True).values
-                total = z.sub_(z_max).exp_().sum(1, keepdim=True)  # z now holds exp(z - max)
-                loss = loss + ((total.log() + z_max - z_right) * keep).sum()
-                # From here z holds the gradient: softmax minus one-hot, divided by the mean's n.
-                z.div_(total).scatter_add_(1, right, -torch.ones_like(z_right))
-                z.mul_(keep / n_counted)
+                z = memory[: len(x)]
+                _logits_into(z, x, W)
+                lost = _loss_and_gradient(z, labels[part].clamp(min=0)[:, None])
+                loss = loss + (lost * keep).sum()
+                z = z.mul_(keep if short else keep / n).to(h.dtype)
                 torch.mm(z, W, out=h_grad[part])
-                head_grad.addmm_(z.T, x)
+                if wanted:
+                    _add_product(head_grad, z.T if rows is None else z.T[rows], x)
             ctx.save_for_backward(h_grad, head_grad)
-            return loss / n_counted
+            ctx.divisor = n if short else None
+            ctx.trained_in = trained.dtype
+            return loss / n
 
         @staticmethod
         def backward(ctx, grad):
             h_grad, head_grad = ctx.saved_tensors
-            return h_grad * grad, head_grad * grad, None, None
+            if ctx.divisor is not None:
+                grad = grad / ctx.divisor
+            of_trained = (head_grad * grad).to(ctx.trained_in) if ctx.needs_input_grad[2] else None
+            return h_grad * grad, None, of_trained, None, None, None, None
 
-    return HeadLoss
+    return HeadLoss  # long: the two halves of one class
+
+
+# %% ../nbs/a12_bits.ipynb #a4318908
+FEW_LOGITS = 2**27  # tokens x rows of the head, up to which a training step makes them all at once
+
+
+class _Head(NamedTuple):
+    "A head as `head_loss` takes it"
+
+    W: Tensor  # (V, d), without a gradient
+    trained: Tensor  # what has a gradient: W, or some rows of it
+    rows: Tensor | None  # their numbers; None: all
+
+
+def _trained_rows(layer: Any, adapter: str) -> _Head:
+    "The head where peft trains some of its rows"
+    import torch
+
+    with torch.no_grad():
+        W = layer.get_merged_weights([adapter])
+    rows = torch.tensor(layer.token_indices[adapter], device=W.device)
+    return _Head(W, layer.trainable_tokens_delta[adapter], rows)
+
+
+def _head_of(module: nn.Module) -> _Head | None:  # None: more than a product with a matrix
+    "The matrix of a head, as transformers has it or in peft's wrappers"
+    from torch import nn
+
+    wrapper: Any = module
+    active = getattr(wrapper, "active_adapters", None)
+    if active and not wrapper.disable_adapters:
+        adapter = active[0]
+        if adapter in getattr(module, "modules_to_save", ()):
+            module = wrapper.modules_to_save[adapter]
+        elif hasattr(module, "token_adapter"):
+            return _trained_rows(wrapper.token_adapter, adapter)
+    if type(module) is not nn.Linear or module.bias is not None:
+        return None
+    return _Head(module.weight.detach(), module.weight, None)
+
+
+def _plain_logits(config: PretrainedConfig) -> bool:
+    "Whether the logits are what the head returns, neither scaled nor capped (Gemma, Granite, ...)"
+    settings = config.to_dict()
+    changed = re.compile("logits?_.*(scal|cap)|lm_head_multiplier")
+    return not any(changed.search(name) and settings[name] not in (None, 1) for name in settings)
+
+
+# %% ../nbs/a12_bits.ipynb #6a47b57f
+def _loss_of_hidden(
+    head: _Head,
+    logits: Tensor,  # (..., d): hidden states, as the head has been left out
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: float | Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **ignored,
+) -> Tensor:
+    "What `ForCausalLMLoss` of transformers returns for the logits; same arguments"
+    import torch
+    from torch.nn.functional import pad
+
+    h = logits.flatten(0, -2)
+    kind = h.device.type
+    if torch.is_autocast_enabled(kind):
+        h = h.to(torch.get_autocast_dtype(kind))
+    if shift_labels is None:
+        shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.flatten().to(h.device)
+    n_items = num_items_in_batch
+    if isinstance(n_items, torch.Tensor):
+        n_items = n_items.to(h.device)
+    if kind == "cuda" and find_spec("liger_kernel"):
+        return _liger_loss(head, h, targets, n_items)
+    block = 256 if kind == "cpu" else 1024
+    with torch.autocast(kind, enabled=False):
+        return _head_loss_function().apply(h, *head, targets, n_items, block)
+
+
+def _liger_loss(head: _Head, h: Tensor, targets: Tensor, n_items: float | Tensor | None) -> Tensor:
+    "The same by one kernel of Liger's (arXiv 2410.10989) for logits, loss and gradient"
+    import torch
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    W, trained, rows = head
+    if rows is not None:  # the gradient of these rows goes to the parameter that holds them
+        W = W.index_copy(0, rows, trained.to(W.dtype))
+    elif trained.requires_grad:
+        W = trained
+    n = (targets >= 0).sum().clamp(min=1) if n_items is None else n_items
+    total = liger_fused_linear_cross_entropy(
+        h, W.to(h.dtype), targets, reduction="sum", accum_dtype=torch.float32
+    )
+    return total / n
+
+
+# %% ../nbs/a12_bits.ipynb #0b0542fd
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+class _HeadLeftOut:
+    "Hooks around a model's forward pass: its head returns what it gets, its loss knows the head"
+
+    def __init__(self):
+        self.module: Any = None  # the head, while it is left out
+        self.hidden: dict = {}  # attributes that are set meanwhile -> what they were
+
+    def before(self, model, args, kwargs):
+        labels = kwargs.get("labels")
+        module = model.get_output_embeddings()
+        many = labels is not None and labels.numel() * model.config.vocab_size > FEW_LOGITS
+        head = _head_of(module) if many and model.training else None
+        if head is None:
+            return
+        self.module = module
+        self.own_forward = vars(module).get("forward")  # accelerate puts one there
+        self.own_loss = vars(model).get("_loss_function")
+        module.forward = _unchanged
+        model.loss_function = functools.partial(_loss_of_hidden, head)
+
+    def after(self, model, args, output):
+        if self.module is None:
+            return output
+        _put_back(self.module, "forward", self.own_forward)
+        _put_back(model, "_loss_function", self.own_loss)
+        self.module = None
+        if not isinstance(output, dict):  # a tuple, or nothing after an error
+            return output
+        return type(output)(**{name: x for name, x in output.items() if name != "logits"})
+
+
+def _put_back(module: nn.Module, name: str, value: Any) -> None:
+    "An attribute as it was; None: there was none"
+    if value is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, value)
+
+
+def without_logits(
+    model: PreTrainedModel,  # any causal language model, without peft's wrapper
+) -> None:
+    "From now on its training steps take the loss from the hidden states, and return no logits"
+    if _plain_logits(model.config):
+        hooks = _HeadLeftOut()
+        model.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        model.register_forward_hook(hooks.after, always_call=True)

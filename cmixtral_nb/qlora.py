@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .bits import without_logits
 from .machine import quiet
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
 from .options import range_faults, refuse
@@ -132,7 +133,7 @@ def _carry_rows() -> Callable:
 
 
 def _cast_once(x: Tensor) -> Tensor:
-    "What autocast would do at every matrix of every expert"
+    "What autocast would do at every matrix that x meets; without autocast nothing"
     import torch
 
     kind = x.device.type
@@ -153,7 +154,8 @@ def route(
     n, k = chosen.shape
     order = chosen.flatten().argsort(stable=True)  # all tokens of expert 0 first
     back = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=order.device))
-    counts = chosen.flatten().bincount(minlength=len(experts)).tolist()
+    numbers = torch.arange(len(experts), device=chosen.device)
+    counts = (chosen.flatten() == numbers[:, None]).sum(1).tolist()  # `bincount` would wait twice
     parts = carry(_cast_once(x), order, back, k).split(counts)
     results = [
         # In training an expert without tokens runs too: DDP expects a gradient of its LoRA.
@@ -161,7 +163,7 @@ def route(
         for expert, part in zip(experts, parts, strict=True)
     ]
     y = carry(torch.cat(results), back, order, 1).view(n, k, -1)
-    return (y * weight[..., None]).sum(1).to(x.dtype)
+    return _cast_once((y * weight[..., None]).sum(1).to(x.dtype))
 
 
 # %% ../nbs/08_qlora.ipynb #34758196
@@ -285,6 +287,8 @@ def _added_at_once() -> LoraVariant:
             B, scale = module.lora_B[active_adapter], module.scaling[active_adapter]
             if B.bias is not None:
                 return result + B(thin) * scale
+            if result.dim() == 2 and result.dtype == thin.dtype:  # an expert's, and nobody else's
+                return result.addmm_(thin, B.weight.T.to(thin.dtype), alpha=scale)
             y = torch.addmm(result.flatten(0, -2), thin.flatten(0, -2), B.weight.T, alpha=scale)
             return y.view(result.shape)
 
@@ -305,10 +309,15 @@ def _added_at_once() -> LoraVariant:
 
 
 # %% ../nbs/08_qlora.ipynb #847b6115
+def _cast_output(module, inputs, output):
+    "Hook of a module with float32 weights"
+    return _cast_once(output)
+
+
 def ready_to_train(
     model: PeftModel,  # with LoRA, rows or both
 ):
-    "Hold what is trained in float32; under autocast cast once and add LoRA at once"
+    "Train in float32; under autocast cast once and add LoRA at once; a loss without logits"
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -329,7 +338,12 @@ def ready_to_train(
                 elif layer.lora_variant.get(adapter) is variant:
                     del layer.lora_variant[adapter]  # back to peft's own line
 
-    model.get_base_model().register_forward_pre_hook(choose)
+    base = model.get_base_model()
+    base.register_forward_pre_hook(choose)
+    without_logits(base)
+    for name, module in base.named_modules():
+        if name.endswith("norm") or module is base.get_input_embeddings():
+            module.register_forward_hook(_cast_output)
 
 
 # %% ../nbs/08_qlora.ipynb #99707932
