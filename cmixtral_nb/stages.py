@@ -9,13 +9,6 @@ from __future__ import annotations
 __all__ = [
     "WHOLE_BYTES",
     "END_BYTES",
-    "fingerprint",
-    "StageError",
-    "require",
-    "write_text",
-    "write_json",
-    "read_json",
-    "sha256_file",
     "input_fingerprint",
     "Artifact",
     "tokenizer_fingerprint",
@@ -30,17 +23,38 @@ import hashlib
 import inspect
 import json
 import os
-import platform
 import re
 import shutil
 import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmixtral_nb.files import (
+    StageError,
+    fingerprint,
+    read_json,
+    require,
+    sha256_file,
+    write_json,
+    write_text,  # noqa: F401  (others import it from here)
+)
+from cmixtral_nb.folders import (
+    MARK,
+    clear_away,
+    discard,
+    empty,
+    overlap_fault,
+    place_fault,
+    release,
+    sign,
+    signed_key,
+    take,
+)
 from cmixtral_nb.machine import (
     meet,
     peak_bytes,
@@ -50,81 +64,14 @@ from cmixtral_nb.machine import (
     versions,
     world_size,
 )
-
-
-# %% ../nbs/a01_stages.ipynb #2797d5ab
-def fingerprint(
-    obj: Any,  # anything JSON can hold; paths become strings
-) -> str:  # 16 hexadecimal digits
-    "SHA-256 of the canonical JSON of `obj`: key order and whitespace do not count"
-    text = json.dumps(obj, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# %% ../nbs/a01_stages.ipynb #cc78416e
-class StageError(Exception):
-    "What was found, what was expected, which command makes it right: one line for each fault"
-
-    def __init__(self, *faults: str):
-        super().__init__(*faults)
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.args))
-
-
-def require(
-    ok: Any,  # anything that is true or false
-    fault: str,  # one line to say where it is false
-) -> None:
-    "Raise `StageError(fault)` unless `ok`"
-    if not ok:
-        raise StageError(fault)
-
-
-# %% ../nbs/a01_stages.ipynb #92050d38
-def write_text(
-    path: str | Path,  # file to write; its folder must exist
-    text: str,  # UTF-8 on disk, newlines as they are
-) -> None:
-    "Write a file so that it is never seen half-written"
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8", newline="") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def write_json(
-    path: str | Path,  # file to write
-    obj: Any,  # anything JSON can hold; paths become strings
-) -> None:
-    "Indented, readable JSON, written whole"
-    write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n")
-
-
-def read_json(
-    path: str | Path,  # file to read
-) -> Any:  # what it holds
-    "JSON from a file; `StageError` where it is missing or broken"
-    path = Path(path)
-    require(path.is_file(), f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise StageError(f"{path}: not valid JSON ({e})") from None
-
+from cmixtral_nb.manifests import (
+    contents_fingerprint,
+    ownership_fault,
+    read_manifest,
+    request_key,
+)
 
 # %% ../nbs/a01_stages.ipynb #132893c2
-def sha256_file(
-    path: str | Path,  # file to read
-) -> str:  # 64 hexadecimal digits
-    "SHA-256 of all of a file's bytes"
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 WHOLE_BYTES = 64 * 2**20  # files from elsewhere are hashed whole up to this size
 END_BYTES = 2**20  # of larger ones, this much at each end
 
@@ -163,7 +110,7 @@ def input_fingerprint(
     ref: Any,  # an `Artifact`, a path, a hub id or other name, a list or dict of these, or None
 ) -> str:  # 16 hexadecimal digits, or the name itself where nothing lies on this disk
     "What an input contains; of foreign files over 64 MiB the size and the ends are read, no more"
-    if ref is None:
+    if ref is None or ref == "":
         return ""
     if isinstance(ref, list | tuple):
         found = [input_fingerprint(one) for one in ref]
@@ -260,12 +207,7 @@ class Artifact:
             (folder / "manifest.json").is_file(),
             f"{folder} is not {what}: it has no manifest.json{_how_to_make(kind, 'DIR')}",
         )
-        manifest = read_json(folder / "manifest.json")
-        require(
-            "kind" in manifest and "files" in manifest,
-            f"{folder}/manifest.json is not a manifest of this project",
-        )
-        found = cls(folder, manifest)
+        found = cls(folder, read_manifest(folder))
         require(not kind or found.kind == kind, f"{folder} is a {found.kind}, expected {what}")
         if damage := found.damage(verify):
             raise StageError(*[f"{folder}/{line}; make it again with --force" for line in damage])
@@ -297,7 +239,11 @@ def tokenizer_fingerprint(
     "Identity of a tokenizer: vocabulary, merge rules, added tokens, however its file is laid out"
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
-        return _json_fingerprint(read_json(folder / "tokenizer.json"))
+        file = folder / "tokenizer.json"
+        try:
+            return _json_fingerprint(read_json(file))
+        except (AttributeError, KeyError, TypeError):  # tables, lists and texts at other places
+            raise StageError(f"{file} is not the file of a tokenizer") from None
     if (folder / "tokenizer.model").is_file():
         return fingerprint(sha256_file(folder / "tokenizer.model"))
     return None
@@ -307,9 +253,9 @@ def _json_fingerprint(tokenizer: dict) -> str:
     "Merge rules are written 'a b' by older versions of tokenizers, ['a', 'b'] by newer ones"
     model = tokenizer.get("model", {})
     merges = [
-        merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])
+        merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []
     ]
-    added = [[token["id"], token["content"]] for token in tokenizer.get("added_tokens", [])]
+    added = [[token["id"], token["content"]] for token in tokenizer.get("added_tokens") or []]
     return fingerprint([model.get("vocab"), merges, added])
 
 
@@ -329,8 +275,8 @@ def same_tokenizer(
 
 def _tokenizer_of(folder: Path) -> str | None:
     "Fingerprint of the tokenizer that a folder was made with"
-    manifest = folder / "manifest.json"
-    named = read_json(manifest).get("tokenizer") if manifest.is_file() else None
+    is_artifact = (folder / "manifest.json").is_file()
+    named = read_manifest(folder)["tokenizer"] if is_artifact else None
     return named or tokenizer_fingerprint(folder)
 
 
@@ -356,9 +302,8 @@ def _request(
         for name in inputs
         if args.get(name) is not None
     }
-    prints = {name: one["fingerprint"] for name, one in found.items()}
-    key = fingerprint([kind, schema, params, prints])
-    return dict(kind=kind, schema=schema, params=params, inputs=found, key=key)
+    asked: dict[str, Any] = dict(kind=kind, schema=schema, params=params, inputs=found)
+    return {**asked, "key": request_key(asked)}
 
 
 # %% ../nbs/a01_stages.ipynb #62f87c48
@@ -378,40 +323,47 @@ def _changes(old: dict, new: dict) -> str:
     return "; ".join(changes) or "another version of the stage"
 
 
+def _nothing_at(out: Path) -> bool:
+    "Whether a folder is still to be made; one without a single file or folder is nobody's loss"
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
 def _ready(
     out: Path,  # folder that was asked for
     request: dict,  # from `_request`
-    force: bool | str,  # True: make it anew; "stale": only where it is another one or damaged
+    force: bool,  # make it anew in any case
+    replace_stale: bool = False,  # make it anew where it is another one or damaged
 ) -> Artifact | None:  # None: there is work to do
     "The artifact that was asked for, if it is there; `StageError` if another must not be replaced"
-    if not out.exists():
+    if _nothing_at(out):
         return None
     require(
         (out / "manifest.json").is_file(),
         f"{out} exists and is not an artifact (no manifest.json); choose another --out",
     )
-    old = Artifact(out, read_json(out / "manifest.json"))
-    if old.key != request["key"]:
-        require(
-            force,
-            f"{out} is a {old.kind} made with {_changes(old.manifest, request)}; "
-            "run again with --force, or choose another --out",
-        )
-        return None
-    if force is True:
-        return None
+    old = Artifact(out, read_manifest(out))
     damage = old.damage()
-    if not damage:
+    fault = ""
+    if old.key != request["key"]:
+        fault = (
+            f"{out} is a {old.kind} made with {_changes(old.manifest, request)}; "
+            "run again with --force, or choose another --out"
+        )
+    elif damage:
+        fault = f"{out}/{damage[0]}; run again with --force to make it anew"
+    elif not force:
         return old
-    require(force, f"{out}/{damage[0]}; run again with --force to make it anew")
+    require(force or replace_stale, fault)
+    not_ours = ownership_fault(out)
+    require(not not_ours, f"{out} is not replaced: {not_ours}; choose another --out")
     return None
 
 
 def _state(out: Path, request: dict) -> str:
     "What lies at `out`: missing, interrupted, damaged, stale or up to date"
     if not (out / "manifest.json").is_file():
-        return "interrupted" if out.with_name(out.name + ".tmp").exists() else "missing"
-    old = Artifact(out, read_json(out / "manifest.json"))
+        return "interrupted" if (out.with_name(out.name + ".tmp") / MARK).exists() else "missing"
+    old = Artifact(out, read_manifest(out))
     if damage := old.damage():
         return f"damaged: {damage[0]}"
     if old.key != request["key"]:
@@ -437,7 +389,7 @@ def _relative(ref: Any, start: Path) -> Any:
 
 def _files_in(folder: Path) -> list[Path]:
     "What a stage wrote, in order; not the notes of this chapter"
-    notes = ("manifest.json", "request.json")
+    notes = ("manifest.json", MARK)
     return [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in notes]
 
 
@@ -483,10 +435,8 @@ def _seal(
     for part in tmp.rglob("*.part"):
         part.unlink()  # what a kill left of a file
     found = _files_in(tmp)
-    _follow_umask(found, mode=stat.S_IMODE((tmp / "request.json").stat().st_mode))
+    _follow_umask(found, mode=stat.S_IMODE((tmp / MARK).stat().st_mode))
     files = _hash_files(tmp, found, known)
-    # logs/ tells of the run, not of the result
-    contents = {name: f["sha256"] for name, f in files.items() if not name.startswith("logs/")}
     inputs = {
         name: dict(given, path=_relative(given["path"], where))
         for name, given in request["inputs"].items()
@@ -495,7 +445,7 @@ def _seal(
         request,
         inputs=inputs,
         tokenizer=tokenizer,
-        fingerprint=fingerprint(contents),
+        fingerprint=contents_fingerprint(files),
         files=files,
         stats=stats,
         versions=versions(),
@@ -503,37 +453,10 @@ def _seal(
         peak_bytes=peak_bytes(),
     )
     write_json(tmp / "manifest.json", manifest)
-    (tmp / "request.json").unlink(missing_ok=True)
     return manifest
 
 
 # %% ../nbs/a01_stages.ipynb #b29311b2
-def _writer(tmp: Path) -> int:
-    "Process on this machine that is writing a temporary folder now; 0 if there is none"
-    if not (tmp / "request.json").is_file():
-        return 0
-    mark = read_json(tmp / "request.json")
-    if mark.get("host") != platform.node() or mark.get("pid") == os.getpid():
-        return 0
-    try:
-        os.kill(mark["pid"], 0)  # signal 0 only asks whether the process exists
-    except ProcessLookupError:
-        return 0
-    except PermissionError:  # it exists, and belongs to somebody else
-        pass
-    return mark["pid"]
-
-
-def _prepare(tmp: Path, request: dict, resumable: bool) -> None:
-    "An empty `out.tmp` with the mark of this process; what the same request left there stays"
-    mark = tmp / "request.json"
-    resume = resumable and mark.is_file() and read_json(mark).get("key") == request["key"]
-    if tmp.exists() and not resume:
-        shutil.rmtree(tmp)
-    tmp.mkdir(parents=True, exist_ok=True)
-    write_json(mark, dict(key=request["key"], pid=os.getpid(), host=platform.node()))
-
-
 def _no_space(e: BaseException) -> bool:
     "Whether the disk was full; libraries in Rust and C++ say so in the text of their errors"
     if getattr(e, "errno", None) == errno.ENOSPC:
@@ -549,39 +472,84 @@ def _no_space_error(out: Path) -> StageError:
     )
 
 
-def _write(function: Callable, request: dict, args: dict, out: Path, resumable: bool) -> Artifact:
+def _begin(tmp: Path, lock: int, request: dict, resumable: bool) -> None:
+    "An empty `out.tmp` with the mark of this process; what the same request left there stays"
+    if not resumable or signed_key(lock) != request["key"]:
+        empty(tmp)
+    sign(lock, request["key"])
+
+
+def _finish(tmp: Path, out: Path, command: str) -> None:
+    "The final name, in place of what was there; the mark is the last to go, as the lock is on it"
+    if (out / "manifest.json").is_file():
+        kept, folder = clear_away(out)
+        if kept:
+            say(command, f"{out} held {', '.join(kept)}, not of this stage: now in {folder}")
+    os.rename(tmp, out)
+    (out / MARK).unlink(missing_ok=True)
+
+
+def _write(
+    function: Callable, request: dict, args: dict, out: Path, resumable: bool, look: Callable
+) -> Artifact:
     "Run `function` in `out.tmp`, seal it, rename it; of several processes the first one does that"
     tmp = out.with_name(out.name + ".tmp")
     start = time.time()
     first = process_rank() == 0
-    if first and (pid := _writer(tmp)):
-        raise StageError(
-            f"{out} is being written by process {pid}; "
-            "wait until it is done, or choose another --out"
-        )
+    lock = take(out) if first else -1
     try:
+        if world_size() == 1 and (made := look()):
+            discard(tmp)  # another process has finished since we looked
+            return made
         if first:
-            _prepare(tmp, request, resumable)
+            _begin(tmp, lock, request, resumable)
         meet()
         reset_peak()
         stats = function(**{**args, "out": tmp})
         if first:
             manifest = _seal(tmp, request, stats, start, out.parent)
-            if out.exists():
-                shutil.rmtree(out)
-            os.rename(tmp, out)
+            _finish(tmp, out, function.__name__)
         meet()
-        return Artifact(out, manifest if first else read_json(out / "manifest.json"))
+        return Artifact(out, manifest if first else read_manifest(out))
     except BaseException as e:
         go_on_later = resumable and not isinstance(e, StageError)
         if first and not go_on_later:
-            shutil.rmtree(tmp, ignore_errors=True)
+            with suppress(OSError):
+                discard(tmp)
         if _no_space(e):
             raise _no_space_error(out) from None
         raise
+    finally:
+        release(lock)
 
 
 # %% ../nbs/a01_stages.ipynb #b2fff2a0
+def _paths_of(ref: Any) -> list[Path]:
+    "What an input names on this disk"
+    if ref is None or ref == "":
+        return []
+    if isinstance(ref, dict):
+        ref = list(ref.values())
+    if isinstance(ref, list | tuple):
+        return [path for one in ref for path in _paths_of(one)]
+    path = Path(ref)
+    if _is_prompt(path):
+        return []
+    if path.exists():
+        return [path]
+    labelled = _LABELLED.match(str(ref))
+    return _paths_of(labelled[2]) if labelled else []
+
+
+def _refuse_place(out: Path, inputs: dict[str, Any]) -> None:
+    "`StageError` where a stage cannot write, or would write into what it reads"
+    faults = [place_fault(out)]
+    for name, ref in inputs.items():
+        faults += [overlap_fault(out, name, path) for path in _paths_of(ref)]
+    if found := list(filter(None, faults)):
+        raise StageError(*found)
+
+
 @dataclass(frozen=True)
 class _Stage:
     "A function, and what its decorator said about it"
@@ -606,6 +574,7 @@ class _Stage:
         for name in self.inputs:
             if isinstance(named.get(name), Artifact):
                 named[name] = named[name].path
+        _refuse_place(out, {name: named.get(name) for name in self.inputs})
         if self.check:
             self.check(**named)
         seen = {**named, **(self.found(**named) if self.found else {})}
@@ -622,7 +591,7 @@ class _Stage:
         _, out, request = self._asked(args, kwargs)
         return _state(out, request)
 
-    def run(self, args: tuple, kwargs: dict, force: bool | str) -> Artifact:
+    def run(self, args: tuple, kwargs: dict, force: bool, replace_stale: bool) -> Artifact:
         "The artifact of a call, made now or found"
         command = self.function.__name__
         require(
@@ -631,7 +600,8 @@ class _Stage:
         )
         try:
             named, out, request = self._asked(args, kwargs)
-            old = _ready(out, request, force)
+            look = functools.partial(_ready, out, request, force, replace_stale)
+            old = look()
         except StageError:
             if process_rank():
                 raise StageError() from None  # the first process says it
@@ -639,7 +609,7 @@ class _Stage:
         if old:
             say(command, f"{out} is up to date")
             return old
-        return _write(self.function, request, named, out, self.resumable)
+        return _write(self.function, request, named, out, self.resumable, look)
 
 
 def _with_force(function: Callable) -> inspect.Signature:
@@ -673,8 +643,8 @@ def stage(
         _commands.setdefault(kind, function.__name__)
 
         @functools.wraps(function)
-        def run(*args, force: bool | str = False, **kwargs) -> Artifact:
-            return made.run(args, kwargs, force)
+        def run(*args, force: bool = False, replace_stale: bool = False, **kwargs) -> Artifact:
+            return made.run(args, kwargs, force, replace_stale)
 
         decorated: Any = run  # a function may have attributes, of which type checkers know nothing
         decorated.__signature__ = _with_force(function)
