@@ -8,7 +8,11 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "UNREADABLE",
+    "LONGEST",
+    "TOO_LONG",
     "open_text",
+    "numbered_lines",
+    "read_whole",
     "doc_files",
     "read_docs",
     "parse_sources",
@@ -48,10 +52,19 @@ def _open_zst(path: Path, mode: str = "rb") -> BinaryIO:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
+def _open_xz(path: Path, mode: str = "rb") -> lzma.LZMAFile:
+    "An .xz file may ask for gigabytes to be read with; that it does is seen in its first bytes"
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    lzma.LZMADecompressor(memlimit=_XZ_BYTES).decompress(start, max_length=1)
+    return lzma.open(path)
+
+
+_XZ_BYTES = 200_000_000  # of memory; xz -9 needs 65 MB
 _OPENERS: dict[str, Callable] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".xz": _open_xz,
     ".zst": _open_zst,
 }
 
@@ -67,6 +80,46 @@ def open_text(
     path = Path(path)
     opener = _OPENERS.get(path.suffix, open)
     return opener(path, "rb")
+
+
+# %% ../nbs/a04_documents.ipynb #1ce0e647
+LONGEST = 16_000_000  # bytes of a line, and of a document
+TOO_LONG = f"longer than {LONGEST / 1e6:.0f} MB"
+_ENDLESS = 60 * LONGEST  # bytes after which a line is not even skipped
+
+
+def numbered_lines(
+    file: BinaryIO,  # open for reading bytes
+    most: int = LONGEST,  # bytes of a line
+) -> Iterator[tuple[int, bytes | None]]:  # number from 1, the line with its end; None: too long
+    "The lines of a file, little of it in memory; `ValueError` at a line without an end"
+    number = 0
+    while line := file.readline(most + 1):
+        number += 1
+        if len(line) <= most:
+            yield number, line
+            continue
+        n_read = len(line)
+        while line and not line.endswith(b"\n"):
+            line = file.readline(most)
+            n_read += len(line)
+            if n_read > _ENDLESS:
+                raise ValueError(f"line {number} is longer than {_ENDLESS / 1e6:.0f} MB")
+        yield number, None
+
+
+def read_whole(
+    path: str | Path,  # a file that has to fit into memory
+    most_bytes: int,  # that it may have
+) -> bytes:
+    "All bytes of a file; `StageError` where it is far larger than such a file can be"
+    with open(path, "rb") as file:
+        found = file.read(most_bytes + 1)
+    require(
+        len(found) <= most_bytes,
+        f"{path} is larger than {most_bytes / 1e6:,.0f} MB, expected less; give another file",
+    )
+    return found
 
 
 # %% ../nbs/a04_documents.ipynb #402b135b
@@ -118,9 +171,12 @@ class _Reader:
         )
         self.counts[reason] += 1
 
-    def lines(self, file: Iterable[bytes]) -> Iterator[tuple[int, str]]:
-        "The numbered lines of a file, without their ends; a line that is not UTF-8 is bad"
-        for number, raw in enumerate(file, 1):
+    def lines(self, file: BinaryIO) -> Iterator[tuple[int, str]]:
+        "The numbered lines of a file, without their ends; too long or not UTF-8, a line is bad"
+        for number, raw in numbered_lines(file):
+            if raw is None:
+                self.bad(TOO_LONG, number, f"the line is {TOO_LONG}")
+                continue
             encoding = "utf-8-sig" if number == 1 else "utf-8"  # a file may start with a BOM
             try:
                 line = raw.rstrip(b"\r\n").decode(encoding)
@@ -129,16 +185,41 @@ class _Reader:
             else:
                 yield number, line
 
-    def row(self, record, number: int) -> dict | None:
+    def joined(self, lines: Iterable[tuple[int, str]]) -> str:
+        "The lines of one document; empty where it is too long, which is counted"
+        kept: list[str] = []
+        n_bytes = first = 0
+        for number, line in lines:
+            first = first or number
+            n_bytes += len(line.encode()) + 1
+            if n_bytes <= LONGEST:
+                kept.append(line)
+        if n_bytes <= LONGEST:
+            return "\n".join(kept)
+        self.bad(TOO_LONG, first, f"the document is {TOO_LONG}; a blank line ends a document")
+        return ""
+
+    def row(self, record: Any, number: int) -> dict | None:
         "The row of a record; a record without text is bad and gives None"
+        text = None
         if isinstance(record, dict):
             field = self.column or next((f for f in _TEXT_FIELDS if f in record), "")
             text = record.get(field)
-            if isinstance(text, str):
-                return {**record, "text": text, "source": str(record.get("source", self.source))}
-        expected = f'expected an object with a string under "{self.column or "text"}"'
-        self.bad("no text", number, expected)
-        return None
+        if not isinstance(text, str):
+            expected = f'expected an object with a string under "{self.column or "text"}"'
+            self.bad("no text", number, expected)
+            return None
+        if len(text) > LONGEST:
+            self.bad(TOO_LONG, number, f"the document is {TOO_LONG}")
+            return None
+        source = record.get("source")
+        named = str(source) if isinstance(source, str | int | float) else self.source
+        return {**record, "text": _in_utf8(text), "source": _in_utf8(named)}
+
+
+def _in_utf8(text: str) -> str:
+    "Without halves of surrogate pairs, which JSON can name and no file can hold"
+    return text if text.isascii() else text.encode("utf-8", "ignore").decode()
 
 
 # %% ../nbs/a04_documents.ipynb #139f68db
@@ -160,21 +241,55 @@ def _jsonl_rows(path: Path, reader: _Reader) -> Iterator[dict]:
 def _txt_rows(path: Path, reader: _Reader) -> Iterator[dict]:
     "Plain text, in which a blank line ends a document"
     with open_text(path) as file:
-        lines = (line for _, line in reader.lines(file))
-        for has_text, group in itertools.groupby(lines, key=lambda line: bool(line.strip())):
-            if has_text:
-                yield {"text": "\n".join(group), "source": reader.source}
+        lines = reader.lines(file)
+        for has_text, group in itertools.groupby(lines, key=lambda line: bool(line[1].strip())):
+            if has_text and (text := reader.joined(group)):
+                yield {"text": text, "source": reader.source}
 
 
 def _parquet_rows(path: Path, reader: _Reader) -> Iterator[dict]:
-    "A table with a column of texts"
+    "A table with a column of texts, and perhaps one of sources; the others are not read"
+    import pyarrow
+
+    try:
+        for number, record in enumerate(_parquet_records(path, reader), 1):
+            if record is None:
+                reader.bad("invalid UTF-8", number, "invalid UTF-8")
+            elif row := reader.row(record, number):
+                yield row
+    except pyarrow.ArrowException as e:
+        raise ValueError(str(e)) from None
+
+
+def _parquet_records(path: Path, reader: _Reader) -> Iterator[dict | None]:
+    "Text and source of each row; None where they are not UTF-8"
     import pyarrow.parquet as pq
 
-    numbers = itertools.count(1)
-    for batch in pq.ParquetFile(path).iter_batches(1000):
-        for record in batch.to_pylist():
-            if row := reader.row(record, next(numbers)):
-                yield row
+    names = pq.read_schema(path).names
+    field = reader.column or next((f for f in _TEXT_FIELDS if f in names), "")
+    columns = [name for name in (field, "source") if name in names]
+    # a text that a page holds once and names a thousand times is in memory once
+    table = pq.ParquetFile(path, read_dictionary=columns)
+    if field not in names:
+        yield {}  # and no other row has a text
+        return
+    for i in range(table.num_row_groups):
+        group = table.metadata.row_group(i)
+        n_bytes = group.total_byte_size // max(1, group.num_rows)  # of a row, on average
+        if n_bytes > LONGEST:
+            raise ValueError(f"the rows of row group {i} are {TOO_LONG}")
+        n_rows = max(1, min(1000, 4 * LONGEST // max(1, n_bytes)))
+        for batch in table.iter_batches(n_rows, row_groups=[i], columns=columns):
+            for values in zip(*batch.columns, strict=True):
+                yield _as_python(batch.schema.names, values)
+
+
+def _as_python(names: list[str], values: tuple) -> dict | None:
+    "A row of Arrow's values; None where a text is not UTF-8"
+    try:
+        return {name: value.as_py() for name, value in zip(names, values, strict=True)}
+    except UnicodeDecodeError:
+        return None
 
 
 _FORMS: dict[str, Callable[[Path, _Reader], Iterator[dict]]] = {
