@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from .adapters import ADAPTER_WEIGHTS, model_faults, require_adapter, trained_on
 from .checkpoints import resolve_model, tensor_files
-from .machine import default_device, quiet, trim_memory
+from .machine import default_device, default_dtype, quiet, trim_memory
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import refuse
 from .qlora import expert_bytes, mixtral_linear, ready_to_train
@@ -207,11 +207,10 @@ def _misfit(error: Exception) -> str:
 
 # %% ../nbs/a17_loading.ipynb #92e978f5
 def _dtype_of(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:
-    "bfloat16 on a GPU and float32 on a CPU, unless told otherwise"
+    "That of the device, unless told otherwise"
     import torch
 
-    if dtype is None:
-        dtype = "float32" if device == "cpu" else "bfloat16"
+    dtype = dtype or default_dtype(device)
     return dtype if dtype == "auto" or not isinstance(dtype, str) else getattr(torch, dtype)
 
 
@@ -240,7 +239,7 @@ def load_model(
     path: str | Path,  # model folder (ours or any other), artifact, or hub id
     adapter: str | Path | None = None,  # PEFT adapter folder to put on it
     load_in_4bit: bool = False,  # NF4 with double quantisation: every nn.Linear but the head
-    dtype: str | None = None,  # of what is not in 4 bits; None: bfloat16 on a GPU, float32 on a CPU
+    dtype: str | None = None,  # of what is not in 4 bits; None: `default_dtype` of the device
     attn: str = "sdpa",  # sdpa, eager, flash_attention_2
     device: str | None = None,  # None: the GPU if there is one
     trainable: bool = False,  # ready for training: small frozen parts in float32, adapter trainable

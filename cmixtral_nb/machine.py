@@ -20,6 +20,7 @@ __all__ = [
     "available_bytes",
     "gpu_bytes",
     "default_device",
+    "default_dtype",
     "quiet",
 ]
 
@@ -181,6 +182,18 @@ def default_device() -> str:  # such as "cuda:0", or "cpu"
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "cpu"
+
+
+def default_dtype(
+    device: str,  # "cpu", or a GPU such as "cuda:0"
+) -> str:  # of weights and products: float32, bfloat16, float16
+    "On a CPU float32, on a GPU bfloat16; float16 where the GPU would only imitate that (T4, V100)"
+    import torch
+
+    if device == "cpu":
+        return "float32"
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float16"
 
 
 # %% ../nbs/a03_machine.ipynb #becdaa1d
