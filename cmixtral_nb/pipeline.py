@@ -15,18 +15,19 @@ from pathlib import Path
 
 from cmixtral_nb.recipes import (
     STAGES,
+    STEPS,
     Step,
     arguments,
-    check_recipe,
     command,
     read_recipe,
-    recipe_file,
     recipe_steps,
+    recipe_text,
 )
 
 from .machine import process_rank, say, trim_memory
-from .options import nearest, refuse
+from .options import faults_of, nearest, refuse
 from .preflight import preflight
+from .recipe_check import check_recipe
 from .stages import Artifact, StageError, read_json, require, write_text
 
 
@@ -42,6 +43,11 @@ def select_steps(
             not name or name in STAGES,
             f"unknown stage {name!r}{nearest(name, STAGES)}; expected one of {', '.join(STAGES)}",
         )
+        own = [step.stage for step in steps]
+        require(
+            name in ("", "report", *own),
+            f"this recipe has no stage {name!r}; it has {', '.join(dict.fromkeys(own))}",
+        )
     begin = STAGES.index(first) if first else 0
     end = STAGES.index(last) if last else len(STAGES)
     require(begin <= end, f"--from {first} comes after --to {last}")
@@ -56,7 +62,7 @@ def _run_step(step: Step, recipe: dict, out: Path, force: bool) -> None:
         say(step.stage, f"{folder} is {state}; making it again")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        function(**args, out=folder, force=force or "stale")
+        function(**args, out=folder, force=force, replace_stale=True)
     finally:
         _free_memory()
 
@@ -71,6 +77,26 @@ def _free_memory() -> None:
 
 
 # %% ../nbs/14_pipeline.ipynb #37a27d27
+def _require_our_folder(out: Path) -> None:
+    "Refuse a file, and a folder whose recipe.toml is somebody else's"
+    require(
+        not out.exists() or out.is_dir(),
+        f"{out} is a file, expected a folder; choose another --out",
+    )
+    written = out / "recipe.toml"
+    require(
+        not written.exists() or not faults_of(_require_recipe, written),
+        f"{written} is there and is no recipe of ours; choose another --out",
+    )
+
+
+def _require_recipe(path: Path) -> None:
+    "`StageError` unless a file is TOML with the table of a stage"
+    recipe = read_recipe(str(path))
+    commands = {step.command for step in STEPS}
+    require(commands & set(recipe), f"{path} has no table of a stage")
+
+
 def run(
     recipe: str = "tiny",  # shipped recipe (tiny, paper) or TOML file
     out: Path | None = None,  # folder of the run; default runs/NAME
@@ -79,13 +105,10 @@ def run(
     force: bool = False,  # make the stages anew even where they are up to date
 ) -> Path:  # folder of the run
     "Run a recipe from the corpus to the report"
-    asked = read_recipe(recipe)
+    asked, text = read_recipe(recipe), recipe_text(recipe)
     refuse(check_recipe(asked))
     out = Path(out or f"runs/{asked['name']}")
-    require(
-        not out.exists() or out.is_dir(),
-        f"{out} is a file, expected a folder; choose another --out",
-    )
+    _require_our_folder(out)
     steps = recipe_steps(asked)
     chosen = select_steps(steps, from_, to)
     before = steps[: steps.index(chosen[0])] if chosen else steps
@@ -95,7 +118,7 @@ def run(
     is_first = process_rank() == 0  # of several processes one writes and speaks
     if is_first:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "recipe.toml", recipe_file(recipe).read_text(encoding="utf-8"))
+        write_text(out / "recipe.toml", text)
     for number, step in enumerate(chosen, 1):
         if is_first:
             print(f"[{number}/{len(chosen)}] ", end="")

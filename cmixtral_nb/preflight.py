@@ -29,7 +29,8 @@ from .exams import hub_datasets, split_tasks, task_faults, task_files
 from .machine import gpu_bytes, world_size
 from .options import refuse
 from .packages import package_faults
-from .recipes import Step, check_recipe, read_recipe, recipe_steps, settings
+from .recipe_check import check_recipe
+from .recipes import Step, read_recipe, recipe_steps, settings
 from .stages import StageError, read_json, require
 
 

@@ -10,26 +10,31 @@ __all__ = [
     "CHAIN",
     "STEPS",
     "STAGES",
+    "SEVERAL",
+    "ELSEWHERE",
     "MODULES",
+    "MOST_BYTES",
     "BASE_LANGS",
-    "TOP_KEYS",
     "Step",
     "command",
-    "recipe_file",
-    "read_recipe",
-    "recipe_steps",
     "anno_type",
     "fits",
+    "type_name",
+    "shown",
+    "recipe_file",
+    "recipe_text",
+    "read_recipe",
+    "source_langs",
     "languages",
+    "recipe_steps",
     "arguments",
     "settings",
-    "check_recipe",
 ]
 
 # %% ../nbs/a30_recipes.ipynb #4505ea76
 import inspect
 import json
-import re
+import math
 import tomllib
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -38,7 +43,7 @@ from typing import Any
 
 from .languages import lang_script
 from .machine import package_data
-from .options import above, nearest, range_faults
+from .options import nearest
 from .stages import StageError, require
 
 
@@ -52,6 +57,7 @@ class Step:
     folder: str  # inside the run's folder
     inputs: dict[str, str | list[str]] = field(default_factory=dict)  # parameter -> earlier folders
     fixed: dict[str, Any] = field(default_factory=dict)  # parameter -> value that this place needs
+    named: bool = False  # of several steps of a command, the one for a model that its table names
 
 
 CHAIN = ("base", "model", "adapter", "merged", "chat")  # the models of a run, in order of birth
@@ -77,14 +83,20 @@ STEPS = [
         "adapter",
         {"model": "model", "tokens": "tokens", "corpus": "corpus"},
     ),
-    Step("merge", "merge", "merged", {"model": "model", "adapter": "adapter"}),
+    Step("merge", "merge", "merged", {"model": "model", "adapter": "adapter"}, named=True),
     # a model that answers
     Step("sft", "sft", "sft", {"model": "merged"}),
     Step("chat", "merge", "chat", {"model": "merged", "adapter": "sft"}),
     Step("generate", "generate", "samples", {"models": ["base", "merged", "chat"]}),
     # what was gained and what was lost
     Step("evaluate", "evaluate", "evaluation/base", {"model": "base", "corpus": "corpus"}),
-    Step("evaluate", "evaluate", "evaluation/model", {"model": "model", "corpus": "corpus"}),
+    Step(
+        "evaluate",
+        "evaluate",
+        "evaluation/model",
+        {"model": "model", "corpus": "corpus"},
+        named=True,
+    ),
     Step(
         "evaluate",
         "evaluate",
@@ -103,6 +115,11 @@ STEPS = [
 ]
 
 STAGES = [*dict.fromkeys(step.stage for step in STEPS), "report"]
+
+# commands that stand at several places
+SEVERAL = ("merge", "evaluate")
+# a model of the chain -> the table whose key `model` may name one from elsewhere in its place
+ELSEWHERE = {"base": "init", "model": "pretrain", "merged": "sft"}
 
 # %% ../nbs/a30_recipes.ipynb #274533f6
 MODULES = {  # command -> module of the function with its name
@@ -148,40 +165,6 @@ def command(
     return getattr(import_module(f"cmixtral_nb.{MODULES[name]}"), name)
 
 
-# %% ../nbs/a30_recipes.ipynb #e187b90a
-def recipe_file(
-    recipe: str,  # name of a shipped recipe, or a TOML file
-) -> Path:  # it need not exist
-    "The TOML file of that name, else the shipped recipe of that name"
-    if Path(recipe).is_file():
-        return Path(recipe)
-    return package_data(f"recipes/{recipe}.toml")
-
-
-def read_recipe(
-    recipe: str,  # name of a shipped recipe, or a TOML file
-) -> dict[str, Any]:  # keys and tables as they are in the file, with "name"
-    "Read a recipe; `StageError` where there is none or it is not TOML"
-    path = recipe_file(recipe)
-    shipped = sorted(file.stem for file in package_data("recipes").glob("*.toml"))
-    require(
-        path.is_file(),
-        f"{recipe}: no such recipe; expected a TOML file or one of {', '.join(shipped)}",
-    )
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise StageError(f"{path}: not valid TOML ({e})") from None
-    return {"name": path.stem, **tables}
-
-
-def recipe_steps(
-    recipe: dict[str, Any],  # as read
-) -> list[Step]:  # in the order of work
-    "The steps of a recipe: those whose table it has"
-    return [step for step in STEPS if step.command in recipe]
-
-
 # %% ../nbs/a30_recipes.ipynb #62898595
 # name in an annotation -> type; a list of one type is written [type]
 _TYPES: dict[str, Any] = {
@@ -216,18 +199,92 @@ def fits(
         return isinstance(value, list) and all(fits(item, typ[0]) for item in value)
     if isinstance(value, bool):
         return typ is bool
+    if isinstance(value, int) and abs(value) >= 2**63:  # TOML's largest
+        return False
     if typ is float:
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and math.isfinite(value)
     return isinstance(value, typ)
 
 
-def _type_name(typ: Any) -> str:
-    "Example: _type_name([int]) -> 'list of int'"
+def type_name(
+    typ: Any,  # from `anno_type`
+) -> str:
+    "Example: type_name([int]) -> 'list of int'"
     return f"list of {typ[0].__name__}" if isinstance(typ, list) else typ.__name__
 
 
+def shown(
+    value: Any,  # from a TOML file, of any type, size and depth
+) -> str:  # one line of at most 80 characters
+    "Example: shown([1, 'a']) -> '[1, \"a\"]'"
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):  # nested too deeply; a number too long
+        text = f"a {type(value).__name__} that is too large to show"
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:80])
+    return printable if len(text) <= 80 else printable[:79] + "…"
+
+
+# %% ../nbs/a30_recipes.ipynb #e187b90a
+MOST_BYTES = 2**20  # of a recipe; one of a megabyte is something else
+
+
+def _shipped() -> list[str]:
+    "Names of the recipes that come with the package"
+    return sorted(file.stem for file in package_data("recipes").glob("*.toml"))
+
+
+def recipe_file(
+    recipe: str,  # name of a shipped recipe, or a TOML file
+) -> Path:  # a file that exists
+    "The TOML file of that name, else the shipped recipe of that name"
+    path, shipped = Path(recipe), _shipped()
+    if path.is_file():
+        return path
+    if recipe in shipped:
+        return package_data(f"recipes/{recipe}.toml")
+    expected = f"expected a TOML file or one of {', '.join(shipped)}"
+    require(not path.is_dir(), f"{shown(recipe)[1:-1]} is a folder, {expected}")
+    raise StageError(f"{shown(recipe)[1:-1]}: no such recipe; {expected}")
+
+
+def recipe_text(
+    recipe: str,  # name of a shipped recipe, or a TOML file
+) -> str:  # as it is in the file, without a byte-order mark
+    "The text of a recipe; `StageError` where it cannot be read"
+    path = recipe_file(recipe)
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        require(
+            len(text) <= MOST_BYTES,
+            f"{path} is larger than {MOST_BYTES:,} bytes, expected a recipe",
+        )
+        return text.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as e:
+        raise StageError(f"{path}: not valid TOML ({e}); save it as UTF-8") from None
+    except OSError as e:
+        raise StageError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def read_recipe(
+    recipe: str,  # name of a shipped recipe, or a TOML file
+) -> dict[str, Any]:  # keys and tables as they are in the file, with "name"
+    "Read a recipe; `StageError` where there is none or it is not TOML"
+    path = recipe_file(recipe)
+    try:
+        tables = tomllib.loads(recipe_text(recipe))
+    except ValueError as e:  # also a number of five thousand digits
+        raise StageError(f"{path}: not valid TOML ({e})") from None
+    except RecursionError:
+        raise StageError(f"{path}: not valid TOML (nested too deeply)") from None
+    return {"name": path.stem, **tables}
+
+
 # %% ../nbs/a30_recipes.ipynb #9a8d8383
-def _source_langs(recipe: dict) -> list[str]:
+def source_langs(
+    recipe: dict[str, Any],  # as read
+) -> list[str]:  # codes, in the order given
     "The languages of [corpus] sources, in order; what is wrong with them is told elsewhere"
     table = recipe.get("corpus")
     sources = table.get("sources") if isinstance(table, dict) else None
@@ -239,7 +296,7 @@ def languages(
     recipe: dict[str, Any],  # as read
 ) -> tuple[str, list[str]]:  # codes: the new language, and those to keep
     "Example: languages({'corpus': {'sources': ['km=a.txt', 'en=b.txt']}}) -> ('km', ['en'])"
-    found = _source_langs(recipe)
+    found = source_langs(recipe)
     kept = recipe.get("kept")
     kept = kept if fits(kept, [str]) else None
     others = [lang for lang in found if lang not in (kept or [])]
@@ -251,6 +308,36 @@ def languages(
     return language, list(kept)
 
 
+# %% ../nbs/a30_recipes.ipynb #3ceaa140
+def _models_from_elsewhere(recipe: dict) -> dict[str, str]:
+    "A model of the chain -> folder or hub id that a table names in its place"
+    named = {folder: recipe.get(table, {}).get("model") for folder, table in ELSEWHERE.items()}
+    return {folder: model for folder, model in named.items() if model}
+
+
+def _has_models(step: Step, table: dict, made: set[str]) -> bool:
+    "Whether a step, one of several of its command, has all that it works on"
+    given = table if step.named else {}
+    needed = {name: folder for name, folder in step.inputs.items() if name != "corpus"}
+    return all(name in given or folder in made for name, folder in needed.items())
+
+
+def recipe_steps(
+    recipe: dict[str, Any],  # as read
+) -> list[Step]:  # in the order of work
+    "The steps of a recipe: those whose table it has, of `merge` and `evaluate` what can be done"
+    made = set(_models_from_elsewhere(recipe))
+    steps = []
+    for step in STEPS:
+        if step.command not in recipe:
+            continue
+        if step.command in SEVERAL and not _has_models(step, recipe[step.command], made):
+            continue
+        steps.append(step)
+        made.add(step.folder)
+    return steps
+
+
 # %% ../nbs/a30_recipes.ipynb #c13d750e
 BASE_LANGS = ("base",)  # commands that read a language which the base should know already
 
@@ -260,7 +347,7 @@ def _of_languages(
     recipe: dict[str, Any],  # as read
 ) -> dict[str, Any]:  # parameter -> value
     "What the languages of a recipe say about a command; nothing where it names none"
-    if not _source_langs(recipe) and "language" not in recipe and "kept" not in recipe:
+    if not source_langs(recipe) and "language" not in recipe and "kept" not in recipe:
         return {}
     language, kept = languages(recipe)
     found: dict[str, Any] = {"lang": language, "kept": kept}
@@ -272,6 +359,12 @@ def _of_languages(
     return found
 
 
+def _side_by_side(folders: list[str], made: dict) -> list[str]:
+    "NAME=FOLDER of the models that there are; where nothing is merged, the model before it"
+    instead = [folder if folder in made or folder != "merged" else "model" for folder in folders]
+    return [f"{folder}={made[folder]}" for folder in instead if folder in made]
+
+
 def arguments(
     step: Step,  # where in the chain
     recipe: dict[str, Any],  # as read
@@ -281,18 +374,21 @@ def arguments(
     made: dict[str, Any] = {
         earlier.folder: out / earlier.folder for earlier in recipe_steps(recipe)
     }
-    if model := recipe.get("init", {}).get("model"):
-        made["base"] = model  # a model from elsewhere is the base
+    made |= _models_from_elsewhere(recipe)
     wired: dict[str, Any] = {}
     for name, folders in step.inputs.items():
         if isinstance(folders, list):  # models with their names, as NAME=FOLDER
-            wired[name] = [f"{folder}={made[folder]}" for folder in folders if folder in made]
+            if found := _side_by_side(folders, made):
+                wired[name] = found
         elif folders in made:
             wired[name] = made[folders]
     table = recipe.get(step.command, {})
-    chosen = {name: value for name, value in table.items() if name not in wired}
+    if step.command in SEVERAL and not step.named:  # its model is that of its place
+        table = {
+            name: v for name, v in table.items() if name == "corpus" or name not in step.inputs
+        }
     known = inspect.signature(command(step.command)).parameters
-    given = {**_of_languages(step.command, recipe), **wired, **chosen, **step.fixed}
+    given = {**_of_languages(step.command, recipe), **wired, **table, **step.fixed}
     return {name: value for name, value in given.items() if name in known}
 
 
@@ -305,112 +401,3 @@ def settings(
     defaults = {k: p.default for k, p in params.items() if p.default is not p.empty}
     derived = {k: v for k, v in _of_languages(name, recipe).items() if k in params}
     return {**defaults, **derived, **recipe.get(name, {})}
-
-
-# %% ../nbs/a30_recipes.ipynb #fc1e4d5f
-# keys of a recipe that are not tables, and their types
-TOP_KEYS: dict[str, Any] = {
-    "name": str,  # of the run, and of its folder
-    "about": str,  # a sentence for the model card
-    "language": str,  # code of the new language
-    "kept": [str],  # codes of the languages that the base should keep
-    "tokens": float,  # of one epoch of pre-training, known before they are packed
-}
-
-
-def _top_faults(name: str, value: Any) -> list[str]:
-    "What is wrong with a key above the tables"
-    if not fits(value, TOP_KEYS[name]):
-        return [f"{name} = {_as_toml(value)}: expected {_type_name(TOP_KEYS[name])}"]
-    return range_faults({name: value}, tokens=above(0))
-
-
-_CODE = re.compile("[a-z]{2,8}(-[A-Za-z0-9]+)*")  # as [corpus] sources take it
-
-
-def _code_fault(key: str, code: str, found: list[str]) -> list[str]:
-    "What is wrong with the code of a language"
-    if not _CODE.fullmatch(code):
-        return [f'{key} names {code!r}, expected the code of a language, such as "km"']
-    if found and code not in found:
-        return [
-            f"{key} names {code!r}, which no source has; the sources have {', '.join(found)}; "
-            f"add one to [corpus] sources, such as {code}=FILE"
-        ]
-    return []
-
-
-def _language_faults(recipe: dict) -> list[str]:
-    "What is wrong with the languages of a recipe"
-    faults, found = [], _source_langs(recipe)
-    language, kept = languages(recipe)
-    if isinstance(recipe.get("language"), str):
-        faults += _code_fault("language", language, found)
-    if fits(recipe.get("kept"), [str]):
-        for code in dict.fromkeys(kept):
-            faults += _code_fault("kept", code, found)
-            if kept.count(code) > 1:
-                faults.append(f"kept names {code!r} {kept.count(code)} times, expected once")
-        if language in kept:
-            faults.append(f"kept names {language!r}, the new language; leave it out of one of them")
-    return faults
-
-
-def _table_faults(name: str, table: dict) -> list[str]:
-    "What is wrong with the keys of a table, and with the types of their values"
-    params = inspect.signature(command(name)).parameters
-    faults = []
-    for key, value in table.items():
-        if key not in params or key in ("out", "force"):
-            faults.append(f"[{name}] unknown key {key!r}{nearest(key, params)}")
-            continue
-        typ = anno_type(params[key].annotation)
-        if not fits(value, typ):
-            faults.append(f"[{name}] {key} = {_as_toml(value)}: expected {_type_name(typ)}")
-    return faults
-
-
-def _as_toml(value: Any) -> str:
-    "A value roughly as it was written"
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _missing_inputs(recipe: dict) -> list[str]:
-    "Parameters that a step needs, and that neither a table nor an earlier step gives"
-    faults = []
-    for step in recipe_steps(recipe):
-        given = arguments(step, recipe, Path())
-        for name, param in inspect.signature(command(step.command)).parameters.items():
-            needed = param.default is param.empty and param.kind is not param.VAR_KEYWORD
-            if needed and name not in given and name != "out":
-                table = _maker(step.inputs.get(name))
-                faults.append(
-                    f"[{step.command}] {name} is missing: "
-                    f"give it, or add the table [{table}] that makes it"
-                )
-    return faults
-
-
-def _maker(folder: Any) -> Any:
-    "Command that makes a folder of the chain"
-    return next((step.command for step in STEPS if step.folder == folder), folder)
-
-
-def check_recipe(
-    recipe: dict[str, Any],  # as read: the keys of `TOP_KEYS`, and a table for each command
-) -> list[str]:  # one line for each fault, all of them
-    "Unknown tables and keys (with the nearest name), wrong types, inputs that no step makes"
-    commands = list(dict.fromkeys(step.command for step in STEPS))
-    faults = []
-    for name, value in recipe.items():
-        if name in TOP_KEYS:
-            faults += _top_faults(name, value)
-        elif name not in commands:
-            faults.append(f"unknown table [{name}]{nearest(name, commands)}")
-        elif not isinstance(value, dict):
-            faults.append(f"{name} = {value!r}: expected a table [{name}]")
-        else:
-            faults += _table_faults(name, value)
-    faults += _language_faults(recipe)
-    tables = {name: value for name, value in recipe.items() if isinstance(value, dict)}
-    return list(dict.fromkeys(faults + _missing_inputs(tables)))
