@@ -18,7 +18,12 @@ __all__ = [
     "tensorboard_callback",
     "watched_trainer",
     "stop_at_nan",
+    "on_one_gpu",
+    "say_idle_gpus",
     "training_arguments",
+    "checkpoint_fault",
+    "ready_checkpoints",
+    "embeddings_in_32_bits",
     "full_precision",
 ]
 
@@ -27,18 +32,22 @@ import json
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .machine import meet, peak_bytes, process_rank
+from .adapters import ADAPTER_WEIGHTS
+from .machine import default_dtype, meet, peak_bytes, process_rank, say, world_size
 from .plan import peak_flops
 from .qlora import parameter_table
-from .stages import StageError, write_json, write_text
+from .shapes import read_shaped_lines
+from .stages import StageError, require, write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 # %% ../nbs/a20_training.ipynb #b93b9ced
@@ -66,14 +75,13 @@ def read_log(
     folder: str | Path,  # adapter made by `pretrain` or `sft`
 ) -> list[dict]:
     "The log of a training run"
-    path = Path(getattr(folder, "path", folder)) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_shaped_lines(Path(getattr(folder, "path", folder)) / "log.jsonl", {})
 
 
 # %% ../nbs/a20_training.ipynb #5bda6614
 def saved_checkpoints(
     folder: Path,  # holds checkpoint-N folders
-) -> list[Path]:  # whole ones, oldest first
+) -> list[Path]:  # oldest first
     "Checkpoints that were written to their end: the mark is the last file written"
     marks = Path(folder).glob("checkpoint-*/complete")
     return sorted((mark.parent for mark in marks), key=_step_of)
@@ -300,6 +308,39 @@ def stop_at_nan(
 
 
 # %% ../nbs/a20_training.ipynb #13e0f631
+def on_one_gpu(
+    args: TrainingArguments,  # changed
+    device: str,  # "cpu", or the GPU that this process trains on, such as "cuda:1"
+) -> TrainingArguments:  # the same
+    "Keep the Trainer to one device, the one that was named; under torchrun it knows its own"
+    if args.use_cpu or world_size() > 1:
+        return args
+    import torch
+
+    args._n_gpu = 1
+    if device.startswith("cuda"):
+        chosen = torch.device("cuda", torch.device(device).index or 0)
+        torch.cuda.set_device(chosen)
+        args.__dict__["_setup_devices"] = chosen  # a cached property, which says cuda:0
+        args.distributed_state.device = chosen  # that of accelerate
+    return args
+
+
+def say_idle_gpus(
+    device: str,  # "cpu", or a GPU
+) -> None:
+    "One line where a process trains beside GPUs that it does not use"
+    import torch
+
+    n_gpus = torch.cuda.device_count()
+    if device.startswith("cuda") and n_gpus > 1 and world_size() == 1:
+        say(
+            "training",
+            f"on {device}, one of {n_gpus} GPUs; for all of them put in front of the command: "
+            f"torchrun --nproc-per-node {n_gpus} --no-python",
+        )
+
+
 def training_arguments(
     out: Path,  # folder of the checkpoints
     device: str,  # "cpu", or a GPU
@@ -311,6 +352,8 @@ def training_arguments(
     from transformers import TrainingArguments
 
     on_gpu = device != "cpu"
+    dtype = default_dtype(device)
+    say_idle_gpus(device)
     more: dict[str, Any] = dict(kw)
     if zero:
         if process_rank() == 0:
@@ -321,10 +364,11 @@ def training_arguments(
     if checkpointing:
         more["gradient_checkpointing"] = True
         more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(out),
         use_cpu=not on_gpu,
-        bf16=on_gpu,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",  # with a scaler, or small gradients would become zero
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,
@@ -338,6 +382,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         **more,
     )
+    return on_one_gpu(args, device)
 
 
 def _zero_config() -> dict[str, Any]:
@@ -348,10 +393,96 @@ def _zero_config() -> dict[str, Any]:
         ),
         gradient_clipping="auto",
         bf16=dict(enabled="auto"),
+        fp16=dict(enabled="auto"),
         train_micro_batch_size_per_gpu="auto",
         gradient_accumulation_steps="auto",
         zero_allow_untested_optimizer=True,
     )
+
+
+# %% ../nbs/a20_training.ipynb #ace42f40
+def _read_archive(path: Path) -> None:
+    "Read a file of torch.save through, without unpickling more than tensors and plain data"
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    with zipfile.ZipFile(path) as archive:
+        require(archive.testzip() is None, "a checksum is wrong")
+    keys = {"optimizer.pt": "param_groups", "scheduler.pt": "last_epoch", "scaler.pt": "scale"}
+    name = "rng_state" if path.name.startswith("rng_state") else path.name
+    expected = dict(keys, rng_state="cpu").get(name)
+    if expected:  # others are DeepSpeed's
+        with safe_globals():  # random states of numpy
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        require(expected in found, f"no {expected}")
+
+
+def _read_file(path: Path) -> None:
+    "Read a file of a checkpoint as the Trainer will; any exception: it is damaged"
+    from safetensors import safe_open
+    from transformers import TrainerState
+
+    if path.suffix in (".pt", ".pth"):
+        _read_archive(path)
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt"):  # compares the header with the size of the file
+            pass
+    elif path.name == "trainer_state.json":
+        step = TrainerState.load_from_json(str(path)).global_step
+        require(step == _step_of(path.parent), f"it is of step {step}")
+
+
+def checkpoint_fault(
+    checkpoint: Path,  # folder
+) -> str:  # empty where training can continue from it
+    "What is missing in a checkpoint, or damaged"
+    needed = ["trainer_state.json", ADAPTER_WEIGHTS]
+    if not (checkpoint / "latest").is_file():  # DeepSpeed names its own folder there
+        needed += ["optimizer.pt", "scheduler.pt"]
+    if missing := [name for name in needed if not (checkpoint / name).is_file()]:
+        return f"{', '.join(missing)} missing"
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            _read_file(path)
+        except Exception:  # readers of damaged bytes raise whatever comes
+            return f"{path.name} cannot be read"
+    return ""
+
+
+def ready_checkpoints(
+    folder: Path,  # holds checkpoint-N folders
+) -> list[Path]:  # oldest first; the last is whole and was read through
+    "Checkpoints to continue from; what is half-written or damaged is removed, by one process"
+    drop_half_written(folder)
+    if process_rank() == 0:
+        while saved := saved_checkpoints(folder):
+            fault = checkpoint_fault(saved[-1])
+            if not fault:
+                break
+            then = f"continuing from {saved[-2].name}" if saved[1:] else "starting again"
+            say("training", f"{saved[-1].name} is damaged ({fault}); {then}")
+            shutil.rmtree(saved[-1])
+    meet()
+    return saved_checkpoints(folder)
+
+
+# %% ../nbs/a20_training.ipynb #ad2c96f1
+def embeddings_in_32_bits(
+    optimizer: Optimizer,  # of bitsandbytes, before its first step
+    model: PreTrainedModel,  # whose parameters it has
+) -> None:
+    "Keep the moments of embeddings in 32 bits, as the Trainer does"
+    from bitsandbytes.optim import GlobalOptimManager
+    from torch import nn
+
+    manager = GlobalOptimManager.get_instance()
+    manager.initialize()  # it knows parameters by their place: forget those of an earlier training
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    embeddings = {id(p) for module in modules for p in module.parameters()}
+    for group_number, group in enumerate(optimizer.param_groups):
+        for number, p in enumerate(group["params"]):
+            if id(p) in embeddings:
+                manager.index2config[group_number, number] = dict(optim_bits=32)
 
 
 # %% ../nbs/a20_training.ipynb #a3297229
