@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "cut_examples",
     "positions",
+    "document_ends",
     "collate",
     "repeats",
     "pack",
@@ -32,6 +33,7 @@ from cmixtral_nb.packing import (
     encode_part,
     gather,
     ids_dtype,
+    pack_option_faults,
     parse_mix,
     source_texts,
     special_ids,
@@ -52,6 +54,7 @@ from .tokenizer_files import load_tokenizer
 if TYPE_CHECKING:
     from datasets import Dataset
     from numpy import ndarray
+    from torch import Tensor
 
 
 # %% ../nbs/07_pack.ipynb #a31e8f17
@@ -93,9 +96,23 @@ def positions(
     return index - np.maximum.accumulate(starts, axis=1)
 
 
+def document_ends(
+    position_ids: Tensor,  # (batch, length) int64, from `positions`
+) -> dict:  # cu_seq_lens_q and _k: (documents + 1,) int32; max_length_q and _k: int
+    "What Flash Attention is told of documents: where each ends, and how long the longest is"
+    import torch
+
+    starts = (position_ids.flatten() == 0).nonzero()[:, 0]
+    n_tokens = torch.tensor([position_ids.numel()])
+    ends = torch.cat([starts, n_tokens]).to(torch.int32)
+    longest = int(ends.diff().max())
+    return dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
+
+
 def collate(
     examples: list[dict],  # with `input_ids`
     bos: int,  # id with which each document starts
+    flash: bool = False,  # for Flash Attention, which does not read positions: add `document_ends`
 ) -> dict:  # input_ids, position_ids, labels: int64 tensors of shape (batch, length)
     "A batch in which no document sees another or is asked to guess where one starts"
     import numpy as np
@@ -107,7 +124,8 @@ def collate(
         position_ids=positions(ids, bos),
         labels=np.where(ids == bos, -100, ids),  # the loss leaves out -100
     )
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    made: dict = {name: torch.from_numpy(array) for name, array in batch.items()}
+    return made | document_ends(made["position_ids"]) if flash else made
 
 
 # %% ../nbs/07_pack.ipynb #13d863b2
@@ -171,7 +189,13 @@ def _write_valid(path: Path, texts: Iterable[str], limit_chars: int) -> int:
 
 
 # %% ../nbs/07_pack.ipynb #db04f8f6
-@stage("tokens", inputs=("corpus", "tokenizer"), ignore=("workers", "parts"), check=check_pack)
+@stage(
+    "tokens",
+    inputs=("corpus", "tokenizer"),
+    ignore=("workers", "parts"),
+    check=check_pack,
+    options=pack_option_faults,
+)
 def pack(
     corpus: Path,  # artifact made by `corpus`, or a text file
     tokenizer: Path,  # folder with a tokenizer

@@ -33,13 +33,15 @@ from cmixtral_nb.pretraining import (
     in_one_line,
     note_loads,
     old_rows,
+    pretrain_option_faults,
     run_stats,
 )
 from cmixtral_nb.training import (
-    drop_half_written,
+    embeddings_in_32_bits,
     full_precision,
     read_log,
-    saved_checkpoints,
+    ready_checkpoints,
+    say_inexact,
     training_arguments,
     watched_trainer,
 )
@@ -88,7 +90,10 @@ def _expert_counts(model, ids):
     import torch
 
     how = dict(output_router_logits=True, use_cache=False, logits_to_keep=1)
-    layers = model(input_ids=ids, **how).router_logits
+    # As in a step of the Trainer: beside weights in 16 bits norms and LoRA are float32
+    in_16_bits = torch.autocast(ids.device.type, model.dtype, model.dtype != torch.float32)
+    with in_16_bits:
+        layers = model(input_ids=ids, **how).router_logits
     n_chosen = model.config.num_experts_per_tok
     n_experts = model.config.num_local_experts
     chosen = [logits.topk(n_chosen, -1).indices.flatten() for logits in layers]
@@ -163,6 +168,8 @@ def two_rates_trainer() -> type:  # a subclass of `watched_trainer()`
                 make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 groups = param_groups(self.model, self.args.learning_rate, self.rows_lr)
                 self.optimizer = make(groups, **options)
+                if options.get("optim_bits") == 8:
+                    embeddings_in_32_bits(self.optimizer, self.model)
             return self.optimizer
 
         def create_scheduler(self, num_training_steps, optimizer=None):
@@ -223,6 +230,7 @@ def trainer(
     ignore=("device",),
     resumable=True,
     check=check_pretrain,
+    options=pretrain_option_faults,
     parallel=True,
 )
 def pretrain(
@@ -257,7 +265,6 @@ def pretrain(
     device: str = None,  # None: the GPU if there is one
 ):
     "Continue pre-training with QLoRA; after an interruption it continues from its last checkpoint"
-    # Long: the options of the Trainer stand one a line.
     device = device or default_device()
     packed = Artifact.load(tokens, "tokens")
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
@@ -265,8 +272,10 @@ def pretrain(
     net = add_lora(net, rank, alpha, dropout, rows, old_rows(model, n_old), seed)
     tok = load_tokenizer(resolve_model(model))
     texts = held_out_texts(tokens, corpus, eval_chars)
-    done = saved_checkpoints(out / "checkpoints")
-    drop_half_written(out / "checkpoints")
+    done = ready_checkpoints(out / "checkpoints")
+    sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    span = dict(max_steps=steps or -1, num_train_epochs=epochs, warmup_steps=warmup)
+    every = dict(logging_steps=log_every, eval_steps=eval_every, save_steps=save_every)
     args = training_arguments(
         out / "checkpoints",
         device,
@@ -275,31 +284,27 @@ def pretrain(
         learning_rate=lr,
         optim=optim,
         seed=seed,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        max_steps=steps or -1,
-        num_train_epochs=epochs,
-        warmup_steps=warmup,
-        logging_steps=log_every,
-        eval_steps=eval_every,
-        save_steps=save_every,
         dataloader_drop_last=True,
         eval_on_start=not done,
+        **sizes,
+        **span,
+        **every,
     )
     run = trainer(
         net,
         load_examples(tokens).select_columns("input_ids").with_format("numpy"),
         args,
-        partial(collate, bos=packed.stats["bos"]),
+        partial(collate, bos=packed.stats["bos"], flash=attn.startswith("flash")),
         rows_lr=rows_lr or lr,
         measure=partial(bits_of_langs, net, tok, texts, packed.stats["length"], batch),
         log=out / "log.jsonl",
         rows_steps=rows_steps,
     )
+    note = partial(_note_loads, out, net, tok, texts)
     if not done:
-        _note_loads(out, "before", net, tok, texts)
-    run_to_end(run, done)
-    return _results(out, run, net, tok, texts, packed, model)
+        note("before")
+    run_to_end(run, done, partial(note, "after"))
+    return _results(out, run, net, packed, model)
 
 
 def weigh_balance(
@@ -316,10 +321,10 @@ def weigh_balance(
 
 def _note_loads(
     out: Path,
-    when: str,  # before or after
     model: PreTrainedModel,
     tok: PreTrainedTokenizerBase,
     texts: dict[str, list[str]],
+    when: str,  # before or after
 ) -> None:
     "The router load of each language into router.json"
     has_router = getattr(model.config, "num_local_experts", 0)  # a dense model has none
@@ -330,8 +335,10 @@ def _note_loads(
 def run_to_end(
     run: Trainer,  # from `trainer`
     done: list[Path],  # whole checkpoints, oldest first; empty at a first start
+    at_end: Callable[[], None] | None = None,  # what is measured of the weights as they trained
 ) -> None:
     "Train, from the last whole checkpoint where there is one, and evaluate after the last step"
+    say_inexact(run.model.config._attn_implementation)
     run.train(resume_from_checkpoint=str(done[-1]) if done else None)
     evaluated = [
         line["step"]
@@ -340,6 +347,8 @@ def run_to_end(
     ]
     if run.state.global_step > max(evaluated, default=-1):
         run.evaluate()
+    if at_end:
+        at_end()
     full_precision(run.model)
 
 
@@ -347,15 +356,12 @@ def _results(
     out: Path,
     run: Trainer,
     model: PreTrainedModel,
-    tok: PreTrainedTokenizerBase,
-    texts: dict[str, list[str]],
     packed: Artifact,
     base: str | Path,  # that the adapter belongs to
 ) -> dict:
     "Write the adapter and what came of the run; the first process does"
     if process_rank():
         return {}
-    _note_loads(out, "after", model, tok, texts)
     save_adapter(model, out, Path(base).name if Path(base).exists() else str(base))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     stats = run_stats(run, model, packed, resolve_model(base), read_log(out))

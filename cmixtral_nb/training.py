@@ -18,6 +18,7 @@ __all__ = [
     "tensorboard_callback",
     "watched_trainer",
     "stop_at_nan",
+    "say_inexact",
     "on_one_gpu",
     "say_idle_gpus",
     "training_arguments",
@@ -29,6 +30,7 @@ __all__ = [
 
 # %% ../nbs/a20_training.ipynb #01fe9982
 import json
+import os
 import shutil
 import sys
 import time
@@ -305,6 +307,20 @@ def stop_at_nan(
     named = ", ".join(map(str, numbers))
     lower = " or ".join(f"{option} (now {rate:g})" for option, rate in rates.items())
     raise StageError(f"loss is {loss.item()} at step {step}, examples {named}; lower {lower}")
+
+
+# %% ../nbs/a20_training.ipynb #0da0ebaf
+def say_inexact(
+    attention: str,  # of the model: sdpa, eager, flash_attention_2
+) -> None:
+    "One line where a resumed run will not be equal to the last bit, and what makes it so"
+    told = os.environ.get("FLASH_ATTENTION_DETERMINISTIC") == "1"
+    if attention.startswith("flash_attention") and not told:
+        say(
+            "training",
+            "gradients of Flash Attention differ in their last bits from run to run; for an exact "
+            "resume set FLASH_ATTENTION_DETERMINISTIC=1",
+        )
 
 
 # %% ../nbs/a20_training.ipynb #13e0f631
