@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["text_blocks", "base_loss", "base"]
+__all__ = ["text_blocks", "base_loss", "base_option_faults", "base"]
 
 # %% ../nbs/a13_base.ipynb #50b9dfab
 import json
@@ -14,14 +14,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .bits import bits_per_byte, head_loss
 from .corpora import corpus_langs, corpus_texts
-from .machine import say
+from .machine import available_bytes, gpu_bytes, say
 from .mixtral import small_config, use_by_expert
 from .options import at_least, between, faults_of, range_faults, refuse
-from .pieces import base_tokenizer_model
+from .pieces import base_tokenizer_model, read_model
+from .plan import count_parameters
 from .stages import Artifact, require, stage, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
 
@@ -157,17 +158,58 @@ def _head_faults(hidden: int, heads: int, kv_heads: int) -> list[str]:
     return faults
 
 
-def _check_base(corpus, lang, tokenizer, **sizes) -> None:
-    "Everything about `base` that can be known before the first step"
+def _memory_faults(tokenizer: str, device: str | None, sizes: dict) -> list[str]:
+    "Whether weights, gradients and Adam's two moments, 4 bytes each, would find memory"
+    n_pieces = len(read_model(base_tokenizer_model(tokenizer)).pieces)
+    names = ("hidden", "layers", "experts", "intermediate", "heads", "kv_heads")
+    shape = dict(
+        hidden_size=sizes["hidden"],
+        num_hidden_layers=sizes["layers"],
+        num_local_experts=sizes["experts"],
+        num_experts_per_tok=sizes["top_k"],
+        intermediate_size=sizes["intermediate"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["kv_heads"],
+        vocab_size=n_pieces,
+    )
+    need = 16 * count_parameters(shape)["total"]
+    gpus = [] if device == "cpu" else gpu_bytes()
+    free = gpus[0] if gpus else available_bytes()
+    if not free or need <= free:
+        return []
+    asked = ", ".join(f"{name}={sizes[name]}" for name in names)
+    return [
+        f"{asked}: {need // 16:,} parameters need {need / 1e9:,.1f} GB to be trained, "
+        f"{free / 1e9:,.1f} GB are there; lower hidden, layers, experts or intermediate"
+    ]
+
+
+def base_option_faults(
+    tokenizer: str,  # "mixtral", or a sentencepiece model
+    device: str | None,  # "cpu", or what transformers finds
+    **sizes: Any,  # the other options of `base`, and what earlier stages make
+) -> list[str]:  # one line for each fault
+    "What is wrong with options of `base`, before there is a corpus"
     counts = ("hidden", "layers", "experts", "intermediate", "heads", "kv_heads", "steps")
-    narrower = {name: at_least(1) for name in counts}
-    faults = range_faults(sizes, **narrower, top_k=between(1, max(1, sizes["experts"])))
+    ranges = {name: at_least(1) for name in counts} | {
+        "top_k": between(1, max(1, sizes["experts"])),
+        "warmup": between(0, 1),
+        "weight_decay": at_least(0),
+        "aux_loss": at_least(0),
+    }
+    wrong_tokenizer = faults_of(lambda: read_model(base_tokenizer_model(tokenizer)))
+    faults = range_faults(sizes, **ranges)
     heads = [sizes[name] for name in ("hidden", "heads", "kv_heads")]
     if min(heads) >= 1:
         faults += _head_faults(*heads)
-    faults += faults_of(base_tokenizer_model, tokenizer)
-    faults += faults_of(next, _texts(corpus, lang, "train"), None)
-    refuse(faults)
+    faults += wrong_tokenizer
+    return faults if faults else _memory_faults(tokenizer, device, sizes)
+
+
+def _check_base(corpus, lang, **options) -> None:
+    "Everything about `base` that can be known before the first step"
+    faults = base_option_faults(**options)
+    refuse(faults + faults_of(next, _texts(corpus, lang, "train"), None))
 
 
 # %% ../nbs/a13_base.ipynb #970e2d39
@@ -204,7 +246,13 @@ def _report(model: MixtralForCausalLM, losses: list[float], n_tokens: int, bits:
 
 # %% ../nbs/a13_base.ipynb #fce09f43
 # The long signature is the command line: each parameter is an option with its comment as help.
-@stage("model", inputs=("corpus",), ignore=("device",), check=_check_base)
+@stage(
+    "model",
+    inputs=("corpus",),
+    ignore=("device",),
+    check=_check_base,
+    options=base_option_faults,
+)
 def base(
     corpus: Path,  # corpus artifact, or a jsonl or txt file
     out: Path,  # folder to write: an HF model with its tokenizer

@@ -29,7 +29,7 @@ from .generate import generate_text
 from .heldout import eval_docs, text_faults
 from .loading import load_model
 from .machine import say
-from .options import faults_of, named_refs, range_faults, refuse
+from .options import above, faults_of, named_refs, range_faults, refuse
 from .pieces import base_tokenizer_model
 from .results import markdown_table
 from .samples import PROMPTS
@@ -225,16 +225,22 @@ def _writing_markdown(models: dict[str, dict]) -> str:
 
 
 # %% ../nbs/a25_efficiency.ipynb #b3443ec4
-def _check(tokenizers, models, corpus, domains, **options):
-    "Everything that can be wrong with a request, before anything is loaded"
-    faults = range_faults(options)
+def _option_faults(tokenizers=None, models=None, domains=None, **others):
+    "What is wrong with options, before there are models"
+    faults = range_faults(others, seconds=above(0))
     if not tokenizers and not models:
         faults.append("nothing to measure; give --tokenizers NAME=REF or --models NAME=FOLDER")
     if tokenizers:
         faults += faults_of(named, tokenizers)
+    return faults + text_faults(None, domains)
+
+
+def _check(models, corpus, **options):
+    "Everything that can be wrong with a request, before anything is loaded"
+    faults = _option_faults(models=models, **options)
     if models:
         faults += faults_of(named_models, models)
-    refuse([*faults, *text_faults(corpus, domains)])
+    refuse([*faults, *text_faults(corpus, [])])
 
 
 # %% ../nbs/a25_efficiency.ipynb #b9ef1c02
@@ -243,6 +249,7 @@ def _check(tokenizers, models, corpus, domains, **options):
     inputs=("tokenizers", "models", "corpus", "domains"),
     ignore=("device",),
     check=_check,
+    options=_option_faults,
 )
 def efficiency(
     out: Path,  # folder to write: efficiency.json, tables.md

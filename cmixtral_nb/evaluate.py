@@ -16,6 +16,7 @@ from cmixtral_nb.results import (
     PLACES,
     check_context,
     check_evaluation,
+    evaluation_option_faults,
     repeat_command,
     tokenizer_home,
     write_lines,
@@ -178,6 +179,7 @@ def _ask_texts(
     schema=2,
     resumable=True,
     check=check_evaluation,
+    options=evaluation_option_faults,
 )
 def evaluate(
     model: Path,  # model folder (ours or any other), or hub id

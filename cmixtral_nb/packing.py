@@ -25,6 +25,7 @@ __all__ = [
     "gather",
     "source_faults",
     "part_faults",
+    "pack_option_faults",
     "check_pack",
     "ExampleWriter",
 ]
@@ -55,7 +56,7 @@ from .checkpoints import ahead
 from .corpora import corpus_langs, corpus_texts, missing_language
 from .corpus import is_heldout
 from .documents import doc_files, text_batches
-from .options import between, range_faults, refuse
+from .options import at_least, between, faults_of, range_faults, refuse
 from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
@@ -522,6 +523,15 @@ def _lang_part_faults(folder: Path, lang: str, identity: str) -> list[str]:
 
 
 # %% ../nbs/a15_packing.ipynb #f0d08144
+def pack_option_faults(
+    mix: Iterable[str],  # "RATIO:LANG" each
+    **others: Any,  # options that have a range, and what earlier stages make
+) -> list[str]:  # one line for each fault
+    "What is wrong with options of `pack`, before there are a corpus and a tokenizer"
+    ranges = dict(length=between(8, 2**20), valid_chars=at_least(0))
+    return faults_of(parse_mix, mix) + range_faults(others, **ranges)
+
+
 def check_pack(
     corpus: Path,  # from `corpus`, or text of another form
     tokenizer: Path,  # folder of a tokenizer
@@ -531,13 +541,13 @@ def check_pack(
     seed: int = 0,  # of the order of repeats
     workers: int = 1,  # processes
     parts: Path | None = None,  # folder of finished parts
-    **others,  # cannot be wrong
+    **others: Any,  # the others of `pack`
 ) -> None:
     "`StageError` with everything that is wrong with a request to `pack`"
-    ratios = parse_mix(mix)
-    options = dict(length=length, valid_share=valid_share, seed=seed, workers=workers)
-    faults = source_faults(corpus, ratios)
-    faults += range_faults(options, length=between(8, 2**20))
+    options = dict(others, length=length, valid_share=valid_share, seed=seed, workers=workers)
+    faults = pack_option_faults(mix, **options)
+    ratios = {} if faults_of(parse_mix, mix) else parse_mix(mix)
+    faults += source_faults(corpus, ratios)
     if not (Path(tokenizer) / "tokenizer.json").is_file():
         faults.append(f"{tokenizer} holds no tokenizer.json; run: cmixtral vocab --out DIR")
     if parts and not faults:

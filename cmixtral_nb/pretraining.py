@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
+    "pretrain_option_faults",
     "check_pretrain",
     "old_rows",
     "held_out_texts",
@@ -36,6 +37,20 @@ if TYPE_CHECKING:
 
 
 # %% ../nbs/a20b_pretraining.ipynb #af9144ef
+def pretrain_option_faults(
+    rows: str,  # of the embedding, that are trained
+    steps: int,  # 0: by epochs
+    epochs: float,  # where there are no steps
+    **others: Any,  # options that have a range, and what earlier stages make
+) -> list[str]:  # one line for each fault
+    "What is wrong with options of `pretrain`, before there are a model and tokens"
+    lowest_rank = 1 if rows == "none" else 0  # something must be trained
+    options = dict(others, rows=rows, steps=steps)
+    if not steps:  # else they decide
+        options["epochs"] = epochs
+    return range_faults(options, rank=at_least(lowest_rank), n_old=at_least(0))
+
+
 def check_pretrain(
     model: str | Path,  # folder or hub id
     tokens: str | Path,  # from `pack`
@@ -46,7 +61,7 @@ def check_pretrain(
     "`StageError` with everything that is wrong with a request to `pretrain`"
     faults = faults_of(Artifact.load, tokens, "tokens") + faults_of(resolve_model, model)
     if faults:
-        refuse(faults + _option_faults(options))
+        refuse(faults + pretrain_option_faults(**options))
     packed = Artifact.load(tokens, "tokens")
     folder = resolve_model(model)
     remedy = f"cmixtral pack --tokenizer {model} --out DIR"
@@ -54,7 +69,7 @@ def check_pretrain(
     faults = faults_of(same_tokenizer, tokens, owner, remedy)
     faults += _vocabulary_faults(packed, model, folder)
     faults += _example_faults(packed, options)
-    faults += _option_faults(options)
+    faults += pretrain_option_faults(**options)
     if not faults:
         faults = _memory_faults(packed, model, folder, device, options)
     refuse(faults)
@@ -80,14 +95,6 @@ def _example_faults(packed: Artifact, options: dict[str, Any]) -> list[str]:
         f"{packed} has {n_examples:,} examples, a step takes {n_step:,} "
         "(batch × accumulation × devices); lower --batch"
     ]
-
-
-def _option_faults(options: dict[str, Any]) -> list[str]:
-    lowest_rank = 1 if options["rows"] == "none" else 0  # something must be trained
-    checked = dict(options)
-    if checked["steps"]:
-        del checked["epochs"]  # steps decide
-    return range_faults(checked, rank=at_least(lowest_rank))
 
 
 def _memory_faults(

@@ -20,6 +20,7 @@ __all__ = [
     "write_results",
     "tokenizer_home",
     "tokenizer_faults",
+    "evaluation_option_faults",
     "check_evaluation",
     "read_lines",
     "results_file",
@@ -323,6 +324,19 @@ def _has_template(folder: Path) -> bool:
 
 
 # %% ../nbs/a24b_results.ipynb #16a4a56e
+def evaluation_option_faults(
+    dtype: str | None = None,  # None: chosen by the device
+    domains: list[str] | None = None,  # more text, "LANG/NAME=REF" each
+    **others: Any,  # options that have a range, and what earlier stages make
+) -> list[str]:  # one line for each fault
+    "What is wrong with options of `evaluate`, before there is a model"
+    tasks = others.pop("tasks", None)  # RANGES knows `tasks` as a number
+    faults = range_faults(others, shots=at_least(0), limit=at_least(0), batch=at_least(0))
+    if dtype is not None:
+        faults += range_faults(dict(dtype=dtype))
+    return faults + (text_faults(None, domains) if "bpb" in split_tasks(tasks) else [])
+
+
 def check_evaluation(
     model: str | Path,  # model folder, or hub id; these as for `evaluate`
     tasks: str | list[str] | None = None,  # exams, and bpb; None: bpb alone
@@ -338,18 +352,14 @@ def check_evaluation(
     "`StageError` with everything that is wrong with a request to `evaluate`"
     names = split_tasks(tasks)
     exams = [name for name in names if name != "bpb"]
-    faults = range_faults(
-        dict(options, shots=shots), shots=at_least(0), limit=at_least(0), batch=at_least(0)
-    )
-    if dtype is not None:
-        faults += range_faults(dict(dtype=dtype))
+    faults = evaluation_option_faults(dtype, domains, tasks=tasks, shots=shots, **options)
     if exams:
         faults += task_faults(exams, data, shots)
     if adapter is not None:
         faults += faults_of(require_adapter, adapter)
     no_model = faults_of(resolve_model, model)
     faults += no_model or tokenizer_faults(resolve_model(model), adapter, chat)
-    faults += text_faults(corpus, domains if "bpb" in names else [])
+    faults += text_faults(corpus, [])
     refuse(faults)
 
 

@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cmixtral_nb.search_files import (
     check_search,
     heldout,
+    search_option_faults,
     several,
     train_chars,
     whole_numbers,
@@ -639,7 +640,13 @@ def _texts_to_judge_by(
 
 
 # %% ../nbs/03_search.ipynb #93348223
-@stage("search", inputs=("pieces", "corpus", "base", "domains"), check=check_search, schema=2)
+@stage(
+    "search",
+    inputs=("pieces", "corpus", "base", "domains"),
+    check=check_search,
+    options=search_option_faults,
+    schema=2,
+)
 def search(
     pieces: Path,  # folder of candidates, table of pieces, or sentencepiece model
     corpus: Path,  # corpus whose held-out part judges, or a jsonl or text file

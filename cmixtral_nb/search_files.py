@@ -10,10 +10,12 @@ __all__ = [
     "heldout",
     "train_chars",
     "whole_numbers",
+    "search_option_faults",
     "check_search",
     "write_search",
     "several",
     "read_choice",
+    "vocab_option_faults",
     "check_vocab",
 ]
 
@@ -27,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 from .certificate import CERTIFICATE_RANGES
 from .corpora import corpus_langs, lang_faults, missing_language
 from .documents import read_docs
-from .options import at_least, faults_of, range_faults, refuse, split_name
+from .languages import script_pattern
+from .options import at_least, between, faults_of, range_faults, refuse, split_name
 from .pieces import base_tokenizer_model, read_model, read_pieces
 from .stages import Artifact, StageError, read_json, require, write_json, write_text
 from .tokenizer_files import check_special
@@ -116,28 +119,41 @@ def whole_numbers(
 
 
 # %% ../nbs/a10b_search_files.ipynb #82c4b648
-def check_search(
-    pieces: Path,  # candidates
-    corpus: Path,  # text to judge by
+def search_option_faults(
     base: str,  # base tokenizer
     chars: list[str] | None,  # numbers of single characters, as typed
     totals: list[str] | None,  # numbers of pieces, as typed
     domains: list[str] | None,  # more text, "NAME=REF" each
+    script: str,  # script of the pieces
+    **others: Any,  # options that have a range, and what earlier stages make
+) -> list[str]:  # one line for each fault
+    "What is wrong with options of `search`, before there are candidates"
+    ranges = dict(
+        budget=at_least(0), min_saving=between(0, 1), min_seen=at_least(0), width=at_least(1)
+    )
+    return [
+        *range_faults(others, **ranges),
+        *faults_of(whole_numbers, "chars", chars, 0),
+        *faults_of(whole_numbers, "totals", totals, 1),
+        *faults_of(script_pattern, script),
+        *faults_of(lambda: read_model(base_tokenizer_model(base))),
+        *faults_of(lambda: [_named_domain(given, 1) for given in domains or []]),
+    ]
+
+
+def check_search(
+    pieces: Path,  # candidates
+    corpus: Path,  # text to judge by
     lang: str,  # language of the text
     script: str,  # script of the pieces
-    limit_chars: int,  # characters of each domain
-    budget: int,  # characters of the training
-    **_: Any,  # options of `search` that have nothing to be refused
+    **options: Any,  # the others of `search`
 ) -> None:
     "Refuse options and inputs of `search` that cannot be, all at once"
     refuse(
         [
-            *range_faults(dict(limit_chars=limit_chars, budget=budget), budget=at_least(0)),
-            *faults_of(whole_numbers, "chars", chars, 0),
-            *faults_of(whole_numbers, "totals", totals, 1),
+            *search_option_faults(script=script, **options),
             *faults_of(read_pieces, pieces, script),
-            *faults_of(lambda: read_model(base_tokenizer_model(base))),
-            *faults_of(heldout, corpus, lang, 1, domains),
+            *faults_of(heldout, corpus, lang, 1),
         ]
     )
 
@@ -194,42 +210,38 @@ def read_choice(
 
 
 # %% ../nbs/a10b_search_files.ipynb #9d12da99
-def _size_faults(n_pieces: int, search: Path | None) -> list[str]:
-    "Whether it is said how many pieces to append"
-    if n_pieces:
-        return []
-    if search:
-        return faults_of(read_choice, search)
-    return [
-        "how many pieces? give a number or a search: cmixtral vocab --n-pieces N, "
-        "or cmixtral vocab --search DIR"
-    ]
+def vocab_option_faults(
+    base: str,  # base tokenizer
+    script: str,  # script of the pieces
+    tokens: list[str] | None,  # control tokens
+    n_pieces: int,  # 0: as the search chose
+    search: Path | None,  # of `search`
+    **others: Any,  # options that have a range, and what earlier stages make
+) -> list[str]:  # one line for each fault
+    "What is wrong with options of `vocab`, before there are candidates"
+    ranges = dict(n_pieces=at_least(0), multiple=between(0, 2**20), **CERTIFICATE_RANGES)
+    faults = range_faults(dict(others, n_pieces=n_pieces), **ranges)
+    if not n_pieces and not search:
+        faults.append(
+            "how many pieces? give a number or a search: cmixtral vocab --n-pieces N, "
+            "or cmixtral vocab --search DIR"
+        )
+    faults += faults_of(script_pattern, script)
+    return faults + faults_of(lambda: check_special(base_tokenizer_model(base), tokens or []))
 
 
 def check_vocab(
     pieces: Path,  # candidates
-    base: str,  # base tokenizer
-    search: Path | None,  # of `search`
-    n_pieces: int,  # 0: as the search chose
-    tokens: list[str] | None,  # control tokens
     corpus: Path | None,  # for the certificate
-    script: str,  # script of the pieces
-    n_chars: int,  # single characters
-    multiple: int,  # of the vocabulary
-    limit_chars: int,  # characters of each source for the certificate
-    n_hostile: int,  # hostile strings for the certificate
-    **_: Any,  # options of `vocab` that have nothing to be refused
+    **options: Any,  # the others of `vocab`
 ) -> None:
     "Refuse options and inputs of `vocab` that cannot be, all at once"
-    sizes = dict(n_pieces=n_pieces, n_chars=n_chars, multiple=multiple)
-    enough = dict(n_hostile=n_hostile, limit_chars=limit_chars)
+    chosen = options["search"] and not options["n_pieces"]
     refuse(
         [
-            *range_faults(sizes, n_pieces=at_least(0), multiple=at_least(0)),
-            *range_faults(enough, **CERTIFICATE_RANGES),
-            *_size_faults(n_pieces, search),
-            *faults_of(read_pieces, pieces, script),
-            *faults_of(lambda: check_special(base_tokenizer_model(base), tokens or [])),
+            *vocab_option_faults(**options),
+            *(faults_of(read_choice, options["search"]) if chosen else []),
+            *faults_of(read_pieces, pieces, options["script"]),
             *(faults_of(Artifact.load, corpus, "corpus") if corpus else []),
         ]
     )

@@ -23,7 +23,7 @@ from .certificate import certificate_texts, hostile_texts, write_certificate
 from .machine import say
 from .pieces import Piece, base_tokenizer_model, read_pieces
 from .search import base_pieces, scores_below, select_pieces
-from .search_files import check_vocab, read_choice
+from .search_files import check_vocab, read_choice, vocab_option_faults
 from .stages import require, stage
 
 
@@ -44,7 +44,13 @@ def extend_model(
 
 
 # %% ../nbs/04_vocab.ipynb #d9097fd0
-@stage("tokenizer", inputs=("pieces", "base", "search", "corpus"), check=check_vocab, schema=2)
+@stage(
+    "tokenizer",
+    inputs=("pieces", "base", "search", "corpus"),
+    check=check_vocab,
+    options=vocab_option_faults,
+    schema=2,
+)
 def vocab(
     pieces: Path,  # folder of candidates, table of pieces, or sentencepiece model
     out: Path,  # folder to write
