@@ -12,6 +12,7 @@ __all__ = [
     "END",
     "PAD",
     "Form",
+    "template_for",
     "chat_template",
     "chat_tokenizer",
     "form_of",
@@ -55,6 +56,15 @@ FORMS = {
 }
 BEGIN, END, _ = FORMS["huozi"]
 PAD = "<|pad|>"
+
+
+def template_for(
+    lang: str | None,  # code of the language that a model learns; None: not said
+) -> str:  # name in `FORMS`
+    "Example: template_for('km') -> 'chatml'"
+    chinese = lang is None or lang.split("-")[0] == "zh"
+    return "huozi" if chinese else "chatml"
+
 
 # %% ../nbs/a21b_chat_tokenizer.ipynb #7a83c393
 # what somebody said: a string, or OpenAI's list of parts

@@ -8,12 +8,15 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "ROLES",
+    "SHIPPED",
     "BUILTIN",
     "to_messages",
     "Faults",
     "translations",
+    "shipped_langs",
     "read_conversations",
     "conversation_refs",
+    "run_langs",
     "source_faults",
 ]
 
@@ -27,8 +30,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .documents import UNREADABLE, open_text
+from .documents import LONGEST, TOO_LONG, UNREADABLE, numbered_lines, open_text
+from .languages import language_name
 from .machine import package_data
+from .shapes import visible
 from .stages import StageError
 
 # %% ../nbs/a21_conversations.ipynb #c1800c40
@@ -50,7 +55,7 @@ def _role(turn: dict) -> str:
     "Example: _role({'from': 'gpt', 'value': '你好！'}) -> 'assistant'"
     speaker = turn.get("role", turn.get("from"))
     if not isinstance(speaker, str) or speaker not in ROLES:
-        raise ValueError(f"unknown role {str(speaker)[:40]!r}")
+        raise ValueError(f"unknown role {visible(speaker, 40)!r}")
     return ROLES[speaker]
 
 
@@ -68,10 +73,15 @@ def _is_text_part(part: Any) -> bool:
 
 
 # %% ../nbs/a21_conversations.ipynb #7483e21d
+_MOST_CHARS = 1_000_000  # of a conversation; the longest context reads a tenth of it
+
+
 def _checked(messages: list[dict]) -> list[dict]:
     "Messages that end with an answer; `ValueError` where words are missing or out of order"
     for message in messages:
         _check_words(message)
+    if sum(len(message["content"]) for message in messages) > _MOST_CHARS:
+        raise ValueError(f"more than {_MOST_CHARS:,} characters")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise ValueError("no answer")
@@ -88,8 +98,10 @@ def _check_words(message: dict) -> None:
         raise ValueError("content that is no text")
     if not words.strip():
         raise ValueError("empty answer" if role == "assistant" else f"empty turn of {role}")
-    if any("\ud800" <= character <= "\udfff" for character in words):  # a lone surrogate
-        raise ValueError("half a character")
+    try:
+        words.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        raise ValueError("half a character") from None
 
 
 def _check_turns(turns: list[str]) -> None:
@@ -163,6 +175,9 @@ def _history(record: dict) -> list:
 
 
 # %% ../nbs/a21_conversations.ipynb #2fc337c9
+_MOST_REASONS = 50  # a file may call every speaker by another name
+
+
 class Faults(Counter):
     "Reasons with their counts, and the lines where each was met"
 
@@ -171,6 +186,8 @@ class Faults(Counter):
         self.where: dict[str, list[tuple[str, int]]] = {}  # reason -> file and line
 
     def note(self, path: str | Path, line: int, reason: str) -> None:
+        if reason not in self and len(self) >= _MOST_REASONS:
+            reason = "other reasons"
         self[reason] += 1
         self.where.setdefault(reason, []).append((str(path), line))
 
@@ -209,24 +226,96 @@ class Faults(Counter):
         return f" (line {first}{' …' if self[reason] > 3 else ''})"
 
 
-# %% ../nbs/a21_conversations.ipynb #a3ef6d2d
+# %% ../nbs/a21_conversations.ipynb #0ff768d7
+_SPACE = re.compile(r"\s*")
+_AFTER_ITEM = re.compile(r"\s*([,\]])")
+
+
+class _ListReader:
+    "The items of one JSON list, of a file of any size"
+
+    def __init__(
+        self,
+        file: BinaryIO,  # begins with [
+        step: int = 1 << 20,  # bytes that are read at once
+        most: int = LONGEST,  # of an item
+    ):
+        self.file = file
+        self.step = self.n_bytes = step
+        self.most = most
+        self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self.parse = json.JSONDecoder().raw_decode
+        self.text = ""  # what has been read and not been parsed
+        self.ended = False
+
+    def __iter__(self) -> Iterator[Any]:
+        start = self._after_space(self._after_space(0) + 1)
+        mark = self.text[start : start + 1]
+        if mark == "]":  # an empty list
+            start += 1
+        while mark != "]":
+            value, mark, start = self._item(self._after_space(start))
+            yield value
+            self.n_bytes = self.step
+        if self.text[start:].strip() or self.file.read(1 << 10).strip():
+            raise ValueError("there is more after the end of the list")
+
+    def _item(self, start: int) -> tuple[Any, str, int]:
+        "A value, the mark after it, where the text goes on"
+        while True:
+            try:
+                value, end = self.parse(self.text, start)
+                if after := _AFTER_ITEM.match(self.text, end):
+                    return value, after[1], after.end()
+                raise json.JSONDecodeError("expected a comma or ]", self.text, end)
+            except json.JSONDecodeError:
+                if self.ended:
+                    raise
+            self._read_more(start)  # perhaps the value is not whole yet
+            start = 0
+
+    def _after_space(self, start: int) -> int:
+        "The place of the next character that is no space"
+        while True:
+            space = _SPACE.match(self.text, start)
+            start = space.end() if space else start
+            if self.ended or start < len(self.text):
+                return start
+            self._read_more(start)
+            start = 0
+
+    def _read_more(self, start: int) -> None:
+        "Forget what stands before `start`, and read as much as last time and as much again"
+        if len(self.text) - start > self.most:
+            raise ValueError(f"an item is broken, or has more than {self.most:,} bytes")
+        data = self.file.read(self.n_bytes)
+        self.ended = not data
+        self.text = self.text[start:] + self.decode(data, final=self.ended)
+        self.n_bytes *= 2
+
+
+# %% ../nbs/a21_conversations.ipynb #5214570e
 def _records(path: Path, faults: Faults) -> Iterator[tuple[int, Any]]:
     "Line number and value of each line of a jsonl file, or of each item of one JSON list"
-    with open_text(path) as file:
-        try:
+    try:
+        with open_text(path) as file:
             yield from _records_of(file, path, faults)
-        except UNREADABLE as e:
-            raise StageError(
-                f"{path}: cannot be read to its end ({e}); copy or download it again"
-            ) from e
+    except UNREADABLE as e:
+        raise StageError(
+            f"{path}: cannot be read to its end ({e}); copy or download it again"
+        ) from e
 
 
 def _records_of(file: BinaryIO, path: Path, faults: Faults) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file, 1):
-        if number == 1 and _begins_list(line):
-            file.seek(0)
-            yield from enumerate(_json_list(path, file), 1)
-            return
+    if _begins_list(file.read(1 << 10)):
+        file.seek(0)
+        yield from enumerate(_list_items(path, file), 1)
+        return
+    file.seek(0)
+    for number, line in numbered_lines(file):
+        if line is None:
+            faults.note(path, number, TOO_LONG)
+            continue
         if not line.strip():
             continue
         try:
@@ -239,20 +328,23 @@ def _records_of(file: BinaryIO, path: Path, faults: Faults) -> Iterator[tuple[in
             yield number, value
 
 
-def _begins_list(line: bytes) -> bool:
+def _begins_list(start: bytes) -> bool:
     "Whether a file that begins so is one JSON list; a byte-order mark may stand before it"
-    return line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def _json_list(path: Path, file: BinaryIO) -> list:
-    text = file.read()
+def _list_items(path: Path, file: BinaryIO) -> Iterator[Any]:
     try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e:
+        yield from _ListReader(file)
+    except RecursionError:
+        raise StageError(f"{path}: not valid JSON (brackets within brackets, too deep)") from None
+    except ValueError as e:
         raise StageError(f"{path}: not valid JSON ({e})") from None
 
 
 # %% ../nbs/a21_conversations.ipynb #7a48368b
+SHIPPED = ("zh", "en")  # the languages of what ships
+
 _ASK = {  # language of the answer -> ways to ask for it
     "en": [
         "Translate into English: {}",
@@ -279,7 +371,7 @@ def translations(
         pairs = filter(_is_plain, map(json.loads, file))
         in_order = sorted(pairs, key=_digest)
     for i, pair in enumerate(in_order[:n]):
-        to, source = ("zh", "en") if i % 2 else ("en", "zh")
+        to, source = SHIPPED if i % 2 else SHIPPED[::-1]
         ways = _ASK[to]
         way = ways[_digest(pair)[-1] % len(ways)]
         yield [
@@ -303,24 +395,45 @@ def _digest(pair: dict[str, str]) -> bytes:
 BUILTIN = ("builtin", "builtin:translation", "builtin:handwritten")
 
 
+def shipped_langs(
+    langs: Iterable[str] | None = None,  # codes of the languages of a run; None: any
+) -> list[str]:  # those in which conversations ship
+    "Example: shipped_langs(['km', 'en']) -> ['en']"
+    asked = SHIPPED if langs is None else list(langs)
+    return [lang for lang in SHIPPED if lang in asked]
+
+
+def _builtin_talks(
+    ref: str, langs: list[str], n_translations: int, forms: Counter | None
+) -> Iterator[list[dict]]:
+    "What ships under a name of `BUILTIN` in these languages"
+    if ref != "builtin:handwritten" and langs == list(SHIPPED):
+        yield from translations(n_translations)
+    if ref != "builtin:translation":
+        with open_text(package_data("data/conversations.jsonl")) as file:
+            for record in map(json.loads, file):
+                if set(record["languages"]) <= set(langs):
+                    yield to_messages(record, forms)
+
+
 def read_conversations(
     ref: str,  # jsonl or json file (also .xz, .gz), or a name of `BUILTIN`
     on_error: str = "skip",  # bad conversations: skip (and count) them, or stop and list them
     counts: Faults | None = None,  # receives how many were dropped, and why
     n_translations: int = 2000,  # of builtin
     forms: Counter | None = None,  # receives form -> how many were read
+    langs: Iterable[str] | None = None,  # of builtin: codes of the languages; None: all
 ) -> Iterator[list[dict]]:
     "Conversations of a source, whichever of the usual forms each has"
-    if ref in ("builtin", "builtin:translation"):
-        yield from translations(n_translations)
-    if ref in ("builtin", "builtin:handwritten"):
-        ref = str(package_data("data/conversations.jsonl"))
-    if ref.startswith("builtin"):
+    if ref in BUILTIN:
+        yield from _builtin_talks(ref, shipped_langs(langs), n_translations, forms)
         return
     faults = Faults()
     for number, record in _records(Path(ref), faults):
         try:
             yield to_messages(record, forms)
+        except RecursionError:  # where a value that is no text was to be shown
+            faults.note(ref, number, "brackets within brackets, too deep")
         except ValueError as e:
             faults.note(ref, number, str(e))
     if faults and on_error == "stop":
@@ -339,12 +452,43 @@ def conversation_refs(
     return [str(ref) for ref in conversations or ["builtin"]]
 
 
+def run_langs(
+    lang: str | None = None,  # code of the new language; None: any
+    kept: Iterable[str] | None = None,  # codes of the languages that are kept
+) -> list[str] | None:  # None: any
+    "Example: run_langs('km', ['en']) -> ['km', 'en']"
+    return None if lang is None else [lang, *(kept or [])]
+
+
 def source_faults(
     conversations: str | Path | Iterable[str | Path] | None,  # as typed
+    lang: str | None = None,  # code of the new language; None: any
+    kept: Iterable[str] | None = None,  # codes of the languages that are kept
 ) -> list[str]:
-    "One line for each source that is neither a file nor a name of `BUILTIN`"
-    return [
-        f"{ref}: no such file; expected conversations in jsonl, or {', '.join(BUILTIN)}"
-        for ref in conversation_refs(conversations)
+    "One line for each source that is missing, or that ships nothing in these languages"
+    refs = conversation_refs(conversations)
+    faults = [
+        f"{visible(ref, 200)}: no such file; "
+        f"expected conversations in jsonl, or {', '.join(BUILTIN)}"
+        for ref in refs
         if ref not in BUILTIN and not Path(ref).is_file()
     ]
+    if lang not in (None, *SHIPPED) and all(ref in BUILTIN for ref in refs):
+        return [*faults, _none_ships(lang)]
+    langs = shipped_langs(run_langs(lang, kept))
+    for ref in refs:
+        if ref in BUILTIN and next(_builtin_talks(ref, langs, 1, None), None) is None:
+            faults.append(
+                f"{ref}: ships in {' and '.join(SHIPPED)}, and language and kept are "
+                f"{', '.join(run_langs(lang, kept) or [])}; leave it out"
+            )
+    return faults
+
+
+def _none_ships(lang: str) -> str:
+    ships = " and ".join(f"{language_name(each)} ({each})" for each in SHIPPED)
+    return (
+        f"no conversations in {language_name(lang)} ({visible(lang)}) ship with the package, only "
+        f"in {ships}; give a file with yours: --conversations FILE, "
+        'or conversations = ["FILE"] under [sft] in a recipe'
+    )

@@ -8,7 +8,9 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "Encode",
+    "request_faults",
     "check_sft",
+    "decided",
     "Selection",
     "select_talks",
     "measured",
@@ -17,6 +19,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a21c_finetuning.ipynb #60f8941b
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -25,17 +28,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmixtral_nb.conversations import (
+    BUILTIN,
+    SHIPPED,
     Faults,
     conversation_refs,
     read_conversations,
+    run_langs,
+    shipped_langs,
     source_faults,
 )
 
-from .chat_tokenizer import FORMS, PAD
+from .chat_tokenizer import FORMS, PAD, template_for
 from .checkpoints import resolve_model
 from .corpus import is_heldout
 from .machine import gpu_bytes, say, world_size
 from .options import at_least, faults_of, one_of, range_faults, refuse
+from .packages import package_faults
 from .plan import plan_faults
 from .qlora import parameter_table, quantised
 from .stages import input_fingerprint, require, tokenizer_fingerprint
@@ -46,18 +54,39 @@ if TYPE_CHECKING:
 
 
 # %% ../nbs/a21c_finetuning.ipynb #edecd9c9
+def request_faults(
+    conversations: list[str] | None = None,  # files, or names of what ships; None: builtin
+    lang: str | None = None,  # code of the new language; None: those that ship
+    kept: list[str] | None = None,  # codes of the languages that are kept
+    template: str | None = None,  # name in `FORMS`; None: as the language needs
+    **options: Any,  # the others; those that have no range are left alone
+) -> list[str]:
+    "What is wrong with a request to `sft`, as far as it is known before there is a model"
+    checked = dict(options, template=template or template_for(lang))
+    if options.get("steps"):
+        checked.pop("epochs", None)  # steps decide
+    faults = range_faults(
+        checked,
+        length=at_least(16),
+        rows=one_of("all", "none"),
+        template=one_of(*FORMS),
+    )
+    if kept and lang is None:
+        faults.append("kept is given without lang; name the new language with --lang CODE")
+    return faults + source_faults(conversations, lang, kept)
+
+
 def check_sft(
     model: str | Path,  # folder or hub id
-    conversations: list[str] | None = None,  # files, or names of what ships; None: builtin
     device: str | None = None,  # None: a GPU where there is one
     **options: Any,  # the others, all of them
 ) -> None:
     "`StageError` with everything that is wrong with a request to `sft`"
-    faults = _option_faults(options)
-    faults += source_faults(conversations)
+    faults = request_faults(**options) + package_faults(dict(options, device=device))
     faults += faults_of(_require_tokenizer, model, options["bpe_dropout"])
     if not faults:
-        faults = faults_of(_require_marks, model, options["rows"], options["template"])
+        template = options["template"] or template_for(options["lang"])
+        faults = faults_of(_require_marks, model, options["rows"], template)
         faults += plan_faults(
             resolve_model(model),
             options,
@@ -67,18 +96,6 @@ def check_sft(
             stage="sft",
         )
     refuse(faults)
-
-
-def _option_faults(options: dict[str, Any]) -> list[str]:
-    checked = dict(options)
-    if options["steps"]:
-        del checked["epochs"]  # steps decide
-    return range_faults(
-        checked,
-        length=at_least(16),
-        rows=one_of("all", "none"),
-        template=one_of(*FORMS),
-    )
 
 
 def _require_tokenizer(model: str | Path, bpe_dropout: float) -> None:
@@ -107,6 +124,23 @@ def _require_marks(model: str | Path, rows: str, template: str) -> None:
     )
 
 
+# %% ../nbs/a21c_finetuning.ipynb #d781d404
+def decided(
+    lang: str | None = None,  # code of the new language; None: those that ship
+    kept: list[str] | None = None,  # codes of the languages that are kept
+    conversations: list[str] | None = None,  # files, or names of what ships; None: builtin
+    template: str | None = None,  # name in `FORMS`; None: as the language needs
+    **_: Any,  # the other options of `sft`
+) -> dict[str, Any]:  # parameter -> value, as it is written into the manifest
+    "What the languages of a run decide: the form, and what is read of that which ships"
+    found: dict[str, Any] = dict(template=template or template_for(lang))
+    langs = shipped_langs(run_langs(lang, kept))
+    reads_shipped = any(ref in BUILTIN for ref in conversation_refs(conversations))
+    if reads_shipped and langs != list(SHIPPED):
+        found["languages"] = langs
+    return found
+
+
 # %% ../nbs/a21c_finetuning.ipynb #055e5283
 Encode = Callable[[list[dict]], tuple[list[int], list[int]]]  # a conversation -> ids and mask
 
@@ -121,7 +155,7 @@ class Selection:
     sources: dict[str, dict[str, int]] = field(default_factory=dict)  # source -> form -> how many
     n_tokens: int = 0  # of `train`
     n_answer_tokens: int = 0  # of them under the loss
-    seen: set[str] = field(default_factory=set, repr=False)
+    seen: set[bytes] = field(default_factory=set, repr=False)  # a hash of each conversation
 
     def add(
         self,
@@ -131,9 +165,10 @@ class Selection:
         valid_share: float,  # of conversations to hold out
     ) -> str:  # why it is dropped; empty where it is not
         text = json.dumps(talk, ensure_ascii=False)
-        if text in self.seen:
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest in self.seen:
             return "repeated"
-        self.seen.add(text)
+        self.seen.add(digest)
         ids, mask = encode(talk)
         read = mask[:length]
         if not any(read):
@@ -157,6 +192,7 @@ def select_talks(
     n_translations: int,  # of builtin
     length: int,  # tokens that are read of a conversation
     valid_share: float,  # of conversations to hold out
+    langs: list[str] | None = None,  # codes of the languages of the run; None: any
 ) -> Selection:
     "Read all sources; `StageError` with the faults of all files, or if nothing is left"
     refs = conversation_refs(conversations)
@@ -165,13 +201,15 @@ def select_talks(
 
     def add_source(ref: str) -> None:
         forms: Counter[str] = Counter()
-        dropped = Faults()
-        talks = list(read_conversations(ref, on_error, dropped, n_translations, forms))
-        for talk in talks:
+        dropped, later = Faults(), Faults()  # by the reader, by the selection
+        n_read = 0
+        for talk in read_conversations(ref, on_error, dropped, n_translations, forms, langs):
+            n_read += 1
             if reason := chosen.add(talk, encode, length, valid_share):
-                dropped[reason] += 1
+                later[reason] += 1
+        dropped.take(later)
         _say_source(ref, forms, dropped)
-        chosen.sources[ref] = dict(forms) or dict(builtin=len(talks))
+        chosen.sources[ref] = dict(forms) or dict(builtin=n_read)
         chosen.dropped.take(dropped)
 
     for ref in refs:
@@ -187,7 +225,7 @@ def select_talks(
 
 def _say_source(ref: str, forms: Counter[str], dropped: Faults) -> None:
     "One line for each file; what ships is known"
-    if not ref.startswith("builtin"):
+    if ref not in BUILTIN:
         read = ", ".join(f"{n:,} {form}" for form, n in forms.items())
         more = f"; dropped: {dropped}" if dropped else ""
         say("sft", f"{ref}: {read or 'no conversation'}{more}")

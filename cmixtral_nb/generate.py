@@ -20,7 +20,6 @@ __all__ = [
 import json
 import re
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,15 +27,26 @@ from typing import TYPE_CHECKING
 from cmixtral_nb.samples import (
     check_generate,
     read_prompts,
+    request_faults,
     require_room,
     samples_table,
     sampling_faults,
+)
+from cmixtral_nb.templates import (
+    BEGIN_MARK,
+    END_MARK,
+    check_template,
+    new_mark,
+    render,
+    require_marks,
+    words_of,
 )
 
 from .checkpoints import named_models, resolve_model
 from .loading import load_model
 from .machine import say
 from .options import faults_of, refuse
+from .packages import package_faults
 from .stages import StageError, require, stage, tokenizer_fingerprint, write_text
 from .tokenizer_files import encode_plain, load_tokenizer
 
@@ -59,19 +69,7 @@ def nucleus(
 
 
 # %% ../nbs/12_generate.ipynb #08be60f4
-_MARK = re.compile("\ue000.*?\ue001")  # private characters of Unicode around a random name
-
-
-def _render(tok: PreTrainedTokenizerBase, messages: list[dict]) -> str:
-    "What the chat template makes of messages, and of the beginning of an answer"
-    try:
-        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # of Jinja, or of what the template calls
-        reason = " ".join(str(e).split())[:150]
-        raise StageError(
-            f"the chat template does not render this conversation ({reason}); "
-            "correct chat_template.jinja, or run: cmixtral sft"
-        ) from None
+_MARK = re.compile(f"{BEGIN_MARK}.*?{END_MARK}")  # private characters around a random name
 
 
 def _control(tok: PreTrainedTokenizerBase) -> set[str]:
@@ -87,12 +85,14 @@ def encode_prompt(
     if isinstance(prompt, str):
         start = [] if tok.bos_token_id is None else [tok.bos_token_id]
         return start + encode_plain(tok, [prompt])[0]
-    typed = {f"\ue000{uuid.uuid4().hex}\ue001": message["content"] for message in prompt}
+    typed = {new_mark(): words_of(message) for message in prompt}
     marked = [dict(message, content=mark) for message, mark in zip(prompt, typed, strict=True)]
+    text = render(tok, marked)
+    require_marks(text, list(typed), [message["role"] for message in prompt])
     control = _control(tok)
     longest_first = sorted(map(re.escape, control), key=len, reverse=True)
     ids: list[int] = []
-    for part in re.split(f"({'|'.join(longest_first)})", _render(tok, marked)):
+    for part in re.split(f"({'|'.join(longest_first)})", text):
         if part in control:
             ids.append(tok.convert_tokens_to_ids(part))
         elif part:
@@ -168,7 +168,13 @@ def decode_after(
 
 
 # %% ../nbs/12_generate.ipynb #a2d32121
-@stage("samples", inputs=("models", "prompts"), ignore=("device",), check=check_generate)
+@stage(
+    "samples",
+    inputs=("models", "prompts"),
+    ignore=("device",),
+    check=check_generate,
+    options=request_faults,
+)
 def generate(
     models: list[str],  # "NAME=FOLDER" of each model to compare
     out: Path,  # folder to write: samples.jsonl, samples.md
@@ -259,8 +265,8 @@ def chat(
 ):
     "Talk with a model; /reset forgets, /exit or end of file leaves, Ctrl-C stops an answer"
     how = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    refuse(sampling_faults(how) + faults_of(resolve_model, model))
-    net = load_model(model, adapter=adapter, load_in_4bit=load_in_4bit, attn=attn, device=device)
+    options = dict(how, attn=attn, device=device)
+    refuse(sampling_faults(how) + package_faults(options) + faults_of(resolve_model, model))
     its_own = adapter if adapter and tokenizer_fingerprint(adapter) else None
     tok = load_tokenizer(its_own or resolve_model(model))
     require(
@@ -268,6 +274,8 @@ def chat(
         f"{model} has no chat template; "
         f"run: cmixtral sft --model {model} --out DIR, or cmixtral generate",
     )
+    check_template(tok)
+    net = load_model(model, adapter=adapter, load_in_4bit=load_in_4bit, attn=attn, device=device)
     start = [dict(role="system", content=system)] if system else []
     room = net.config.max_position_embeddings - max_new_tokens
     talk = list(start)

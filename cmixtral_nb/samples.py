@@ -8,8 +8,10 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "PROMPTS",
+    "prompts_of",
     "read_prompts",
     "sampling_faults",
+    "request_faults",
     "check_generate",
     "require_room",
     "samples_table",
@@ -20,19 +22,28 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import named_models
+from .checkpoints import named_models, resolve_model
 from .options import Range, faults_of, range_faults, refuse
+from .packages import package_faults
 from .stages import require
+from .templates import check_template
+from .tokenizer_files import load_tokenizer
 
 # %% ../nbs/a21d_samples.ipynb #bf5fdfb3
-PROMPTS = [
-    "今天天气很好，",
-    "中国的首都是",
-    "人工智能是",
-    "从前有一个",
-    "The capital of France is",
-    "Once upon a time",
-]
+_BEGINNINGS = {  # language -> texts that a base model can go on with
+    "zh": ["今天天气很好，", "中国的首都是", "人工智能是", "从前有一个"],
+    "en": ["The capital of France is", "Once upon a time"],
+}
+
+
+def prompts_of(
+    lang: str,  # code of a language
+) -> list[str]:  # empty where none ship
+    "Example: prompts_of('en') -> ['The capital of France is', 'Once upon a time']"
+    return list(_BEGINNINGS.get(lang, []))
+
+
+PROMPTS = [prompt for lang in _BEGINNINGS for prompt in prompts_of(lang)]
 
 
 def _is_file(prompt: str) -> bool:
@@ -69,17 +80,33 @@ def sampling_faults(
     return range_faults(options, top_p=_TOP_P)
 
 
+def request_faults(
+    prompts: list[str] | None = None,  # texts, or files with one on each line
+    **options: Any,  # the others; those that have no range are left alone
+) -> list[str]:
+    "What is wrong with a request to `generate`, as far as it is known before there is a model"
+    return sampling_faults(options) + faults_of(read_prompts, prompts)
+
+
 def check_generate(
     models: list[str],  # "NAME=FOLDER" of each
     prompts: list[str] | None = None,  # texts, or files with one on each line
+    chat: bool = True,  # put the prompts into the chat template of a model that has one
     **options: Any,  # the others, all of them
 ) -> None:
     "`StageError` with everything that is wrong with a request to `generate`"
-    refuse(
-        sampling_faults(options)
-        + faults_of(named_models, models)
-        + faults_of(read_prompts, prompts)
-    )
+    faults = request_faults(prompts, **options) + package_faults(options)
+    faults += faults_of(named_models, models)
+    if chat and not faults:
+        for ref in named_models(models).values():
+            faults += faults_of(_check_tokenizer, ref)
+    refuse(faults)
+
+
+def _check_tokenizer(ref: str) -> None:
+    tok = load_tokenizer(resolve_model(ref))
+    if tok.chat_template:
+        check_template(tok)
 
 
 # %% ../nbs/a21d_samples.ipynb #cef15fe5

@@ -33,8 +33,10 @@ from cmixtral_nb.finetuning import (
     Selection,
     chat_stats,
     check_sft,
+    decided,
     in_two_lines,
     measured,
+    request_faults,
     select_talks,
 )
 from cmixtral_nb.training import (
@@ -45,8 +47,9 @@ from cmixtral_nb.training import (
 )
 
 from .adapters import save_adapter
-from .chat_tokenizer import PAD, form_of, write_chat_tokenizer
+from .chat_tokenizer import PAD, form_of, template_for, write_chat_tokenizer
 from .checkpoints import resolve_model
+from .conversations import run_langs
 from .loading import load_model
 from .machine import default_device, meet, process_rank, say, world_size
 from .pretrain import run_to_end, trainer, weigh_balance
@@ -349,15 +352,19 @@ def _answer_nats(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
 @stage(
     "adapter",
     inputs=("model", "conversations"),
-    ignore=("device",),
+    ignore=("device", "lang", "kept"),
     resumable=True,
     check=check_sft,
+    options=request_faults,
+    found=decided,
     parallel=True,
 )
 def sft(
     model: Path,  # model folder (ours or any other) or hub id
     out: Path,  # folder to write
     conversations: list[str] | None = None,  # jsonl: ShareGPT, OpenAI, Alpaca; None: builtin
+    lang: str | None = None,  # code of the new language, which chooses from builtin; None: zh, en
+    kept: list[str] | None = None,  # codes of the languages that the base should keep
     load_in_4bit: bool = True,  # hold the frozen weights, experts too, in NF4
     rank: int = 64,  # r of LoRA
     alpha: float = 128,  # the update is scaled by alpha / rank
@@ -376,7 +383,7 @@ def sft(
     bpe_dropout: float = 0.1,  # probability with which the tokenizer skips a merge; 0: none
     n_translations: int = 2000,  # translation tasks of builtin
     on_error: str = "skip",  # bad conversations: skip (and count) them, or stop and list them
-    template: str = "huozi",  # form of a conversation: huozi, chatml
+    template: str | None = None,  # huozi (default for Chinese), chatml (default for others)
     valid_share: float = 0.02,  # of the conversations held out to measure on
     optim: str = "adamw_torch",  # of transformers; paged_adamw_8bit saves memory on a GPU
     eval_every: int = 200,  # steps between evaluations
@@ -390,9 +397,11 @@ def sft(
     # Long: the options of the Trainer stand one a line.
     device = device or default_device()
     folder = resolve_model(model)
-    tok = _written_tokenizer(folder, out, template)
-    encode = partial(encode_chat, tok)
-    talks = select_talks(conversations, encode, on_error, n_translations, length, valid_share)
+    tok = _written_tokenizer(folder, out, template or template_for(lang))
+    encode, langs = partial(encode_chat, tok), run_langs(lang, kept)
+    talks = select_talks(
+        conversations, encode, on_error, n_translations, length, valid_share, langs
+    )
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
     _grow_marks(net, tok, load_tokenizer(folder))
     weigh_balance(net, aux, accumulation)

@@ -23,9 +23,10 @@ from cmixtral_nb.chat_tokenizer import (
     PAD,
     ColouredTokens,
     chat_tokenizer,
+    form_of,
     write_chat_tokenizer,
 )
-from cmixtral_nb.conversations import Faults, read_conversations
+from cmixtral_nb.conversations import Faults, read_conversations, to_messages
 from cmixtral_nb.machine import package_data
 from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.stages import StageError
@@ -95,22 +96,29 @@ def test_ids_and_mask_are_those_of_the_template(either, texts):
     assert either(s.decode_chat(either, ids), add_special_tokens=False)["input_ids"] == ids
 
 
-@settings(max_examples=40, deadline=None)
+MARKS = [mark for form in FORMS.values() for mark in (form.begin, form.end)]
+OF_ANY_LANGUAGE = ["助手", "assistant\n", "ជំនួយការ", "助手はい", "ассистент", "trợ lý", "مساعد"]
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.sampled_from([BEGIN, END, PAD, "<s>", "</s>", "<unk>", "\n", "助手", "x", " "]),
+        st.sampled_from([*MARKS, PAD, "<s>", "</s>", "<unk>", "\n", "x", " ", *OF_ANY_LANGUAGE]),
         max_size=8,
     ).map("".join)
 )
-def test_no_word_becomes_control(tok, text):
+def test_no_word_becomes_control(either, text):
     "Neither in our encoding, letter by letter, nor in the template's text, which engines read"
+    form = form_of(either)
     talk = [dict(role=r, content=text) for r in ("system", "user", "assistant")]
-    ids, mask = s.encode_chat(tok, talk)
-    assert control_tokens(tok, ids) == ["<s>"] + [BEGIN, END] * 3
+    ids, mask = s.encode_chat(either, talk)
+    assert control_tokens(either, ids) == ["<s>"] + [form.begin, form.end] * 3
     answer = [i for i, m in zip(ids, mask, strict=True) if m]
-    assert answer[:-1] == encode_plain(tok, [f"助手\n{text}"])[0][4:]
-    assert answer[-1] == tok.eos_token_id
-    assert control_tokens(tok, rendered_ids(tok, talk)) == ["<s>"] + [BEGIN, END] * 3
+    head = form.roles["assistant"] + "\n"
+    n_head = len(encode_plain(either, [head])[0])
+    assert answer[:-1] == encode_plain(either, [head + text])[0][n_head:]
+    assert answer[-1] == either.eos_token_id
+    assert control_tokens(either, rendered_ids(either, talk)) == control_tokens(either, ids)
 
 
 def test_ten_thousand_hostile_messages(tok):
@@ -287,6 +295,7 @@ def line(roles="", contents=(), **more):
         (line(messages=[3]), "turns that are no list of objects"),
         (line("ua", [{"a": 1}, "a"]), "content that is no text"),
         (line("ua", ["\ud800", "a"]), "half a character"),
+        (line("ua", ["a", "长" * 1_000_001]), "more than 1,000,000 characters"),
         (line(instruction=3, output="a"), "content that is no text"),
         (line(instruction="a", output="a", history=5), "history that is no list of pairs"),
         (line(instruction="a", output="a", history=[["b"]]), "history that is no list of pairs"),
@@ -562,6 +571,197 @@ def test_a_model_without_its_tokenizer(model, tmp_path):
     (d / "tokenizer.json").unlink()
     with pytest.raises(StageError, match="holds no tokenizer.json"):
         s.sft(d, out=tmp_path / "o", bpe_dropout=0)
+
+
+KHMER = ["សួស្តី", "រាជធានីកម្ពុជាឈ្មោះអ្វី?", "អរគុណ", "ថ្ងៃនេះក្តៅណាស់"]
+
+
+def own_file(folder, texts):
+    "Forty conversations, each with another number"
+    talks = [
+        [
+            dict(role="user", content=f"{texts[k % len(texts)]} {k}"),
+            dict(role="assistant", content=f"{k} {texts[(k + 1) % len(texts)]}"),
+        ]
+        for k in range(40)
+    ]
+    file = folder / "own.jsonl"
+    file.write_text("\n".join(json.dumps(dict(messages=talk)) for talk in talks))
+    return str(file)
+
+
+def test_a_language_of_which_nothing_ships(model, tmp_path):
+    "Its own file is trained on and measured; the form is ChatML's, and no Chinese is in it"
+    file = own_file(tmp_path, KHMER)
+    kw = dict(rank=2, alpha=4, steps=2, batch=2, accumulation=1, length=96, valid_share=0.2)
+    kw |= dict(eval_every=2, log_every=1, load_in_4bit=False, device="cpu")
+    made = s.sft(model, out=tmp_path / "o", conversations=[file], lang="km", kept=["en"], **kw)
+    assert made.stats["n_valid"] > 1 and made.stats["n_conversations"] > 20
+    assert 0 < made.stats["bpb"]["answers"]["after"] < 20
+    assert made.params["template"] == "chatml"
+    assert not {"lang", "kept", "languages"} & set(made.params)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        assert "用户" not in (made.path / name).read_text()
+    tok = load_tokenizer(made.path)
+    text = s.decode_chat(tok, s.encode_chat(tok, [dict(role="user", content=KHMER[0])])[0])
+    assert text == f"<s><|im_start|>user\n{KHMER[0]}<|im_end|>\n"
+
+
+@pytest.mark.parametrize("lang,kept", [("km", ["en"]), ("ja", ["en", "zh"]), ("ru", [])])
+def test_a_language_of_which_nothing_ships_needs_a_file(model, tmp_path, lang, kept):
+    "Said before anything is loaded, and by a recipe before its first stage"
+    says = f"[(]{lang}[)] ship with the package, only in Chinese [(]zh[)] and English [(]en[)]"
+    with pytest.raises(StageError, match=says + '.*conversations = ."FILE". under .sft.'):
+        s.sft(model, out=tmp_path / "o", lang=lang, kept=kept)
+    faults = s.sft.option_faults(lang=lang, kept=kept)
+    assert len(faults) == 1 and re.search(says, faults[0])
+    assert s.sft.option_faults(lang=lang, kept=kept, conversations=[__file__]) == []
+    for shipped in ("zh", "en"):
+        assert s.sft.option_faults(lang=shipped, kept=kept) == []
+
+
+@pytest.mark.parametrize(
+    "langs,n,han",
+    [
+        (None, 2067, True),
+        (["zh", "en"], 2067, True),
+        (["ru", "en", "zh"], 2067, True),
+        (["zh"], 36, True),
+        (["km", "en"], 17, False),
+        (["km"], 0, False),
+    ],
+)
+def test_what_ships_is_chosen_by_the_languages(langs, n, han):
+    talks = list(read_conversations("builtin", langs=langs))
+    assert len(talks) == n
+    text = json.dumps(talks, ensure_ascii=False)
+    assert bool(re.search("[\u4e00-\u9fff]", text)) == han
+    if langs in (["zh"], ["km", "en"]):
+        assert "Chinese" not in text and "英文" not in text  # no model says what it cannot
+
+
+def test_what_languages_decide_is_in_the_manifest(micro):
+    "For Chinese and English what it was before there were other languages"
+    params = json.loads((micro[0] / "sft/manifest.json").read_text())["params"]
+    assert params["template"] == "huozi"
+    assert not {"lang", "kept", "languages"} & set(params)
+    assert finetuning.decided("zh", ["en"]) == dict(template="huozi")
+    assert finetuning.decided("zh", []) == dict(template="huozi", languages=["zh"])
+
+
+@pytest.mark.parametrize(
+    "option,value",
+    [
+        *[("length", n) for n in (2, 15, -1)],
+        *[("warmup", n) for n in (-1, float("nan"), float("inf"))],
+        *[("lr", n) for n in (0, -1, float("nan"), float("inf"))],
+        *[("rows_lr", n) for n in (-1, float("nan"), float("inf"))],
+        *[(name, 0) for name in ("eval_every", "save_every", "log_every", "batch", "rank")],
+        *[("seed", n) for n in (-1, 2**32)],
+        *[("valid_share", n) for n in (-0.1, 1, float("nan"))],
+        *[("neftune", n) for n in (-1, float("nan"))],
+        *[("epochs", n) for n in (0, float("inf"))],
+        ("alpha", float("inf")),
+        ("n_translations", -1),
+        ("rows", "new"),
+        ("template", "alpaca"),
+        ("kept", ["en"]),
+    ],
+)
+def test_bounds_are_known_before_the_first_stage(option, value):
+    [fault] = s.sft.option_faults(**{option: value})
+    assert fault.startswith(f"{option} is ")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+SPEAKER = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool"]) | JSON
+WORDS = st.sampled_from(["你好", "", " ", "\ud800", "\x00", "\ufeff"]) | JSON
+TURN = st.fixed_dictionaries(
+    {},
+    optional=dict.fromkeys(("role", "from"), SPEAKER) | dict.fromkeys(("content", "value"), WORDS),
+)
+TURNS = st.lists(TURN | JSON, max_size=4) | JSON
+RECORD = (
+    st.fixed_dictionaries(
+        {},
+        optional=dict(
+            messages=TURNS,
+            conversations=TURNS,
+            instruction=WORDS,
+            input=WORDS,
+            output=WORDS,
+            system=WORDS,
+            history=st.lists(st.lists(WORDS, max_size=3) | JSON, max_size=3) | JSON,
+        ),
+    )
+    | JSON
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(RECORD)
+def test_any_json_is_a_conversation_or_has_a_reason(record):
+    try:
+        talk = to_messages(json.loads(json.dumps(record)))
+    except ValueError as e:
+        assert 0 < len(str(e)) < 120 and str(e).isprintable()
+        return
+    roles = [message["role"] for message in talk]
+    assert roles[-2:] == ["user", "assistant"]
+    assert all(message["content"].strip() for message in talk)
+    json.dumps(talk, ensure_ascii=False).encode()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(RECORD, max_size=6), st.booleans(), st.sampled_from(["", "\ufeff"]))
+def test_any_file_of_json_is_read(tmp_path_factory, records, as_list, mark):
+    "Every record is read or counted; as one list it is the same"
+    lines = [json.dumps(record) for record in records]
+    file = tmp_path_factory.mktemp("any") / "a.json"
+    text = f"[{', '.join(lines)}]" if as_list else "\n".join(["{}", *lines])
+    file.write_text(mark + text, encoding="utf-8")
+    talks, counts = read(file)
+    assert len(talks) + sum(counts.values()) == len(records) + (not as_list)
+
+
+def test_a_nest_that_json_reads_and_nothing_shows(tmp_path):
+    "Between what the parser takes and what printing takes there are values"
+    for depth in range(900, 1000):
+        nest = "[" * depth + "]" * depth
+        file = tmp_path / "a.jsonl"
+        file.write_text('{"messages": [{"role": ' + nest + ', "content": "x"}]}\n')
+        talks, counts = read(file)
+        assert talks == [] and sum(counts.values()) == 1
+
+
+def test_a_file_of_a_thousand_names_for_a_speaker(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(f'{{"messages": [{{"role": "r{k}"}}]}}\n' for k in range(1000)))
+    _, counts = read(file)
+    assert len(counts) == 51 and counts["other reasons"] == 950
+
+
+def test_a_line_of_a_gigabyte_is_not_kept(tmp_path):
+    from cmixtral_nb.machine import peak_bytes, reset_peak
+
+    file = tmp_path / "a.jsonl.gz"
+    good = json.dumps(dict(messages=TALK)).encode() + b"\n"
+    with gzip.open(file, "wb", compresslevel=1) as out:
+        out.write(good + b'{"messages": "')
+        for _ in range(500):
+            out.write(b"x" * 10**6)
+        out.write(b'"}\n' + good)
+    reset_peak()
+    before = peak_bytes()
+    talks, counts = read(file)
+    assert talks == [TALK, TALK] and list(counts) == ["longer than 16 MB"]
+    assert peak_bytes() - before < 200e6
 
 
 def test_nothing_left_to_train_on(model, tmp_path):
