@@ -39,12 +39,6 @@ from cmixtral_nb.finetuning import (
     request_faults,
     select_talks,
 )
-from cmixtral_nb.training import (
-    drop_half_written,
-    read_log,
-    saved_checkpoints,
-    training_arguments,
-)
 
 from .adapters import save_adapter
 from .chat_tokenizer import PAD, form_of, template_for, write_chat_tokenizer
@@ -56,6 +50,7 @@ from .pretrain import run_to_end, trainer, weigh_balance
 from .qlora import add_lora
 from .stages import require, stage
 from .tokenizer_files import encode_plain, load_tokenizer
+from .training import read_log, ready_checkpoints, training_arguments
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -409,8 +404,7 @@ def sft(
     n_step = batch * accumulation * world_size()  # conversations of a step
     n_steps = steps or max(1, round(epochs * len(talks.train) / n_step))
     bpe = load_bpe(folder) if bpe_dropout else None
-    done = saved_checkpoints(out / "checkpoints")
-    drop_half_written(out / "checkpoints")
+    done = ready_checkpoints(out / "checkpoints")
     args = training_arguments(
         out / "checkpoints",
         device,
