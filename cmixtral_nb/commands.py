@@ -11,28 +11,39 @@ __all__ = [
     "FORCE_DOC",
     "GROUPS",
     "QUIET",
+    "FROM_HUB",
+    "TRACEBACK",
     "option_settings",
     "parser",
     "overview",
     "wants_hub",
+    "faults_of_users",
     "main",
 ]
 
 # %% ../nbs/a32_commands.ipynb #cb820d37
 import argparse
+import contextlib
+import errno
 import inspect
 import logging
+import math
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .options import nearest
+from .files import StageError
+from .machine import grow_segments
+from .options import LARGEST, nearest
 from .preflight import hub_ids
 from .recipes import anno_type, command, read_recipe
-from .stages import StageError
+from .shapes import visible
 
 
 # %% ../nbs/a32_commands.ipynb #cb02b299
@@ -51,10 +62,30 @@ def option_settings(
     if typ is bool:
         return settings | {"action": argparse.BooleanOptionalAction}
     one = typ[0] if isinstance(typ, list) else typ
-    settings |= {"type": one, "metavar": _metavar(one, param.name)}
+    settings |= {"type": _READERS.get(one, one), "metavar": _metavar(one, param.name)}
     if isinstance(typ, list):
         settings["nargs"] = "+"
     return settings
+
+
+def _number(text: str) -> float:
+    "A number that can be computed with: not nan, not inf"
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    "An integer that every library takes"
+    value = int(text[:100])
+    if abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:30]} is beyond {LARGEST:,}")
+    return value
+
+
+_number.__name__, _whole.__name__ = "float", "int"  # as argparse says it: invalid int value: 'x'
+_READERS = {float: _number, int: _whole}
 
 
 def _metavar(typ: type, name: str) -> str:
@@ -166,31 +197,53 @@ QUIET = {
 }
 
 
+FROM_HUB = (  # options that may name something of the hub
+    "adapter",
+    "base",
+    "conversations",
+    "data",
+    "domains",
+    "model",
+    "models",
+    "sources",
+    "tokenizer",
+    "tokenizers",
+)
+
+
 def _may_be_hub_id(word: str) -> bool:
     "Example: 'mistralai/Mixtral-8x7B-v0.1' may be one; './a', 'a/b/c' and a path that exists not"
     if "hub:" in word or word == "hub":
         return True
-    return word.count("/") == 1 and word[0] not in "./-~" and not Path(word).exists()
+    is_path = word.count("/") != 1 or word[0] in "./-~"
+    return not is_path and not os.path.lexists(word)
+
+
+def _words(value: Any) -> list[str]:
+    "The texts of an option"
+    values = value if isinstance(value, list) else [value]
+    return [str(one) for one in values if isinstance(one, str | Path)]
 
 
 def wants_hub(
-    argv: list[str],  # as typed, the command first
+    name: str,  # of the command
+    args: dict[str, Any],  # its arguments, read from the command line
 ) -> bool:
-    "Whether a command may ask the network"
-    if argv[0] not in ("run", "plan"):
-        return any(map(_may_be_hub_id, argv[1:]))
-    recipe = next((word for word in argv[1:] if not word.startswith("-")), "tiny")
+    "Whether a command may ask the network: only where something of the hub is named"
+    if name not in ("run", "plan"):
+        return any(_may_be_hub_id(word) for key in FROM_HUB for word in _words(args.get(key)))
     try:
-        return bool(hub_ids(read_recipe(recipe)))
-    except StageError:
+        return bool(hub_ids(read_recipe(args["recipe"])))
+    except (StageError, OSError):
         return False  # said in a moment, by the command itself
 
 
-def _quiet(argv: list[str]) -> None:
+def _quiet(name: str, args: dict[str, Any]) -> None:
     "Settings of libraries, before they are imported"
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
-    if not wants_hub(argv):
+    grow_segments()
+    if not wants_hub(name, args):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
@@ -198,27 +251,161 @@ def _quiet(argv: list[str]) -> None:
 
 
 # %% ../nbs/a32_commands.ipynb #e6f0d15e
+_REMEDIES = {  # what the system said -> what may help
+    errno.EACCES: "; choose another place, or change its permissions",
+    errno.EPERM: "; choose another place, or change its permissions",
+    errno.EROFS: "; choose another place",
+    errno.ENAMETOOLONG: "; choose a shorter name",
+    errno.ENOTDIR: "; a file stands where a folder is expected",
+    errno.ELOOP: "; links lead in a circle",
+    errno.ENOSPC: "; free some, or choose another place",
+    errno.EDQUOT: "; free some, or choose another place",
+    errno.EMFILE: "; allow more open files: ulimit -n 4096",
+}
+
+
+def _system_fault(e: OSError) -> str:
+    "What the system refused, where, and what may help"
+    if e.strerror is None:  # a library's own
+        return str(e) or type(e).__name__
+    where = f"{os.fsdecode(e.filename)}: " if isinstance(e.filename, str | bytes) else ""
+    return f"{where}{e.strerror.lower()}{_REMEDIES.get(e.errno or 0, '')}"
+
+
+def faults_of_users(
+    e: BaseException,  # that ended a command
+) -> list[str]:  # one line each; empty for a mistake in this project
+    "What a user can do something about"
+    if isinstance(e, StageError):
+        return list(e.args)
+    if isinstance(e, MemoryError):
+        return ["not enough memory; cmixtral plan shows what a recipe needs"]
+    if type(e).__name__ == "OutOfMemoryError":  # of PyTorch, which may not be installed
+        return ["not enough memory on the GPU; cmixtral plan shows what fits"]
+    if isinstance(e, RecursionError):
+        return ["an input is nested too deeply to be read"]
+    return [_system_fault(e)] if isinstance(e, OSError) else []
+
+
+# %% ../nbs/a32_commands.ipynb #15ba50ea
+TRACEBACK = "CMIXTRAL_TRACEBACK"  # set to 1, errors keep their traceback
+_LINE = 1000  # characters of a message
+
+
+def _complain(line: str) -> None:
+    print(f"StageError: {visible(line, _LINE)}", file=sys.stderr)
+
+
+def _explain(e: Exception, argv: list[str]) -> int:
+    "Say what ended a command; the exit status"
+    if os.environ.get(TRACEBACK):
+        raise e
+    if faults := faults_of_users(e):
+        for fault in faults:
+            _complain(str(fault))
+        return 2
+    what = visible(f"{type(e).__name__}: {e}", _LINE)
+    print(
+        f"cmixtral {argv[0]}: unexpected {what}; this is a mistake in cmixtral_nb, please report "
+        f"it with what {TRACEBACK}=1 cmixtral {argv[0]} ... shows",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _flush() -> None:
+    "Write what is left, here rather than when Python ends, where a closed pipe is no longer caught"
+    if sys.stdout:
+        sys.stdout.flush()
+
+
+def _let_output_go() -> None:
+    "Nobody reads standard output any more; what is left of it goes nowhere"
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_stdout(e: OSError) -> bool:
+    "Whether an error comes from writing to standard output"
+    try:
+        _flush()
+    except OSError as again:
+        return again.errno == e.errno
+    return False
+
+
+# %% ../nbs/a32_commands.ipynb #30d3fa57
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _die_again() -> None:
+    "In a forked child, which is ended by its parent: as if there were no handler"
+    if signal.getsignal(signal.SIGTERM) is _stop:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_die_again)
+
+
+@contextlib.contextmanager
+def _ends_at_sigterm() -> Iterator[None]:
+    "SIGTERM is an exception, unless somebody else has a plan for it"
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# %% ../nbs/a32_commands.ipynb #70faffd4
+def _any_terminal() -> None:
+    "A character that a terminal does not know is written as its number"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _do(argv: list[str]) -> None:
+    "What a command line says"
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+    elif argv[0] == "--version":
+        print(__version__)
+    else:
+        args = vars(parser(argv[0]).parse_args(argv[1:]))
+        _quiet(argv[0], args)
+        command(argv[0])(**args)
+    _flush()
+
+
 def main(
     argv: list[str] | None = None,  # arguments; default: those of the process
-) -> int:  # exit status: 0, 2 for a fault, 130 when interrupted
+) -> int:  # exit status: 0, 1 for a mistake of ours, 2 for a fault, 130 and 143 when interrupted
     "The command `cmixtral`"
     argv = sys.argv[1:] if argv is None else list(argv)
+    _any_terminal()
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            print(overview())
-        elif argv[0] == "--version":
-            print(__version__)
-        else:
-            args = vars(parser(argv[0]).parse_args(argv[1:]))
-            _quiet(argv)
-            command(argv[0])(**args)
-    except StageError as e:
-        for fault in e.args:
-            print(f"StageError: {fault}", file=sys.stderr)
-        return 2
+        with _ends_at_sigterm():
+            _do(argv)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        pass  # `cmixtral ... | head` has read enough
+    except SystemExit as e:
+        if e.code != 128 + signal.SIGTERM:
+            raise  # argparse, after --help
+        print("terminated; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except Exception as e:
+        is_full = isinstance(e, OSError) and _is_stdout(e)
+        if is_full:
+            _let_output_go()
+        if is_full and isinstance(e, BrokenPipeError):
+            return 0  # `cmixtral ... | head` has read enough
+        return _explain(e, argv)
     return 0

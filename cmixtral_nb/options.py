@@ -7,6 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
+    "LARGEST",
+    "OPTIMIZERS",
     "RANGES",
     "Range",
     "at_least",
@@ -24,6 +26,7 @@ __all__ = [
 # %% ../nbs/a02_options.ipynb #a953d999
 import difflib
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,8 +34,16 @@ from typing import Any, NamedTuple
 
 from .stages import StageError
 
-
 # %% ../nbs/a02_options.ipynb #67aaea4b
+LARGEST = 2**63 - 1  # in size; libraries below count in 64 bits
+
+
+def _is_number(value: Any) -> bool:
+    "A finite number of a usual size; a truth value is none"
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and -LARGEST <= value <= LARGEST  # NaN is not between anything
+
+
 class Range(NamedTuple):
     "Values that an option may have"
 
@@ -44,14 +55,14 @@ def at_least(
     low: float,  # the smallest value
 ) -> Range:
     "Finite numbers from `low` on"
-    return Range(lambda value: low <= value < math.inf, f"at least {low:,}")
+    return Range(lambda value: _is_number(value) and low <= value, f"at least {low:,}")
 
 
 def above(
     low: float,  # smaller than every value
 ) -> Range:
     "Finite numbers greater than `low`"
-    return Range(lambda value: low < value < math.inf, f"above {low:,}")
+    return Range(lambda value: _is_number(value) and low < value, f"above {low:,}")
 
 
 def between(
@@ -61,8 +72,10 @@ def between(
 ) -> Range:
     "Numbers from `low` to `high`"
     if below:
-        return Range(lambda value: low <= value < high, f"{low:,} to below {high:,}")
-    return Range(lambda value: low <= value <= high, f"{low:,} to {high:,}")
+        return Range(
+            lambda value: _is_number(value) and low <= value < high, f"{low:,} to below {high:,}"
+        )
+    return Range(lambda value: _is_number(value) and low <= value <= high, f"{low:,} to {high:,}")
 
 
 def one_of(
@@ -70,44 +83,72 @@ def one_of(
 ) -> Range:
     "One of a few values"
     *others, last = map(str, values)
-    return Range(lambda value: value in values, ", ".join(others) + " or " + last)
+    kinds = {type(value) for value in values}
+    return Range(
+        lambda value: type(value) in kinds and value in values, ", ".join(others) + " or " + last
+    )
 
 
 # %% ../nbs/a02_options.ipynb #00a05ff3
+OPTIMIZERS = (  # of transformers, that need no package beyond the plain install
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adafactor",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "lion_8bit",
+    "lion_32bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+)
+
 RANGES = {
-    "accumulation": at_least(1),
+    "accumulation": between(1, 2**16),
     "alpha": above(0),
+    "attn": one_of("sdpa", "eager", "flash_attention_2"),
     "aux": at_least(0),
-    "batch": at_least(1),
+    "batch": between(1, 2**16),
     "bpe_dropout": between(0, 1, below=True),
     "dropout": between(0, 1, below=True),
     "dtype": one_of("auto", "float32", "bfloat16", "float16"),
     "epochs": above(0),
+    "eval_chars": at_least(0),
     "eval_every": at_least(1),
     "into": one_of("dequantised", "original"),
-    "length": at_least(2),
+    "length": between(2, 2**20),
     "limit_chars": at_least(0),
     "log_every": at_least(1),
     "lr": above(0),
-    "max_chars": at_least(1),
-    "max_new_tokens": at_least(1),
+    "max_chars": between(1, 512),  # of sentencepiece
+    "max_new_tokens": between(1, 2**20),
     "memory_chars": at_least(1),
     "method": one_of("bpe", "continued"),
+    "min_chars": at_least(0),
     "min_share": between(0, 1),
+    "multiple": between(0, 2**16),
     "n_chars": at_least(0),
-    "n_pieces": at_least(1),
+    "n_hostile": between(0, 10**6),
+    "n_pieces": between(1, 10**6),
     "n_translations": at_least(0),
     "neftune": at_least(0),
     "new_tokens": at_least(0),
     "on_error": one_of("skip", "stop"),
+    "optim": one_of(*OPTIMIZERS),
+    "paragraph_chars": at_least(0),
     "port": between(1, 65535),
-    "rank": at_least(1),
+    "rank": between(1, 2**16),
     "rounding": one_of("peft", "once"),
     "rows": one_of("all", "new", "none"),
     "rows_lr": at_least(0),
     "rows_steps": at_least(0),
     "save_every": at_least(1),
-    "seed": at_least(0),
+    "seed": between(0, 2**32 - 1),  # what numpy takes
+    "seeds": between(1, 100),
     "shard_bytes": above(0),
     "steps": at_least(0),
     "tasks": at_least(1),
@@ -115,7 +156,7 @@ RANGES = {
     "top_p": between(0, 1),
     "valid_share": between(0, 1, below=True),
     "warmup": at_least(0),
-    "workers": at_least(1),
+    "workers": between(1, 256),
     "zero": one_of(0, 2),
 }
 
@@ -128,10 +169,18 @@ def range_faults(
     "One line for each option outside its range"
     ranges = {**RANGES, **narrower}
     return [
-        f"{name} is {value!r}, expected {ranges[name].want}"
+        f"{name} is {_shown(value)}, expected {ranges[name].want}"
         for name, value in params.items()
         if name in ranges and not ranges[name].holds(value)
     ]
+
+
+def _shown(value: Any) -> str:
+    "A value in a message; why a large number is not large enough"
+    if isinstance(value, int | float) and LARGEST < abs(value) < math.inf:
+        return f"beyond {LARGEST:,}"
+    text = repr(value)
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 # %% ../nbs/a02_options.ipynb #8de8fe97
