@@ -178,9 +178,10 @@ def words_of(
     message: dict,  # role, content
 ) -> str:
     "The words of a message; `StageError` where they are no text"
-    words = message.get("content")
-    if isinstance(words, str) and isinstance(message.get("role"), str):
-        return words
+    if isinstance(message, dict) and isinstance(message.get("role"), str):
+        words = message.get("content")
+        if isinstance(words, str):
+            return words
     raise StageError(f"a message is {visible(message, 60)}, expected text as role and as content")
 
 
