@@ -24,6 +24,7 @@ __all__ = [
 import codecs
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -395,11 +396,20 @@ def _digest(pair: dict[str, str]) -> bytes:
 BUILTIN = ("builtin", "builtin:translation", "builtin:handwritten")
 
 
+_TRADITIONAL = {"Hant", "TW", "HK", "MO"}  # what ships is in simplified characters
+
+
+def _shipped_as(lang: str) -> str:
+    "Example: _shipped_as('en-GB') -> 'en'; '' where nothing ships, as for 'km' and 'zh-Hant'"
+    language, *parts = lang.split("-")
+    return language if language in SHIPPED and not _TRADITIONAL.intersection(parts) else ""
+
+
 def shipped_langs(
     langs: Iterable[str] | None = None,  # codes of the languages of a run; None: any
 ) -> list[str]:  # those in which conversations ship
     "Example: shipped_langs(['km', 'en']) -> ['en']"
-    asked = SHIPPED if langs is None else list(langs)
+    asked = set(SHIPPED) if langs is None else set(map(_shipped_as, langs))
     return [lang for lang in SHIPPED if lang in asked]
 
 
@@ -471,9 +481,9 @@ def source_faults(
         f"{visible(ref, 200)}: no such file; "
         f"expected conversations in jsonl, or {', '.join(BUILTIN)}"
         for ref in refs
-        if ref not in BUILTIN and not Path(ref).is_file()
+        if ref not in BUILTIN and not os.path.isfile(ref)  # which no name makes raise
     ]
-    if lang not in (None, *SHIPPED) and all(ref in BUILTIN for ref in refs):
+    if lang and not _shipped_as(lang) and all(ref in BUILTIN for ref in refs):
         return [*faults, _none_ships(lang)]
     langs = shipped_langs(run_langs(lang, kept))
     for ref in refs:

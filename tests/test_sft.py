@@ -607,7 +607,9 @@ def test_a_language_of_which_nothing_ships(model, tmp_path):
     assert text == f"<s><|im_start|>user\n{KHMER[0]}<|im_end|>\n"
 
 
-@pytest.mark.parametrize("lang,kept", [("km", ["en"]), ("ja", ["en", "zh"]), ("ru", [])])
+@pytest.mark.parametrize(
+    "lang,kept", [("km", ["en"]), ("ja", ["en", "zh"]), ("ru", []), ("zh-Hant", [])]
+)
 def test_a_language_of_which_nothing_ships_needs_a_file(model, tmp_path, lang, kept):
     "Said before anything is loaded, and by a recipe before its first stage"
     says = f"[(]{lang}[)] ship with the package, only in Chinese [(]zh[)] and English [(]en[)]"
