@@ -14,6 +14,8 @@ __all__ = [
     "is_linear",
     "require_adapter",
     "trained_on",
+    "trained_in_4bit",
+    "merge_target",
     "model_faults",
     "save_adapter",
     "Place",
@@ -30,6 +32,7 @@ __all__ = [
     "is_finite",
     "merge_faults",
     "as_list",
+    "merge_option_faults",
     "check_merge",
 ]
 
@@ -122,6 +125,29 @@ def trained_on(
         return ""
     inputs = read_json(folder / "manifest.json").get("inputs", {})
     return inputs.get("model", {}).get("fingerprint") or ""
+
+
+def trained_in_4bit(
+    folder: Path,  # of an adapter
+) -> bool | None:  # None: it does not say
+    "Whether the frozen weights were in 4 bits while an adapter was trained, from its manifest"
+    if not (folder / "manifest.json").is_file():
+        return None
+    held = read_json(folder / "manifest.json").get("stats", {}).get("quantised")
+    return None if held is None else bool(held)
+
+
+def merge_target(
+    adapter: Any,  # one adapter, or several in a list
+    into: str | None = None,  # as asked for; None: as the first adapter that says was trained
+    **_: Any,  # the other arguments of `merge`
+) -> dict[str, str]:  # into: dequantised, or original
+    "Into which weights adapters are merged: those that training saw, or the stored ones"
+    if into is None:
+        said = [trained_in_4bit(require_adapter(ref)) for ref in as_list(adapter)]
+        in_4bit = next((answer for answer in said if answer is not None), False)
+        into = "dequantised" if in_4bit else "original"
+    return dict(into=into)
 
 
 def model_faults(
@@ -539,17 +565,21 @@ def as_list(
     return list(adapter) if isinstance(adapter, list | tuple) else [adapter]
 
 
+def merge_option_faults(
+    **options: Any,  # of `merge`
+) -> list[str]:  # one line for each
+    "What is wrong with options of `merge`, before there are a model and an adapter"
+    return range_faults({name: value for name, value in options.items() if value is not None})
+
+
 def check_merge(
     model: str | Path,  # HF model folder, artifact or hub id
     adapter: Any,  # one adapter, or several in a list
-    into: str,  # dequantised or original
-    rounding: str,  # peft or once
-    shard_bytes: int,  # most bytes in a file
-    **_: Any,  # options of `merge` that have nothing to be refused
+    **options: Any,  # the others of `merge`
 ) -> None:
     "Refuse options and inputs of `merge` that cannot be, all at once"
     refs = as_list(adapter)
-    faults = range_faults(dict(into=into, rounding=rounding, shard_bytes=shard_bytes))
+    faults = merge_option_faults(**options)
     if not refs:
         faults.append("no adapter is given; expected one or several")
     refuse(faults + merge_faults(model, refs))

@@ -19,12 +19,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from cmixtral_nb.documents import (
+    check_corpus,
+    corpus_option_faults,
+    doc_files,
+    output_faults,
+    parse_sources,
+    read_docs,
+    text_faults,
+)
+
 # What reads a corpus can be imported from here too.
 from .corpora import corpus_langs as corpus_langs
 from .corpora import corpus_texts as corpus_texts
 from .corpora import lang_faults as lang_faults
 from .corpora import missing_language as missing_language
-from .documents import check_corpus, doc_files, parse_sources, read_docs, text_faults
 from .languages import lang_script, script_share
 from .machine import progress, say
 from .options import refuse
@@ -214,7 +223,13 @@ def _found(sources, **_) -> dict:
 
 
 # %% ../nbs/01_corpus.ipynb #4ac36472
-@stage("corpus", inputs=("files",), found=_found, check=check_corpus)
+@stage(
+    "corpus",
+    inputs=("files",),
+    found=_found,
+    check=check_corpus,
+    options=corpus_option_faults,
+)
 def corpus(
     # LANG=REF; file, folder, glob, builtin:NAME, hub:ID[:config][@files]; #column
     sources: list[str],
@@ -227,6 +242,7 @@ def corpus(
     on_error: str = "skip",  # a bad line: 'skip' counts it and goes on, 'stop' ends with its number
 ):
     "Read, clean, deduplicate and split text into a corpus"
+    refuse(output_faults(sources, out.with_name(out.name.removesuffix(".tmp"))))
     stats = {}
     for lang, refs in parse_sources(sources).items():
         drops: Counter = Counter()

@@ -16,7 +16,9 @@ __all__ = [
     "doc_files",
     "read_docs",
     "parse_sources",
+    "corpus_option_faults",
     "check_corpus",
+    "output_faults",
     "text_faults",
     "up_to",
     "text_batches",
@@ -263,16 +265,20 @@ def _parquet_rows(path: Path, reader: _Reader) -> Iterator[dict]:
 
 def _parquet_records(path: Path, reader: _Reader) -> Iterator[dict | None]:
     "Text and source of each row; None where they are not UTF-8"
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = pq.read_schema(path).names
-    field = reader.column or next((f for f in _TEXT_FIELDS if f in names), "")
-    columns = [name for name in (field, "source") if name in names]
-    # a text that a page holds once and names a thousand times is in memory once
-    table = pq.ParquetFile(path, read_dictionary=columns)
-    if field not in names:
+    schema = pq.read_schema(path)
+    is_text = {
+        f.name: pa.types.is_string(f.type) or pa.types.is_large_string(f.type) for f in schema
+    }
+    field = reader.column or next((f for f in _TEXT_FIELDS if f in is_text), "")
+    if not is_text.get(field):
         yield {}  # and no other row has a text
         return
+    columns = [name for name in (field, "source") if is_text.get(name)]
+    # a text that a page holds once and names a thousand times is in memory once
+    table = pq.ParquetFile(path, read_dictionary=columns)
     for i in range(table.num_row_groups):
         group = table.metadata.row_group(i)
         n_bytes = group.total_byte_size // max(1, group.num_rows)  # of a row, on average
@@ -437,12 +443,50 @@ def parse_sources(
     return refs
 
 
-def check_corpus(
+def corpus_option_faults(
     sources: str | list[str],  # "LANG=REF" each
+    **options: Any,  # of `corpus`
+) -> list[str]:  # one line for each
+    "What is wrong with sources and options of `corpus`"
+    return faults_of(parse_sources, sources) + range_faults(options)
+
+
+def check_corpus(
     **options: Any,  # of `corpus`
 ) -> None:
     "Refuse sources and options of `corpus` that cannot be, all at once"
-    refuse(faults_of(parse_sources, sources) + range_faults(options))
+    refuse(corpus_option_faults(**options))
+
+
+# %% ../nbs/a04_documents.ipynb #51d25f01
+def output_faults(
+    sources: str | list[str],  # "LANG=REF" each
+    out: str | Path,  # folder that the corpus will be
+) -> list[str]:  # one line for each
+    "Sources that would hold the corpus itself"
+    folder = Path(out).resolve()
+    return [
+        f"{out} lies in {ref}, which is read; choose another --out, outside of it"
+        for lang, refs in parse_sources(sources).items()
+        for ref in refs
+        if _reads(_split_ref(ref)[0], folder, folder / f"{lang}.train.jsonl")
+    ]
+
+
+def _reads(name: str, folder: Path, file: Path) -> bool:
+    "Whether a reference names a file of the folder `folder`, now or once `file` is written"
+    path = Path(name).absolute()
+    if path.is_file():
+        return path.resolve().is_relative_to(folder)
+    if path.is_dir():
+        return folder.is_relative_to(path.resolve())
+    root = path
+    while glob.has_magic(str(root)):
+        root = root.parent
+    inside = Path(root.resolve(), path.relative_to(root))
+    if "**" in name:
+        return file.is_relative_to(root.resolve()) and file.match(path.name)
+    return file.match(str(inside))
 
 
 # %% ../nbs/a04_documents.ipynb #947ad6e7

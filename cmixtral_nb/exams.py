@@ -43,10 +43,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .documents import open_text
+from .documents import UNREADABLE, numbered_lines, open_text, read_whole
 from .machine import package_data
 from .options import nearest
-from .stages import fingerprint, read_json, require, write_text
+from .stages import StageError, fingerprint, read_json, require, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,18 +124,29 @@ def _benchmark(task: str) -> tuple[str, str]:
     return name, task[len(name) + 1 :]
 
 
+_MEMBER_BYTES = 8_000_000  # of a file of questions; MMLU's largest has two
+
+
 def _read_member(
     data: Path,  # folder with ceval.zip, or ceval/
     name: str,  # such as "ceval/val/law_val.csv"
 ) -> str | None:  # None where it is missing
     "A text file of a benchmark, from its zip or from the unpacked folder"
     if (data / name).is_file():
-        return (data / name).read_text("utf-8-sig")
+        return read_whole(data / name, _MEMBER_BYTES).decode("utf-8-sig")
     archive, _, member = name.partition("/")
     if not (data / f"{archive}.zip").is_file():
         return None
     with zipfile.ZipFile(data / f"{archive}.zip") as z:
-        return z.read(member).decode("utf-8-sig") if member in z.namelist() else None
+        if member not in z.namelist():
+            return None
+        # zipfile reads no more than the size that is promised here
+        size = z.getinfo(member).file_size
+        if size > _MEMBER_BYTES:
+            raise ValueError(
+                f"{member} has {size / 1e6:,.0f} MB, expected at most {_MEMBER_BYTES / 1e6:.0f}"
+            )
+        return z.read(member).decode("utf-8-sig")
 
 
 # %% ../nbs/a24_exams.ipynb #21d52229
@@ -145,7 +156,10 @@ def csv_rows(
 ) -> list[dict]:  # columns as lm-eval's templates name them, every value a string but MMLU's answer
     "Rows of a benchmark file; `ValueError` names a missing column or a row without its letter"
     want = _COLUMNS[benchmark]
-    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except csv.Error as e:  # a field of more than 131,072 characters, say
+        raise ValueError(f"not CSV ({e})") from None
     has_header = benchmark != "mmlu" and rows
     names = rows.pop(0) if has_header else want
     if missing := [column for column in want if column not in names]:
@@ -178,23 +192,38 @@ def _split_context(context: str) -> dict:
     return dict(activity_label=label, ctx_a=found[1], ctx_b=found[2])
 
 
+def _fit_questions(row: dict) -> bool:
+    "Whether every column that is there holds what lm-eval's task reads"
+    texts = [row[name] for name in ("activity_label", "ctx_a", "ctx_b", "ctx") if name in row]
+    endings = row["endings"]
+    return (
+        isinstance(endings, list)
+        and len(endings) == 4
+        and all(isinstance(text, str) for text in [*texts, *endings])
+        and str(row["label"]) in list("0123")
+    )
+
+
 def hellaswag_row(
-    row: dict,  # with ctx_a, ctx_b and activity_label as published, or with all three joined in ctx
+    row: Any,  # with ctx_a, ctx_b and activity_label as published, or with all three joined in ctx
 ) -> dict:  # the columns that lm-eval's task reads
-    "A row whose context lm-eval can join by itself"
-    missing = [column for column in ("endings", "label") if column not in row]
-    if "ctx" not in row and "ctx_a" not in row:
-        missing.append("ctx")
-    if missing:
+    "A row whose context lm-eval can join by itself; `ValueError` where it is no question"
+    if not isinstance(row, dict):
+        raise ValueError(f"found {str(row)[:40]!r}, expected an object")
+    context = ("activity_label", "ctx_a", "ctx_b") if "ctx_a" in row else ("ctx",)
+    wanted = (*context, "endings", "label")
+    if missing := [column for column in wanted if column not in row]:
         raise ValueError(
             f"no column {', '.join(missing)}; "
             "expected ctx (or activity_label, ctx_a, ctx_b), endings, label"
         )
+    if not _fit_questions(row):
+        raise ValueError("expected texts, four endings, and a label from 0 to 3")
     if "ctx_a" in row:
-        context = {column: row[column] for column in ("activity_label", "ctx_a", "ctx_b")}
+        joined = {column: row[column] for column in context}
     else:
-        context = _split_context(row["ctx"])
-    return dict(context, endings=row["endings"], label=str(row["label"]))
+        joined = _split_context(row["ctx"])
+    return dict(joined, endings=row["endings"], label=str(row["label"]))
 
 
 # %% ../nbs/a24_exams.ipynb #a965e98e
@@ -204,7 +233,23 @@ def _hellaswag_rows(data: Path, name: str) -> list[dict] | None:
     if file is None:
         return None
     with open_text(file) as lines:
-        return [hellaswag_row(json.loads(line)) for line in lines]
+        return [_question(n, line) for n, line in numbered_lines(lines, most=_QUESTION_BYTES)]
+
+
+_QUESTION_BYTES = 1_000_000
+_MOST_QUESTIONS = 200_000  # HellaSwag has 50,000
+
+
+def _question(number: int, line: bytes | None) -> dict:
+    "One line of HellaSwag; `ValueError` names the line where it is no question"
+    try:
+        if line is None:
+            raise ValueError(f"longer than {_QUESTION_BYTES / 1e6:.0f} MB")
+        if number > _MOST_QUESTIONS:
+            raise ValueError(f"more than {_MOST_QUESTIONS:,} questions")
+        return hellaswag_row(json.loads(line))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"line {number}: {e}") from None
 
 
 def read_rows(
@@ -257,12 +302,23 @@ def task_faults(
     return faults
 
 
+_UNREADABLE_EXAM = (
+    *UNREADABLE,
+    KeyError,
+    StageError,  # larger than it may be
+    zipfile.BadZipFile,
+    RuntimeError,  # a password is needed
+    NotImplementedError,  # an unknown compression
+)
+
+
 def _task_fault(data: Path, task: str, shots: int) -> str:
     "What is wrong with the file of one task; empty where it is whole"
     try:
         rows = read_rows(data, task)
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError, OSError) as e:
-        return f"cannot be read ({type(e).__name__}: {e})"
+    except _UNREADABLE_EXAM as e:
+        reason = " ".join(str(e).split())[:200]
+        return f"cannot be read ({type(e).__name__}: {reason})"
     for split, questions in rows.items():
         if not questions and split != "train":
             return f"has no {split} questions"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["old_and_new", "row_faults", "check_init"]
+__all__ = ["old_and_new", "row_faults", "init_option_faults", "check_init"]
 
 # %% ../nbs/a14b_growing.ipynb #15c5d001
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import is_finite
 from .checkpoints import load_tensor, resolve_model, row_tensors, tensor_files
-from .options import at_least, faults_of, one_of, range_faults, refuse
+from .options import faults_of, one_of, range_faults, refuse
 from .probe import probe_langs
 from .stages import Artifact, StageError, read_json, require
 from .tokenizer_files import load_tokenizer, new_tokens
@@ -36,7 +36,7 @@ def old_and_new(
         folder.is_dir(),
         f"{folder} does not exist; expected a tokenizer; run: cmixtral vocab --out {folder}",
     )
-    old, new = load_tokenizer(model), load_tokenizer(folder)
+    new, old = load_tokenizer(folder), load_tokenizer(model)
     n_rows = read_json(model / "config.json").get("vocab_size", len(old))
     require(
         n_rows >= len(old),
@@ -79,17 +79,25 @@ def row_faults(
 
 
 # %% ../nbs/a14b_growing.ipynb #1e6a124b
+def init_option_faults(
+    methods: Iterable[str],  # names of the methods there are
+    method: str,  # the one to use
+    **others: Any,  # options that have a range, and what earlier stages make
+) -> list[str]:  # one line for each
+    "What is wrong with options of `init`, before there are a model and a tokenizer"
+    return range_faults(dict(others, method=method), method=one_of(*methods))
+
+
 def check_init(
     methods: Iterable[str],  # names of the methods there are
     model: str | Path,  # HF model folder, artifact or hub id
     tokenizer: Artifact | str | Path,  # folder of the new tokenizer
-    method: str,  # the one to use
     probe: Path | None,  # corpus of a probe
     transplant: bool,  # whether the new tokenizer replaces the old one
-    **numbers: Any,  # other options of `init`
+    **options: Any,  # the others of `init`
 ) -> None:
     "Refuse options and inputs of `init` that cannot be, all at once"
-    faults = range_faults(dict(numbers, method=method), method=one_of(*methods), seeds=at_least(1))
+    faults = init_option_faults(methods, **options)
     if probe is not None:
         faults += faults_of(probe_langs, probe)
     broken = faults_of(resolve_model, model)

@@ -55,7 +55,7 @@ from cmixtral_nb.stages import (
     write_text,
 )
 
-from .growing import check_init, old_and_new
+from .growing import check_init, init_option_faults, old_and_new
 from .machine import say
 from .options import one_of, range_faults, refuse
 from .tokenizer_files import new_tokens
@@ -421,7 +421,12 @@ def _report_probe(out: Path, results: list[dict]) -> list[dict]:
     return ranked
 
 
-@stage("model", inputs=("model", "tokenizer", "probe"), check=partial(check_init, METHODS))
+@stage(
+    "model",
+    inputs=("model", "tokenizer", "probe"),
+    check=partial(check_init, METHODS),
+    options=partial(init_option_faults, METHODS),
+)
 def init(
     model: Path,  # HF model folder, artifact or hub id
     tokenizer: Path,  # folder of a tokenizer that extends the model's; any with `transplant`

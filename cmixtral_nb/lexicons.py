@@ -13,6 +13,8 @@ __all__ = [
     "opencc_converter",
     "lexicon_faults",
     "opencc_faults",
+    "script_faults",
+    "tokenizer_option_faults",
     "check_tokenizer",
     "Source",
     "mix_runs",
@@ -22,18 +24,20 @@ __all__ = [
 # %% ../nbs/a07_lexicons.ipynb #0a78f8d4
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .corpora import lang_faults
-from .documents import open_text
+from .documents import UNREADABLE, numbered_lines, open_text
 from .languages import script_pattern
 from .options import faults_of, range_faults, refuse
-from .pieces import base_tokenizer_model, package_file, read_model
+from .packages import installed_version, package_faults
+from .pieces import base_tokenizer_model, package_file
 from .runs import mass, read_runs
 from .stages import Artifact, StageError, require
+from .tokenizer_files import read_bpe
 
 # %% ../nbs/a07_lexicons.ipynb #83b0bc32
 _EXAMPLES = {"lexicons": "0.25:jieba", "opencc": "0.1:s2t"}
@@ -68,7 +72,7 @@ def _number(text: str) -> float:
 
 
 # %% ../nbs/a07_lexicons.ipynb #2f757da1
-_EXTRA = "cmixtral_nb[lexicons]"  # installs jieba, wordfreq and opencc
+_EXTRA = "'cmixtral_nb[lexicons]'"  # installs jieba, wordfreq and opencc
 
 
 def lexicon_file(
@@ -84,6 +88,9 @@ def lexicon_file(
     return Path(name)
 
 
+_COUNT_DIGITS = 15  # as many as a float keeps
+
+
 def read_lexicon(
     name: str | Path,  # 'jieba', 'wordfreq', or a file with lines "word count ..."
     script: str = "Han",  # words with other characters are left out
@@ -96,22 +103,37 @@ def read_lexicon(
     own = script_pattern(script)
     words: Counter[str] = Counter()
     faults = []
-    with open_text(path) as lines:
-        for n, line in enumerate(lines, 1):
-            columns = line.decode("utf-8", "replace").split()  # at blanks or tabs
-            if not columns:
-                continue
-            word, *rest = columns
-            if not rest or not rest[0].isdecimal() or "\ufffd" in word:
-                faults.append(f"{path}:{n}: {_found(line)}")
-            elif own.fullmatch(word):
-                words[word] += int(rest[0])
+    for n, line in _lexicon_lines(path):
+        word, count = _word_and_count(line)
+        if count < 0:
+            faults.append(f"{path}:{n}: {_found(line)}")
+        elif own.fullmatch(word):
+            words[word] += count
     if more := faults[3:]:
         faults = [*faults[:3], f"{path}: {len(more):,} more broken lines"]
     refuse(faults)
     words = +words  # without counts of 0
     require(words, f"{path} has no word of {script} characters alone; give another lexicon")
     return words
+
+
+def _lexicon_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    "The numbered lines that are not empty; `StageError` where the file cannot be read"
+    try:
+        with open_text(path) as file:
+            for n, line in numbered_lines(file, most=100_000):
+                if line is None or line.strip():
+                    yield n, line or b""
+    except UNREADABLE as e:
+        reason = " ".join(str(e).split())[:120]
+        raise StageError(f"{path}: cannot be read to its end ({reason})") from None
+
+
+def _word_and_count(line: bytes) -> tuple[str, int]:
+    "Example: _word_and_count('葡萄 30 n'.encode()) -> ('葡萄', 30); the count is -1 where none is"
+    word, *rest = [*line.decode("utf-8", "replace").split(), ""]  # at blanks or tabs
+    is_count = rest and rest[0].isdecimal() and len(rest[0]) <= _COUNT_DIGITS
+    return word, int(rest[0]) if is_count and "\ufffd" not in word else -1
 
 
 def _found(line: bytes) -> str:
@@ -125,11 +147,9 @@ def _found(line: bytes) -> str:
 
 def _wordfreq(lang: str, script: str) -> Counter:
     "wordfreq's largest list of a language, per thousand million words"
-    package_file("wordfreq", "data", _EXTRA)
-    from wordfreq import available_languages, get_frequency_dict
+    from wordfreq import get_frequency_dict
 
-    size = next((s for s in ("large", "small") if lang in available_languages(s)), None)
-    require(size, f'wordfreq has no list for {lang}; give a file with lines "word<TAB>count"')
+    size = _wordfreq_size(lang)
     own = script_pattern(script)
     return Counter(
         {
@@ -138,6 +158,16 @@ def _wordfreq(lang: str, script: str) -> Counter:
             if own.fullmatch(word) and (count := round(frequency * 1e9))
         }
     )
+
+
+def _wordfreq_size(lang: str) -> str:
+    "'large' or 'small'; `StageError` where wordfreq is missing or has no list of the language"
+    package_file("wordfreq", "data", _EXTRA)
+    from wordfreq import available_languages
+
+    size = next((s for s in ("large", "small") if lang in available_languages(s)), "")
+    require(size, f'wordfreq has no list for {lang}; give a file with lines "word<TAB>count"')
+    return size
 
 
 # %% ../nbs/a07_lexicons.ipynb #467f344b
@@ -163,58 +193,81 @@ def lexicon_faults(
     script: str = "Han",  # of the words
     lang: str = "zh",  # of the words
 ) -> list[str]:  # one line for each fault
-    "What is wrong with word lists and their shares"
+    "What is wrong with word lists and their shares; a missing package is no fault yet"
     faults = faults_of(parse_shares, lexicons)
     for _, name in [] if faults else parse_shares(lexicons):
-        if name == "wordfreq":
-            faults += faults_of(package_file, "wordfreq", "data", _EXTRA)
-        elif name == "jieba":
-            faults += faults_of(lexicon_file, name)
-        else:
+        if name not in _PACKAGES:
             faults += faults_of(read_lexicon, name, script, lang)
+        elif name == "wordfreq" and installed_version(name):
+            faults += faults_of(_wordfreq_size, lang)
     return faults
+
+
+_PACKAGES = ("jieba", "wordfreq")  # that carry word lists
 
 
 def opencc_faults(
     opencc: list[str] | None,  # "SHARE:CONVERSION" each
 ) -> list[str]:  # one line for each fault
-    "What is wrong with conversions and their shares"
+    "What is wrong with conversions and their shares; a missing package is no fault yet"
     faults = faults_of(parse_shares, opencc, "opencc")
     for _, name in [] if faults else parse_shares(opencc, "opencc"):
-        faults += faults_of(opencc_converter, name)
+        if installed_version("opencc"):
+            faults += faults_of(opencc_converter, name)
     return faults
 
 
 # %% ../nbs/a07_lexicons.ipynb #a249e2ea
-def check_tokenizer(
-    corpus: Artifact | str | Path,  # corpus folder, or a file of text
+def script_faults(
+    script: str,  # of the pieces
+) -> list[str]:  # one line, or none
+    "What is wrong with a script to make pieces of"
+    faults = faults_of(script_pattern, script)
+    if not faults and script_pattern(script).search(" \t\n"):
+        faults = [f"script {script!r} holds white space, expected one with letters, such as Han"]
+    return faults
+
+
+def tokenizer_option_faults(
+    script: str,  # of the pieces
     lang: str,  # language of the corpus to learn from
-    script: str,  # script of the pieces
     n_pieces: int,  # candidates
     n_chars: int | None,  # single characters among them
     lexicons: list[str] | None,  # "SHARE:NAME" each
     opencc: list[str] | None,  # "SHARE:CONVERSION" each
-    method: str,  # bpe or continued
-    base: str,  # base tokenizer, for 'continued'
-    **others: Any,  # options that have a range and nothing else to be refused
-) -> None:
-    "Refuse options and inputs of `tokenizer` that cannot be, all at once"
+    **others: Any,  # options that have a range, and what earlier stages make
+) -> list[str]:  # one line for each fault
+    "What is wrong with options of `tokenizer`, before there is a corpus"
     n_chars = n_chars or 0
-    faults = range_faults(dict(others, n_pieces=n_pieces, n_chars=n_chars, method=method))
-    if n_chars > n_pieces > 0:
+    faults = range_faults(dict(others, n_pieces=n_pieces, n_chars=n_chars))
+    if not faults and n_chars > n_pieces:
         faults.append(
             f"n_chars is {n_chars}, more than all {n_pieces} pieces; "
             "raise n_pieces or lower n_chars"
         )
+    wrong_script = script_faults(script)
+    if not wrong_script:
+        faults += lexicon_faults(lexicons, script, lang)
+    return faults + wrong_script + opencc_faults(opencc)
+
+
+def check_tokenizer(
+    corpus: Artifact | str | Path,  # corpus folder, or a file of text
+    lang: str,  # language of the corpus to learn from
+    method: str,  # bpe or continued
+    base: str,  # base tokenizer, for 'continued'
+    **options: Any,  # the others of `tokenizer`
+) -> None:
+    "Refuse options and inputs of `tokenizer` that cannot be, all at once"
+    faults = tokenizer_option_faults(lang=lang, method=method, **options)
+    faults += package_faults(options)
     if not Path(corpus).exists():
         faults.append(
             f"{corpus} does not exist, expected a corpus; run: cmixtral corpus --out {corpus}"
         )
     faults += lang_faults(corpus, lang)
-    faults += faults_of(script_pattern, script)
-    faults += lexicon_faults(lexicons, script, lang) + opencc_faults(opencc)
     if method == "continued":
-        faults += faults_of(lambda: read_model(base_tokenizer_model(base)))
+        faults += faults_of(lambda: read_bpe(base_tokenizer_model(base)))
     refuse(faults)
 
 

@@ -41,7 +41,10 @@ from cmixtral_nb.adapters import (
     half_of,
     is_finite,
     is_linear,
+    merge_option_faults,
+    merge_target,
     plain_name,
+    trained_in_4bit,
 )
 from cmixtral_nb.checkpoints import (
     DTYPES,
@@ -392,24 +395,34 @@ def _write_rest(src: Sources, model: Path, out: Path, n_rows: int) -> dict[str, 
     return files
 
 
-def _say(stats: dict) -> None:
-    "What was merged, in one line"
+def _say(stats: dict, is_guess: bool) -> None:
+    "What was merged, in one line; whether nothing says into which weights"
     text = (
         f"{stats['n_lora']} LoRA pairs and {stats['n_whole']} whole matrices "
         f"into the {stats['into']} weights"
     )
     if "logit_difference" in stats:
         text += f"; logits differ by {stats['logit_difference']:.0e}"
+    if is_guess:
+        text += "; the adapter does not say how it was trained: --into dequantised if in 4 bits"
     say("merge", text)
 
 
 # %% ../nbs/10_merge.ipynb #11d34a1d
-@stage("model", inputs=("model", "adapter"), ignore=("device",), resumable=True, check=check_merge)
+@stage(
+    "model",
+    inputs=("model", "adapter"),
+    ignore=("device",),
+    resumable=True,
+    check=check_merge,
+    options=merge_option_faults,
+    found=merge_target,  # the manifest holds what `into` came to
+)
 def merge(
     model: Path,  # model the adapter was trained on: HF folder, artifact or hub id
     adapter: list[str],  # PEFT adapter, ours or another tool's; several are added in their order
     out: Path,  # folder to write
-    into: str = "dequantised",  # dequantised (weights as 4-bit training saw them) or original
+    into: str | None = None,  # dequantised, original; None: as the adapter's manifest says
     rounding: str = "peft",  # peft: to the model's type as often as peft does; once: at the end
     check: bool = True,  # compare logits with those of model + adapter, one matrix at a time
     shard_bytes: int = 5_000_000_000,  # most bytes in a file
@@ -422,7 +435,8 @@ def merge(
     folder = resolve_model(model)
     adapters = [Adapter(ref) for ref in as_list(adapter)]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    src = open_sources(folder, adapters, into, rounding, device)
+    target = merge_target(adapter, into)["into"]
+    src = open_sources(folder, adapters, target, rounding, device)
     specs = merged_specs(src)
     plan = plan_shards(specs, shard_bytes)
     missing = {file: held for file, held in plan.items() if not is_written(out / file, held)}
@@ -437,15 +451,16 @@ def merge(
     n_rows = next(shape[0] for name, _, shape in specs if name.endswith(embeddings))
     files = _write_rest(src, folder, out, n_rows)
     stats = dict(
-        into=into,
+        into=target,
         n_adapters=len(adapters),
         n_lora=sum(len(a.lora) for a in adapters),
         n_whole=sum(len(a.whole) for a in adapters),
         n_rows=n_rows,
-        n_dequantised=len(src.in_4bit) if into == "dequantised" else 0,
+        n_dequantised=len(src.in_4bit) if target == "dequantised" else 0,
         shards=len(set(files.values())),
     )
     if check:
         stats["logit_difference"] = _compare(src, out, n_rows)
-    _say(stats)
+    nothing_said = all(trained_in_4bit(a.path) is None for a in adapters)
+    _say(stats, is_guess=into is None and nothing_said)
     return dict(stats, sha256=sums)

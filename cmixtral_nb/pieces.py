@@ -7,10 +7,12 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
+    "LONGEST_PIECE",
     "Piece",
     "kind_of",
     "piece_order",
     "read_model",
+    "odd_pieces",
     "normal_pieces",
     "package_file",
     "base_tokenizer_model",
@@ -20,17 +22,21 @@ __all__ = [
 
 # %% ../nbs/a08_pieces.ipynb #aa005039
 import importlib.util
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from .documents import read_whole
 from .options import refuse
 from .runs import run_pattern
 from .stages import Artifact, StageError, require, write_text
 
-
 # %% ../nbs/a08_pieces.ipynb #ea965c4f
+_MOST_FAULTS = 5  # of one file
+
+
 class Piece(NamedTuple):
     "A candidate for the vocabulary"
 
@@ -57,6 +63,10 @@ def piece_order(
 
 
 # %% ../nbs/a08_pieces.ipynb #e43594ed
+_MODEL_BYTES = 32_000_000  # Gemma's, with 256,000 pieces, has 4 MB
+LONGEST_PIECE = 512  # characters; sentencepiece's trainer makes no longer ones
+
+
 def read_model(
     model_file: str | Path,  # sentencepiece .model
 ):  # ModelProto of sentencepiece
@@ -68,12 +78,35 @@ def read_model(
     require(path.is_file(), f"{path}: no such file, expected a sentencepiece model")
     model = pb.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
     try:
-        model.ParseFromString(path.read_bytes())
-    except DecodeError:
+        model.ParseFromString(read_whole(path, _MODEL_BYTES))
+        odd = odd_pieces(model.pieces)
+    except (DecodeError, UnicodeDecodeError):
         model.Clear()
     whole = len(model.pieces) and model.HasField("trainer_spec")
     require(whole, f"{path} is not a sentencepiece model")
+    refuse(f"{path}: {fault}; expected another file" for fault in odd[:_MOST_FAULTS])
     return model
+
+
+def odd_pieces(
+    pieces: Iterable,  # of a ModelProto
+) -> list[str]:  # one line for each
+    "Pieces with which no text can be cut: empty, twice, endless, or without a score"
+    first: dict[str, int] = {}
+    faults = []
+    for i, p in enumerate(pieces):
+        text, score = p.piece, p.score
+        if not text:
+            faults.append(f"piece {i} is empty")
+        elif len(text) > LONGEST_PIECE:
+            faults.append(
+                f"piece {i} has {len(text):,} characters, the most that fit are {LONGEST_PIECE}"
+            )
+        elif first.setdefault(text, i) != i:
+            faults.append(f"piece {i}, {text!r}, is piece {first[text]} as well")
+        elif not math.isfinite(score):
+            faults.append(f"piece {i}, {text!r}, has the score {score}")
+    return faults
 
 
 # %% ../nbs/a08_pieces.ipynb #6eb2fdc8
@@ -102,6 +135,7 @@ def package_file(
 
 
 # %% ../nbs/a08_pieces.ipynb #4073114b
+_JSON_BYTES = 256_000_000  # of a tokenizer.json; Gemma's has 34 MB
 _SHIPPED = {"mixtral": "data/tokenizer.model.v1"}  # in mistral-common
 
 
@@ -128,7 +162,7 @@ def _model_of_folder(folder: Path) -> Path:
     if model.is_file():
         return model
     fast = folder / "tokenizer.json"
-    if fast.is_file() and "ByteLevel" in fast.read_text(encoding="utf-8", errors="replace"):
+    if fast.is_file() and b"ByteLevel" in read_whole(fast, _JSON_BYTES):
         raise StageError(
             f"{folder} is a byte-level BPE tokenizer, expected sentencepiece BPE "
             "(Mixtral, Mistral, Llama-2); extend another base"
@@ -151,13 +185,13 @@ def write_pieces(
 
 # %% ../nbs/a08_pieces.ipynb #2683cfa2
 _CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")  # <s>, [INST], [/INST]
-_MOST_FAULTS = 5  # of one file
+_TABLE_BYTES = 64_000_000  # 40,000 pieces take one
 
 
 def _table(path: Path) -> list[Piece]:
     "Pieces of a table whose head names its columns, or of a list with one piece in each line"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_whole(path, _TABLE_BYTES).decode().splitlines()
     except UnicodeDecodeError:
         raise StageError(f"{path} is not UTF-8, expected a table of pieces") from None
     rows = [(n, line.split("\t")) for n, line in enumerate(lines, 1) if line.strip()]
@@ -178,6 +212,8 @@ def _columns(
         try:
             row = dict(zip(head, values, strict=True))
             text, score, count = row["piece"], float(row["score"]), int(row.get("count", 0))
+            if not math.isfinite(score) or count < 0:
+                raise ValueError
             pieces.append((n, Piece(text, score, kind_of(text), count)))
         except (ValueError, KeyError):
             faults.append(

@@ -53,7 +53,7 @@ from cmixtral_nb.runs import (
 
 from .corpora import corpus_texts
 from .languages import script_pattern
-from .lexicons import check_tokenizer, mix_runs, run_sources
+from .lexicons import check_tokenizer, mix_runs, run_sources, tokenizer_option_faults
 from .machine import say
 from .stages import require, stage
 
@@ -317,6 +317,7 @@ def _kept_chars(counts: Counter, n_pieces: int, n_chars: int | None) -> list[str
     inputs=("corpus", "lexicons", "base"),
     ignore=("workers",),
     check=check_tokenizer,
+    options=tokenizer_option_faults,
     schema=2,
 )
 def tokenizer(

@@ -10,6 +10,7 @@ __all__ = [
     "processor",
     "chars_per_token",
     "read_bpe",
+    "base_faults",
     "sp_merges",
     "build_fast",
     "write_tokenizer",
@@ -23,11 +24,13 @@ __all__ = [
 
 # %% ../nbs/a09_tokenizer_files.ipynb #b94f1df2
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pieces import Piece, read_model
+from .options import refuse
+from .pieces import LONGEST_PIECE, Piece, read_model
 from .stages import Artifact, StageError, require, write_json, write_text
 
 if TYPE_CHECKING:
@@ -43,9 +46,14 @@ def processor(
     "A sentencepiece model that is ready to encode"
     from sentencepiece import SentencePieceProcessor
 
-    if isinstance(model, str | Path):
-        return SentencePieceProcessor(model_file=str(model))
-    return SentencePieceProcessor(model_proto=model.SerializeToString())
+    try:
+        if isinstance(model, str | Path):
+            return SentencePieceProcessor(model_file=str(model))
+        return SentencePieceProcessor(model_proto=model.SerializeToString())
+    except (RuntimeError, OSError, ValueError) as e:  # it has no class of its own for it
+        name = model if isinstance(model, str | Path) else "the model"
+        reason = " ".join(str(e).split())[:150]
+        raise StageError(f"{name}: sentencepiece cannot use it ({reason})") from None
 
 
 # %% ../nbs/a09_tokenizer_files.ipynb #bf157787
@@ -66,11 +74,36 @@ _MODEL_KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}  # as sentenc
 def read_bpe(
     model_file: str | Path,  # sentencepiece model
 ):  # ModelProto
-    "A sentencepiece model; `StageError` unless its pieces are merges"
+    "A sentencepiece model; `StageError` unless its pieces are merges and any text has ids"
     model = read_model(model_file)
     kind = _MODEL_KINDS.get(model.trainer_spec.model_type)
     require(kind == "BPE", f"{model_file} is a {kind} model, expected BPE; extend another base")
+    faults = base_faults(model)
+    refuse(f"{model_file}: {fault}; extend another base" for fault in faults)
     return model
+
+
+def base_faults(
+    model,  # ModelProto
+) -> list[str]:  # one line for each
+    "What a model lacks that is to be extended: ids of control pieces, bytes, text"
+    spec, kinds = model.trainer_spec, type(model.pieces[0])
+    faults = []
+    for role, want in {"unk": kinds.UNKNOWN, "bos": kinds.CONTROL, "eos": kinds.CONTROL}.items():
+        i = getattr(spec, f"{role}_id")
+        if not (0 <= i < len(model.pieces) and model.pieces[i].type == want):
+            faults.append(f"{role}_id is {i}, expected the id of a {kinds.Type.Name(want)} piece")
+    found = Counter(p.type for p in model.pieces)
+    if not spec.byte_fallback or found[kinds.BYTE] != 256:
+        faults.append(f"{found[kinds.BYTE]} bytes, expected 256 and byte_fallback")
+    if not found[kinds.NORMAL]:
+        faults.append("no piece of text")
+    normal = model.normalizer_spec
+    if normal.remove_extra_whitespaces or not normal.escape_whitespaces:
+        faults.append("blanks are not kept, expected ▁ for each")
+    if normal.precompiled_charsmap or spec.treat_whitespace_as_suffix:
+        faults.append("text is normalised, expected it as it is, with ▁ in front of words")
+    return faults
 
 
 # %% ../nbs/a09_tokenizer_files.ipynb #829a6a0e
@@ -247,8 +280,9 @@ def check_special(
     bad = []
     for i, token in enumerate(tokens):
         blank = any(char.isspace() or char == "▁" for char in token)
-        if not token or blank or token in old or token in tokens[:i]:
-            bad.append(repr(token))
+        fits = 0 < len(token) <= LONGEST_PIECE
+        if not fits or blank or token in old or token in tokens[:i]:
+            bad.append(repr(token)[:60])
     require(
         not bad,
         f"tokens: {', '.join(bad)}: expected control tokens without blanks, each once, "
