@@ -6,7 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["FEW_LOGITS", "windows", "document_bits", "bits_per_byte", "head_loss", "without_logits"]
+__all__ = [
+    "FEW_LOGITS",
+    "BLOCKS",
+    "windows",
+    "document_bits",
+    "bits_per_byte",
+    "head_loss",
+    "without_logits",
+]
 
 # %% ../nbs/a12_bits.ipynb #41568bea
 import functools
@@ -176,12 +184,13 @@ def _logits_into(z: Tensor, x: Tensor, W: Tensor) -> None:
         z.copy_(x @ W.T)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    "total += a @ b"
+def _add_product(total: Tensor, a: Tensor, b: Tensor, at_once: int = 8192) -> None:
+    "total += a @ b; where total has more digits, by so many rows, as each product is held"
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
+        return
+    for rows, part in zip(total.split(at_once), a.split(at_once), strict=True):
+        rows += part @ b
 
 
 @functools.cache
@@ -236,6 +245,7 @@ def _head_loss_function() -> Any:
 
 # %% ../nbs/a12_bits.ipynb #a4318908
 FEW_LOGITS = 2**27  # tokens x rows of the head, up to which a training step makes them all at once
+BLOCKS = dict(cpu=256, cuda=1024)  # tokens whose logits are in memory at once, else
 
 
 class _Head(NamedTuple):
@@ -295,7 +305,7 @@ def _loss_of_hidden(
     import torch
     from torch.nn.functional import pad
 
-    h = logits.flatten(0, -2)
+    h = logits.flatten(0, -2).to(head.W.device)
     kind = h.device.type
     if torch.is_autocast_enabled(kind):
         h = h.to(torch.get_autocast_dtype(kind))
@@ -307,7 +317,7 @@ def _loss_of_hidden(
         n_items = n_items.to(h.device)
     if kind == "cuda" and find_spec("liger_kernel"):
         return _liger_loss(head, h, targets, n_items)
-    block = 256 if kind == "cpu" else 1024
+    block = BLOCKS.get(kind, BLOCKS["cuda"])
     with torch.autocast(kind, enabled=False):
         return _head_loss_function().apply(h, *head, targets, n_items, block)
 

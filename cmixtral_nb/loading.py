@@ -26,10 +26,13 @@ from typing import TYPE_CHECKING
 
 from .adapters import ADAPTER_WEIGHTS, model_faults, require_adapter, trained_on
 from .checkpoints import resolve_model, tensor_files
-from .machine import default_device, default_dtype, quiet, trim_memory
+from .configs import checked_config
+from .machine import default_dtype, quiet, trim_memory
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import refuse
+from .placement import device_map, device_of, without_memory
 from .qlora import expert_bytes, mixtral_linear, ready_to_train
+from .shapes import visible
 from .stages import StageError, input_fingerprint, read_json, require, write_json
 
 if TYPE_CHECKING:
@@ -42,16 +45,12 @@ if TYPE_CHECKING:
 # %% ../nbs/a17_loading.ipynb #5a0853fa
 def model_config(
     folder: str | Path,  # model folder
+    with_weights: bool = True,  # compare with the tensors too
 ) -> PretrainedConfig:
-    "Configuration of a model; that of a Mixtral asks for one `nn.Linear` per expert matrix"
-    from transformers import AutoConfig
-
-    stored = read_json(Path(folder) / "config.json").get("model_type")
-    if stored not in ("mixtral", "mixtral_linear"):
-        return AutoConfig.from_pretrained(folder)
-    config_class, model_class = mixtral_linear()
-    config = AutoConfig.from_pretrained(folder)
-    if stored == "mixtral_linear":
+    "Checked configuration; that of a Mixtral asks for one `nn.Linear` per expert matrix"
+    config_class, model_class = mixtral_linear()  # transformers knows the type from now on
+    config = checked_config(folder, with_weights)
+    if config.model_type != "mixtral":
         return config
     changes = dict(model_type="mixtral_linear", architectures=[model_class.__name__])
     return config_class.from_dict(config.to_dict() | changes)
@@ -103,6 +102,7 @@ def _load_quantised(
             config=config,
             dtype=dtype,
             quantization_config=nf4_config(dtype),
+            trust_remote_code=False,
             state_dict={name: _LazyTensor(shards[path], name) for name, path in files.items()},
             **how,
         )
@@ -241,27 +241,25 @@ def load_model(
     load_in_4bit: bool = False,  # NF4 with double quantisation: every nn.Linear but the head
     dtype: str | None = None,  # of what is not in 4 bits; None: `default_dtype` of the device
     attn: str = "sdpa",  # sdpa, eager, flash_attention_2
-    device: str | None = None,  # None: the GPU if there is one
+    device: str | None = None,  # None: the GPU if there is one; auto: spread over all GPUs
     trainable: bool = False,  # ready for training: small frozen parts in float32, adapter trainable
 ) -> PreTrainedModel | PeftModel:
     "Load a causal language model; the experts of a Mixtral become single matrices"
-    from transformers import AutoModelForCausalLM
-
     folder = resolve_model(path)
     adapter_folder = None if adapter is None else _adapter_for(adapter, path)
-    device = str(device or default_device())
+    place = device_of(device)
     config = model_config(folder)
     if getattr(config, "quantization_config", None):
         load_in_4bit = False  # the checkpoint is stored in 4 bits and says so itself
-    load = _load_quantised if load_in_4bit else AutoModelForCausalLM.from_pretrained
+    kind = _dtype_of(dtype, place)
+    how = dict(
+        config=config,
+        dtype=kind,
+        attn_implementation=attn,
+        device_map=device_map(place, config, load_in_4bit, kind, path),
+    )
     with quiet():
-        model = load(
-            folder,
-            config=config,
-            dtype=_dtype_of(dtype, device),
-            attn_implementation=attn,
-            device_map={"": device},
-        )
+        model = _built(folder, path, load_in_4bit, how)
     _avoid_cpu_repacking(model)
     _share_codebooks(model)
     if load_in_4bit:
@@ -272,6 +270,23 @@ def load_model(
     if trainable:
         _prepare_frozen(model)
     return model if adapter_folder is None else _put_adapter(model, adapter_folder, trainable)
+
+
+def _built(folder: Path, path: str | Path, load_in_4bit: bool, how: dict) -> PreTrainedModel:
+    "The model with its weights; whatever transformers raises on the way is told on one line"
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if load_in_4bit:
+            return _load_quantised(folder, **how)
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **how)
+    except (StageError, MemoryError):
+        raise
+    except Exception as e:  # a file that cannot be read, a package that lacks, a key too few, ...
+        reason = visible(" ".join(str(e).split()) or type(e).__name__, 300)
+        if "out of memory" in reason:
+            reason = "not enough memory; use load_in_4bit=True, or device auto with several GPUs"
+        raise StageError(f"{path} cannot be loaded: {reason}") from e
 
 
 def _adapter_for(adapter: str | Path, model: str | Path) -> Path:
@@ -364,13 +379,11 @@ def streamed(
 ) -> PreTrainedModel:  # computes in float32 on the CPU
     "A causal language model whose matrices are read when needed, one in memory at a time"
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     routes = {} if routes is None else routes
-    config = model_config(folder)
-    with init_empty_weights(include_buffers=False):
-        net = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    beside = any(Path(folder).glob("*.safetensors"))  # else they come from elsewhere
+    config = model_config(folder, with_weights=beside)
+    net = without_memory(config, torch.float32).eval()
     for name, module in net.named_modules():
         if type(module).__name__ == "MixtralTopKRouter":
             module.register_forward_hook(partial(_follow_routes, routes, name))

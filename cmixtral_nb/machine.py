@@ -19,6 +19,7 @@ __all__ = [
     "progress",
     "available_bytes",
     "gpu_bytes",
+    "grow_segments",
     "default_device",
     "default_dtype",
     "quiet",
@@ -175,8 +176,16 @@ def gpu_bytes() -> list[int]:  # one number for each GPU
     return [torch.cuda.get_device_properties(i).total_memory for i in range(count)]
 
 
+def grow_segments() -> None:
+    "Ask PyTorch for GPU memory that grows in place, with few gaps; a setting of the user's stays"
+    # Read when PyTorch first takes memory of a GPU: later it changes nothing.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def default_device() -> str:  # such as "cuda:0", or "cpu"
     "The GPU of this process where there is one, else the CPU"
+    grow_segments()
     import torch
 
     if torch.cuda.is_available():

@@ -201,7 +201,8 @@ def test_one_question_for_an_adapter(here, tmp_path):
     cut = copy(here / "adapter", tmp_path / "cut")
     weights = cut / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    for folder in (tmp_path, tmp_path / "nothing", cut):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "nothing", cut):
         with pytest.raises(StageError) as said:
             require_adapter(folder)
         for use in (
@@ -359,7 +360,13 @@ def test_rows_alone(here, tmp_path, rows):
             m.eval()(IDS).logits,
         )
     merged = load_model(
-        merge(here / "model", tmp_path / "rows", out=tmp_path / "merged", device="cpu")
+        merge(
+            here / "model",
+            tmp_path / "rows",
+            out=tmp_path / "merged",
+            into="dequantised",
+            device="cpu",
+        )
     )
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, m(IDS).logits, rtol=1e-5, atol=1e-6)
