@@ -23,7 +23,9 @@ __all__ = [
 import itertools
 import os
 from base64 import b64decode, b64encode
+from collections.abc import Iterator
 from configparser import ConfigParser
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from string import Template
@@ -88,6 +90,20 @@ def light_png(
 
 
 # %% ../nbs/a33_notebooks.ipynb #81694515
+@contextmanager
+def _gpus_hidden(hidden: bool) -> Iterator[None]:
+    "CUDA sees no GPU, if PyTorch has not looked before: the same outputs on every machine"
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if seen is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = seen
+
+
 def execute(
     path: str | Path,  # .ipynb file
     flags: str = "",  # flags whose cells run all the same, such as "slow"
@@ -104,7 +120,8 @@ def execute(
             if not is_run(known, flags):
                 continue
             cell.outputs = []  # a cell that says nothing any more
-            shell.cell(cell)
+            with _gpus_hidden("gpu" not in flags):
+                shell.cell(cell)
             require(
                 not shell.exc,
                 f"{path.name}: {type(shell.exc).__name__}: {shell.exc} "

@@ -91,6 +91,22 @@ def output_faults(number, cell, others):
             yield f"cell {number}: a figure without labels"
 
 
+def device_faults(number, cell):
+    "Models that would be loaded onto a GPU where there is one, while their ids stay on the CPU"
+    try:
+        tree = ast.parse(code_of(cell))
+    except SyntaxError:  # a magic
+        return
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call) or getattr(call.func, "id", "") != "load_model":
+            continue
+        if not {"device", None} & {keyword.arg for keyword in call.keywords}:  # None: **how
+            yield (
+                f"cell {number}: load_model names no device, so that a GPU would hold the "
+                'model and the CPU its ids; write device="cpu", or flag the cell gpu'
+            )
+
+
 def is_labelled(cell, others):
     "The cell, or a function that it calls, names its axes, or the picture has none"
     defined = {
@@ -158,6 +174,8 @@ def faults(path):
         if cell["cell_type"] != "code":
             out += text_faults(number, cell)
             continue
+        if not is_export(cell) and "gpu" not in cell["flags"]:
+            out += device_faults(number, cell)
         if re.search(r"^\s*[!%]\s*pip install", cell["source"], re.M) and not is_hidden(cell):
             out.append(f"cell {number}: pip install")
         out += output_faults(number, cell, found)

@@ -40,6 +40,7 @@ def says(text, name="stdout"):
         ("plt.plot(x)", PICTURE, {}, "without labels"),
         ("!pip install torch", says("ok"), {}, "pip install"),
         ("1", says("1"), {"execution_count": 3}, "execution count"),
+        ("net = load_model('small')", [], {}, "names no device"),
         ("sorted by `_write` of the stages", [], {"cell_type": "markdown"}, "a private name"),
         ("[away](98_nowhere.ipynb)", [], {"cell_type": "markdown"}, "dead link"),
     ],
@@ -53,6 +54,8 @@ def test_what_is_right_is_no_fault(tmp_path):
         ("def show(): ax.set(xlabel='step', ylabel='loss')", [], {}),
         ("show()", PICTURE, {}),
         ("try_it()", says("StageError: no such file", "stderr"), {}),
+        ("net = load_model('small', device='cpu')", [], {}),
+        ("#| gpu\nnet = load_model('small', attn='flash_attention_2')", [], {}),
         ("[there](index.ipynb)", [], {"cell_type": "markdown"}),
     )
     assert faults(notebook(tmp_path, *good)) == []
