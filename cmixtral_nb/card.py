@@ -6,23 +6,29 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["MODELS", "data_licences", "ModelFacts", "model_card", "card"]
+__all__ = ["MODELS", "data_licences", "ModelFacts", "plain", "model_card", "card"]
 
 # %% ../nbs/a29_card.ipynb #038a87be
+import re
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
+from typing import Any
 
 from .corpora import corpus_langs
 from .documents import read_docs
 from .gain import verdicts
+from .languages import language_name
 from .machine import package_data, say
 from .options import nearest
 from .pipeline import run_states
-from .recipes import CHAIN, read_recipe
+from .recipes import CHAIN, languages, read_recipe
 from .report import TRAINED, value_text
 from .results import markdown_table, read_lines
+from .run_files import speed_rows
 from .run_report import report_data
-from .stages import read_json, require, write_text
+from .shapes import TEXT, read_shaped, visible
+from .stages import require, write_text
 
 # %% ../nbs/a29_card.ipynb #5a17f88b
 _UNKNOWN = "not known: ask its owners"
@@ -80,6 +86,7 @@ class ModelFacts:
     manifests: dict[str, dict]  # folder -> manifest, of all that the model is made of
     rows: list[dict]  # of `changes`
     licences: dict[str, str]  # of `data_licences`
+    ids_changed: dict[str, dict] = field(default_factory=dict)  # language -> `unchanged` counted
     speed: dict[str, list[dict]] = field(default_factory=dict)  # folder -> rows of speed.jsonl
     commands: list[str] = field(default_factory=list)  # that repeat the evaluation
 
@@ -122,10 +129,24 @@ def _card_head(facts: ModelFacts) -> str:
 
 
 # %% ../nbs/a29_card.ipynb #a6c84407
+_MARKS = re.compile(
+    r"[\\`*\[\]|$~]"  # wherever they are
+    r"|(?<![^\W_])_|_(?![^\W_])"  # not within a word
+    r"|^[#>+-]"  # at the beginning
+)
+
+
+def plain(
+    text: Any,  # a name, a file, a licence: anybody's
+) -> str:
+    "Example: plain('<b>|x|') -> '&lt;b>\\\\|x\\\\|': markdown shows it as it is, on one line"
+    shown = escape(visible(text, 300), quote=False).replace("&gt;", ">")
+    return _MARKS.sub(r"\\\g<0>", shown)
+
+
 def _table(head: list[str], rows: list[list]) -> str:
-    "A table in markdown, of cells that may hold a |"
-    safe = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return markdown_table(head, safe)
+    "A table in markdown, of cells that may hold anything"
+    return markdown_table(list(map(plain, head)), [list(map(plain, row)) for row in rows])
 
 
 def _result_section(facts: ModelFacts) -> str:
@@ -143,24 +164,38 @@ def _result_section(facts: ModelFacts) -> str:
     sentences = verdicts(facts.rows).get(facts.model, [])
     parts = [
         "## What was gained and what it cost",
-        "\n".join(f"- {sentence}" for sentence in sentences),
+        "\n".join(f"- {plain(sentence)}" for sentence in sentences),
         _table(["", *names], lines),
         "In brackets: 95% intervals.",
     ]
     return "\n\n".join(parts)
 
 
-def _vocabulary_section(manifests: dict[str, dict]) -> str:
+def _promise(script: str, ids_changed: dict[str, dict]) -> str:
+    "What is known of the token ids of old text: by the certificate, and counted"
+    told = f"Text without a {script} character keeps its token ids."
+    for lang, counted in ids_changed.items():
+        n_docs, n_changed = counted["n_docs"], counted["n_changed"]
+        told += (
+            f" Ids changed in {n_changed:,} of {n_docs:,} held-out {language_name(lang)} documents."
+        )
+    return told
+
+
+def _vocabulary_section(manifests: dict[str, dict], ids_changed: dict[str, dict]) -> str:
     "How many pieces were appended, and what they do to the length of a text"
     if "tokenizer" not in manifests:
         return ""
-    stats = manifests["tokenizer"]["stats"]
-    return (
-        f"## Vocabulary\n\n{stats['n_base']:,} tokens of the base and {stats['n_pieces']:,} "
-        f"pieces appended, {stats['n_vocab']:,} in all; {stats['chars_per_token_base']:.3f} to "
-        f"{stats['chars_per_token']:.3f} characters per token. "
-        "Text without the new script keeps its token ids."
+    stats, params = manifests["tokenizer"]["stats"], manifests["tokenizer"]["params"]
+    told = (
+        f"{stats['n_base']:,} tokens of the base and {stats['n_pieces']:,} "
+        f"pieces appended, {stats['n_vocab']:,} in all"
     )
+    if stats.get("chars_per_token"):
+        before, after = stats.get("chars_per_token_base") or 0, stats["chars_per_token"]
+        told += f"; {before:.3f} to {after:.3f} characters per token"
+    promise = _promise(plain(params.get("script") or "new"), ids_changed)
+    return f"## Vocabulary\n\n{told}. {promise}"
 
 
 def _data_section(manifests: dict[str, dict], licences: dict[str, str]) -> str:
@@ -212,10 +247,12 @@ def _count(n: float, things: str) -> str:
 def _training_line(name: str, manifest: dict, speed: list[dict]) -> str:
     "Example: '- **pre-training**: rank 4, lr 0.001, 5 tokens; 1 second on cpu, 1.0 GB …'"
     params, stats = manifest["params"], manifest["stats"]
-    told = [f"{option} {params[option]}" for option in _OPTIONS if params.get(option) is not None]
+    told = [
+        f"{option} {plain(params[option])}" for option in _OPTIONS if params.get(option) is not None
+    ]
     told += [_count(stats[key], things) for key, things in _COUNTS.items() if key in stats]
     devices = [row["device"] for row in speed if row.get("device")]
-    where = f" on {devices[0]}" if devices else ""
+    where = f" on {plain(devices[0])}" if devices else ""
     return (
         f"- **{name}**: {', '.join(told)}; {_count(manifest['seconds'], 'seconds')}{where}, "
         f"{manifest['peak_bytes'] / 1e9:.1f} GB of memory at the peak"
@@ -237,7 +274,8 @@ def _evaluation_section(commands: list[str]) -> str:
     if not commands:
         return ""
     told = "Held-out documents and lm-eval; each number again with:"
-    return "\n\n".join(["## Evaluation", told, "\n".join(["```", *commands, "```"])])
+    block = "\n".join("    " + visible(command, 2000) for command in commands)
+    return "\n\n".join(["## Evaluation", told, block])
 
 
 _LIMITS = (
@@ -250,13 +288,13 @@ _LIMITS = (
 def _provenance_section(manifests: dict[str, dict]) -> str:
     "Fingerprints of all that the model is made of, and the versions that made it"
     prints = [
-        f"{folder} `{manifest['fingerprint']}`"
+        f"{folder} `{visible(manifest['fingerprint']).replace('`', '')}`"
         for folder, manifest in manifests.items()
         if manifest.get("fingerprint")
     ]
     known = [manifest["versions"] for manifest in manifests.values() if "versions" in manifest]
     versions = known[0] if known else {}
-    made = ", ".join(f"{package} {version}" for package, version in versions.items())
+    made = ", ".join(f"{plain(package)} {plain(version)}" for package, version in versions.items())
     return (
         f"## Provenance\n\nWritten from the manifests of the run: {', '.join(prints)}. "
         f"Made with {made}."
@@ -270,10 +308,10 @@ def model_card(
     "Card of a model from the manifests of its run"
     parts = [
         f"---\n{_card_head(facts)}\n---",
-        f"# {facts.name}",
+        f"# {plain(facts.name)}",
         facts.about,
         _result_section(facts),
-        _vocabulary_section(facts.manifests),
+        _vocabulary_section(facts.manifests, facts.ids_changed),
         _data_section(facts.manifests, facts.licences),
         _training_section(facts.manifests, facts.speed),
         _evaluation_section(facts.commands),
@@ -290,18 +328,25 @@ MODELS = [name for name in CHAIN if name != "adapter"]  # that a card can be abo
 _BORN = ["corpus", "tokenizer", "base", "model", "adapter", "merged", "sft", "chat"]
 
 
-def _require_model(run: Path, model: str) -> None:
-    "The run is one, and has the model"
-    states = run_states(run)
+def _chosen_model(run: Path, model: str) -> str:
+    "The model that was asked for, else the last one of the run; `StageError` where it has none"
+    made = [state["folder"] for state in run_states(run) if state["fingerprint"]]
+    if not model:
+        born = [name for name in MODELS if name in made]
+        require(
+            born,
+            f"{run} has no model yet; run: cmixtral run {run / 'recipe.toml'} --out {run}",
+        )
+        return born[-1]
     require(
         model in MODELS,
         f"unknown model {model!r}{nearest(model, MODELS)}; expected one of {', '.join(MODELS)}",
     )
-    made = [state["folder"] for state in states if state["fingerprint"]]
     require(
         model in made,
         f"{run / model} does not exist; run: cmixtral run {run / 'recipe.toml'} --out {run}",
     )
+    return model
 
 
 def _licences(recipe: dict, manifests: dict[str, dict]) -> dict[str, str]:
@@ -310,8 +355,11 @@ def _licences(recipe: dict, manifests: dict[str, dict]) -> dict[str, str]:
     if "sft" not in manifests:
         return data_licences(sources)
     sft = manifests["sft"]
-    conversations = sft["inputs"].get("conversations", {}).get("path", ["builtin"])
-    return data_licences(sources, conversations, sft["params"]["n_translations"])
+    conversations = (sft["inputs"].get("conversations") or {}).get("path") or ["builtin"]
+    if not isinstance(conversations, list):
+        conversations = [conversations]
+    n_translations = sft["params"].get("n_translations") or 0
+    return data_licences(sources, list(map(str, conversations)), n_translations)
 
 
 def _hub_id(recipe: dict) -> str | None:
@@ -321,37 +369,55 @@ def _hub_id(recipe: dict) -> str | None:
 
 
 def _about(recipe: dict, model: str) -> str:
-    told = recipe.get("about") or "a base language model taught a new language."
-    return f"`{model}` of the run `{recipe['name']}`, made with cmixtral_nb: {told}"
+    language, kept = languages(recipe)
+    task = f"a base language model taught {language_name(language)}."
+    told = plain(" ".join(str(recipe.get("about") or task).split()))
+    run = visible(recipe["name"]).replace("`", "'")
+    return f"`{model}` of the run `{run}`, made with cmixtral_nb: {told}"
+
+
+def _card_langs(run: Path, recipe: dict) -> list[str]:
+    "Codes of the languages that a model has read: of the corpus, else of the recipe"
+    language, kept = languages(recipe)
+    return corpus_langs(run / "corpus") or sorted({language, *kept})
+
+
+def _commands(run: Path, model: str) -> list[str]:
+    "The command that repeats the evaluation of a model, where there is one"
+    results = run / "evaluation" / model / "results.json"
+    if not results.is_file():
+        return []
+    command = read_shaped(results, {"command?": TEXT}).get("command")
+    return [command] if command else []
 
 
 # %% ../nbs/a29_card.ipynb #5b7402ce
 def card(
     run: Path,  # folder of a run
-    model: str = "chat",  # which of its models: base, model, merged, chat
+    model: str = "",  # which of its models: base, model, merged, chat; default: the last it has
     name: str = "",  # of the model on the hub; default: recipe and model
     licence: str = "apache-2.0",  # of the weights, as the hub spells it
     out: Path | None = None,  # file to write; default: cards/MODEL.md in the run
 ) -> None:
     "Write a model card for the hub from the manifests of a run"
     run = Path(run)
-    _require_model(run, model)
+    model = _chosen_model(run, model)
     data, recipe = report_data(run), read_recipe(str(run / "recipe.toml"))
     made_of = _BORN[: _BORN.index(model) + 1]
     manifests = {key: value for key, value in data["manifests"].items() if key in made_of}
-    results = run / "evaluation" / model / "results.json"
     facts = ModelFacts(
         name=name or f"{recipe['name']}-{model}",
         model=model,
         base_model=_hub_id(recipe),
         licence=licence,
-        languages=corpus_langs(run / "corpus"),
+        languages=_card_langs(run, recipe),
         about=_about(recipe, model),
         manifests=manifests,
         rows=data["changes"],
         licences=_licences(recipe, manifests),
-        speed={folder: read_lines(run / folder / "logs" / "speed.jsonl") for folder in TRAINED},
-        commands=[read_json(results)["command"]] if results.is_file() else [],
+        ids_changed=data["vocabulary"].get("ids_changed", {}),
+        speed={folder: speed_rows(run / folder) for folder in TRAINED},
+        commands=_commands(run, model),
     )
     file = Path(out or run / "cards" / f"{model}.md")
     file.parent.mkdir(parents=True, exist_ok=True)

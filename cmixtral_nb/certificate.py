@@ -27,17 +27,23 @@ __all__ = [
     "old_texts_unchanged",
     "text_comes_back",
     "fast_equals_sentencepiece",
+    "same_without_new_pieces",
     "same_after_saving",
     "no_control_from_text",
     "bos_then_the_same",
     "certify",
+    "pieces_language",
+    "changed_documents",
+    "say_changed",
     "write_certificate",
+    "certificate_told",
 ]
 
 # %% ../nbs/a10_certificate.ipynb #606a57be
 import random
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +51,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from .corpora import corpus_langs, corpus_texts
 from .documents import read_docs, up_to
-from .languages import lang_script, script_pattern
+from .languages import lang_script, language_name, script_pattern
+from .machine import say
 from .options import Range, at_least
 from .stages import Artifact, StageError, write_json
 from .tokenizer_files import encode_plain, load_tokenizer, processor
@@ -142,10 +149,23 @@ def hostile_texts(
 
 
 # %% ../nbs/a10_certificate.ipynb #a1cfad34
+_SHIPPED_LANGS = ("en", "zh")  # of the text that comes with the package
+
+
 def _shipped(lang: str, limit_chars: int) -> list[str]:
     "Documents that come with the package"
     docs = (row["text"] for row in read_docs(f"builtin:{lang}"))
     return list(up_to(docs, limit_chars))
+
+
+def _held_out(
+    corpus: Artifact | str | Path | None, limit_chars: int
+) -> dict[str, list[str]]:  # language -> documents
+    "What a corpus holds out; nothing where there is no corpus"
+    if not corpus:
+        return {}
+    langs = corpus_langs(corpus)
+    return {lang: list(up_to(corpus_texts(corpus, lang, "valid"), limit_chars)) for lang in langs}
 
 
 def _written_in(lang: str, script: str) -> bool:
@@ -157,22 +177,22 @@ def certificate_texts(
     corpus: Artifact | str | Path | None,  # a corpus, or None
     script: str = "Han",  # script of the new pieces
     limit_chars: int = 1_000_000,  # of each source
-) -> tuple[list[str], list[str]]:  # lines to certify with; documents in the script to measure with
+    lang: str = "",  # language of the new pieces; empty: any that is written in the script
+) -> tuple[
+    list[str], list[str]
+]:  # lines to certify with; documents of the language to measure with
     "Real text; the documents to measure with are held out where there are any"
-    shipped = {lang: _shipped(lang, limit_chars) for lang in ("en", "zh")}
-    held = {}
-    if corpus:
-        for lang in corpus_langs(corpus):
-            held[lang] = list(up_to(corpus_texts(corpus, lang, "valid"), limit_chars))
+    shipped = {lang: _shipped(lang, limit_chars) for lang in _SHIPPED_LANGS}
+    held = _held_out(corpus, limit_chars)
     lines: list[str] = []
-    measured: list[str] = []
     for docs in [*shipped.values(), *held.values()]:
         for doc in docs:
             lines += doc.replace("▁", "_").split("\n")
-    for lang, docs in held.items():
-        if _written_in(lang, script):
-            measured += docs
-    return lines, measured or shipped["zh"]
+    for texts in (held, shipped):
+        asked = [lang] if lang else [name for name in texts if _written_in(name, script)]
+        if measured := [doc for name in asked for doc in texts.get(name, [])]:
+            return lines, measured
+    return lines, []  # no text in this language is at hand
 
 
 # %% ../nbs/a10_certificate.ipynb #d8ed2c03
@@ -471,6 +491,27 @@ def fast_equals_sentencepiece(
 
 
 # %% ../nbs/a10_certificate.ipynb #23beb8a3
+def same_without_new_pieces(
+    ext: Extension,  # what is compared
+) -> dict:
+    "Where no new piece is used, the ids are those of before"
+    n_old = len(ext.before)
+    old = [
+        (text, ids)
+        for text, ids in zip(ext.texts, ext.ids, strict=True)
+        if max(ids, default=0) < n_old
+    ]
+    before = ext.before.encode([text for text, _ in old])
+    changed = [text for (text, ids), was in zip(old, before, strict=True) if ids != was]
+
+    def fails(text: str) -> bool:
+        ids = ext.encode(text)
+        return max(ids, default=0) < n_old and ext.before.encode_one(text) != ids
+
+    name = "ids of texts that take no new piece unchanged"
+    return certificate_line(name, len(old), changed, fails)
+
+
 def same_after_saving(
     ext: Extension,  # what is compared
 ) -> dict:
@@ -539,10 +580,91 @@ def certify(
     tok: PreTrainedTokenizerBase,  # what the folder loads as
     texts: list[str],  # real and hostile
     script: str = "Han",  # of the new pieces: ids of texts without it must not change
+    more: Sequence[Callable[[Extension], dict]] = (),  # checks besides the ten
 ) -> list[dict]:  # check, cases, failed, examples
     "What an extended tokenizer must keep and must do; a certificate has no line with a failure"
     ext = Extension(SentencePieceView(base), SentencePieceView(new), tok, texts, script)
-    return [check(ext) for check in CHECKS]
+    return [check(ext) for check in (*CHECKS, *more)]
+
+
+# %% ../nbs/a10_certificate.ipynb #62560170
+def pieces_language(
+    pieces: str | Path,  # what `vocab` takes: a folder of candidates, or a file from elsewhere
+) -> str:  # language code; empty where nothing says it
+    "The language that candidates were learned from"
+    try:
+        lang = Artifact.load(pieces).manifest["params"].get("lang")
+    except StageError:  # a file, or a folder that no stage of ours wrote
+        return ""
+    return lang if isinstance(lang, str) else ""
+
+
+def _words_that_change(
+    before: SentencePieceProcessor, after: SentencePieceProcessor, docs: list[str]
+) -> list[str]:
+    "The three most frequent words whose ids differ, as Python writes them"
+    counts = Counter(word for doc in docs for word in doc.split())
+    words = [word for word, _ in counts.most_common()]
+    both = zip(words, before.encode(words), after.encode(words), strict=True)
+    return [repr(word)[:80] for word, old, new in both if old != new][:3]
+
+
+def changed_documents(
+    before: SentencePieceProcessor,
+    after: SentencePieceProcessor,
+    corpus: Artifact | str | Path | None,  # a corpus, or None
+    script: str = "Han",  # of the new pieces
+    lang: str = "",  # language of the new pieces; empty: those that are written in the script
+    limit_chars: int = 1_000_000,  # of each language
+) -> dict[str, dict]:  # language -> n_docs, n_changed, share of tokens that are new, examples
+    "Held-out documents of the other languages whose ids are not what they were"
+    found = {}
+    for name, docs in _held_out(corpus, limit_chars).items():
+        if name == lang or (not lang and _written_in(name, script)):
+            continue
+        old, new = before.encode(docs), after.encode(docs)
+        changed = [doc for doc, a, b in zip(docs, old, new, strict=True) if a != b]
+        n_new = sum(i >= len(before) for ids in new for i in ids)
+        found[name] = dict(
+            n_docs=len(docs),
+            n_changed=len(changed),
+            share=n_new / max(1, sum(map(len, new))),
+            examples=_words_that_change(before, after, changed),
+        )
+    return found
+
+
+def _changed_line(lang: str, counted: dict) -> dict:
+    "A line of the certificate that is counted and not promised"
+    return dict(
+        counted=f"held-out {language_name(lang)} documents whose ids change",
+        cases=counted["n_docs"],
+        changed=counted["n_changed"],
+        share_of_tokens=counted["share"],
+        examples=counted["examples"],
+    )
+
+
+def say_changed(
+    changed: dict[str, dict],  # from `changed_documents`
+    script: str,  # of the new pieces
+) -> None:
+    "What the languages of the corpus pay, one line each; silent where nothing changes"
+    for lang, counted in changed.items():
+        if not counted["n_changed"]:
+            continue
+        examples = ", ".join(counted["examples"])
+        say(
+            "vocab",
+            f"ids change in {counted['n_changed']:,} of {counted['n_docs']:,} held-out "
+            f"{language_name(lang)} documents, {counted['share']:.2%} of their tokens are new"
+            + (f", in words such as {examples}" if examples else "")
+            + (
+                f"; {language_name(lang)} is written in the same script"
+                if _written_in(lang, script)
+                else ""
+            ),
+        )
 
 
 # %% ../nbs/a10_certificate.ipynb #59f3c3ae
@@ -562,10 +684,15 @@ def write_certificate(
     new: SentencePieceProcessor,  # after
     texts: list[str],  # real and hostile
     script: str = "Han",  # of the new pieces
+    changed: dict[str, dict] | None = None,  # from `changed_documents`
 ) -> dict[str, dict]:  # check -> cases, failed
     "Certify a folder; `StageError` with each line that has a failure"
-    lines = certify(base, new, load_tokenizer(folder), texts, script)
-    write_json(Path(folder) / "certificate.json", lines)
+    changed = changed or {}
+    is_shared = any(_written_in(lang, script) for lang in changed)
+    more = [same_without_new_pieces] if is_shared else []
+    lines = certify(base, new, load_tokenizer(folder), texts, script, more)
+    counted = [_changed_line(*item) for item in changed.items() if item[1]["n_changed"]]
+    write_json(Path(folder) / "certificate.json", [*lines, *counted])
     faults = [
         f"certificate: {line['check']}: {line['failed']:,} of {line['cases']:,} failed, "
         f"such as {line['examples'][0]}; append other pieces"
@@ -575,3 +702,11 @@ def write_certificate(
     if faults:
         raise StageError(*faults)
     return {line["check"]: dict(cases=line["cases"], failed=0) for line in lines}
+
+
+def certificate_told(
+    checks: dict[str, dict],  # from `write_certificate`
+) -> str:
+    "Example: 'certificate: 10 checks, 103,865 cases, none failed'"
+    n_cases = sum(check["cases"] for check in checks.values())
+    return f"certificate: {len(checks)} checks, {n_cases:,} cases, none failed"

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["is_evaluation", "unlike", "comparison_page", "compare"]
 
 # %% ../nbs/a27_compare.ipynb #35d7b529
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
@@ -29,8 +30,10 @@ from .gain import changes, verdicts
 from .generate import generate
 from .machine import say
 from .options import faults_of, named_refs, refuse
-from .results import load_evaluation, read_lines
-from .stages import read_json, require, write_json, write_text
+from .results import load_evaluation
+from .run_files import manifest_of, sample_rows
+from .shapes import visible
+from .stages import require, write_json, write_text
 
 
 # %% ../nbs/a27_compare.ipynb #1359a6e2
@@ -43,7 +46,18 @@ def is_evaluation(
         return True
     if not path.is_dir() or (path / "config.json").is_file():
         return False
-    return (path / "results.json").is_file() or any(path.rglob("results_*.json"))
+    dated = (path.glob(pattern) for pattern in ("results_*.json", "*/results_*.json"))
+    return (path / "results.json").is_file() or any(map(any, dated))
+
+
+def _name_faults(names: Iterable[str]) -> list[str]:
+    "Names become folders, titles and messages: they are short, on one line, and lead nowhere"
+    return [
+        f"model name {visible(name)!r}: expected up to 60 characters that can be shown, "
+        f"without / or \\; give another as NAME=REF"
+        for name in names
+        if len(name) > 60 or visible(name) != name or name in (".", "..") or {*name} & {*"/\\"}
+    ]
 
 
 def _ref_faults(ref: str) -> list[str]:
@@ -54,7 +68,7 @@ def _ref_faults(ref: str) -> list[str]:
 def _refs(models: list[str]) -> dict[str, str]:
     "Two or more evaluations and models by name; every fault at once"
     refs = named_refs(models, form="NAME=REF")
-    faults = [fault for ref in refs.values() for fault in _ref_faults(ref)]
+    faults = _name_faults(refs) + [fault for ref in refs.values() for fault in _ref_faults(ref)]
     if len(refs) == 1:
         faults.insert(0, "1 model to compare, expected two or more")
     refuse(faults)
@@ -62,23 +76,17 @@ def _refs(models: list[str]) -> dict[str, str]:
 
 
 # %% ../nbs/a27_compare.ipynb #a125f2d0
-def _config(ref: str | Path) -> dict:
-    "How an evaluation was asked; empty where its file does not say"
-    for file in (Path(ref), Path(ref) / "results.json"):
-        if file.is_file():
-            return read_json(file).get("config", {})
-    return {}
-
-
 def unlike(
     evaluations: dict[str, str | Path],  # name -> evaluation folder or file
 ) -> list[str]:  # such as "length: base 64, new 32"
     "What was asked differently"
-    configs = {name: _config(ref) for name, ref in evaluations.items()}
+    configs = {name: load_evaluation(ref)["config"] for name, ref in evaluations.items()}
     told = []
     for option in ("shots", "limit", "chat", "length", "n_chars"):
-        asked = {name: config[option] for name, config in configs.items() if option in config}
-        if len(set(map(str, asked.values()))) > 1:
+        asked = {
+            name: visible(config[option]) for name, config in configs.items() if option in config
+        }
+        if len(set(asked.values())) > 1:
             told.append(f"{option}: " + ", ".join(f"{n} {value}" for n, value in asked.items()))
     return told
 
@@ -89,8 +97,8 @@ def _manifests(evaluations: dict[str, str | Path], samples: Path | None) -> dict
     folders = {f"evaluation/{name}": Path(ref) for name, ref in evaluations.items()}
     if samples:
         folders["samples"] = samples
-    files = {name: folder / "manifest.json" for name, folder in folders.items()}
-    return {name: read_json(file) for name, file in files.items() if file.is_file()}
+    found = {name: manifest_of(folder) for name, folder in folders.items()}
+    return {name: manifest for name, manifest in found.items() if manifest}
 
 
 def _warnings(evaluations: dict[str, str | Path]) -> str:
@@ -122,8 +130,9 @@ def comparison_page(
     ]
     if samples:
         how = "up to " + sampling_text(manifests["samples"]["params"])
-        written = read_lines(samples / "samples.jsonl")
-        parts.append(sample_section(written, how=how, source="samples"))
+        written = sample_rows(samples)
+        langs = [row["key"] for row in rows if row["kind"] == "language"]
+        parts.append(sample_section(written, how=how, source="samples", langs=langs))
     return page(title, [*parts, manifest_section(manifests)])
 
 
@@ -137,14 +146,14 @@ def _evaluations(
         found[name] = ref
         if not is_evaluation(ref):
             folder = out / "evaluation" / name
-            found[name] = evaluate(model=ref, out=folder, force="stale", **options).path
+            found[name] = evaluate(model=ref, out=folder, replace_stale=True, **options).path
     return found
 
 
 def _write_samples(models: dict[str, str], out: Path, device: str | None) -> Path:
     "Let the models continue the same prompts"
     named = [f"{name}={ref}" for name, ref in models.items()]
-    return generate(named, out / "samples", device=device, force="stale").path
+    return generate(named, out / "samples", device=device, replace_stale=True).path
 
 
 def _tell(evaluations: dict[str, str | Path], rows: list[dict]) -> None:

@@ -10,10 +10,14 @@ __all__ = [
     "TRAINED",
     "svg",
     "plain_svg",
+    "figure_text",
+    "picture",
     "loss_figure",
     "router_figure",
     "element",
     "slug",
+    "language_of",
+    "marked",
     "anchor",
     "manifest_link",
     "Cell",
@@ -38,6 +42,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a26_report.ipynb #fb18911a
+import base64
 import io
 import itertools
 import json
@@ -47,8 +52,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from .gain import percent, sentence
+from .languages import lang_script, language_name, script_share
 from .machine import package_data
-from .results import LANGUAGES
+from .shapes import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,19 +89,43 @@ def plain_svg(
     )
 
 
+def figure_text(
+    text: Any,  # a name that may be anybody's
+) -> str:
+    "Text that matplotlib draws as it is: a $ begins no formula, and one line stays one"
+    return visible(text, 40).replace("$", r"\$")
+
+
+def picture(
+    svg_file: bytes,  # an SVG file from elsewhere
+    about: str,  # what it shows, for those who do not see it
+) -> str:  # HTML
+    "An SVG file as a picture: a browser draws it, runs no script in it and loads nothing for it"
+    data = base64.b64encode(svg_file).decode()
+    return f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(about)}">'
+
+
 # %% ../nbs/a26_report.ipynb #ece32683
 TRAINED = {"adapter": "pre-training", "sft": "instruction tuning"}  # folder -> what was done
 
 
-def _panels(n: int) -> tuple[Figure, Any]:  # with one axes or more
-    "A figure as wide as a page, with axes side by side"
+def _panels(
+    n: int,
+    height: float = 2.6,  # of a row, in inches
+    most: int = 4,  # side by side
+) -> tuple[Figure, Any]:  # with one axes or more
+    "A figure as wide as a page, with axes side by side; more than fit are set below"
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(9, 2.6), layout="constrained")
-    axes = fig.subplots(1, max(1, n), squeeze=False)[0]
+    n_columns = min(max(1, n), most)
+    n_lines = -(-max(1, n) // n_columns)
+    fig = Figure(figsize=(9, height * n_lines), layout="constrained")
+    axes = fig.subplots(n_lines, n_columns, squeeze=False).flatten()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    return fig, axes
+    for ax in axes[max(1, n) :]:
+        ax.remove()
+    return fig, axes[: max(1, n)]
 
 
 def loss_figure(
@@ -110,18 +140,24 @@ def loss_figure(
     fig, axes = _panels(len(curves))
     for ax, (folder, (steps, loss)) in zip(axes, curves.items(), strict=False):
         ax.plot(steps, loss, color="#3a7ca5", lw=1.2)
-        ax.set(title=TRAINED.get(folder, folder), xlabel="step", ylabel="loss, nats per token")
+        ax.set(
+            title=figure_text(TRAINED.get(folder, folder)),
+            xlabel="step",
+            ylabel="loss, nats per token",
+        )
     return svg(fig)
 
 
 # %% ../nbs/a26_report.ipynb #f8d69281
 def router_figure(
     router: dict[str, dict],  # before, after -> language -> layer -> share of tokens of each expert
+    langs: list[str] | None = None,  # that come first; others follow
 ) -> str:  # SVG
     "Share of tokens that each expert takes, per layer, before and after pre-training"
+    there = [lang for when in ("before", "after") for lang in router.get(when, {})]
     panels = {
-        f"{name}, {when}": router[when][lang]
-        for lang, name in LANGUAGES.items()
+        f"{language_name(lang)}, {when}": router[when][lang]
+        for lang in dict.fromkeys([*(langs or []), *there])
         for when in ("before", "after")
         if lang in router.get(when, {})
     }
@@ -130,7 +166,7 @@ def router_figure(
     for ax, (title, layers) in zip(axes, panels.items(), strict=False):
         image = ax.imshow(layers, cmap="viridis", vmin=0, vmax=max(shares), aspect="auto")
         ax.set(
-            title=title,
+            title=figure_text(title),
             xlabel="expert",
             ylabel="layer",
             xticks=range(len(layers[0])),
@@ -161,6 +197,27 @@ def slug(
 ) -> str:
     "Example: slug('evaluation/base') -> 'evaluation-base', for the id of an element"
     return re.sub(r"[^\w-]", "-", str(text))
+
+
+def language_of(
+    text: str,  # that a model has read or written
+    langs: list[str] | None,  # codes that it may be in, the likeliest first; None: nothing is known
+) -> str | None:  # None where no letter belongs to any of them
+    "Example: language_of('ភាសា', ['en', 'km']) -> 'km'; a browser takes its fonts from that"
+    scripts = {lang: lang_script(lang) for lang in langs or []}
+    shares = {lang: script_share(text, script) for lang, script in scripts.items() if script}
+    likeliest = max(shares, key=lambda lang: shares[lang], default=None)
+    return likeliest if likeliest and shares[likeliest] else None
+
+
+def marked(
+    tag: str,  # such as "p"
+    text: str,  # of anybody, in any language; it is escaped here
+    langs: list[str] | None = None,  # as for `language_of`
+    **attributes: Any,  # as for `element`
+) -> str:
+    "An element whose language and direction of writing a browser knows"
+    return element(tag, escape(text), lang=language_of(text, langs), dir="auto", **attributes)
 
 
 def anchor(
@@ -277,7 +334,7 @@ def page(
         element("style", _asset("report.css")),
     ]
     body = [*parts[:1], _navigation(parts), *parts[1:], element("script", _asset("report.js"))]
-    return "".join(
+    whole = "".join(
         [
             '<!doctype html><html lang="en">',
             element("head", "".join(head)),
@@ -285,6 +342,7 @@ def page(
             "</html>\n",
         ]
     )
+    return whole.encode("utf-8", "replace").decode()  # half a character cannot be written
 
 
 # %% ../nbs/a26_report.ipynb #da4f419d
@@ -349,7 +407,7 @@ def _change_line(row: dict, name: str, labels: dict[str, str], sources: dict[str
         change = Cell(change_text(row, model), sort=model["change"], mark=_mark(model))
     return [
         row["name"],
-        labels.get(name, name),
+        visible(labels.get(name, name)),
         Cell(value_text(row, model), sources.get(name, ""), model["value"]),
         change,
         f"{row['n']:,}" if row["n"] else "",
@@ -435,14 +493,13 @@ def _draw_values(ax: Any, values: list[dict], colour: str) -> None:
 
 def _draw_models(ax: Any, row: dict, labels: dict[str, str], colour: str) -> None:
     "One measure, a model beside the other"
-    names = [labels.get(name, name) for name in row["models"]]
+    names = [figure_text(labels.get(name, name)) for name in row["models"]]
     _draw_values(ax, list(row["models"].values()), colour)
-    ax.set(title=row["name"], ylabel="bits per byte", xlim=(-0.4, len(names) - 0.3))
+    ax.set(title=figure_text(row["name"]), ylabel="bits per byte", xlim=(-0.4, len(names) - 0.3))
     if len(names) > 3:
         ax.set_xticks(range(len(names)), names, rotation=20, ha="right")
     else:
         ax.set_xticks(range(len(names)), names)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def gain_figure(
@@ -450,11 +507,8 @@ def gain_figure(
     labels: dict[str, str] | None = None,  # model -> what to call it
 ) -> Figure:
     "Bits per byte of each language, model by model, with 95% intervals"
-    from matplotlib.figure import Figure
-
     languages = [row for row in rows if row["kind"] == "language"]
-    fig = Figure(figsize=(9, 2.9), layout="constrained")
-    axes = fig.subplots(1, max(1, len(languages)), squeeze=False)[0]
+    fig, axes = _panels(len(languages), height=2.9, most=3)
     for ax, row, colour in zip(axes, languages, itertools.cycle(_COLOURS), strict=False):
         _draw_models(ax, row, labels or {}, colour)
     return fig
@@ -532,8 +586,8 @@ def _token_table(lines: list[dict], source: str) -> str:
     ]
     rows = [
         [
-            LANGUAGES.get(line["domain"], line["domain"]),
-            line["tokenizer"],
+            visible(language_name(line["domain"])),
+            visible(line["tokenizer"]),
             f"{line['n_docs']:,}",
             f"{line['n_chars']:,}",
             number_cell(line["n_tokens"], ",d", source),
@@ -619,11 +673,12 @@ def sampling_text(
     )
 
 
-def _sample(row: dict, labels: dict[str, str]) -> str:
+def _sample(row: dict, labels: dict[str, str], langs: list[str] | None) -> str:
     "A model and what it wrote, with … where it would have gone on"
     name = labels.get(row["model"], row["model"])
     more = "" if row.get("stop") == "end" else " …"
-    return element("div", element("b", escape(name)) + escape(row["text"]) + more)
+    inside = marked("b", name) + escape(row["text"]) + more
+    return element("div", inside, lang=language_of(row["text"], langs), dir="auto")
 
 
 def sample_section(
@@ -631,6 +686,7 @@ def sample_section(
     labels: dict[str, str] | None = None,  # model -> what to call it
     how: str = "",  # they were drawn
     source: str = "",  # folder of the samples
+    langs: list[str] | None = None,  # codes of languages that they may be in, the likeliest first
 ) -> str:  # empty where there is no sample
     "What each model wrote, side by side"
     if not samples:
@@ -638,9 +694,10 @@ def sample_section(
     link = " " + manifest_link("manifest", source) if source else ""
     parts = [element("p", escape(how) + link, class_="lead")]
     for prompt in dict.fromkeys(row["prompt"] for row in samples):
-        written = [_sample(row, labels or {}) for row in samples if row["prompt"] == prompt]
-        beside = element("div", "".join(written), class_="samples")
-        parts.append(element("h3", escape(prompt)) + beside)
+        chosen = [row for row in samples if row["prompt"] == prompt]
+        written = [_sample(row, labels or {}, langs) for row in chosen]
+        parts.append(marked("h3", prompt, langs))
+        parts.append(element("div", "".join(written), class_="samples"))
     return section("Samples", *parts)
 
 

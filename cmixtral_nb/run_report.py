@@ -21,9 +21,10 @@ from cmixtral_nb.report import (
     loss_figure,
     manifest_link,
     manifest_section,
+    marked,
     number_cell,
     page,
-    plain_svg,
+    picture,
     router_figure,
     sample_section,
     sampling_text,
@@ -35,69 +36,103 @@ from cmixtral_nb.report import (
 )
 
 from .corpora import corpus_texts
-from .gain import changes, percent, verdicts
+from .gain import changes, percent, too_few, verdicts
+from .languages import language_name
 from .machine import say, versions
+from .options import faults_of
+from .pieces import base_tokenizer_model
 from .pipeline import run_states
-from .recipes import CHAIN, STEPS, read_recipe
-from .results import LANGUAGES, read_lines
-from .stages import fingerprint, read_json, write_json, write_text
-from .tokenizer_files import encode_plain, load_tokenizer
+from .recipes import CHAIN, languages, read_recipe, settings
+from .results import by_language, load_evaluation
+from .run_files import efficiency_of, log_rows, router_of, run_manifests, sample_rows
+from .shapes import TEXT, read_shaped, visible
+from .stages import StageError, fingerprint, write_json, write_text
+from .tokenizer_files import encode_plain, load_tokenizer, processor
 
 
 # %% ../nbs/a28_run_report.ipynb #27bbfee2
+def _token_ids(ref: str | Path, texts: list[str]) -> list[list[int]]:
+    "Ids by a folder with tokenizer.json, or by a sentencepiece model"
+    if (Path(ref) / "tokenizer.json").is_file():
+        return encode_plain(load_tokenizer(ref), texts)
+    return processor(base_tokenizer_model(ref)).encode(texts)
+
+
 def unchanged(
-    before: str | Path,  # folder of the base model or tokenizer
+    before: str | Path,  # folder of the base model or tokenizer, or a sentencepiece model
     after: str | Path,  # folder of the extended tokenizer
-    texts: list[str],  # documents in the language that must not change
+    texts: list[str],  # documents in a language that should not change
 ) -> dict:  # n_docs, n_changed, share
     "Documents whose token ids differ between two tokenizers"
-    old, new = (encode_plain(load_tokenizer(folder), texts) for folder in (before, after))
+    old, new = (_token_ids(ref, texts) for ref in (before, after))
     n_changed = sum(a != b for a, b in zip(old, new, strict=True))
     return dict(n_docs=len(texts), n_changed=n_changed, share=n_changed / max(1, len(texts)))
 
 
 # %% ../nbs/a28_run_report.ipynb #77c5b5ed
-def _json_of(path: Path):
-    "What a JSON file holds; None where it does not exist"
-    return read_json(path) if path.is_file() else None
+def _evaluations(out: Path) -> dict[str, dict]:  # model -> what `load_evaluation` gives
+    "Each evaluation of a run, the models of the chain first and in order of birth"
+    there = [file.parent.name for file in sorted((out / "evaluation").glob("*/results.json"))]
+    names = sorted(there, key=lambda name: CHAIN.index(name) if name in CHAIN else len(CHAIN))
+    return {name: load_evaluation(out / "evaluation" / name) for name in names}
 
 
-def _stats(folder: Path) -> dict:
-    "What a stage counted; empty where it has not run"
-    return (_json_of(folder / "manifest.json") or {"stats": {}})["stats"]
+def _old_tokenizer(out: Path, recipe: dict) -> str | Path:
+    "What the tokenizer of a run was before it was extended"
+    made_here, elsewhere = out / "base", recipe.get("init", {}).get("model", "")
+    for folder in (made_here, Path(elsewhere)):
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    return settings("vocab", recipe)["base"]
 
 
-def _results(out: Path) -> dict[str, dict]:  # model -> task -> metric -> value
-    "Metrics of each evaluated model"
-    files = sorted((out / "evaluation").glob("*/results.json"))
-    return {file.parent.name: read_json(file)["results"] for file in files}
+def _heldout(corpus: Path, lang: str) -> list[str]:
+    "Held-out documents of a language; none where the corpus has none"
+    try:
+        return list(corpus_texts(corpus, lang, "valid"))
+    except StageError:
+        return []
 
 
-def _vocabulary(out: Path) -> dict:
-    "Size of the vocabulary and what it did to English"
-    if not ((out / "tokenizer").is_dir() and (out / "corpus").is_dir()):
+def _ids_changed(out: Path, recipe: dict, kept: list[str]) -> dict[str, dict]:
+    "Of each language to keep: documents whose token ids are not what they were"
+    before = _old_tokenizer(out, recipe)
+    if not (out / "corpus").is_dir() or faults_of(_token_ids, before, []):
         return {}
-    english = {}
-    if (out / "base").is_dir():
-        texts = list(corpus_texts(out / "corpus", "en", "valid"))
-        english = unchanged(out / "base", out / "tokenizer", texts)
-    return dict(_stats(out / "tokenizer"), english_ids_changed=english)
-
-
-def _by_language(results: dict[str, dict], metric: str) -> dict[str, dict[str, float]]:
-    "Example: {'base': {'zh': 7.437, 'en': 2.213}}, with the models in order of birth"
+    texts = {lang: _heldout(out / "corpus", lang) for lang in kept}
     return {
-        model: {lang: results[model]["bpb"][f"{metric}_{lang}"] for lang in LANGUAGES}
-        for model in CHAIN
-        if "bpb" in results.get(model, {})
+        lang: unchanged(before, out / "tokenizer", docs) for lang, docs in texts.items() if docs
     }
 
 
-def _exams(results: dict[str, dict]) -> dict[str, dict]:
+def _vocabulary(out: Path, recipe: dict, manifests: dict, kept: list[str]) -> dict:
+    "Size of the vocabulary, and what it did to the languages to keep"
+    if "tokenizer" not in manifests:
+        return {}
+    counted = manifests["tokenizer"]["stats"]
+    return dict(counted, ids_changed=_ids_changed(out, recipe, kept))
+
+
+def _by_language(
+    evaluations: dict[str, dict], measure: str, langs: list[str]
+) -> dict[str, dict[str, float]]:
+    "Example: {'base': {'km': 7.437, 'en': 2.213}}, models in order of birth, languages as given"
+    found = {}
+    for model in CHAIN:
+        if model in evaluations and "bpb" in evaluations[model]["results"]:
+            values = by_language(evaluations[model]["results"], measure)
+            order = [lang for lang in dict.fromkeys([*langs, *values]) if lang in values]
+            found[model] = {lang: values[lang] for lang in order}
+    return found
+
+
+def _exams(evaluations: dict[str, dict]) -> dict[str, dict]:
     "Results of each model without bits per byte"
     return {
-        model: {task: values for task, values in tasks.items() if not task.startswith("bpb")}
-        for model, tasks in results.items()
+        model: {
+            task: values for task, values in found["results"].items() if not task.startswith("bpb")
+        }
+        for model, found in evaluations.items()
     }
 
 
@@ -110,31 +145,24 @@ def _short(files: dict, n: int = 20) -> dict:
     return first
 
 
-def _manifests(out: Path) -> dict[str, dict]:
-    "Manifest of each folder of a run"
-    files = {step.folder: out / step.folder / "manifest.json" for step in STEPS}
-    found = {folder: read_json(file) for folder, file in files.items() if file.is_file()}
-    return {
-        folder: dict(manifest, files=_short(manifest["files"]))
-        for folder, manifest in found.items()
-    }
-
-
 def _ratio(values: dict, of: str, to: str, lang: str) -> float | None:
     "A measured value of one model divided by that of another; None where one is missing"
-    if of not in values or to not in values:
+    if lang not in values.get(of, {}) or lang not in values.get(to, {}):
         return None
     return values[of][lang] / values[to][lang]
 
 
-def _gain(bits: dict, density: dict) -> dict[str, float | None]:
+def _gain(bits: dict, density: dict, language: str, kept: list[str]) -> dict[str, float | None]:
     "What changed from model to model, from bits per byte and characters per token"
-    return dict(
-        characters_per_token_zh=_ratio(density, "model", "base", "zh"),
-        bits_per_byte_zh_of_init=_ratio(bits, "adapter", "model", "zh"),
-        bits_per_byte_en_of_base=_ratio(bits, "adapter", "base", "en"),
-        bits_per_byte_zh_merged_of_adapter=_ratio(bits, "merged", "adapter", "zh"),
-    )
+    forgotten = {
+        f"bits_per_byte_{lang}_of_base": _ratio(bits, "adapter", "base", lang) for lang in kept
+    }
+    return {
+        f"characters_per_token_{language}": _ratio(density, "model", "base", language),
+        f"bits_per_byte_{language}_of_init": _ratio(bits, "adapter", "model", language),
+        **forgotten,
+        f"bits_per_byte_{language}_merged_of_adapter": _ratio(bits, "merged", "adapter", language),
+    }
 
 
 # %% ../nbs/a28_run_report.ipynb #0942c374
@@ -146,29 +174,38 @@ def report_data(
 ) -> dict:  # what report.json holds
     "Everything the report says, gathered from the manifests and results of a run"
     out = Path(out)
-    results = _results(out)
-    evaluated = {model: out / "evaluation" / model for model in CHAIN if model in results}
-    bits = _by_language(results, "bits_per_byte")
-    density = _by_language(results, "chars_per_token")
-    merged = _stats(out / "merged")
-    rows = changes(evaluated) if evaluated else []
+    stages, recipe = run_states(out), read_recipe(str(out / "recipe.toml"))
+    language, kept = languages(recipe)
+    manifests, evaluations = run_manifests(out), _evaluations(out)
+    stats = {folder: manifest["stats"] for folder, manifest in manifests.items()}
+    bits, density = (
+        _by_language(evaluations, measure, [language, *kept])
+        for measure in ("bits_per_byte", "chars_per_token")
+    )
+    chain = {model: found for model, found in evaluations.items() if model in CHAIN}
+    rows = changes(chain) if chain else []
     return dict(
-        recipe=read_recipe(str(out / "recipe.toml"))["name"],
-        vocabulary=_vocabulary(out),
+        recipe=recipe["name"],
+        language=language,
+        kept=kept,
+        vocabulary=_vocabulary(out, recipe, manifests, kept),
         bits_per_byte=bits,
         characters_per_token=density,
-        merge={key: merged.get(key) for key in ("into", "logit_difference")},
-        parameters=_stats(out / "adapter").get("parameters", []),
-        benchmarks=_exams(results),
-        losses={stage: read_lines(out / stage / "log.jsonl") for stage in _LOGGED},
-        router_load=_json_of(out / "adapter" / "router.json"),
-        samples=read_lines(out / "samples" / "samples.jsonl"),
-        stages=run_states(out),
+        merge={key: stats.get("merged", {}).get(key) for key in ("into", "logit_difference")},
+        parameters=stats.get("adapter", {}).get("parameters") or [],
+        benchmarks=_exams(evaluations),
+        losses={stage: log_rows(out / stage) for stage in _LOGGED},
+        router_load=router_of(out / "adapter"),
+        samples=sample_rows(out / "samples"),
+        stages=stages,
         versions=versions(),
-        efficiency=_json_of(out / "efficiency" / "efficiency.json"),
+        efficiency=efficiency_of(out / "efficiency"),
         changes=rows,
-        manifests=_manifests(out),
-        gain=_gain(bits, density),
+        manifests={
+            folder: dict(manifest, files=_short(manifest["files"]))
+            for folder, manifest in manifests.items()
+        },
+        gain=_gain(bits, density, language, kept),
         verdicts=verdicts(rows),
     )
 
@@ -195,11 +232,12 @@ def _pieces_tile(vocabulary: dict) -> str:
     return _tile(f"{vocabulary['n_pieces']:,}", text, "tokenizer")
 
 
-def _density_tile(gain: dict) -> str:
-    ratio = gain["characters_per_token_zh"]
+def _density_tile(gain: dict, language: str) -> str:
+    ratio = gain.get(f"characters_per_token_{language}")
     if not ratio:
         return ""
-    text = "characters of held-out Chinese per token, against the base tokenizer"
+    name = language_name(language)
+    text = f"characters of held-out {name} per token, against the base tokenizer"
     return _tile(f"{ratio:.2f}×", text, "evaluation/model")
 
 
@@ -209,29 +247,33 @@ def _bits_tile(rows: list[dict], lang: str) -> str:
         names = [name for name in CHAIN[:-1] if "change" in row["models"].get(name, {})]
         if row["key"] == lang and names:
             model = row["models"][names[-1]]
-            text = f"bits per byte of {LANGUAGES[lang]} {NAMES[names[-1]]}, against the base"
+            text = f"bits per byte of {language_name(lang)} {NAMES[names[-1]]}, against the base"
             text += span_text(row, model)
+            if model["verdict"] == "too few":
+                text += f"; {too_few(model['n'])}"
             return _tile(percent(model["change"]), text, f"evaluation/{names[-1]}")
     return ""
 
 
-def _english_tile(vocabulary: dict) -> str:
-    counted = vocabulary.get("english_ids_changed")
+def _ids_tile(vocabulary: dict, lang: str) -> str:
+    counted = vocabulary.get("ids_changed", {}).get(lang)
     if not counted:
         return ""
     number = f"{counted['n_changed']} of {counted['n_docs']:,}"
-    return _tile(number, "held-out English documents whose token ids changed", "tokenizer")
+    text = f"held-out {language_name(lang)} documents whose token ids changed"
+    return _tile(number, text, "tokenizer")
 
 
 def tiles(
     data: dict,  # from `report_data`
 ) -> str:  # HTML
     "The first screen: what was gained, what was lost"
+    language, kept = data["language"], data["kept"]
     parts = [
         _pieces_tile(data["vocabulary"]),
-        _density_tile(data["gain"]),
-        *(_bits_tile(data["changes"], lang) for lang in LANGUAGES),
-        _english_tile(data["vocabulary"]),
+        _density_tile(data["gain"], language),
+        *(_bits_tile(data["changes"], lang) for lang in [language, *kept]),
+        *(_ids_tile(data["vocabulary"], lang) for lang in kept),
     ]
     return element("div", "".join(parts), class_="tiles")
 
@@ -243,7 +285,13 @@ def _lead(data: dict) -> str:
         "What a new vocabulary gained and what it cost, measured on text that no stage has seen. "
         "Numbers lead to the manifest they come from; in brackets 95% intervals."
     )
-    return element("h1", escape(data["recipe"])) + element("p", told, class_="lead") + tiles(data)
+    if not data["kept"]:
+        told += (
+            f" The recipe names no language to keep beside {language_name(data['language'])}, "
+            "so nothing is said of forgetting."
+        )
+    title = marked("h1", visible(data["recipe"]))
+    return title + element("p", escape(told), class_="lead") + tiles(data)
 
 
 def _drawn(manifests: dict[str, dict]) -> str:
@@ -275,11 +323,25 @@ def _loss_section(losses: dict[str, list[dict]]) -> str:
     return section("Training", element("figure", loss_figure(losses)))
 
 
-def _router_section(load: dict | None) -> str:
+def _router_section(load: dict | None, langs: list[str]) -> str:
     if not load:
         return ""
     told = "Which share of the tokens each expert takes. Every row sums to one."
-    return section("Router load", element("p", told), element("figure", router_figure(load)))
+    return section("Router load", element("p", told), element("figure", router_figure(load, langs)))
+
+
+_MOST_BYTES = 5_000_000  # of a drawing: it travels in the page
+
+
+def _search_section(drawing: bytes) -> str:
+    "The curve of the vocabulary search, as the picture that the search has left"
+    if not drawing:
+        return ""
+    if len(drawing) > _MOST_BYTES:
+        shown = f"The drawing has more than {_MOST_BYTES / 1e6:.0f} MB and is left out."
+        return section("Vocabulary search", element("p", shown))
+    about = "Vocabularies of several sizes: what each saves in tokens"
+    return section("Vocabulary search", element("figure", picture(drawing, about)))
 
 
 def _merge_section(merge: dict) -> str:
@@ -337,10 +399,10 @@ def _version_line(found: dict[str, str]) -> str:
 def render_report(
     data: dict,  # from `report_data`
     recipe: str,  # text of the recipe
-    search: str = "",  # SVG of the vocabulary search
+    search: bytes = b"",  # SVG of the vocabulary search
 ) -> str:  # one HTML page
     "The report as a page: first what was gained and lost, then how, then what made it"
-    rows = data["changes"]
+    rows, langs = data["changes"], [data["language"], *data["kept"]]
     sources = {model: f"evaluation/{model}" for model in CHAIN}
     parts = [
         _lead(data),
@@ -348,12 +410,12 @@ def render_report(
         text_section(rows, NAMES, sources),
         exam_section(rows, NAMES, sources),
         efficiency_section(data["efficiency"], "efficiency"),
-        sample_section(data["samples"], NAMES, _drawn(data["manifests"]), "samples"),
+        sample_section(data["samples"], NAMES, _drawn(data["manifests"]), "samples", langs),
         _parameter_section(data["parameters"]),
         _loss_section(data["losses"]),
-        _router_section(data["router_load"]),
+        _router_section(data["router_load"], langs),
         _merge_section(data["merge"]),
-        section("Vocabulary search", element("figure", plain_svg(search))) if search else "",
+        _search_section(search),
         _stage_section(data["stages"]),
         section("Recipe", element("pre", escape(recipe))),
         manifest_section(data["manifests"]),
@@ -363,6 +425,26 @@ def render_report(
 
 
 # %% ../nbs/a28_run_report.ipynb #26305c15
+_SCHEMA = 2  # of page and data
+
+
+def _made_from(data_file: Path) -> str:
+    "What a report says it was made from; empty where it says nothing"
+    try:
+        return read_shaped(data_file, {"made_from": TEXT})["made_from"]
+    except StageError:
+        return ""
+
+
+def _drawing(search: Path) -> bytes:
+    "The first drawing in the folder of a search; empty where there is none"
+    drawings = sorted(file for file in search.glob("*.svg") if file.is_file())
+    if not drawings:
+        return b""
+    with open(drawings[0], "rb") as file:
+        return file.read(_MOST_BYTES + 1)
+
+
 def report(
     run: Path,  # folder of a run
 ) -> None:
@@ -370,15 +452,12 @@ def report(
     out = Path(run)
     page_file, data_file, recipe = out / "report.html", out / "report.json", out / "recipe.toml"
     states = [(row["folder"], row["fingerprint"], row["state"]) for row in run_states(out)]
-    made_from = fingerprint([states, read_recipe(str(recipe))])
-    is_made = page_file.is_file() and data_file.is_file()
-    if is_made and read_json(data_file).get("made_from") == made_from:
+    made_from = fingerprint([_SCHEMA, states, read_recipe(str(recipe))])
+    if page_file.is_file() and _made_from(data_file) == made_from:
         say("report", f"{page_file} is up to date")
         return
     data = dict(report_data(out), made_from=made_from)
-    drawings = sorted((out / "search").glob("*.svg"))
-    search = drawings[0].read_text(encoding="utf-8") if drawings else ""
-    html = render_report(data, recipe.read_text(encoding="utf-8"), search)
+    html = render_report(data, recipe.read_text(encoding="utf-8"), _drawing(out / "search"))
     write_json(data_file, data)
     write_text(page_file, html)
     say("report", f"{page_file}")

@@ -11,6 +11,15 @@ __all__ = ["extend_model", "vocab", "compare_tokenizers"]
 # %% ../nbs/04_vocab.ipynb #62d17c21
 from pathlib import Path
 
+from cmixtral_nb.certificate import (
+    certificate_texts,
+    certificate_told,
+    changed_documents,
+    hostile_texts,
+    pieces_language,
+    say_changed,
+    write_certificate,
+)
 from cmixtral_nb.tokenizer_files import (
     append_special,
     chars_per_token,
@@ -19,7 +28,6 @@ from cmixtral_nb.tokenizer_files import (
     write_vocab,
 )
 
-from .certificate import certificate_texts, hostile_texts, write_certificate
 from .machine import say
 from .pieces import Piece, base_tokenizer_model, read_pieces
 from .search import base_pieces, scores_below, select_pieces
@@ -84,21 +92,20 @@ def vocab(
     special = append_special(model, tokens or [], multiple)
     write_vocab(out, model, new, special)
 
-    lines, measured = certificate_texts(corpus, script, limit_chars)
+    lang = pieces_language(pieces)
+    lines, measured = certificate_texts(corpus, script, limit_chars, lang)
     real = [line for line in lines if line][::7]
     lines += hostile_texts(n_hostile, [p.piece for p in new], seed, real)
     old_sp, new_sp = processor(base_file), processor(model)
-    certificate = write_certificate(out, old_sp, new_sp, lines, script)
+    changed = changed_documents(old_sp, new_sp, corpus, script, lang, limit_chars)
+    certificate = write_certificate(out, old_sp, new_sp, lines, script, changed)
     n_vocab = len(model.pieces)
     n_base = n_vocab - len(new) - len(special)
     before, after = chars_per_token(old_sp, measured), chars_per_token(new_sp, measured)
-    n_cases = sum(line["cases"] for line in certificate.values())
-    say(
-        "vocab",
-        f"{n_base:,} + {n_vocab - n_base:,} = {n_vocab:,} pieces, {before:.3f} -> {after:.3f} "
-        f"characters per token; certificate: {len(certificate)} checks, {n_cases:,} cases, "
-        "none failed",
-    )
+    told = certificate_told(certificate)
+    rates = f"{before:.3f} -> {after:.3f} characters per token; " if measured else ""
+    say("vocab", f"{n_base:,} + {n_vocab - n_base:,} = {n_vocab:,} pieces, {rates}{told}")
+    say_changed(changed, script)
     return dict(
         n_base=n_base,
         n_pieces=len(new),
@@ -108,6 +115,7 @@ def vocab(
         chars_per_token_base=before,
         chars_per_token=after,
         certificate=certificate,
+        ids_changed=changed,
     )
 
 

@@ -76,7 +76,7 @@ def test_tables_sort_and_numbers_lead_to_manifests(micro, chromium):
 class Balanced(HTMLParser):
     "Every element is closed, in order"
 
-    void = {"meta", "link", "br", "path", "use"}
+    void = {"meta", "link", "br", "img", "path", "use"}
 
     def __init__(self):
         super().__init__()
