@@ -152,8 +152,10 @@ def _table_faults(name: str, table: dict) -> list[str]:
         elif key not in params:
             faults.append(f"[{name}] unknown key {key!r}{nearest(key, params)}")
         else:
-            at = f"[{name}] {key}"
-            faults += _value_fault(at, value, anno_type(params[key].annotation))
+            at, annotation = f"[{name}] {key}", str(params[key].annotation)
+            faults += _value_fault(at, value, anno_type(annotation))
+            if value == "" and "Path" in annotation:
+                faults.append(f'{at} = "": expected a path')
             faults += _home_fault(at, value) if key != "prompts" else []
     return faults
 

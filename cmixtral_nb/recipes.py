@@ -35,6 +35,7 @@ __all__ = [
 import inspect
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -226,7 +227,9 @@ def shown(
 
 
 # %% ../nbs/a30_recipes.ipynb #e187b90a
-MOST_BYTES = 2**20  # of a recipe; one of a megabyte is something else
+MOST_BYTES = 2**16  # of a recipe; what is larger is something else
+# a.a.a.…: Python's reader takes time and memory with the square of its length
+_DEEP_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){100}""")
 
 
 def _shipped() -> list[str]:
@@ -238,14 +241,19 @@ def recipe_file(
     recipe: str,  # name of a shipped recipe, or a TOML file
 ) -> Path:  # a file that exists
     "The TOML file of that name, else the shipped recipe of that name"
-    path, shipped = Path(recipe), _shipped()
-    if path.is_file():
-        return path
+    path, shipped, what = Path(recipe), _shipped(), "no such recipe"
+    try:
+        if path.is_file():
+            return path
+        if recipe and path.is_dir():
+            what = "is a folder"
+    except OSError:  # the name is too long
+        pass
     if recipe in shipped:
         return package_data(f"recipes/{recipe}.toml")
-    expected = f"expected a TOML file or one of {', '.join(shipped)}"
-    require(not path.is_dir(), f"{shown(recipe)[1:-1]} is a folder, {expected}")
-    raise StageError(f"{shown(recipe)[1:-1]}: no such recipe; {expected}")
+    raise StageError(
+        f"{shown(recipe)[1:-1]}: {what}, expected a TOML file or one of {', '.join(shipped)}"
+    )
 
 
 def recipe_text(
@@ -271,9 +279,10 @@ def read_recipe(
     recipe: str,  # name of a shipped recipe, or a TOML file
 ) -> dict[str, Any]:  # keys and tables as they are in the file, with "name"
     "Read a recipe; `StageError` where there is none or it is not TOML"
-    path = recipe_file(recipe)
+    path, text = recipe_file(recipe), recipe_text(recipe)
+    require(not _DEEP_KEY.search(text), f"{path}: not valid TOML (nested too deeply)")
     try:
-        tables = tomllib.loads(recipe_text(recipe))
+        tables = tomllib.loads(text)
     except ValueError as e:  # also a number of five thousand digits
         raise StageError(f"{path}: not valid TOML ({e})") from None
     except RecursionError:
@@ -288,7 +297,8 @@ def source_langs(
     "The languages of [corpus] sources, in order; what is wrong with them is told elsewhere"
     table = recipe.get("corpus")
     sources = table.get("sources") if isinstance(table, dict) else None
-    named = [str(source).partition("=") for source in sources or [] if isinstance(sources, list)]
+    listed = sources if isinstance(sources, list) else []
+    named = [source.partition("=") for source in listed if isinstance(source, str)]
     return list(dict.fromkeys(lang for lang, _, ref in named if lang and ref))
 
 
