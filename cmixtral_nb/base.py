@@ -23,8 +23,9 @@ from .mixtral import small_config, use_by_expert
 from .options import at_least, between, faults_of, range_faults, refuse
 from .pieces import base_tokenizer_model, read_model
 from .plan import count_parameters
-from .stages import Artifact, require, stage, write_text
+from .stages import Artifact, StageError, require, stage, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
+from .training import on_one_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +83,7 @@ def _arguments(
     "How the stand-in is trained; nothing is saved on the way"
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=batch,
@@ -103,6 +104,7 @@ def _arguments(
         optim="adamw_torch_fused",
         dataloader_pin_memory=False,
     )
+    return on_one_gpu(arguments, device or default_device())
 
 
 def _trainer(model: MixtralForCausalLM, blocks: Tensor, arguments: TrainingArguments) -> Trainer:
@@ -158,9 +160,8 @@ def _head_faults(hidden: int, heads: int, kv_heads: int) -> list[str]:
     return faults
 
 
-def _memory_faults(tokenizer: str, device: str | None, sizes: dict) -> list[str]:
+def _memory_faults(n_pieces: int, device: str | None, sizes: dict) -> list[str]:
     "Whether weights, gradients and Adam's two moments, 4 bytes each, would find memory"
-    n_pieces = len(read_model(base_tokenizer_model(tokenizer)).pieces)
     names = ("hidden", "layers", "experts", "intermediate", "heads", "kv_heads")
     shape = dict(
         hidden_size=sizes["hidden"],
@@ -197,13 +198,15 @@ def base_option_faults(
         "weight_decay": at_least(0),
         "aux_loss": at_least(0),
     }
-    wrong_tokenizer = faults_of(lambda: read_model(base_tokenizer_model(tokenizer)))
-    faults = range_faults(sizes, **ranges)
+    faults, n_pieces = range_faults(sizes, **ranges), 0
     heads = [sizes[name] for name in ("hidden", "heads", "kv_heads")]
     if min(heads) >= 1:
         faults += _head_faults(*heads)
-    faults += wrong_tokenizer
-    return faults if faults else _memory_faults(tokenizer, device, sizes)
+    try:
+        n_pieces = len(read_model(base_tokenizer_model(tokenizer)).pieces)
+    except StageError as e:
+        faults += e.args
+    return faults if faults else _memory_faults(n_pieces, device, sizes)
 
 
 def _check_base(corpus, lang, **options) -> None:

@@ -160,9 +160,8 @@ def command(
     name: str,  # such as "vocab"
 ) -> Any:  # the function behind `cmixtral NAME`
     "Function of a command; `StageError` with the nearest name for an unknown one"
-    require(
-        name in MODULES, f"unknown command {name!r}{nearest(name, MODULES)}; run: cmixtral --help"
-    )
+    if name not in MODULES:
+        raise StageError(f"unknown command {name!r}{nearest(name, MODULES)}; run: cmixtral --help")
     return getattr(import_module(f"cmixtral_nb.{MODULES[name]}"), name)
 
 
