@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from plain_install import install
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
+if os.environ.get("CMIXTRAL_TEST_GPU") != "1":  # before PyTorch looks
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everywhere the same numbers, and two workers at once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -107,12 +110,18 @@ def cmixtral(*args, cwd=None, env=None, code="", timeout=600):
 
 
 @pytest.fixture(scope="session")
-def micro(tmp_path_factory):
-    "(folder of the run, recipe file, what the first run printed)"
+def plain(wheel, tmp_path_factory):
+    "The package as `pip install .` leaves it, without any extra"
+    return install(next((wheel.parent / "dist").glob("*.whl")), tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="session")
+def micro(plain, tmp_path_factory):
+    "(folder of the run, recipe file, what the first run printed); run by the plain install"
     tmp = tmp_path_factory.mktemp("micro")
     recipe = tmp / "micro.toml"
     recipe.write_text(MICRO)
-    out = cmixtral("run", recipe, "--out", tmp / "run")
+    out = plain.script("cmixtral", "run", recipe, "--out", tmp / "run", cwd=tmp)
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
     return tmp / "run", recipe, out.stdout
 

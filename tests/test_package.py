@@ -7,6 +7,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -115,6 +116,7 @@ def test_requirements_have_a_floor_and_a_reason_for_a_missing_ceiling():
 
 CLIENT = """
 from pathlib import Path
+from unittest.mock import patch
 from cmixtral_nb.stages import Artifact, fingerprint
 from cmixtral_nb.corpus import clean
 from cmixtral_nb.plan import count_parameters
@@ -163,3 +165,71 @@ def test_types_reach_a_program(checked):
         "clean(3)",
         "wrong: int = fingerprint(1)",
     ]
+
+
+def test_each_package_is_in_its_extra():
+    from cmixtral_nb.packages import EXTRAS
+
+    for package, (distribution, extra, _) in EXTRAS.items():
+        names = [re.split(r"[^\w.-]", r)[0] for r in cfg[f"{extra}_requirements"].split()]
+        assert distribution in names, (package, extra)
+
+
+def test_deepspeed_is_newer_than_those_that_round_rope():
+    "0.18 to 0.19.1 cast its frequencies to bfloat16"
+    from cmixtral_nb.packages import package_fault
+
+    for version, well in (("0.18.2", False), ("0.19.1", False), ("0.19.2", True)):
+        with patch("cmixtral_nb.packages.installed_version", lambda _, v=version: v):
+            assert (package_fault("deepspeed") == "") is well
+
+
+ASKS = """
+[corpus]
+sources = ["zh=builtin:zh"]
+[tokenizer]
+lexicons = ["0.2:jieba", "0.1:wordfreq"]
+opencc = ["0.1:s2t"]
+[vocab]
+n_pieces = 300
+[base]
+lang = "zh"
+[init]
+[pack]
+[pretrain]
+zero = 2
+attn = "flash_attention_2"
+[evaluate]
+tasks = ["cmmlu"]
+data = "no_such_folder"
+"""
+
+
+def test_a_run_names_all_packages_that_it_lacks_before_it_begins(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("asks.toml").write_text(ASKS)
+    absent = patch("cmixtral_nb.packages.installed_version", lambda name: "")
+    with absent, patch("cmixtral_nb.exams.task_files", dict):
+        status, lines = cli("run", "asks.toml")
+        assert status == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["asks.toml"]
+        for words in (
+            '[pretrain] attn = "flash_attention_2": flash-attn is not installed',
+            "[pretrain] zero = 2: deepspeed is not installed; run: pip install 'cmixtral_nb[gpu]'",
+            "[tokenizer] lexicons: jieba is not installed",
+            "[tokenizer] lexicons: wordfreq is not installed",
+            "[tokenizer] opencc: opencc is not installed",
+            "lm-eval is not installed; run: pip install 'cmixtral_nb[eval]'",
+        ):
+            assert sum(words in line for line in lines) == 1, (words, lines)
+        assert cli("plan", "asks.toml")[0] == 0
+        assert cli.out.count("missing here: ") >= 6
+
+
+def test_packages_are_looked_for_without_importing_them():
+    code = (
+        "import sys\nfrom cmixtral_nb.packages import package_faults\n"
+        "package_faults(dict(zero=2, lexicons=['0.2:jieba'], opencc=['0.1:s2t']))\n"
+        "print(sorted({'torch', 'deepspeed', 'jieba', 'opencc'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "[]\n"
