@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bits import bits_per_byte, head_loss
 from .corpora import corpus_langs, corpus_texts
-from .machine import available_bytes, gpu_bytes, say
+from .machine import available_bytes, default_device, gpu_bytes, say
 from .mixtral import small_config, use_by_expert
 from .options import at_least, between, faults_of, range_faults, refuse
 from .pieces import base_tokenizer_model, read_model
