@@ -26,8 +26,10 @@ from .bits import bits_per_byte
 from .checkpoints import resolve_model
 from .corpora import corpus_texts
 from .machine import gpu_bytes, process_rank, world_size
+from .manifests import read_manifest
 from .options import at_least, faults_of, range_faults, refuse
 from .pack import valid_texts
+from .packages import package_faults
 from .plan import plan_faults
 from .qlora import parameter_table, quantised
 from .stages import Artifact, input_fingerprint, read_json, same_tokenizer, write_json
@@ -59,9 +61,10 @@ def check_pretrain(
     **options: Any,  # the others, all of them
 ) -> None:
     "`StageError` with everything that is wrong with a request to `pretrain`"
+    wrong = pretrain_option_faults(**options) + package_faults(dict(options, device=device))
     faults = faults_of(Artifact.load, tokens, "tokens") + faults_of(resolve_model, model)
     if faults:
-        refuse(faults + pretrain_option_faults(**options))
+        refuse(faults + wrong)
     packed = Artifact.load(tokens, "tokens")
     folder = resolve_model(model)
     remedy = f"cmixtral pack --tokenizer {model} --out DIR"
@@ -69,7 +72,7 @@ def check_pretrain(
     faults = faults_of(same_tokenizer, tokens, owner, remedy)
     faults += _vocabulary_faults(packed, model, folder)
     faults += _example_faults(packed, options)
-    faults += pretrain_option_faults(**options)
+    faults += wrong
     if not faults:
         faults = _memory_faults(packed, model, folder, device, options)
     refuse(faults)
@@ -115,10 +118,9 @@ def old_rows(
     n_old: int = 0,  # as for `pretrain`
 ) -> int:
     "Embedding rows before the vocabulary grew: as given, or as `init` wrote it down; else 0"
-    manifest = Path(model) / "manifest.json"
-    if n_old or not manifest.is_file():
+    if n_old or not (Path(model) / "manifest.json").is_file():
         return n_old
-    return read_json(manifest)["stats"].get("n_old", 0)
+    return read_manifest(model)["stats"].get("n_old", 0)
 
 
 # %% ../nbs/a20b_pretraining.ipynb #979152f0
