@@ -15,7 +15,6 @@ __all__ = [
     "require_adapter",
     "trained_on",
     "trained_in_4bit",
-    "merge_target",
     "model_faults",
     "save_adapter",
     "Place",
@@ -33,6 +32,7 @@ __all__ = [
     "merge_faults",
     "as_list",
     "merge_option_faults",
+    "merge_target",
     "check_merge",
 ]
 
@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .checkpoints import load_tensor, read_header, resolve_model, tensor_files
+from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
 from .options import faults_of, range_faults, refuse
 from .stages import StageError, input_fingerprint, read_json, require, write_json
@@ -123,8 +124,8 @@ def trained_on(
     "Which model an adapter was trained on, from its manifest"
     if not (folder / "manifest.json").is_file():
         return ""
-    inputs = read_json(folder / "manifest.json").get("inputs", {})
-    return inputs.get("model", {}).get("fingerprint") or ""
+    inputs = read_manifest(folder)["inputs"]
+    return inputs.get("model", {}).get("fingerprint", "")
 
 
 def trained_in_4bit(
@@ -133,21 +134,8 @@ def trained_in_4bit(
     "Whether the frozen weights were in 4 bits while an adapter was trained, from its manifest"
     if not (folder / "manifest.json").is_file():
         return None
-    held = read_json(folder / "manifest.json").get("stats", {}).get("quantised")
+    held = read_manifest(folder)["stats"].get("quantised")
     return None if held is None else bool(held)
-
-
-def merge_target(
-    adapter: Any,  # one adapter, or several in a list
-    into: str | None = None,  # as asked for; None: as the first adapter that says was trained
-    **_: Any,  # the other arguments of `merge`
-) -> dict[str, str]:  # into: dequantised, or original
-    "Into which weights adapters are merged: those that training saw, or the stored ones"
-    if into is None:
-        said = [trained_in_4bit(require_adapter(ref)) for ref in as_list(adapter)]
-        in_4bit = next((answer for answer in said if answer is not None), False)
-        into = "dequantised" if in_4bit else "original"
-    return dict(into=into)
 
 
 def model_faults(
@@ -312,8 +300,8 @@ class Adapter:
     ):
         self.path = require_adapter(folder)
         self.config = read_json(self.path / ADAPTER_CONFIG)
-        manifest = self.path / "manifest.json"
-        self.manifest = read_json(manifest) if manifest.is_file() else {}
+        is_artifact = (self.path / "manifest.json").is_file()
+        self.manifest = read_manifest(self.path) if is_artifact else {}
         self.head = read_header(self.path / ADAPTER_WEIGHTS)  # tensor -> dtype, shape
         self.targets = list(self.config.get("target_parameters") or [])
         found = sort_tensors(list(self.head), self.targets)
@@ -570,6 +558,19 @@ def merge_option_faults(
 ) -> list[str]:  # one line for each
     "What is wrong with options of `merge`, before there are a model and an adapter"
     return range_faults({name: value for name, value in options.items() if value is not None})
+
+
+def merge_target(
+    adapter: Any,  # one adapter, or several in a list
+    into: str | None = None,  # as asked for; None: as the first adapter that says was trained
+    **_: Any,  # the other arguments of `merge`
+) -> dict[str, str]:  # into: dequantised, or original
+    "Into which weights adapters are merged: those that training saw, or the stored ones"
+    if into is None:
+        said = [trained_in_4bit(require_adapter(ref)) for ref in as_list(adapter)]
+        in_4bit = next((answer for answer in said if answer is not None), False)
+        into = "dequantised" if in_4bit else "original"
+    return dict(into=into)
 
 
 def check_merge(

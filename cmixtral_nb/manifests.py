@@ -8,6 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "FIELDS",
+    "checksum",
     "manifest_fault",
     "Counts",
     "read_manifest",
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a01c_manifests.ipynb #fb1880ab
+import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -38,6 +40,7 @@ FIELDS: dict[str, tuple[type, ...]] = {  # all that a stage writes
     "versions": (dict,),
     "seconds": _NUMBER,
     "peak_bytes": _NUMBER,
+    "checksum": (str,),
 }
 _NEEDED = ("kind", "files")  # without them it tells nothing
 _MOST_BYTES = 256 * 2**20  # a million files
@@ -77,6 +80,14 @@ def _input_fault(name: str, entry: Any) -> str:
     return f"inputs[{name!r}] has no fingerprint"
 
 
+def checksum(
+    manifest: dict[str, Any],  # as a stage writes it
+) -> str:  # 16 hexadecimal digits
+    "Hash of all of a manifest, the checksum itself left out"
+    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+    return fingerprint(json.loads(json.dumps(rest, default=str)))  # as it will be read
+
+
 def manifest_fault(
     manifest: Any,  # what a manifest.json holds
 ) -> str:  # the first thing that is wrong; empty where it can be read
@@ -90,6 +101,8 @@ def manifest_fault(
             return f"{name!r} is {_WORDS[type(manifest[name])]}, expected {_WORDS[types[0]]}"
     if not re.fullmatch(r"[\w.-]{1,100}", manifest["kind"]):
         return f"its kind is {manifest['kind'][:80]!r}"
+    if manifest.get("checksum", checksum(manifest)) != checksum(manifest):
+        return "it was changed after it was written (checksum)"
     faults = [_file_fault(name, entry) for name, entry in manifest["files"].items()]
     faults += [_input_fault(name, entry) for name, entry in manifest.get("inputs", {}).items()]
     return next(filter(None, faults), "")
@@ -154,9 +167,9 @@ def ownership_fault(
         manifest = read_manifest(folder)
     except StageError as e:
         return str(e)
-    if missing := [
-        name for name in FIELDS if name not in read_json(Path(folder) / "manifest.json")
-    ]:
+    written = read_json(Path(folder) / "manifest.json")
+    # early versions wrote no checksum
+    if missing := [name for name in FIELDS if name not in written and name != "checksum"]:
         return f"{folder}/manifest.json has no {missing[0]!r}"
     if manifest["key"] != request_key(manifest):
         return f"the key in {folder}/manifest.json does not follow from its params and inputs"

@@ -25,10 +25,11 @@ from cmixtral_nb.recipes import (
 )
 
 from .machine import process_rank, say, trim_memory
+from .manifests import read_manifest
 from .options import faults_of, nearest, refuse
 from .preflight import preflight
 from .recipe_check import check_recipe
-from .stages import Artifact, StageError, read_json, require, write_text
+from .stages import Artifact, StageError, require, write_text
 
 
 # %% ../nbs/14_pipeline.ipynb #6c56fb79
@@ -152,8 +153,8 @@ def run_states(
     recipe, rows = read_recipe(str(recipe_toml)), []
     refuse(check_recipe(recipe))
     for step in recipe_steps(recipe):
-        path = out / step.folder / "manifest.json"
-        manifest = read_json(path) if path.is_file() else {}
+        is_made = (out / step.folder / "manifest.json").is_file()
+        manifest = read_manifest(out / step.folder) if is_made else {}
         rows.append(
             {
                 "stage": step.stage,

@@ -65,6 +65,7 @@ from cmixtral_nb.machine import (
     world_size,
 )
 from cmixtral_nb.manifests import (
+    checksum,
     contents_fingerprint,
     ownership_fault,
     read_manifest,
@@ -452,6 +453,7 @@ def _seal(
         seconds=round(time.time() - start, 2),
         peak_bytes=peak_bytes(),
     )
+    manifest["checksum"] = checksum(manifest)
     write_json(tmp / "manifest.json", manifest)
     return manifest
 
