@@ -388,7 +388,8 @@ def fuse(model):
 def test_fused_experts_were_never_in_4_bits(typed, tmp_path):
     model, dtype = typed
     a = peft_adapter(model, tmp_path / "a", "fused", dtype)
-    m, o = run(model, a, tmp_path, "q"), run(model, a, tmp_path, "o", into="original")
+    m = run(model, a, tmp_path, "q", into="dequantised")
+    o = run(model, a, tmp_path, "o", into="original")
     x, y = tensors(m.path), tensors(o.path)
     assert m.stats["n_dequantised"] == 2 * 4 and all(
         torch.equal(x[k], y[k]) == ("self_attn" not in k) for k in x
@@ -517,8 +518,29 @@ def test_manifest_says_what_was_in_4_bits(model, adapter, tmp_path):
     assert run(model, adapter, tmp_path, "p").stats["n_dequantised"] == 0
 
 
-def test_adapter_without_manifest_was_in_4_bits_everywhere(model, adapter, tmp_path):
-    m = run(model, adapter, tmp_path)
+def test_adapter_of_another_tool_changes_its_own_matrices_alone(model, tmp_path, capsys):
+    "Nothing says that it was trained on 4-bit weights, so the others keep every bit"
+    net = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    lora = get_peft_model(net, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    shake(lora).save_pretrained(tmp_path / "theirs")
+    m = run(model, tmp_path / "theirs", tmp_path)
+    assert (m.stats["into"], m.stats["n_dequantised"]) == ("original", 0)
+    assert m.manifest["params"]["into"] == "original"
+    assert "does not say how it was trained: --into dequantised" in capsys.readouterr().out
+    a, b = tensors(m.path), tensors(model)
+    changed = {name for name in b if not torch.equal(a[name], b[name])}
+    assert changed == {name for name in b if "q_proj" in name or "v_proj" in name}
+
+
+def test_adapter_trained_in_4_bits_goes_into_dequantised_weights(micro):
+    "Ours says so in its manifest; what is recorded is what was done"
+    merged = Artifact.load(micro[0] / "merged")
+    assert merged.manifest["params"]["into"] == merged.stats["into"] == "dequantised"
+    assert merged.stats["n_dequantised"] == merged.stats["n_lora"] > 0
+
+
+def test_adapter_said_to_be_trained_in_4_bits_was_so_everywhere(model, adapter, tmp_path):
+    m = run(model, adapter, tmp_path, into="dequantised")
     assert m.stats["n_dequantised"] == 2 * (4 + 4 * 3) == m.stats["n_lora"]
     a, b = tensors(m.path), tensors(model)
     assert all(
