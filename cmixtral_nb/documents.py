@@ -315,7 +315,7 @@ def _form(path: Path) -> Callable[[Path, _Reader], Iterator[dict]] | None:
 
 
 # %% ../nbs/a04_documents.ipynb #8b5b1fa0
-_BUILTIN = ("zh", "en", "parallel")  # the corpora that come with the package
+_BUILTIN = ("zh", "en", "km", "parallel")  # the corpora that come with the package
 
 
 def _split_ref(ref: str) -> tuple[str, str]:
@@ -350,7 +350,8 @@ def _ref_faults(ref: str) -> list[str]:
     if name.startswith("builtin:"):
         if name.removeprefix("builtin:") in _BUILTIN:
             return []
-        return [f"{name}: no such corpus, expected builtin:zh, builtin:en or builtin:parallel"]
+        *others, last = (f"builtin:{known}" for known in _BUILTIN)
+        return [f"{name}: no such corpus, expected {', '.join(others)} or {last}"]
     expected = ".jsonl, .txt or .parquet (the first two also .gz, .bz2, .xz, .zst)"
     files = doc_files(ref)
     if files:
