@@ -27,6 +27,7 @@ __all__ = [
     "source_langs",
     "languages",
     "recipe_steps",
+    "first_words",
     "arguments",
     "settings",
 ]
@@ -39,12 +40,15 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .documents import read_docs
 from .languages import lang_script
 from .machine import package_data
 from .options import nearest
+from .samples import PROMPTS, prompts_of
 from .stages import StageError, require
 
 
@@ -368,6 +372,32 @@ def _of_languages(
     return found
 
 
+def first_words(
+    text: str,  # a document
+    n_chars: int = 24,  # at most, where the words can be told apart
+) -> str:  # of its first line
+    "Example: first_words('To install the package, type this.') -> 'To install the package,'"
+    line = text.strip().split("\n")[0]
+    if len(line) <= n_chars:
+        return line
+    whole_words = line[: n_chars + 1].rsplit(None, 1)[0]
+    return whole_words[:n_chars]
+
+
+def _prompts(recipe: dict, corpus: Path) -> list[str]:
+    "Beginnings in the languages of a recipe: those that ship, else of three held-out documents"
+    language, kept = languages(recipe)
+    prompts = []
+    for lang in [language, *kept]:
+        held_out = corpus / f"{lang}.valid.jsonl"
+        if shipped := prompts_of(lang):
+            prompts += shipped
+        elif held_out.is_file():
+            rows = islice(read_docs(held_out), 3)
+            prompts += [first_words(row["text"]) for row in rows]
+    return prompts
+
+
 def _side_by_side(folders: list[str], made: dict) -> list[str]:
     "NAME=FOLDER of the models that there are; where nothing is merged, the model before it"
     instead = [folder if folder in made or folder != "merged" else "model" for folder in folders]
@@ -396,6 +426,9 @@ def arguments(
         table = {
             name: v for name, v in table.items() if name == "corpus" or name not in step.inputs
         }
+    if step.command == "generate" and source_langs(recipe):
+        prompts = _prompts(recipe, out / "corpus")
+        wired["prompts"] = None if prompts in ([], PROMPTS) else prompts  # the stage's own
     known = inspect.signature(command(step.command)).parameters
     given = {**_of_languages(step.command, recipe), **wired, **table, **step.fixed}
     return {name: value for name, value in given.items() if name in known}
