@@ -29,6 +29,7 @@ import inspect
 import logging
 import math
 import os
+import select
 import signal
 import sys
 import threading
@@ -289,11 +290,13 @@ def faults_of_users(
 
 # %% ../nbs/a32_commands.ipynb #15ba50ea
 TRACEBACK = "CMIXTRAL_TRACEBACK"  # set to 1, errors keep their traceback
-_LINE = 1000  # characters of a message
+_LINE = 800  # characters of a message
 
 
-def _complain(line: str) -> None:
-    print(f"StageError: {visible(line, _LINE)}", file=sys.stderr)
+def _shown(text: str) -> str:
+    "On one line, and of a long one both ends: the cause and the remedy"
+    line = visible(text, len(text))
+    return line if len(line) <= _LINE else f"{line[: _LINE // 2]} … {line[-_LINE // 2 :]}"
 
 
 def _explain(e: Exception, argv: list[str]) -> int:
@@ -302,9 +305,9 @@ def _explain(e: Exception, argv: list[str]) -> int:
         raise e
     if faults := faults_of_users(e):
         for fault in faults:
-            _complain(str(fault))
+            print(f"StageError: {_shown(str(fault))}", file=sys.stderr)
         return 2
-    what = visible(f"{type(e).__name__}: {e}", _LINE)
+    what = _shown(f"{type(e).__name__}: {e}")
     print(
         f"cmixtral {argv[0]}: unexpected {what}; this is a mistake in cmixtral_nb, please report "
         f"it with what {TRACEBACK}=1 cmixtral {argv[0]} ... shows",
@@ -325,13 +328,14 @@ def _let_output_go() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _is_stdout(e: OSError) -> bool:
-    "Whether an error comes from writing to standard output"
+def _nobody_reads() -> bool:
+    "Whether standard output is a pipe whose reader has gone"
     try:
-        _flush()
-    except OSError as again:
-        return again.errno == e.errno
-    return False
+        asked = select.poll()
+        asked.register(sys.stdout.fileno(), select.POLLOUT)
+    except (AttributeError, OSError, ValueError):  # no pipe at all, or not on Windows
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
 
 
 # %% ../nbs/a32_commands.ipynb #30d3fa57
@@ -402,10 +406,10 @@ def main(
         print("terminated; the same command goes on from here", file=sys.stderr)
         return 128 + signal.SIGTERM
     except Exception as e:
-        is_full = isinstance(e, OSError) and _is_stdout(e)
-        if is_full:
+        if isinstance(e, BrokenPipeError) and _nobody_reads():
             _let_output_go()
-        if is_full and isinstance(e, BrokenPipeError):
             return 0  # `cmixtral ... | head` has read enough
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC and not e.filename:
+            _let_output_go()  # the disk below it may be the full one
         return _explain(e, argv)
     return 0

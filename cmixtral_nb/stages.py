@@ -543,12 +543,24 @@ def _paths_of(ref: Any) -> list[Path]:
     return _paths_of(labelled[2]) if labelled else []
 
 
-def _refuse_place(out: Path, inputs: dict[str, Any]) -> None:
-    "`StageError` where a stage cannot write, or would write into what it reads"
+def _manifest_faults(folder: Path) -> list[str]:
+    "What is wrong with the manifest of an input, if it has one"
+    if not (folder / "manifest.json").is_file():
+        return []
+    try:
+        read_manifest(folder)
+    except StageError as e:
+        return list(e.args)
+    return []
+
+
+def _refuse_places(out: Path, inputs: dict[str, Any]) -> None:
+    "`StageError` where a stage would write into what it reads, or a manifest cannot be relied on"
     faults = [place_fault(out)]
     for name, ref in inputs.items():
-        faults += [overlap_fault(out, name, path) for path in _paths_of(ref)]
-    if found := list(filter(None, faults)):
+        for path in _paths_of(ref):
+            faults += [overlap_fault(out, name, path), *_manifest_faults(path)]
+    if found := list(dict.fromkeys(filter(None, faults))):
         raise StageError(*found)
 
 
@@ -576,7 +588,7 @@ class _Stage:
         for name in self.inputs:
             if isinstance(named.get(name), Artifact):
                 named[name] = named[name].path
-        _refuse_place(out, {name: named.get(name) for name in self.inputs})
+        _refuse_places(out, {name: named.get(name) for name in self.inputs})
         if self.check:
             self.check(**named)
         seen = {**named, **(self.found(**named) if self.found else {})}
