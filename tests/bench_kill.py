@@ -1,9 +1,16 @@
-"""By hand: kill -9 in the middle of every stage of a recipe, restart with the same command, compare
-with a run that was left alone.
+"""By hand: end a run again and again, at any moment of any stage, restart it with the same command,
+compare with a run that was left alone.
 
-    python tests/bench_kill.py runs/tiny    # a finished run: what each stage takes and must give
+    python tests/bench_kill.py                          # the micro recipe of the tests, 100 kills
+    python tests/bench_kill.py runs/tiny --kills 18     # as a finished run, once in each stage
+    python tests/bench_kill.py --signals TERM --seed 7
+
+A kill waits for a stage that was not ended in this round, and for a moment drawn between its first
+and its last, or just after. When all stages have had theirs, the run is completed, compared, and a
+new one begins.
 """
 
+import argparse
 import random
 import shutil
 import signal
@@ -11,73 +18,132 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
+from conftest import MICRO
+
 from cmixtral_nb.pipeline import run_states
-from cmixtral_nb.recipes import STEPS
+from cmixtral_nb.recipes import STEPS, command
 from cmixtral_nb.stages import Artifact
 
+STATUS = {"KILL": -signal.SIGKILL, "TERM": 128 + signal.SIGTERM, "INT": 128 + signal.SIGINT}
+RESUMABLE = ("adapter", "sft", "merged", "chat")  # besides evaluations, which keep their answers
+SPEEDS = "efficiency"  # measures seconds, which are never the same
 
-def half_made(out, killed):
-    "The folder that is being written now, if it was not killed before"
+
+def start(recipe, out):
+    "`cmixtral run`; also where it was started in the background, and SIGINT is ignored"
+    return subprocess.Popen(
+        ["cmixtral", "run", recipe, "--out", out],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def half_made(out, ended):
+    "The folder that is being written now, if its stage was not ended before"
     for step in STEPS:
-        if step.folder not in killed and (out / f"{step.folder}.tmp").exists():
+        if step.folder not in ended and (out / f"{step.folder}.tmp").exists():
             return step.folder
     return None
 
 
-def kill_once(process, out, killed, seconds, rng):
-    "Wait for a stage that was not killed yet, and kill it somewhere in its middle"
+def end_once(process, out, ended, seconds, name, rng):
+    "Wait for a stage that was not ended yet, end it at some moment; True if it was running then"
     while process.poll() is None:
-        folder = half_made(out, killed)
+        folder = half_made(out, ended)
         if folder is None:
-            time.sleep(0.01)
+            time.sleep(0.005)
             continue
-        time.sleep(seconds[folder] * rng.uniform(0.1, 0.8))
-        if process.poll() is None and (out / f"{folder}.tmp").exists():
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed.append(folder)
-            whole = [step.folder for step in STEPS if (out / step.folder).exists()]
-            for name in whole:
-                Artifact.load(out / name, verify=True)
-            print(f"killed in {folder}; {len(whole)} folders exist, all of them whole", flush=True)
-            return
+        time.sleep(seconds[folder] * rng.uniform(0, 1.1))
+        ended.append(folder)
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        return True
+    return False
+
+
+def check_what_is_left(out, name, status, said):
+    "Folders with a final name are whole; a signal that can be caught leaves no half of a stage"
+    assert status in (STATUS[name], 0), (name, status, said[-3000:])
+    assert "Traceback" not in said, said[-3000:]
+    for step in STEPS:
+        if (out / step.folder).exists():
+            Artifact.load(out / step.folder, verify=True)
+        may_stay = name == "KILL" or step.folder in RESUMABLE or step.stage == "evaluate"
+        assert may_stay or not (out / f"{step.folder}.tmp").exists(), (name, step.folder)
 
 
 def differing(out, reference):
     "Folders whose fingerprint is not that of the undisturbed run"
+
+    def fingerprint(run, step):
+        return Artifact.load(run / step.folder).fingerprint
+
     return [
         step.folder
         for step in STEPS
-        if Artifact.load(out / step.folder).fingerprint
-        != Artifact.load(reference / step.folder).fingerprint
+        if step.folder != SPEEDS and fingerprint(out, step) != fingerprint(reference, step)
     ]
 
 
-def main(reference, seed=0):
-    reference, rng = Path(reference), random.Random(seed)
+def one_round(reference, out, names, rng, n_kills):
+    "A run that is ended in each stage, at most `n_kills` times; how often by which signal"
+    recipe = reference / "recipe.toml"
     seconds = {row["folder"]: row["seconds"] for row in run_states(reference)}
-    tmp = Path(tempfile.mkdtemp())
-    recipe = shutil.copy(reference / "recipe.toml", tmp / "recipe.toml")
-    out, n_starts, status = tmp / "run", 0, None
-    killed: list[str] = []
+    counts: Counter = Counter()
+    ended: list[str] = []
+    status = 1
     while status != 0:
-        n_starts += 1
-        command = ["cmixtral", "run", recipe, "--out", out]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as p:
-            kill_once(p, out, killed, seconds, rng)
-            said = p.stderr.read() if p.stderr else b""
-        status = p.returncode
-        assert status in (0, -signal.SIGKILL), said.decode()
-    wrong = differing(out, reference)
-    print(f"killed in {len(killed)} of {len(STEPS)} stages, {n_starts} starts")
-    print(f"{len(STEPS) - len(wrong)} of {len(STEPS)} folders have the undisturbed fingerprint")
-    print("differ:", wrong)
+        name = rng.choice(names)
+        with start(recipe, out) as process:
+            wants_more = sum(counts.values()) < n_kills
+            hit = wants_more and end_once(process, out, ended, seconds, name, rng)
+            _, said = process.communicate()
+        status = process.returncode
+        if hit:
+            counts[name] += 1
+            check_what_is_left(out, name, status, said)
+            print(f"{name:5}{ended[-1]:20} exit status {status}", flush=True)
+        else:
+            assert status == 0, said[-3000:]
+    return counts
+
+
+def undisturbed(given, tmp):
+    "The folder of a finished run; the micro recipe is run where none is given"
+    if given:
+        return Path(given)
+    (tmp / "micro.toml").write_text(MICRO)
+    print("a run that is left alone ...", flush=True)
+    return command("run")(str(tmp / "micro.toml"), out=tmp / "reference")
+
+
+def main(argv=None):
+    read = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    read.add_argument("run", nargs="?", help="a finished run; default: the micro recipe is run")
+    read.add_argument("--kills", type=int, default=100)
+    read.add_argument("--signals", nargs="+", choices=STATUS, default=list(STATUS))
+    read.add_argument("--seed", type=int, default=0)
+    args = read.parse_args(argv)
+    tmp, rng = Path(tempfile.mkdtemp()), random.Random(args.seed)
+    reference = undisturbed(args.run, tmp)
+    total: Counter = Counter()
+    wrong = []
+    while (left := args.kills - sum(total.values())) > 0:
+        total += one_round(reference, tmp / "run", args.signals, rng, left)
+        wrong += differing(tmp / "run", reference)
+        print(
+            f"{sum(total.values())} kills {dict(total)}; folders that differ: {wrong}", flush=True
+        )
+        shutil.rmtree(tmp / "run")
     shutil.rmtree(tmp)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    sys.exit(main())

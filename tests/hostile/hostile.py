@@ -227,7 +227,7 @@ def run_apart(argv: list[str], case: Case, here: Path) -> Outcome:
     "The command in a process of its own"
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
-            [sys.executable, "-c", ALONE, *argv],
+            [sys.executable, "-P", "-c", ALONE, *argv],  # -P: no modules from `here`
             cwd=here,
             env={**os.environ, **case.env},
             stdin=subprocess.PIPE,
