@@ -413,6 +413,11 @@ def shipped_langs(
     return [lang for lang in SHIPPED if lang in asked]
 
 
+def _ships(ref: str, langs: list[str]) -> bool:
+    "Whether something ships under a name of `BUILTIN` in these languages"
+    return langs == list(SHIPPED) if ref == "builtin:translation" else bool(langs)
+
+
 def _builtin_talks(
     ref: str, langs: list[str], n_translations: int, forms: Counter | None
 ) -> Iterator[list[dict]]:
@@ -487,7 +492,7 @@ def source_faults(
         return [*faults, _none_ships(lang)]
     langs = shipped_langs(run_langs(lang, kept))
     for ref in refs:
-        if ref in BUILTIN and next(_builtin_talks(ref, langs, 1, None), None) is None:
+        if ref in BUILTIN and not _ships(ref, langs):
             faults.append(
                 f"{ref}: ships in {' and '.join(SHIPPED)}, and language and kept are "
                 f"{', '.join(run_langs(lang, kept) or [])}; leave it out"
