@@ -45,6 +45,8 @@ class Gpu:
         name = str(device)
         if not re.fullmatch(r"cuda(:\d+)?", name):
             return device
+        if name == "cuda":
+            name = f"cuda:{torch.cuda.current_device()}"
         if name not in self.devices:
             self.devices.append(name)
         return torch.device("cpu")

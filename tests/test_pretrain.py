@@ -20,7 +20,7 @@ from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.pretrain import pretrain
 from cmixtral_nb.stages import StageError, read_json, write_json
 from cmixtral_nb.tokenizer_files import write_tokenizer
-from cmixtral_nb.training import read_log, saved_checkpoints
+from cmixtral_nb.training import read_log, ready_checkpoints, saved_checkpoints
 
 ARGS = dict(
     rank=4,
@@ -120,6 +120,71 @@ def test_killed_for_real(here, whole):
     again = pretrain(here / "model", here / "tokens", here / "again", **ARGS)
     assert again.fingerprint == whole.fingerprint
     assert (again / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def garbage(path):
+    path.write_bytes(b"\0" * 1000)
+
+
+def flip(path):
+    found = bytearray(path.read_bytes())
+    found[len(found) // 2] ^= 1
+    path.write_bytes(found)
+
+
+DAMAGES = {
+    "optimizer.pt": [cut, garbage, flip, os.remove],
+    "scheduler.pt": [cut, os.remove, lambda path: torch.save({}, path)],
+    "rng_state.pth": [cut, garbage, lambda path: torch.save(Evil(), path)],
+    "trainer_state.json": [cut, os.remove, lambda path: write_json(path, {"global_step": 2})],
+    "adapter_model.safetensors": [cut, garbage, os.remove],
+}
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    here, whole, tmp_path, capsys, monkeypatch
+):
+    from transformers import Trainer
+
+    monkeypatch.chdir(tmp_path)  # where the pickle would write
+    out, kept = tmp_path / "out", tmp_path / "out.tmp/checkpoints"
+    real = Trainer.training_step
+
+    def stopped(self, *args, **kw):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kw)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Trainer, "training_step", stopped)
+        pretrain(here / "model", here / "tokens", out, **{**ARGS, "save_every": 1})
+    assert [c.name for c in ready_checkpoints(kept)] == ["checkpoint-2", "checkpoint-3"]
+    for name, damages in DAMAGES.items():
+        for damage in damages:
+            copied = shutil.copytree(kept, tmp_path / "copied")
+            damage(copied / "checkpoint-3" / name)
+            capsys.readouterr()
+            assert [c.name for c in ready_checkpoints(copied)] == ["checkpoint-2"]
+            fault = "missing" if damage is os.remove else "cannot be read"
+            assert capsys.readouterr().out == (
+                f"training: checkpoint-3 is damaged ({name} {fault}); "
+                "continuing from checkpoint-2\n"
+            )
+            shutil.rmtree(copied)
+    assert not (tmp_path / "pwned").exists()
+    cut(kept / "checkpoint-3/optimizer.pt")
+    again = pretrain(here / "model", here / "tokens", out, **{**ARGS, "save_every": 1})
+    assert again.fingerprint == whole.fingerprint
+    assert "training: checkpoint-3 is damaged" in capsys.readouterr().out
 
 
 def test_another_seed_is_another_run(here, whole):
