@@ -245,10 +245,8 @@ def tokenizer_option_faults(
             f"n_chars is {n_chars}, more than all {n_pieces} pieces; "
             "raise n_pieces or lower n_chars"
         )
-    wrong_script = script_faults(script)
-    if not wrong_script:
-        faults += lexicon_faults(lexicons, script, lang)
-    return faults + wrong_script + opencc_faults(opencc)
+    faults += script_faults(script) + lexicon_faults(lexicons, script, lang)
+    return faults + opencc_faults(opencc)
 
 
 def check_tokenizer(

@@ -262,6 +262,15 @@ def _pieces_file(ref: Artifact | str | Path) -> Path:
     )
 
 
+def _script_of(ref: Artifact | str | Path) -> str:
+    "The script that a folder of pieces was made with; empty where nothing says it"
+    try:
+        script = Artifact.load(Path(ref), "pieces").params.get("script")
+    except StageError:
+        return ""
+    return script if isinstance(script, str) else ""
+
+
 def read_pieces(
     ref: Artifact | str | Path,  # folder with pieces.tsv, a table, a list, or any .model
     script: str = "Han",  # pieces with other characters, but for one mark in front, are left out
@@ -274,8 +283,8 @@ def read_pieces(
         pieces = [Piece(text, score, kind_of(text), 0) for text, score in normal_pieces(path)]
     whole = run_pattern(script)
     own = [piece for piece in pieces if whole.fullmatch(piece.piece)]
-    require(
-        own,
-        f"{path} has no piece of {script} characters; run: cmixtral tokenizer --script {script}",
-    )
+    if not own:
+        made = _script_of(ref)
+        remedy = f"give --script {made!r}" if made else f"run: cmixtral tokenizer --script {script}"
+        raise StageError(f"{path} has no piece of {script} characters; {remedy}")
     return sorted(own, key=piece_order)

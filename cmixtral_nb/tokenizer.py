@@ -52,7 +52,7 @@ from cmixtral_nb.runs import (
 )
 
 from .corpora import corpus_texts
-from .languages import script_pattern
+from .languages import lang_script, script_pattern
 from .lexicons import check_tokenizer, mix_runs, run_sources, tokenizer_option_faults
 from .machine import say
 from .stages import require, stage
@@ -343,10 +343,11 @@ def tokenizer(
     n_run_chars = mass(read_runs(counted))
     runs = mix_runs(run_sources(counted, lexicons, opencc, script, lang), memory_chars)
     counted.unlink()
+    own = lang_script(lang)
     require(
         runs,
-        f"{corpus} holds no {script} characters; "
-        "give another corpus, or run: cmixtral tokenizer --script SCRIPT",
+        f"{corpus} holds no {script} characters; give another corpus, or run: "
+        f"cmixtral tokenizer --script {'SCRIPT' if own in ('', script) else repr(own)}",
     )
     stats = dict(
         n_run_chars=n_run_chars,

@@ -577,7 +577,7 @@ def test_all_faults_at_once(model, tmp_path):
             probe=tmp_path / "a.txt",
         )
     said = str(e.value)
-    for fault in ("method is 'best'", "seeds is 0, expected at least 1", "is no corpus"):
+    for fault in ("method is 'best'", "seeds is 0, expected 1 to 100", "is no corpus"):
         assert fault in said
     assert "none does not exist; expected a tokenizer" in said
 

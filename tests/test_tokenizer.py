@@ -244,9 +244,13 @@ def test_other_scripts(here):
     p = tokenizer("ru.txt", out="p", lang="ru", script="Cyrillic", n_pieces=20, n_chars=0)
     assert "▁слов" in {q.piece for q in read_pieces(p, "Cyrillic")}
     with pytest.raises(
-        StageError, match="has no piece of Han characters; run: cmixtral tokenizer --script Han"
+        StageError, match="has no piece of Han characters; give --script 'Cyrillic'"
     ):
         read_pieces(p)
+    with pytest.raises(
+        StageError, match="holds no Han characters; .* cmixtral tokenizer --script 'Cyrillic'"
+    ):
+        tokenizer("ru.txt", out="q", lang="ru")
 
 
 @pytest.mark.parametrize(
@@ -519,7 +523,7 @@ def test_all_faults_at_once(here):
     for words in (
         "none does not exist, expected a corpus; run: cmixtral corpus",
         "script 'Elvish' is unknown",
-        "n_pieces is 0, expected at least 1",
+        "n_pieces is 0, expected 1 to 1,000,000",
         "n_chars is -1, expected at least 0",
         "gone: no such file, expected jieba, wordfreq or a lexicon",
         "opencc: 's2x' is no conversion",
@@ -544,9 +548,9 @@ def test_workers_and_limits_have_ranges(here):
         tokenizer("a.txt", out="p", workers=0, limit_chars=-1, max_chars=0, memory_chars=0)
     assert sorted(e.value.args) == [
         "limit_chars is -1, expected at least 0",
-        "max_chars is 0, expected at least 1",
+        "max_chars is 0, expected 1 to 512",
         "memory_chars is 0, expected at least 1",
-        "workers is 0, expected at least 1",
+        "workers is 0, expected 1 to 256",
     ]
 
 

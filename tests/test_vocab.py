@@ -506,6 +506,20 @@ def test_search_decides(made, tmp_path):
     assert run_model({}, []).encode("字") != []
 
 
+def test_khmer_from_text_to_certificate(tmp_path):
+    "Nothing assumes Han: other texts keep their ids, Khmer takes fewer tokens"
+    text = corpus(["km=builtin:km"], out=tmp_path / "c", valid_share=0.1, limit_chars=150_000)
+    khmer = dict(lang="km", script="Khmer")
+    pieces = tokenizer(text, out=tmp_path / "p", n_pieces=400, method="continued", **khmer)
+    assert all("ក" <= p.piece[-1] <= "៿" for p in read_pieces(pieces, "Khmer"))
+    few = dict(n_hostile=1000, limit_chars=10_000, script="Khmer", corpus=text)
+    made = vocab(pieces, out=tmp_path / "v", n_pieces=200, **few)
+    certificate = made.stats["certificate"]
+    assert certificate["ids of texts without Khmer unchanged"]["cases"] > 1000
+    assert not any(line["failed"] for line in certificate.values())
+    assert made.stats["chars_per_token"] > 1.5 * made.stats["chars_per_token_base"]
+
+
 def test_all_faults_at_once(tmp_path):
     with pytest.raises(StageError) as e:
         vocab(tmp_path / "p", out=tmp_path / "v", base="gemma", n_chars=-1, corpus=tmp_path / "c")

@@ -164,6 +164,7 @@ BROKEN = [
             for i, byte in enumerate(compressed(ending, rows(*[GOOD] * 9, "x" * 99).encode()))
         ),
     }.items()
+    if (ending, how) != (".zst", "with a flipped byte")  # it has no checksum of its own
 ]
 EMPTY = [
     Case(

@@ -4,7 +4,7 @@ import math
 import os
 import struct
 
-from hostile import Case, changed_json, cut, linked, sparse, write, write_json
+from hostile import Case, changed_json, cut, linked, sparse, write
 
 PIECES = "piece\tscore\tkind\tcount\n龘\t-1\tchar\t9\n靐\t-2\tchar\t8\n龘靐\t-3\tword\t7\n"
 VOCAB = "vocab --pieces p.tsv --base bad.model --n-pieces 2 --out o"
@@ -179,7 +179,7 @@ NO_MODEL = [
         "a base that is a byte-level tokenizer",
         VOCAB,
         make=lambda here, run: bad_base(
-            here, lambda path: write_json(path / "tokenizer.json", {"pre_tokenizer": {"type": "ByteLevel"}})
+            here, lambda path: write(path / "tokenizer.json", '{"decoder": {"type": "ByteLevel"}}')
         ),
         says="bad.model is a byte-level BPE tokenizer",
     ),
@@ -283,7 +283,7 @@ OPTIONS = [
     for options, said in [
         (["--n-pieces", "-1"], "n_pieces is -1"),
         (["--n-pieces", "1000000000"], "n_pieces"),
-        (["--n-pieces", "3"], "were asked for"),
+        (["--n-pieces", "4"], "were asked for"),
         (["--n-pieces", "1", "--n-chars", "-1"], "n_chars is -1"),
         (["--n-pieces", "1", "--multiple", "-8"], "multiple is -8"),
         (["--n-pieces", "1", "--multiple", "1000000000"], "multiple is 1000000000"),
