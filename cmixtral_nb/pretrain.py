@@ -49,8 +49,9 @@ from cmixtral_nb.training import (
 from .adapters import save_adapter
 from .checkpoints import resolve_model
 from .loading import load_model
-from .machine import default_device, process_rank, say, world_size
+from .machine import process_rank, say, world_size
 from .pack import collate, load_examples
+from .placement import device_of
 from .qlora import add_lora
 from .stages import Artifact, stage
 from .tokenizer_files import encode_plain, load_tokenizer
@@ -265,7 +266,7 @@ def pretrain(
     device: str = None,  # None: the GPU if there is one
 ):
     "Continue pre-training with QLoRA; after an interruption it continues from its last checkpoint"
-    device = device or default_device()
+    device = device_of(device)
     packed = Artifact.load(tokens, "tokens")
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
     weigh_balance(net, aux, accumulation)
