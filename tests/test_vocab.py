@@ -515,7 +515,7 @@ def test_khmer_from_text_to_certificate(tmp_path):
     few = dict(n_hostile=1000, limit_chars=10_000, script="Khmer", corpus=text)
     made = vocab(pieces, out=tmp_path / "v", n_pieces=200, **few)
     certificate = made.stats["certificate"]
-    assert certificate["ids of texts without Khmer unchanged"]["cases"] > 1000
+    assert certificate["ids of texts without Khmer unchanged"]["cases"] > 500
     assert not any(line["failed"] for line in certificate.values())
     assert made.stats["chars_per_token"] > 1.5 * made.stats["chars_per_token_base"]
 
