@@ -33,6 +33,7 @@ from pathlib import Path
 from .book import write_front
 from .machine import package_data, say
 from .notebooks import checkout, setting
+from .options import refuse
 from .stages import require, write_text
 
 
@@ -106,6 +107,13 @@ def settle(
 
 
 # %% ../nbs/a36_site.ipynb #67d0658e
+def _require_extra(extra: str, *packages: str) -> None:
+    "`StageError` where packages of an extra of ours are missing, all of them named"
+    absent = [package for package in packages if find_spec(package) is None]
+    command = f"pip install 'cmixtral_nb[{extra}]'"
+    refuse([f"{package} is not installed; run: {command}" for package in absent])
+
+
 def docs(
     root: str | Path = ".",  # checkout of the project
     quarto: bool | None = None,  # use Quarto; default: where it is installed
@@ -117,6 +125,7 @@ def docs(
         not quarto or shutil.which("quarto"),
         "quarto is not on the PATH; install it, or run: cmixtral docs --no-quarto",
     )
+    _require_extra("docs", "execnb", "latex2mathml", "nbdev", "smalldocs")
     write_front(root)
     _render(root, quarto)
     page = os.path.relpath(root / "_docs" / "index.html")
@@ -126,10 +135,6 @@ def docs(
 
 def _render(root: Path, quarto: bool) -> None:
     "Pages through nbdev, rendered in a folder that replaces _docs when it is complete"
-    for package in ("latex2mathml", "nbdev", "smalldocs"):
-        require(
-            find_spec(package), f"{package} is not installed; run: pip install 'cmixtral_nb[docs]'"
-        )
     made = root / "_proc"
     shutil.rmtree(made, ignore_errors=True)
     _run([sys.executable, str(package_data("data/make_pages.py"))], root)
@@ -188,6 +193,7 @@ def prepare(
 ) -> None:
     "Before a commit: export, run, clean, format, write the front pages, lint, check types"
     root = checkout(root)
+    _require_extra("dev", "execnb", "mypy", "nbdev", "nbqa", "ruff")
     before = _contents(root)
 
     def call(*command: str) -> None:

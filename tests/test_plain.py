@@ -20,7 +20,8 @@ from cmixtral_nb.notebooks import cells
 from cmixtral_nb.recipes import MODULES
 
 ROOT = Path(__file__).parents[1]
-EXTRA = r"pip install (--no-build-isolation )?['\"]cmixtral_nb\[\w+\]['\"]"
+# an extra, or the engine that wants an environment of its own
+EXTRA = r"pip install (--no-build-isolation )?['\"]cmixtral_nb\[\w+\]['\"]|pip install vllm"
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +207,13 @@ def test_the_lines_of_the_quickstart(plain, desk):
 
 
 USES = """
-cmixtral report runs/my --force
+cmixtral report runs/my
 cmixtral card runs/my
 cmixtral compare before=runs/my/evaluation/base after=runs/my/evaluation/merged --out compared
 cmixtral generate --models runs/my/chat --prompts 你好 --max-new-tokens 4 --out said
 cmixtral chat --model runs/my/chat --max-new-tokens 4
 cmixtral evaluate --model runs/my/merged --corpus runs/my/corpus --n-chars 500 --out bits
-cmixtral efficiency --corpus runs/my/corpus --n-chars 500 --seconds 0.05 --out speed
+cmixtral efficiency --models a=runs/my/base --corpus runs/my/corpus --n-chars 500 --out speed
 cmixtral export --model runs/my/chat --out exported
 cmixtral serve --model runs/my/chat
 cmixtral page
@@ -227,3 +228,13 @@ def test_other_commands_as_a_reader_uses_them(plain, desk):
     refused = {o.line.split()[1]: o.refusal for o in outcomes if o.status}
     assert set(refused) == {"serve", "page", "tokenizer", "pretrain"}
     assert all(re.search(EXTRA, "\n".join(said)) for said in refused.values()), refused
+
+
+def test_the_commands_of_the_book_name_their_extra_in_a_checkout(plain, tmp_path):
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "nbs").symlink_to(ROOT / "nbs")
+    for outcome, extra in zip(
+        plain.several(["cmixtral docs", "cmixtral prepare"], tmp_path), ("docs", "dev"), strict=True
+    ):
+        assert outcome.refusal and f"pip install 'cmixtral_nb[{extra}]'" in outcome.err, outcome
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.ini", "nbs"}
