@@ -14,6 +14,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "read_header",
     "tensor_files",
+    "tensor_shapes",
     "load_tensor",
     "row_tensors",
     "specs_of",
@@ -51,7 +52,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from .configs import require_config
 from .options import faults_of, named_refs, refuse
+from .shapes import read_shaped
 from .stages import StageError, read_json, require, write_json
 
 if TYPE_CHECKING:
@@ -121,6 +124,14 @@ def tensor_files(
     ]
     refuse(lacking[:5])
     return where
+
+
+def tensor_shapes(
+    folder: str | Path,  # HF model folder
+) -> dict[str, tuple]:  # tensor name -> shape
+    "Shapes of the tensors of a checkpoint, from the headers alone"
+    headers = [read_header(file) for file in dict.fromkeys(tensor_files(folder).values())]
+    return {name: tuple(tensor["shape"]) for header in headers for name, tensor in header.items()}
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -392,10 +403,12 @@ def resolve_model(
     config = folder / "config.json"
     missing = [f"{folder} has no config.json; expected an HF model folder"]
     refuse((missing if not config.is_file() else []) + faults_of(tensor_files, folder))
+    found = read_shaped(config, {})
     require(
-        "model_type" in read_json(config),
+        "model_type" in found,
         f"{config} names no model_type; expected an HF model folder",
     )
+    require_config(config, found, tensor_shapes(folder))
     return folder
 
 

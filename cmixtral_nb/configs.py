@@ -6,23 +6,17 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["size_faults", "kind_faults", "tensor_faults", "checked_config"]
+__all__ = ["size_faults", "kind_faults", "tensor_faults", "refuse_at", "require_config"]
 
 # %% ../nbs/a11b_configs.ipynb #ac73bfb0
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .checkpoints import read_header, tensor_files
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
 from .options import Range, refuse
-from .shapes import TEXT, number, read_shaped, shape_fault, visible, whole
-from .stages import StageError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from .shapes import TEXT, number, shape_fault, visible, whole
 
 # %% ../nbs/a11b_configs.ipynb #135b9c92
 _SIZE = whole(1, 10**7)
@@ -33,7 +27,7 @@ _DTYPE = Range(
     f"one of {', '.join(_DTYPES)}",
 )
 _SHAPE = {
-    "model_type?": TEXT,
+    "model_type": TEXT,
     "vocab_size?": _SIZE,
     "hidden_size?": _SIZE,
     "intermediate_size?": _SIZE,
@@ -83,28 +77,34 @@ def _relation_faults(config: dict[str, Any]) -> list[str]:
 
 
 # %% ../nbs/a11b_configs.ipynb #e1f4f279
-def kind_faults(
-    config: dict[str, Any],  # config.json as read, without `size_faults`
-) -> list[str]:  # empty, or what is wrong
-    "Code of its own, an architecture or a function that transformers does not have"
-    from transformers.activations import ACT2FN
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
+def _storage_faults(config: dict[str, Any]) -> list[str]:
+    "Code of its own, or weights that we cannot read"
     faults = []
-    kind, act = config.get("model_type"), config.get("hidden_act")
     method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
     if "auto_map" in config:
         faults.append(
             "auto_map asks to run code that lies in the folder; expected a model without it; "
             "where transformers has the class itself, take the key out"
         )
-    if kind not in KNOWN and kind != "mixtral_linear":
-        found = "is missing" if kind is None else f"is {visible(repr(kind), 40)}"
-        faults.append(f"model_type {found}, expected a causal language model of transformers")
-    if act is not None and act not in ACT2FN:
-        faults.append(f"hidden_act is {visible(repr(act), 40)}, expected a name such as silu, gelu")
     if method != "bitsandbytes":
         faults.append(f"quantised by {visible(repr(method), 40)}, expected bitsandbytes or nothing")
+    return faults
+
+
+def kind_faults(
+    config: dict[str, Any],  # config.json as read, without `size_faults`
+) -> list[str]:  # empty, or what is wrong
+    "An architecture, or a function within it, that transformers does not have"
+    from transformers.activations import ACT2FN
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    faults = []
+    kind, act = config["model_type"], config.get("hidden_act")
+    if kind not in KNOWN and kind != "mixtral_linear":
+        found = visible(repr(kind), 40)
+        faults.append(f"model_type is {found}, expected a causal language model of transformers")
+    if act is not None and act not in ACT2FN:
+        faults.append(f"hidden_act is {visible(repr(act), 40)}, expected a name such as silu, gelu")
     return faults
 
 
@@ -159,12 +159,12 @@ def _layer_fault(config: dict[str, Any], shapes: dict[str, tuple]) -> str:
 
 def tensor_faults(
     config: dict[str, Any],  # with all its sizes, as a configuration's `to_dict` has them
-    shapes: dict[str, tuple],  # name -> shape, as in the headers of the weights
+    shapes: dict[str, tuple],  # name -> shape, as in the headers of the weights; empty: unknown
 ) -> list[str]:  # empty, or what is wrong
     "Where a configuration and its weights do not go together"
     if fault := _layer_fault(config, shapes):
         return [fault]
-    if config["model_type"] not in (*_DENSE, *_MIXTRAL):
+    if not shapes or not _names_all_sizes(config):
         return []
     on_disk = {name.replace(BLOCK_ON_DISK, BLOCK_IN_MEMORY): s for name, s in shapes.items()}
     stacked = any(name.endswith("experts.gate_up_proj") for name in on_disk)
@@ -178,43 +178,38 @@ def tensor_faults(
     return faults
 
 
+def _names_all_sizes(config: dict[str, Any]) -> bool:
+    "Whether shapes follow from a configuration alone; what it lacks has a default elsewhere"
+    needed = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"]
+    more = dict.fromkeys(("mistral", *_MIXTRAL), ["num_key_value_heads"])
+    more |= dict(qwen2=["num_key_value_heads"], qwen3=["num_key_value_heads", "head_dim"], llama=[])
+    for kind in _MIXTRAL:
+        more[kind] = [*more[kind], "num_local_experts"]
+    kind = config["model_type"]
+    return kind in more and all(config.get(name) for name in [*needed, *more[kind]])
+
+
 def _by(shape: tuple | None) -> str:
     "Example: _by((32000, 4096)) -> '32,000 x 4,096'"
     return " x ".join(f"{size:,}" for size in shape or ())
 
 
 # %% ../nbs/a11b_configs.ipynb #20b8abec
-def _refuse_at(path: Path, faults: list[str]) -> None:
-    "One line for each fault; of many the first three"
+def refuse_at(
+    path: Path,  # of the configuration
+    faults: list[str],  # that it has
+) -> None:
+    "`StageError` with a line for each fault; of many with the first three"
     more = [f"{path}: {len(faults) - 3:,} more faults like these"] if len(faults) > 3 else []
     refuse([f"{path}: {fault}" for fault in faults[:3]] + more)
 
 
-def checked_config(
-    folder: str | Path,  # model folder
-    with_weights: bool = True,  # compare with the tensors too
-) -> PretrainedConfig:
-    "Configuration of a model; `StageError` where it cannot be built, or has code of its own"
-    from transformers import AutoConfig
-
-    path = Path(folder) / "config.json"
-    found = read_shaped(path, {})
-    _refuse_at(path, size_faults(found))
-    _refuse_at(path, kind_faults(found))
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as e:  # of its own checks, whatever they raise
-        raise StageError(f"{path}: {_in_short(e)}") from None
-    complete = config.to_dict()
-    _refuse_at(path, size_faults(json.loads(json.dumps(complete, default=str))))
-    if with_weights:
-        files = tensor_files(folder)
-        headers = [read_header(file) for file in dict.fromkeys(files.values())]
-        shapes = {name: tuple(t["shape"]) for header in headers for name, t in header.items()}
-        _refuse_at(path, tensor_faults(complete, shapes))
-    return config
-
-
-def _in_short(error: Exception) -> str:
-    "The words of an error on one line"
-    return visible(" ".join(str(error).split()) or type(error).__name__, 200)
+def require_config(
+    path: Path,  # config.json, for the message
+    config: Any,  # what it holds
+    shapes: dict[str, tuple],  # name -> shape, as in the headers of the weights; empty: unknown
+) -> None:
+    "`StageError` where a model cannot be built from a configuration, or has code of its own"
+    refuse_at(path, size_faults(config))
+    refuse_at(path, _storage_faults(config))
+    refuse_at(path, tensor_faults(config, shapes))

@@ -21,6 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,22 @@ def stop_ids(
 
 
 # %% ../nbs/12_generate.ipynb #f0dc40b3
+@contextmanager
+def _nothing_else(model: PreTrainedModel) -> Iterator[None]:
+    "What a model's generation_config.json sets besides the tokens that end a text is left out"
+    from transformers import GenerationConfig
+
+    nets = [model, getattr(model, "get_base_model", lambda: model)()]  # below an adapter too
+    configured = [net.generation_config for net in nets]
+    try:
+        for net in nets:
+            net.generation_config = GenerationConfig()
+        yield
+    finally:
+        for net, config in zip(nets, configured, strict=True):
+            net.generation_config = config
+
+
 def generate_text(
     model: PreTrainedModel,  # from `load_model`
     tok: PreTrainedTokenizerBase,  # from `load_tokenizer`
@@ -135,7 +152,7 @@ def generate_text(
     if temperature > 0:
         how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     torch.manual_seed(seed)
-    with torch.no_grad():
+    with torch.no_grad(), _nothing_else(model):
         y = model.generate(
             input_ids=x,
             attention_mask=torch.ones_like(x),

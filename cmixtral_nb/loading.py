@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a17_loading.ipynb #58fdcef1
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,14 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .adapters import ADAPTER_WEIGHTS, model_faults, require_adapter, trained_on
-from .checkpoints import resolve_model, tensor_files
-from .configs import checked_config
+from .checkpoints import resolve_model, tensor_files, tensor_shapes
+from .configs import kind_faults, refuse_at, require_config
 from .machine import default_dtype, quiet, trim_memory
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import refuse
 from .placement import device_map, device_of, without_memory
 from .qlora import expert_bytes, mixtral_linear, ready_to_train
-from .shapes import visible
+from .shapes import read_shaped, visible
 from .stages import StageError, input_fingerprint, read_json, require, write_json
 
 if TYPE_CHECKING:
@@ -45,15 +46,37 @@ if TYPE_CHECKING:
 # %% ../nbs/a17_loading.ipynb #5a0853fa
 def model_config(
     folder: str | Path,  # model folder
-    with_weights: bool = True,  # compare with the tensors too
 ) -> PretrainedConfig:
     "Checked configuration; that of a Mixtral asks for one `nn.Linear` per expert matrix"
     config_class, model_class = mixtral_linear()  # transformers knows the type from now on
-    config = checked_config(folder, with_weights)
+    config = _checked_config(Path(folder))
     if config.model_type != "mixtral":
         return config
     changes = dict(model_type="mixtral_linear", architectures=[model_class.__name__])
     return config_class.from_dict(config.to_dict() | changes)
+
+
+def _checked_config(folder: Path) -> PretrainedConfig:
+    "As transformers reads it, with the values that it adds; compared with the weights beside it"
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    shapes = tensor_shapes(folder) if any(folder.glob("*.safetensors")) else {}
+    found = read_shaped(path, {})
+    require_config(path, found, {})
+    refuse_at(path, kind_faults(found))
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # of its own checks, whatever they raise
+        raise StageError(f"{path}: {_in_short(e, 200)}") from None
+    if shapes:
+        require_config(path, json.loads(config.to_json_string(use_diff=False)), shapes)
+    return config
+
+
+def _in_short(error: Exception, length: int) -> str:
+    "The words of an error on one line"
+    return visible(" ".join(str(error).split()) or type(error).__name__, length)
 
 
 # %% ../nbs/a17_loading.ipynb #238c38dd
@@ -283,7 +306,7 @@ def _built(folder: Path, path: str | Path, load_in_4bit: bool, how: dict) -> Pre
     except (StageError, MemoryError):
         raise
     except Exception as e:  # a file that cannot be read, a package that lacks, a key too few, ...
-        reason = visible(" ".join(str(e).split()) or type(e).__name__, 300)
+        reason = _in_short(e, 300)
         if "out of memory" in reason:
             reason = "not enough memory; use load_in_4bit=True, or device auto with several GPUs"
         raise StageError(f"{path} cannot be loaded: {reason}") from e
@@ -381,9 +404,7 @@ def streamed(
     import torch
 
     routes = {} if routes is None else routes
-    beside = any(Path(folder).glob("*.safetensors"))  # else they come from elsewhere
-    config = model_config(folder, with_weights=beside)
-    net = without_memory(config, torch.float32).eval()
+    net = without_memory(model_config(folder), torch.float32).eval()
     for name, module in net.named_modules():
         if type(module).__name__ == "MixtralTopKRouter":
             module.register_forward_hook(partial(_follow_routes, routes, name))

@@ -10,6 +10,7 @@ __all__ = [
     "MIXTRAL_8X7B",
     "CARDS",
     "PEAK_FLOPS",
+    "INFERENCE",
     "count_parameters",
     "nf4_bytes",
     "frozen_bytes",
@@ -31,6 +32,11 @@ __all__ = [
     "time_text",
     "disk_plan",
     "disk_text",
+    "inference_bytes",
+    "merge_bytes",
+    "stage_bytes",
+    "cards_text",
+    "inference_faults",
     "plan_faults",
 ]
 
@@ -43,6 +49,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from .bits import BLOCKS, FEW_LOGITS
 from .checkpoints import tensor_files
 from .machine import available_bytes, gpu_bytes
 from .options import faults_of, range_faults, refuse
@@ -262,49 +269,65 @@ def optimiser_bytes(
 
 
 # %% ../nbs/a19_plan.ipynb #2024789d
+_FLASH = "flash_attention_2"
+
+
 def activation_bytes(
     config: ModelConfig = "mixtral",  # "mixtral" (8x7B), a model folder, or a configuration
     rank: int = 64,  # of LoRA; 0: none
     dropout: float = 0.05,  # on the input of LoRA
     dtype: str = "bfloat16",  # of the computation: bfloat16 on a GPU, float32 on a CPU
+    attn: str = "flash_attention_2",  # or sdpa, which repeats keys and values for a mask
 ) -> dict[str, int]:  # bytes for each token: border, kept (for the gradients), passing (gradients)
     "What the backward pass needs of one layer: its border, and what it keeps once done again"
     shape = _shape(config)
     width, inner, n_used = shape.width, shape.inner_width, shape.n_used
     value_bytes = _BYTES[dtype]
     norms = 2 * width * 4  # their inputs, in float32
-    attention = 4 * shape.query_width * value_bytes  # queries, keys, values, output
+    key_width = shape.key_width if attn == _FLASH else shape.query_width
+    attention = 2 * (shape.query_width + key_width) * value_bytes  # queries, output; keys, values
     experts = n_used * (3 * inner + width) * value_bytes
+    routing = 4 * shape.n_experts + 40 * n_used if shape.n_experts else 0  # weights, numbers
     lora = _lora_activation_bytes(shape, rank, dropout, value_bytes) if rank else 0
+    # Gradients on their way: inside an expert, or of what experts return, weighted in float32.
+    returned = width * (8 + value_bytes) if shape.n_experts else 0
     return dict(
         border=width * value_bytes,
-        kept=norms + attention + experts + lora,
-        passing=n_used * inner * value_bytes,
+        kept=norms + attention + experts + routing + lora,
+        passing=n_used * max(inner * value_bytes, returned),
     )
 
 
 def _lora_activation_bytes(shape: _Shape, rank: int, dropout: float, value_bytes: int) -> int:
     "Bytes for each token that LoRA keeps in a layer: inputs of its matrices, masks, thin products"
-    # Matrices with the same input share it, unless dropout masks or a cast copies it for each.
-    shared = not dropout and value_bytes == 4
-    attention = (1 if shared else 3) * shape.width + shape.query_width  # q, k, v; o
-    expert = (1 if shared else 2) * shape.width + shape.inner_width  # w1, w3; w2
-    inputs = attention + shape.n_used * expert
-    on_gpu = value_bytes == 2
-    mask_bytes = (1 if on_gpu else 4) if dropout else 0  # truth values, or float32 on a CPU
+    # Matrices with the same input share it, and what is kept anyway; dropout copies it for each.
+    if dropout:
+        on_gpu = value_bytes == 2
+        each = value_bytes + (1 if on_gpu else 4)  # with a mask: truth values, or float32 on a CPU
+        attention = 3 * shape.width + shape.query_width  # q, k, v; o
+        expert = 2 * shape.width + shape.inner_width  # w1, w3; w2
+    else:
+        each = value_bytes
+        attention = shape.width
+        expert = shape.width + shape.inner_width
     n_matrices = 4 + 3 * shape.n_used
-    return inputs * (value_bytes + mask_bytes) + n_matrices * rank * value_bytes
+    return (attention + shape.n_used * expert) * each + n_matrices * rank * value_bytes
 
 
 # %% ../nbs/a19_plan.ipynb #54b7300e
-def _trained_bytes(n_trained: int, optim: str, zero: int, n_gpus: int) -> dict[str, float]:
+def _trained_bytes(
+    n_trained: int, n_embedding: int, optim: str, zero: int, n_gpus: int
+) -> dict[str, float]:
     "Bytes on each GPU of what is trained; ZeRO-2 divides gradients and moments"
     n_shares = n_gpus if zero else 1
-    moments = optimiser_bytes(optim) + (4 if zero else 0)  # DeepSpeed: weights in float32 too
+    moments = optimiser_bytes(optim)
+    master = 4 * n_trained if zero else 0  # DeepSpeed: weights in float32 too
+    # An embedding that is trained whole has moments in float32, as the Trainer has it.
+    state = moments * (n_trained - n_embedding) + 8 * n_embedding + master
     sizes = dict(
         weights=4 * n_trained,
         gradients=4 * n_trained / n_shares,
-        optimiser=n_trained * moments / n_shares,
+        optimiser=state / n_shares,
     )
     return dict(sizes, trained=sizes["weights"] + sizes["gradients"] + sizes["optimiser"])
 
@@ -318,37 +341,79 @@ def _copy_bytes(
     return first_values + buckets
 
 
-def _step_bytes(
-    activations: dict[str, int],  # for each token, from `activation_bytes`
-    n_layers: int,
-    table: int,  # parameters of the head
+def _loss_bytes(
     n_tokens: int,  # in one forward pass
     vocab_size: int,
-    lora: int,  # parameters
+    width: int,
+    n_trained: int,  # parameters of the head that are trained
+    rows: str,
+    value_bytes: int,
+) -> int:
+    "Bytes that the loss takes and gives back: all logits, or a block of them and gradients"
+    table = vocab_size * width
+    short = value_bytes == 2
+    head = 0  # with its new rows put in, or in 16 bits
+    if rows == "new":
+        head = table * value_bytes
+    elif rows == "all" and short:
+        head = 2 * table
+    if n_tokens * vocab_size <= FEW_LOGITS:
+        gradient = head if rows == "new" else 0
+        return 3 * 4 * vocab_size * n_tokens + head + gradient
+    block = min(n_tokens, BLOCKS["cuda" if short else "cpu"])
+    logits = block * vocab_size * (6 if short else 4)  # in 16 bits beside float32
+    picked = block * n_trained // width * value_bytes if rows == "new" else 0
+    product = min(8192 * width, n_trained) * 6 if short else 0  # of some rows of the gradient
+    hidden = n_tokens * width * value_bytes  # its gradient
+    forward = head + logits + picked + product + 4 * n_trained
+    backward = 8 * n_trained  # the gradient of the head, multiplied
+    return hidden + max(forward, backward)
+
+
+def _step_bytes(
+    activations: dict[str, int],  # for each token, from `activation_bytes`
+    shape: _Shape,
+    n_tokens: int,  # in one forward pass
+    vocab_size: int,
+    trainable: dict[str, int],  # lora, rows: parameters
     rows: str,
     value_bytes: int,
     checkpointing: bool,
+    pairs: int,  # of tokens in the mask that keeps documents apart; 0: there is none
 ) -> dict[str, int]:
     "Bytes that a step adds and gives back, by kind, and their most at a time: peak"
-    on_gpu = value_bytes == 2
-    cast = lora + (table if rows == "all" else 0)  # the embedding is looked up, not cast
-    each_layer = activations["border"] if checkpointing else activations["kept"]
-    sizes = dict(
-        casts=2 * cast if on_gpu else 0,
-        logits=4 * vocab_size * n_tokens,
-        logits_training=3 * 4 * vocab_size * n_tokens,
-        layer=(activations["kept"] + activations["passing"]) * n_tokens,
-        activations=n_layers * each_layer * n_tokens,
-    )
-    loss = sizes["logits_training"]
+    short = value_bytes == 2
+    n_head = trainable["rows"] // (1 if shape.tied and rows == "new" else 2)
+    mask = pairs * value_bytes  # of truth values, once; as numbers, in each layer
+    kept = activations["kept"] * n_tokens + mask
+    each_layer = activations["border"] * n_tokens if checkpointing else kept
+    # Autocast casts LoRA: its A until the forward pass ends, all of it where it is kept.
+    cast = trainable["lora"] * (1 if checkpointing else 2) if short else 0
     if rows == "new":
-        loss += 2 * table * value_bytes  # the head with its new rows put in, and its gradient
-    largest = max(loss, sizes["layer"]) if checkpointing else loss
-    return dict(sizes, peak=sizes["casts"] + sizes["activations"] + largest)
+        cast += n_head * value_bytes  # the embedding's
+    last = (4 + value_bytes) * shape.width * n_tokens  # what the last norm keeps
+    largest_matrix = max(shape.inner_width, shape.query_width) * shape.width
+    of_layer = 2 * trainable["lora"] // shape.n_layers if short else 0
+    sizes = dict(
+        casts=cast,
+        logits=4 * vocab_size * n_tokens,
+        loss=_loss_bytes(n_tokens, vocab_size, shape.width, n_head, rows, value_bytes) + last,
+        layer=kept
+        + activations["passing"] * n_tokens
+        + largest_matrix * value_bytes  # one at a time is 16 bits wide again
+        + of_layer,
+        activations=shape.n_layers * each_layer + pairs,
+    )
+    at_the_end = sizes["casts"] + sizes["activations"] + sizes["loss"]
+    in_a_layer = sizes["activations"] + sizes["layer"]
+    whole_gradient = 4 * vocab_size * shape.width if rows == "all" else 0  # of the embedding
+    within = in_a_layer if checkpointing else 0
+    return dict(sizes, peak=max(at_the_end, within, whole_gradient))
 
 
 # %% ../nbs/a19_plan.ipynb #8527f555
-_CUDA_BYTES = 10**9  # the context, the kernels, and gaps between blocks: an estimate
+_CUDA_BYTES = 10**9  # the context and the kernels: an estimate
+_GAPS = 0.08  # of all else, on a GPU: what the allocator cannot use, and what nobody counted
 
 
 def memory_plan(
@@ -366,6 +431,7 @@ def memory_plan(
     checkpointing: bool = True,  # keep the borders of layers only
     zero: int = 0,  # 0: data parallel, 2: DeepSpeed ZeRO-2
     n_gpus: int = 1,  # side by side
+    attn: str = "flash_attention_2",  # or sdpa, eager: these take a mask for packed documents
 ) -> dict[str, dict]:  # parameters by kind; trainable: lora, rows; bytes on each GPU, with total
     "What QLoRA training needs, before anything is downloaded"
     shape = _shape(config)
@@ -379,23 +445,30 @@ def memory_plan(
     sizes: dict[str, float] = dict(
         bf16=2 * parameters["total"],
         frozen=frozen_bytes(config, size, load_in_4bit, dtype),
-        **_trained_bytes(sum(trainable.values()), optim, zero, n_gpus),
+        **_trained_bytes(
+            sum(trainable.values()),
+            trainable["rows"] // 2 if rows == "all" else 0,
+            optim,
+            zero,
+            n_gpus,
+        ),
     )
     sizes["static"] = sizes["frozen"] + sizes["trained"]
     sizes["copies"] = _copy_bytes(trainable, rows, value_bytes, zero, n_gpus)
     sizes |= _step_bytes(
-        activation_bytes(config, rank, dropout, dtype),
-        shape.n_layers,
-        table=size * shape.width,
+        activation_bytes(config, rank, dropout, dtype, attn),
+        shape,
         n_tokens=batch * length,
         vocab_size=size,
-        lora=trainable["lora"],
+        trainable=trainable,
         rows=rows,
         value_bytes=value_bytes,
         checkpointing=checkpointing,
+        pairs=0 if attn == _FLASH else batch * length**2,
     )
-    sizes["cuda"] = _CUDA_BYTES if value_bytes == 2 else 0
-    sizes["total"] = sizes["static"] + sizes["copies"] + sizes["peak"] + sizes["cuda"]
+    counted = sizes["static"] + sizes["copies"] + sizes["peak"]
+    sizes["cuda"] = _CUDA_BYTES + _GAPS * counted if value_bytes == 2 else 0
+    sizes["total"] = counted + sizes["cuda"]
     rounded = {kind: round(n_bytes) for kind, n_bytes in sizes.items()}
     return dict(parameters=parameters, trainable=trainable, bytes=rounded)
 
@@ -412,8 +485,8 @@ _PLAN_LINES = dict(
     casts="casts of trained weights",
     activations="activations kept",
     layer="activations of one layer, in passing",
-    logits_training="logits and their gradients, in passing",
-    cuda="CUDA and gaps (estimate)",
+    loss="the loss and its gradients, in passing",
+    cuda="CUDA, and 8% for gaps",
     total="at most, all together",
 )
 
@@ -489,7 +562,7 @@ def settings_plan(
 ) -> dict[str, dict]:  # from `memory_plan`
     "Memory plan of a stage's parameters"
     sizes = _as_dict(config)
-    names = ("rank", "rows", "optim", "batch", "dropout", "zero")
+    names = ("rank", "rows", "optim", "batch", "dropout", "zero", "attn")
     same = {name: settings[name] for name in names if name in settings}
     stored_in_4bit = (sizes.get("quantization_config") or {}).get("load_in_4bit", False)
     return memory_plan(
@@ -667,11 +740,15 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
     "L40": 181e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
     "A10G": 70e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
-}  # operations per second in bfloat16, dense; NVIDIA's data sheets
+}  # operations per second in bfloat16, dense, as NVIDIA's data sheets of each card say; where these
+# name only the number with sparsity (H100, H200, L40S, GB200), half of it
 
 # Words that make another card of a name, or a slice of one: "RTX 3090 Ti", "A100 MIG 1g.5gb".
 _OTHER_CARDS = {"D", "Laptop", "MIG", "Ti"}
@@ -785,6 +862,135 @@ def disk_text(
     return "\n".join(f"{name:<40}{n_bytes / 1e9:>14,.3f} GB" for name, n_bytes in lines.items())
 
 
+# %% ../nbs/a19_plan.ipynb #c5b74b1c
+INFERENCE = ("generate", "evaluate", "efficiency")  # stages that load a model and do not train it
+
+
+def inference_bytes(
+    config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
+    vocab_size: int = 0,  # after extension; 0: as configured
+    load_in_4bit: bool = False,  # NF4 with double quantisation
+    dtype: str = "bfloat16",  # not in 4 bits, and computed in
+    length: int = 2048,  # tokens of a text, with what is written
+    scored: bool = False,  # logits of all positions, not of the last one alone
+) -> dict[str, int]:  # weights, cache, passing, total
+    "What one text at a time needs, in generation or evaluation"
+    shape = _shape(config)
+    value_bytes = _BYTES[dtype]
+    n_logits = (length if scored else 1) * (vocab_size or shape.vocab_size)
+    passing = activation_bytes(config, 0, 0.0, dtype)["kept"] * length
+    matrix = max(shape.inner_width, shape.query_width) * shape.width * value_bytes
+    sizes = dict(
+        weights=frozen_bytes(config, vocab_size, load_in_4bit, dtype),
+        cache=2 * shape.n_layers * shape.key_width * value_bytes * length,
+        passing=passing + matrix + n_logits * (4 + value_bytes),
+    )
+    counted = sum(sizes.values())
+    spare = _CUDA_BYTES + _GAPS * counted if value_bytes == 2 else 0
+    return dict(sizes, total=round(counted + spare))
+
+
+def merge_bytes(
+    config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
+    vocab_size: int = 0,  # after extension; 0: as configured
+) -> int:
+    "What `merge` holds at a time: the largest matrix in float32, read, updated and written"
+    shape = _shape(config)
+    tallest = max(vocab_size or shape.vocab_size, shape.inner_width, shape.query_width)
+    return 4 * 4 * tallest * shape.width
+
+
+def stage_bytes(
+    config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
+    settings: dict[str, Any],  # parameters of generate, evaluate or efficiency
+    vocab_size: int = 0,  # after extension; 0: as configured
+    device: str = "cuda",  # cpu, or a GPU
+    stage: str = "generate",  # or evaluate, efficiency
+) -> int:
+    "`inference_bytes` in all for the parameters of a stage; exams are taken as 4,096 tokens"
+    at_hand = "float32" if device == "cpu" else "bfloat16"
+    dtype = settings.get("dtype")
+    scored = stage == "evaluate"
+    most_context = 4096 if settings.get("tasks") else 0
+    return inference_bytes(
+        config,
+        vocab_size,
+        bool(settings.get("load_in_4bit")),
+        dtype if dtype in _BYTES else at_hand,
+        max(settings.get("length") or 1024, most_context) if scored else 2048,
+        scored,
+    )["total"]
+
+
+# %% ../nbs/a19_plan.ipynb #8af87804
+def cards_text(
+    config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
+    stages: dict[str, dict],  # generate, evaluate, efficiency, merge -> parameters
+    vocab_size: int = 0,  # after extension; 0: as configured
+) -> str:  # a line for each stage
+    "What each of these stages needs as it is set, and on which cards that fits"
+    lines = []
+    for stage, chosen in stages.items():
+        if stage == "merge":
+            held = merge_bytes(config, vocab_size)
+            lines.append(
+                f"{stage:<12}        {held / 1e9:>9,.1f} GB   of RAM, for one matrix at a time"
+            )
+            continue
+        need = stage_bytes(config, chosen, vocab_size, stage=stage)
+        bits = 4 if chosen.get("load_in_4bit") else 16
+        lines.append(f"{stage:<12}{bits:>2} bits{need / 1e9:>9,.1f} GB   {_cards(need)}")
+    return "\n".join(lines)
+
+
+def _cards(need: int) -> str:
+    "Example: _cards(30 * 10**9) -> 'fits one card of 40 GB, or 2 of 24 GB with device auto'"
+    one = next((card for card in CARDS if need <= card * 10**9), 0)
+    # Of each of several cards a tenth is left free, and CUDA takes its part of each.
+    most = {card: math.ceil(need / (0.9 * card * 10**9 - _CUDA_BYTES)) for card in CARDS}
+    several = {card: n for card, n in most.items() if 1 < n <= 8 and card < (one or 10**9)}
+    texts = [f"{n} of {card} GB" for card, n in several.items()]
+    auto = f"{' or '.join(texts)} with device auto" if texts else ""
+    if one:
+        return f"fits one card of {one} GB" + (f", or {auto}" if auto else "")
+    return f"fits no single card; {auto}" if auto else "fits none of these cards"
+
+
+# %% ../nbs/a19_plan.ipynb #6e408814
+def inference_faults(
+    model: ModelConfig,  # model folder or configuration; what cannot be planned has no fault
+    settings: dict[str, Any],  # parameters of generate, evaluate or efficiency
+    vocab_size: int = 0,  # 0: as configured
+    device: str = "cpu",  # cpu, a GPU, or auto: all GPUs
+    have: int = 0,  # bytes of one GPU (with auto, of all), or of RAM; 0: ask
+    stage: str = "generate",  # table of the recipe
+    recipe: str = "RECIPE",  # for the command to run
+) -> list[str]:  # empty, or one line
+    "Why a model cannot be loaded for generation or evaluation, and what would make it fit"
+    if faults_of(_shape, model):
+        return []
+    config = _as_dict(model)
+    have = have or _bytes_here(device, 1)
+
+    def need(**changed: Any) -> int:
+        return stage_bytes(config, {**settings, **changed}, vocab_size, device, stage)
+
+    if not have or need() <= have:
+        return []
+    in_4_bits = need(load_in_4bit=True)
+    if not settings.get("load_in_4bit") and in_4_bits <= have:
+        remedy = "set load_in_4bit = true"
+    elif device == "cpu":
+        remedy = f"no setting makes it fit: {in_4_bits / 1e9:.1f} GB in 4 bits"
+    else:
+        remedy = 'set device = "auto" on a machine with several GPUs'
+    where = dict(cpu="of RAM", auto="on all GPUs together").get(device, "on one GPU")
+    return [
+        f"[{stage}] needs {need() / 1e9:.1f} GB {where}, found {have / 1e9:.1f} GB; {remedy}; "
+        f"run: cmixtral plan {recipe}"
+    ]
+
+
 # %% ../nbs/a19_plan.ipynb #bcebead7
 def plan_faults(
     model: ModelConfig,  # model folder or configuration; what cannot be planned has no fault
@@ -809,6 +1015,8 @@ def plan_faults(
     if device == "cpu":
         where = "of RAM"
         found += " and no GPU"
+    elif device == "auto":
+        where = "on all GPUs together"
     else:
         where = "on each GPU"
     remedy = fit_text(config, settings, have, length, vocab_size, device, n_gpus)
@@ -823,6 +1031,8 @@ def _bytes_here(device: str, n_gpus: int) -> int:
     if device == "cpu":
         return available_bytes() // n_gpus
     found = gpu_bytes()
+    if device == "auto":  # what `placement.spread` fills, less the context of each
+        return sum(int(0.9 * n_bytes) - _CUDA_BYTES for n_bytes in found)
     number = device.partition(":")[2]
     if number and int(number) < len(found):
         return found[int(number)]

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cmixtral_nb.plan import (
+    INFERENCE,
     MIXTRAL_8X7B,
+    cards_text,
     disk_plan,
     disk_text,
     fits_text,
     gpu_table,
+    inference_faults,
     plan_faults,
     plan_table,
     settings_plan,
@@ -263,9 +266,9 @@ def _exam_faults(recipe: dict) -> list[str]:
 
 
 def _memory_faults(recipe: dict, commands: set[str]) -> list[str]:
-    "Why training does not fit the GPU, or the RAM where there is none"
+    "Why a stage does not fit the GPU, or the RAM where there is none"
     device = "cuda" if gpu_bytes() else "cpu"
-    faults = []
+    faults = _use_faults(recipe, commands, device)
     for stage in ("pretrain", "sft"):
         if stage not in commands:
             continue
@@ -286,6 +289,29 @@ def _memory_faults(recipe: dict, commands: set[str]) -> list[str]:
     return sorted(faults)
 
 
+def _use_faults(recipe: dict, commands: set[str], device: str) -> list[str]:
+    "Why the trained model could not be loaded where it is used: weeks later, and in 16 bits"
+    try:
+        asked = plan_inputs(recipe)
+    except StageError:
+        return []
+    faults = []
+    for stage in [name for name in INFERENCE if name in commands]:
+        chosen = settings(stage, recipe)
+        place = chosen["device"] or device
+        if place == "auto" and len(gpu_bytes()) < 2:
+            place = device
+        faults += inference_faults(
+            asked["config"],
+            chosen,
+            asked["vocab_size"],
+            place,
+            stage=stage,
+            recipe=recipe["name"],
+        )
+    return faults
+
+
 # %% ../nbs/a31_preflight.ipynb #b70a4b4d
 def plan(
     recipe: str = "paper",  # shipped recipe (tiny, paper) or TOML file
@@ -302,6 +328,7 @@ def plan(
     n_tokens = tokens_of(read, folder)
     print(_memory_text(asked, memory, device))
     print(_gpus_text(asked))
+    print(_use_text(read, asked))
     print(_hours_text(asked, n_tokens, utilisation))
     print(disk_text(disk_of(read, asked, memory["trainable"], n_tokens)))
     steps = recipe_steps(read)
@@ -330,6 +357,12 @@ def _gpus_text(asked: dict) -> str:
         return settings_plan(**{**asked, "settings": chosen}, n_gpus=n_gpus)["bytes"]["total"]
 
     return "\n".join(["\non several GPUs:\n", gpu_table(need), "", fits_text(**asked), ""])
+
+
+def _use_text(recipe: dict, asked: dict) -> str:
+    "What the stages need that use the trained model, and the cards that have it"
+    stages = {name: settings(name, recipe) for name in (*INFERENCE, "merge") if name in recipe}
+    return "after training:\n\n" + cards_text(asked["config"], stages, asked["vocab_size"]) + "\n"
 
 
 def _hours_text(asked: dict, n_tokens: int, utilisation: float) -> str:

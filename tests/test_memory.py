@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from itertools import accumulate
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from cmixtral_nb import bits
+from cmixtral_nb import bits, plan
 from cmixtral_nb.bits import head_loss, without_logits
 from cmixtral_nb.loading import load_model
 from cmixtral_nb.mixtral import small_config
@@ -196,6 +198,71 @@ def test_layers_keep_their_inputs_in_16_bits(folder, rows, four, monkeypatch):
     assert kept == [torch.bfloat16] * 2
     assert {p.dtype for n, p in base.named_parameters() if "norm" in n} == {torch.float32}
     assert {g.dtype for g in grads.values()} == {torch.float32}
+
+
+# the plan
+
+BASE = dict(hidden=64, layers=2, intermediate=128, experts=4, heads=4, kv_heads=4)
+
+
+def peak_of_a_step(folder, n_tokens, rows, checkpointing, vocab_size):
+    "Bytes that a step adds at most, as PyTorch's allocator counts them"
+    how = dict(load_in_4bit=True, dtype="bfloat16", device="cpu", trainable=True)
+    net = add_lora(load_model(folder, **how), 8, 16, 0.0, rows, n_old=vocab_size // 2).train()
+    if checkpointing:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+        net.enable_input_require_grads()
+    ids = torch.randint(0, vocab_size, (2, n_tokens // 2))
+    places = torch.arange(n_tokens // 4).repeat(2).expand(2, -1)  # two documents in each example
+
+    def batch(ids, places):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(input_ids=ids, labels=ids, position_ids=places, use_cache=False).loss
+        loss.backward()
+
+    batch(ids[:1, :32], places[:1, :32])  # from now on the weights have gradients
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        batch(ids, places)
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize(
+    "rows,n_tokens,checkpointing,vocab_size",
+    [
+        ("all", 2400, True, 57_000),  # the loss is the peak
+        ("new", 2400, True, 57_000),
+        ("none", 2400, True, 57_000),
+        ("none", 2400, False, 57_000),  # all layers are kept until then
+        ("none", 4096, True, 400),  # a layer is the peak
+    ],
+)
+def test_a_step_in_16_bits_takes_what_is_planned(
+    tmp_path, monkeypatch, rows, n_tokens, checkpointing, vocab_size
+):
+    from transformers import MixtralForCausalLM
+
+    if vocab_size == 400:
+        monkeypatch.setattr(bits, "FEW_LOGITS", 0)
+        monkeypatch.setattr(plan, "FEW_LOGITS", 0)
+    monkeypatch.setitem(bits.BLOCKS, "cpu", 256)
+    monkeypatch.setitem(bits.BLOCKS, "cuda", 256)  # a plan in 16 bits is one for a GPU
+    torch.manual_seed(0)
+    config = small_config(**BASE, vocab_size=vocab_size)
+    MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    measured = peak_of_a_step(tmp_path, n_tokens, rows, checkpointing, vocab_size)
+    planned = plan.memory_plan(
+        tmp_path,
+        rank=8,
+        rows=rows,
+        n_old=vocab_size // 2,
+        batch=2,
+        length=n_tokens // 2,
+        dropout=0.0,
+        checkpointing=checkpointing,
+        attn="sdpa",
+    )["bytes"]["peak"]
+    assert planned == pytest.approx(measured, rel=0.03), planned / measured
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["liger"]:
