@@ -10,6 +10,7 @@ __all__ = ["TOP_KEYS", "check_recipe"]
 
 # %% ../nbs/a30b_recipe_check.ipynb #ffaf71f0
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from cmixtral_nb.recipes import (
     type_name,
 )
 
+from .checkpoints import HUB_ID
 from .languages import lang_script
 from .options import above, faults_of, nearest, range_faults
 from .packing import parse_mix
@@ -215,14 +217,39 @@ def _idle_faults(recipe: dict) -> list[str]:
 
 
 # %% ../nbs/a30b_recipe_check.ipynb #e6a368d6
-def _step_faults(step: Step, recipe: dict) -> list[str]:
+_PLACES = {  # of a table: what lies there
+    "model": "model",
+    "adapter": "adapter",
+    "corpus": "corpus",
+    "pieces": "table of pieces",
+    "search": "search",
+    "tokens": "folder of tokens",
+    "probe": "corpus",
+}
+
+
+def _place_faults(name: str, table: dict) -> list[str]:
+    "Files and folders that a table names and that are not there; hub ids are asked for later"
+    faults = []
+    for key, what in _PLACES.items():
+        value = table.get(key, [])
+        for ref in value if isinstance(value, list) else [value]:
+            hub_id = HUB_ID.fullmatch(ref) and not ref.startswith(".")
+            elsewhere = hub_id or ref.startswith(("hub:", "builtin:"))
+            if not elsewhere and not os.path.exists(ref):
+                faults.append(f"[{name}] {key} = {shown(ref)}: no such {what} on this machine")
+    return faults
+
+
+def _step_faults(step: Step, recipe: dict, here: bool) -> list[str]:
     "What is wrong with a step: inputs and languages that are missing, and what its stage says"
-    name = step.command
+    name, table = step.command, recipe[step.command]
     missing = _missing_inputs(step, recipe)
-    faults = missing + _table_language_faults(name, recipe[name], recipe)
-    if missing or _table_faults(name, recipe[name]):
+    faults = missing + _table_language_faults(name, table, recipe)
+    if missing or not here or _table_faults(name, table):
         return faults  # a stage relies on types
     given = arguments(step, recipe, Path())
+    faults += _place_faults(name, table)
     return faults + [f"[{name}] {fault}" for fault in command(name).option_faults(**given)]
 
 
@@ -241,6 +268,7 @@ def _named_faults(name: str, value: Any) -> list[str]:
 
 def check_recipe(
     recipe: dict[str, Any],  # as read: the keys of `TOP_KEYS`, and a table for each command
+    here: bool = True,  # also ask the stages, which look for the files that are named
 ) -> list[str]:  # one line for each fault, all of them
     "Unknown names (with the nearest), types, values, languages, inputs that no step makes"
     commands = {step.command for step in STEPS}
@@ -254,5 +282,5 @@ def check_recipe(
         return ["the recipe has no table, so there is nothing to do; it may begin with [corpus]"]
     faults += _language_faults(sound)
     for step in _steps_to_check(sound):
-        faults += _step_faults(step, sound)
+        faults += _step_faults(step, sound, here)
     return list(dict.fromkeys(faults + _idle_faults(sound)))

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from cmixtral_nb.commands import main
+from cmixtral_nb.corpora import corpus_texts
 from cmixtral_nb.languages import language_name, script_pattern
 from cmixtral_nb.options import RANGES
+from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.pipeline import run_states
 from cmixtral_nb.recipe_check import check_recipe
 from cmixtral_nb.recipes import STEPS, anno_type, arguments, command, read_recipe, recipe_steps
 from cmixtral_nb.stages import Artifact
+from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
 
 TEXTS = Path(__file__).parent / "languages"  # where they come from: ATTRIBUTION.md
 
@@ -180,6 +183,12 @@ def test_without_base_a_model_from_elsewhere_takes_its_place(three, tmp_path):
     assert "Khmer" in (run / "report.html").read_text()
 
 
+def mixtral_folder(tmp):
+    "A folder with the tokenizer that all of these begin with"
+    write_tokenizer(base_tokenizer_model("mixtral"), tmp / "mixtral")
+    return tmp / "mixtral"
+
+
 @pytest.mark.parametrize("langs", ["ja en", "vi en", "ru", "zh"])
 def test_the_vocabulary_of_any_language(langs, tmp_path):
     "Without search, and with one language alone"
@@ -187,6 +196,18 @@ def test_the_vocabulary_of_any_language(langs, tmp_path):
     cmixtral("run", recipe, "--out", tmp_path / "run", "--to", "vocab")
     stats = Artifact.load(tmp_path / "run/tokenizer").stats
     assert (stats["n_pieces"], stats["n_vocab"]) == (150, 32_150)
+    assert {line["failed"] for line in stats["certificate"].values()} == {0}
+    assert ("ids of texts that take no new piece unchanged" in stats["certificate"]) == (
+        langs == "vi en"  # in one script, a text may take a new piece
+    )
+    for lang in langs.split()[1:]:
+        texts = list(corpus_texts(tmp_path / "run/corpus", lang, "valid"))
+        old, new = (
+            encode_plain(load_tokenizer(folder), texts)
+            for folder in (mixtral_folder(tmp_path), tmp_path / "run/tokenizer")
+        )
+        n_changed = sum(a != b for a, b in zip(old, new, strict=True))
+        assert stats["ids_changed"][lang]["n_changed"] == n_changed
     asked = read_recipe(str(recipe))
     assert check_recipe(asked) == []
     step = recipe_steps(asked)[-1]
