@@ -328,9 +328,9 @@ MODELS = [name for name in CHAIN if name != "adapter"]  # that a card can be abo
 _BORN = ["corpus", "tokenizer", "base", "model", "adapter", "merged", "sft", "chat"]
 
 
-def _chosen_model(run: Path, model: str) -> str:
+def _chosen_model(run: Path, stages: list[dict], model: str) -> str:
     "The model that was asked for, else the last one of the run; `StageError` where it has none"
-    made = [state["folder"] for state in run_states(run) if state["fingerprint"]]
+    made = [stage["folder"] for stage in stages if stage["fingerprint"]]
     if not model:
         born = [name for name in MODELS if name in made]
         require(
@@ -338,10 +338,6 @@ def _chosen_model(run: Path, model: str) -> str:
             f"{run} has no model yet; run: cmixtral run {run / 'recipe.toml'} --out {run}",
         )
         return born[-1]
-    require(
-        model in MODELS,
-        f"unknown model {model!r}{nearest(model, MODELS)}; expected one of {', '.join(MODELS)}",
-    )
     require(
         model in made,
         f"{run / model} does not exist; run: cmixtral run {run / 'recipe.toml'} --out {run}",
@@ -401,8 +397,14 @@ def card(
 ) -> None:
     "Write a model card for the hub from the manifests of a run"
     run = Path(run)
-    model = _chosen_model(run, model)
-    data, recipe = report_data(run), read_recipe(str(run / "recipe.toml"))
+    require(
+        not model or model in MODELS,
+        f"unknown model {visible(model)!r}{nearest(model, MODELS)}; "
+        f"expected one of {', '.join(MODELS)}",
+    )
+    stages = run_states(run)
+    model = _chosen_model(run, stages, model)
+    data, recipe = report_data(run, stages), read_recipe(str(run / "recipe.toml"))
     made_of = _BORN[: _BORN.index(model) + 1]
     manifests = {key: value for key, value in data["manifests"].items() if key in made_of}
     facts = ModelFacts(

@@ -199,7 +199,8 @@ def compare(
     for name, ref in new.items():  # all faults before the first model is loaded
         evaluate.state(model=ref, out=out / "evaluation" / name, **options)
     require(new or not samples, "--samples needs models, found evaluations only")
-    (out / "evaluation").mkdir(parents=True, exist_ok=True)
+    if new:
+        (out / "evaluation").mkdir(parents=True, exist_ok=True)
     evaluations = _evaluations(refs, options, out)
     written = _write_samples(new, out, device) if samples else None
     rows = changes(evaluations)
@@ -207,6 +208,7 @@ def compare(
         any(len(row["models"]) > 1 for row in rows),
         f"nothing to compare: {', '.join(map(str, evaluations.values()))} share no measure",
     )
+    out.mkdir(parents=True, exist_ok=True)
     found = dict(models=refs, rows=rows, verdicts=verdicts(rows), unlike=unlike(evaluations))
     write_json(out / "compare.json", found)
     write_text(out / "compare.html", comparison_page(evaluations, rows, written))

@@ -602,7 +602,10 @@ def categories(
     if benchmark == "hellaswag":
         return ()
     if benchmark == "mmlu":
-        tag = re.search(r'"tag": "mmlu_(\w+)_tasks"', task_files()[task].read_text())
+        file = task_files().get(task)
+        if file is None:  # lm-eval is not here, or does not know the subject
+            return ()
+        tag = re.search(r'"tag": "mmlu_(\w+)_tasks"', file.read_text())
         return (_MMLU_TAGS.get(tag[1] if tag else "", "Other"),)
     found = [name for name, subjects in subject_lists()[benchmark].items() if subject in subjects]
     if found in ([], ["China specific"]):

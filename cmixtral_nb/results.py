@@ -9,7 +9,6 @@ from __future__ import annotations
 __all__ = [
     "PLACES",
     "EXAMS",
-    "LANGUAGES",
     "write_lines",
     "question_rows",
     "write_questions",
@@ -365,7 +364,6 @@ def check_evaluation(
 
 # %% ../nbs/a24b_results.ipynb #d65a74c8
 EXAMS = {"ceval-valid": "C-Eval", "cmmlu": "CMMLU", "mmlu": "MMLU", "hellaswag": "HellaSwag"}
-LANGUAGES = {"zh": "Chinese", "en": "English"}
 
 _SHARE = number(0, 1)
 _BITS = number(1e-9, 1e6)  # for one byte

@@ -12,6 +12,7 @@ __all__ = ["NAMES", "unchanged", "report_data", "tiles", "render_report", "repor
 import itertools
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from cmixtral_nb.report import (
     Cell,
@@ -169,14 +170,27 @@ def _gain(bits: dict, density: dict, language: str, kept: list[str]) -> dict[str
 _LOGGED = ("base", "adapter", "sft")  # folders of the stages that train
 
 
-def report_data(
-    out: Path,  # folder of a run
-) -> dict:  # what report.json holds
-    "Everything the report says, gathered from the manifests and results of a run"
-    out = Path(out)
-    stages, recipe = run_states(out), read_recipe(str(out / "recipe.toml"))
+def _files(out: Path) -> dict[str, Any]:
+    "What the stages of a run left; `StageError` where a file is not what it should be"
+    return dict(
+        manifests=run_manifests(out),
+        evaluations=_evaluations(out),
+        losses={stage: log_rows(out / stage) for stage in _LOGGED},
+        router_load=router_of(out / "adapter"),
+        samples=sample_rows(out / "samples"),
+        efficiency=efficiency_of(out / "efficiency"),
+    )
+
+
+def _gathered(
+    out: Path,
+    files: dict[str, Any],  # from `_files`
+    stages: list[dict],  # from `run_states`
+) -> dict:
+    "What report.json holds"
+    recipe = read_recipe(str(out / "recipe.toml"))
     language, kept = languages(recipe)
-    manifests, evaluations = run_manifests(out), _evaluations(out)
+    manifests, evaluations = files["manifests"], files["evaluations"]
     stats = {folder: manifest["stats"] for folder, manifest in manifests.items()}
     bits, density = (
         _by_language(evaluations, measure, [language, *kept])
@@ -194,12 +208,12 @@ def report_data(
         merge={key: stats.get("merged", {}).get(key) for key in ("into", "logit_difference")},
         parameters=stats.get("adapter", {}).get("parameters") or [],
         benchmarks=_exams(evaluations),
-        losses={stage: log_rows(out / stage) for stage in _LOGGED},
-        router_load=router_of(out / "adapter"),
-        samples=sample_rows(out / "samples"),
+        losses=files["losses"],
+        router_load=files["router_load"],
+        samples=files["samples"],
         stages=stages,
         versions=versions(),
-        efficiency=efficiency_of(out / "efficiency"),
+        efficiency=files["efficiency"],
         changes=rows,
         manifests={
             folder: dict(manifest, files=_short(manifest["files"]))
@@ -208,6 +222,16 @@ def report_data(
         gain=_gain(bits, density, language, kept),
         verdicts=verdicts(rows),
     )
+
+
+def report_data(
+    out: Path,  # folder of a run
+    stages: list[dict] | None = None,  # from `run_states`, where that is known
+) -> dict:  # what report.json holds
+    "Everything the report says, gathered from the manifests and results of a run"
+    out = Path(out)
+    files = _files(out)  # all are read before anything is computed: a wrong one is said at once
+    return _gathered(out, files, run_states(out) if stages is None else stages)
 
 
 # %% ../nbs/a28_run_report.ipynb #3319aa78
@@ -451,12 +475,13 @@ def report(
     "Write report.html and report.json into the folder of a run"
     out = Path(run)
     page_file, data_file, recipe = out / "report.html", out / "report.json", out / "recipe.toml"
-    states = [(row["folder"], row["fingerprint"], row["state"]) for row in run_states(out)]
+    files, stages = _files(out), run_states(out)
+    states = [(row["folder"], row["fingerprint"], row["state"]) for row in stages]
     made_from = fingerprint([_SCHEMA, states, read_recipe(str(recipe))])
     if page_file.is_file() and _made_from(data_file) == made_from:
         say("report", f"{page_file} is up to date")
         return
-    data = dict(report_data(out), made_from=made_from)
+    data = dict(_gathered(out, files, stages), made_from=made_from)
     html = render_report(data, recipe.read_text(encoding="utf-8"), _drawing(out / "search"))
     write_json(data_file, data)
     write_text(page_file, html)

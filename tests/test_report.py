@@ -8,12 +8,23 @@ from pathlib import Path
 
 import pytest
 from conftest import watched
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cmixtral_nb.compare import is_evaluation
+from cmixtral_nb.compare import comparison_page, is_evaluation
 from cmixtral_nb.efficiency import named
-from cmixtral_nb.gain import change, changes, sentence
-from cmixtral_nb.report import anchor
+from cmixtral_nb.gain import change, changes, sentence, verdicts
+from cmixtral_nb.report import anchor, efficiency_section, router_figure, sample_section
 from cmixtral_nb.results import load_evaluation, measures
+from cmixtral_nb.run_files import (
+    efficiency_of,
+    log_rows,
+    router_of,
+    run_manifests,
+    sample_rows,
+)
+from cmixtral_nb.run_report import render_report, report_data, tiles
+from cmixtral_nb.stages import StageError
 
 
 def read_json(path):
@@ -307,3 +318,224 @@ def test_efficiency_of_any_tokenizer(micro, tmp_path, cli):
     hint = "give --tokenizers NAME=REF or --models NAME=FOLDER"
     assert (status, err) == (2, [f"StageError: nothing to measure; {hint}"])
     assert set(named(["mixtral", f"ours={run}/tokenizer"])) == {"mixtral", "ours"}
+
+
+# ---- verdicts, and languages that are not Chinese and English
+
+
+def texts(lang, n, factor=1.0):
+    "Documents of a language, each with the bits that a model needs for it"
+    return [
+        dict(lang=lang, domain=f"{lang}/d", id=str(i), bits=(300 + i) * factor, n_bytes=100)
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("n, ends", [(20, "a gain"), (19, "too few documents (19, expected 20)")])
+def test_fewer_than_twenty_documents_have_no_verdict(n, ends):
+    before, after = (dict(results={}, documents=texts("km", n, factor)) for factor in (1, 0.8))
+    row = changes(dict(a=before, b=after))[0]
+    assert row["name"] == "Khmer" and row["models"]["b"]["n"] == n
+    assert sentence(row, "b").endswith(ends)
+    strangers = dict(results={}, documents=[d | {"id": f"x{d['id']}"} for d in after["documents"]])
+    assert sentence(changes(dict(a=before, b=strangers))[0], "b").endswith(ends)
+
+
+SHOWN = dict(  # what a report shows, of a run that has done nothing
+    vocabulary={},
+    parameters=[],
+    losses={},
+    router_load=None,
+    merge=dict(into=None, logit_difference=None),
+    samples=[],
+    stages=[],
+    versions={},
+    efficiency=None,
+    manifests={},
+)
+
+
+def told(language, kept, langs):
+    "The page of a run that has evaluated a base and a merged model, or nothing"
+    models = {
+        model: dict(results={}, documents=[d for lang in langs for d in texts(lang, 30, factor)])
+        for model, factor in dict(base=1, merged=0.8).items()
+    }
+    rows = changes(models) if langs else []
+    gain = {f"characters_per_token_{language}": 2.0} if langs else {}
+    data = dict(SHOWN, recipe="r", language=language, kept=kept, changes=rows, gain=gain)
+    page = render_report(data, "")
+    assert_balanced(page)
+    return data, page
+
+
+@pytest.mark.parametrize(
+    "language, kept, names",
+    [
+        ("km", ["en"], ["Khmer", "English"]),
+        ("zh-Hant", ["en", "ru"], ["Traditional Chinese", "English", "Russian"]),
+        ("ar", [], ["Arabic"]),
+    ],
+)
+def test_a_page_in_any_language(language, kept, names):
+    data, page = told(language, kept, [language, *kept])
+    shown = tiles(data)
+    assert f"characters of held-out {names[0]} per token" in shown
+    assert re.findall("bits per byte of (.*?) after merge", shown) == names
+    assert ("Chinese" in page) == (language == "zh-Hant")
+    assert ("so nothing is said of forgetting" in page) == (not kept)
+
+
+def test_a_page_of_a_run_that_has_measured_nothing():
+    data, page = told("km", ["en"], [])
+    assert tiles(data).count('class="tile"') == 0
+    assert re.findall("<h2[^>]*>(.*?)</h2>", page) == ["Stages", "Recipe"]
+
+
+def test_samples_name_their_language_and_direction():
+    talk = dict(model="a", prompt="ភាសា", stop="end")
+    html = sample_section(
+        [talk | {"text": "سلام"}, talk | {"text": "words"}], langs=["ar", "km", "en"]
+    )
+    assert re.findall('<h3 lang="(.*?)" dir="auto">', html) == ["km"]
+    assert re.findall('<div lang="(.*?)" dir="auto">', html) == ["ar", "en"]
+
+
+# ---- whatever the files hold
+
+SCRIPT = "</pre></title><script>window.ran = 1</script><img src=x onerror='window.ran = 1'>"
+
+
+def test_no_word_of_others_runs_in_a_browser(micro, chromium, tmp_path):
+    "Scripts in a drawing, in samples, in names of models, languages, tasks and of the recipe"
+    run = shutil.copytree(micro[0], tmp_path / "run", symlinks=True)
+    drawing = f'<svg xmlns="http://www.w3.org/2000/svg" onload="window.ran = 1">{SCRIPT}</svg>'
+    (run / "search" / "curve.svg").write_text(drawing)
+    talk = dict(model=SCRIPT, prompt=SCRIPT, text=SCRIPT)
+    (run / "samples" / "samples.jsonl").write_text(json.dumps(talk))
+    (run / "adapter" / "router.json").write_text(json.dumps(dict(before={SCRIPT: [[1.0]]})))
+    data = report_data(run)
+    data["recipe"] = SCRIPT
+    data["changes"] = [row | {"name": row["name"] + SCRIPT} for row in data["changes"]]
+    page = tmp_path / "report.html"
+    page.write_text(render_report(data, SCRIPT, drawing.encode()))
+
+    task = {SCRIPT: {"acc,none": 0.5, "acc_stderr,none": 0.01}}
+    files = {}
+    for name in ("a$\\bad{$", 'b"><script>window.ran = 1</script>'):
+        files[name] = tmp_path / f"{len(files)}.json"
+        files[name].write_text(json.dumps(dict(results=task)))
+    side = tmp_path / "compare.html"
+    side.write_text(comparison_page(files, changes(files)))
+
+    for file in (page, side):
+        assert_balanced(file.read_text())
+        shown = opened(chromium, file, 1280, "light")
+        shown.wait_for_timeout(300)
+        assert shown.evaluate("window.ran") is None
+        assert shown.said == [] and len(shown.asked) == 1
+        shown.close()
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([10**400, SCRIPT, "\ud800", "zh", [], {}]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5) | st.just("zh"), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+GOOD = {  # file of a run -> what it may hold
+    "evaluation/base/results.json": dict(
+        results=dict(mmlu={"acc,none": 0.5}, bpb=dict(bits_per_byte_zh=2.0)), config=dict(limit=1)
+    ),
+    "evaluation/base/documents.jsonl": texts("zh", 1)[0],
+    "evaluation/base/questions.jsonl": dict(
+        task="mmlu_anatomy", id=1, hash="h", acc=1.0, chosen=1, target=2
+    ),
+    "samples/samples.jsonl": dict(model="base", prompt="a", text="b", stop="end"),
+    "adapter/log.jsonl": dict(step=1, loss=2.0),
+    "adapter/router.json": dict(before=dict(zh=[[0.5, 0.5]])),
+    "efficiency/efficiency.json": dict(
+        tokens=[
+            dict(
+                domain="zh",
+                tokenizer="a",
+                n_docs=1,
+                n_chars=9,
+                n_tokens=3,
+                chars_per_token=3.0,
+                tokens_per_doc=3.0,
+                change=0.0,
+            )
+        ],
+        speed=[dict(tokenizer="a", form="fast", encode=1.0, decode=2.0)],
+        writing={},
+    ),
+    "corpus/manifest.json": dict(
+        params={},
+        inputs={},
+        files={"a": dict(bytes=1)},
+        stats=dict(zh=dict(train=dict(n_docs=1, n_chars=1), valid=dict(n_docs=1), dropped={})),
+        fingerprint="f",
+        seconds=1.0,
+        peak_bytes=1,
+    ),
+}
+
+
+def places(value, path=()):
+    "Every place in a JSON value, as the names that lead there"
+    yield path
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(part, (*path, name))
+
+
+def replaced(value, path, new):
+    "The value with something else in one place"
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copy
+
+
+def read_and_shown(run):
+    "HTML of everything that a report would show of these files"
+    evaluation = load_evaluation(run / "evaluation" / "base")
+    rows = changes(dict(a=evaluation, b=evaluation))
+    router = router_of(run / "adapter")
+    shown = [
+        json.dumps(verdicts(rows)).replace("<", ""),
+        sample_section(sample_rows(run / "samples"), langs=["zh", "en"]),
+        efficiency_section(efficiency_of(run / "efficiency")),
+        router_figure(router) if router else "",
+        str(len(log_rows(run / "adapter")) + len(run_manifests(run))),
+    ]
+    return "".join(shown)
+
+
+@given(data=st.data())
+@settings(max_examples=250, deadline=None)
+def test_any_json_in_place_of_any_is_one_line_or_a_page(data, tmp_path_factory):
+    run = tmp_path_factory.getbasetemp() / "any"
+    file = data.draw(st.sampled_from(list(GOOD)))
+    place = data.draw(st.sampled_from(list(places(GOOD[file]))))
+    changed = replaced(GOOD[file], place, data.draw(JSON))
+    for name, value in {**GOOD, file: changed}.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps(value))
+    try:
+        page = read_and_shown(run)
+    except StageError as e:
+        assert len(e.args) == 1 and len(e.args[0].splitlines()) == 1
+        assert Path(file).name in e.args[0]
+    else:
+        assert "<script" not in page and "<img" not in page
+        page.encode("utf-8", "replace")
