@@ -29,6 +29,7 @@ import inspect
 import logging
 import math
 import os
+import re
 import select
 import signal
 import sys
@@ -375,6 +376,18 @@ def _any_terminal() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _refuse_launcher() -> None:
+    "`StageError` where the environment says which of how many processes this is, and no number"
+    faults = [
+        f"{name} is {os.environ[name]!r} in the environment, expected a whole number; "
+        "torchrun sets it, nobody else should"
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        if name in os.environ and not re.fullmatch("[0-9]{1,9}", os.environ[name])
+    ]
+    if faults:
+        raise StageError(*faults)
+
+
 def _do(argv: list[str]) -> None:
     "What a command line says"
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -383,6 +396,7 @@ def _do(argv: list[str]) -> None:
         print(__version__)
     else:
         args = vars(parser(argv[0]).parse_args(argv[1:]))
+        _refuse_launcher()
         _quiet(argv[0], args)
         command(argv[0])(**args)
     _flush()

@@ -122,6 +122,7 @@ RANGES = {
     "into": one_of("dequantised", "original"),
     "length": between(2, 2**20),
     "limit_chars": at_least(0),
+    "limit": at_least(0),
     "log_every": at_least(1),
     "lr": above(0),
     "max_chars": between(1, 512),  # of sentencepiece
@@ -150,10 +151,12 @@ RANGES = {
     "seed": between(0, 2**32 - 1),  # what numpy takes
     "seeds": between(1, 100),
     "shard_bytes": above(0),
+    "shots": at_least(0),
     "steps": at_least(0),
     "tasks": at_least(1),
     "temperature": at_least(0),
     "top_p": between(0, 1),
+    "utilisation": Range(lambda value: _is_number(value) and 0 < value <= 1, "above 0, at most 1"),
     "valid_share": between(0, 1, below=True),
     "warmup": at_least(0),
     "workers": between(1, 256),

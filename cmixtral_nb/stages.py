@@ -96,7 +96,7 @@ _LABELLED = re.compile(r"([^=:]+=|[\d.]+:)(.+)")
 
 def _is_prompt(path: Path) -> bool:
     "Whether a text is longer than a file's name may be; asking the system about it is an error"
-    return any(len(part.encode()) > 255 for part in path.parts)
+    return any(len(part.encode(errors="surrogatepass")) > 255 for part in path.parts)
 
 
 def _folder_fingerprint(folder: Path) -> str:

@@ -126,7 +126,6 @@ FOLDERS = {  # command -> folder of the micro run that BAD stands for
 READERS = {  # these may do without the manifest
     "export --model BAD --to hf --out o": "chat",
     "serve --model BAD": "chat",
-    "chat --model BAD": "chat",
     "card --model BAD --run RUN --out o.md": "chat",
     "compare BAD RUN/evaluation/merged --out o": "evaluation/base",
 }
@@ -550,7 +549,7 @@ RUNS = [
         changes=RUN_FILES,
     )
     for name in ("null", "another tool's", "files as a list", "half a table")
-    for where, stage in (("corpus", "corpus"), ("adapter", "pretrain"), ("samples", "generate"))
+    for where, stage in (("corpus", "corpus"), ("adapter", "pretrain"))
     for how in ("", "--force")
 ]
 RUNS += [
