@@ -31,9 +31,9 @@ from .corpora import corpus_langs, lang_faults, missing_language
 from .documents import read_docs
 from .languages import script_pattern
 from .options import at_least, between, faults_of, range_faults, refuse, split_name
-from .pieces import base_tokenizer_model, read_model, read_pieces
+from .pieces import base_tokenizer_model, read_pieces
 from .stages import Artifact, StageError, read_json, require, write_json, write_text
-from .tokenizer_files import check_special
+from .tokenizer_files import check_special, read_bpe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,7 +136,7 @@ def search_option_faults(
         *faults_of(whole_numbers, "chars", chars, 0),
         *faults_of(whole_numbers, "totals", totals, 1),
         *faults_of(script_pattern, script),
-        *faults_of(lambda: read_model(base_tokenizer_model(base))),
+        *faults_of(lambda: read_bpe(base_tokenizer_model(base))),
         *faults_of(lambda: [_named_domain(given, 1) for given in domains or []]),
     ]
 

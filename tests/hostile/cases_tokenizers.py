@@ -1,5 +1,6 @@
 "Tokenizers: odd bases, tables of pieces and tokenizer.json; rows that are no numbers."
 
+import json
 import math
 import os
 import struct
@@ -305,6 +306,65 @@ OPTIONS = [
     ]
 ]
 
+# ---- search
+
+SEARCH = "search --pieces p.tsv --corpus a.jsonl --out o"
+TEXT = "人工智能龘靐改变世界，扩充词表龘靐。" * 30
+
+
+def judged(here, source="a", base=None):
+    "Pieces, and three documents to judge them by"
+    base_model(here, base)
+    row = json.dumps({"text": TEXT, "source": source})
+    write(here / "a.jsonl", f"{row}\n" * 3)
+
+
+SEARCHES = (
+    [
+        Case(
+            f"a search on a base with {name}",
+            f"{SEARCH} --base bad.model",
+            make=lambda here, run, change=change: judged(here, base=change),
+            says=said,
+        )
+        for name, (change, said) in BASES.items()
+        if said and name not in ("nothing at all", "another name for <s>")
+    ]
+    + [
+        Case(
+            f"a search with {' '.join(options)}",
+            [*SEARCH.split(), *options],
+            make=lambda here, run: judged(here),
+            says=said,
+        )
+        for options, said in [
+            (["--domains", "x"], "expected NAME=REF"),
+            (["--domains", "x=nowhere"], "nowhere: no such file"),
+            (["--domains", "=a.jsonl"], "expected NAME=REF"),
+            (["--chars", "many"], "chars is ['many']"),
+            (["--chars", "-1"], "chars is"),
+            (["--chars", "1e9"], "chars is"),
+            (["--totals", "0"], "totals is"),
+            (["--limit-chars", "-1"], "limit_chars is -1"),
+            (["--budget", "-5"], "budget is -5"),
+            (["--script", "Khmer"], "has no piece of Khmer characters"),
+            (["--base", "nowhere"], "nowhere: no such tokenizer"),
+            (["--corpus", "nowhere"], "nowhere does not exist"),
+            (["--pieces", "nowhere"], "nowhere: no such file or folder"),
+        ]
+    ]
+    + [
+        Case(
+            f"a search on a source called {source!r}",
+            SEARCH,
+            make=lambda here, run, source=source: judged(here, source),
+            may_succeed=True,
+            leaves=("o",),
+        )
+        for source in ("a$\\bad{", "a\nb\tc", "<script>", "../../x", "\ud800", "", "x" * 5000)
+    ]
+)
+
 # ---- a tokenizer for a model, and a model whose rows are no numbers
 
 INIT = "init --model {} --tokenizer {} --out o"
@@ -444,4 +504,13 @@ ROWS = [
     ]
 ]  # fmt: skip
 
-CASES = [*ODD_BASES, *NO_MODEL, *ODD_TABLES, *ODD_WORDS, *OPTIONS, *ODD_TOKENIZERS, *ROWS]
+CASES = [
+    *ODD_BASES,
+    *NO_MODEL,
+    *ODD_TABLES,
+    *ODD_WORDS,
+    *OPTIONS,
+    *SEARCHES,
+    *ODD_TOKENIZERS,
+    *ROWS,
+]
