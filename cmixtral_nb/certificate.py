@@ -53,7 +53,7 @@ from .corpora import corpus_langs, corpus_texts
 from .documents import read_docs, up_to
 from .languages import lang_script, language_name, script_pattern
 from .machine import say
-from .options import Range, at_least
+from .options import Range, between
 from .stages import Artifact, StageError, write_json
 from .tokenizer_files import encode_plain, load_tokenizer, processor
 
@@ -668,14 +668,17 @@ def say_changed(
 
 
 # %% ../nbs/a10_certificate.ipynb #59f3c3ae
-def _enough(low: int) -> Range:
-    "At least so many, with the reason"
-    return at_least(low)._replace(
-        want=f"at least {low:,}: there is no tokenizer without a certificate"
+def _enough(low: int, high: int) -> Range:
+    "At least so many, with the reason, and no more than can be waited for"
+    return between(low, high)._replace(
+        want=f"{low:,} to {high:,}: there is no tokenizer without a certificate"
     )
 
 
-CERTIFICATE_RANGES = {"n_hostile": _enough(1000), "limit_chars": _enough(10_000)}
+CERTIFICATE_RANGES = {
+    "n_hostile": _enough(1000, 10**6),
+    "limit_chars": _enough(10_000, 10**9),
+}
 
 
 def write_certificate(

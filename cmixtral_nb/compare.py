@@ -12,6 +12,7 @@ __all__ = ["is_evaluation", "unlike", "comparison_page", "compare"]
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from cmixtral_nb.report import (
     element,
@@ -30,7 +31,7 @@ from .gain import changes, verdicts
 from .generate import generate
 from .machine import say
 from .options import faults_of, named_refs, refuse
-from .results import load_evaluation
+from .results import evaluation_option_faults, load_evaluation
 from .run_files import manifest_of, sample_rows
 from .shapes import visible
 from .stages import require, write_json, write_text
@@ -182,7 +183,7 @@ def compare(
     device: str | None = None,  # None: the GPU if there is one
 ) -> None:
     "Put models side by side: what was gained and lost against the first, with intervals"
-    options = dict(
+    options: dict[str, Any] = dict(
         tasks=tasks,
         data=data,
         corpus=corpus,
@@ -194,6 +195,7 @@ def compare(
         load_in_4bit=load_in_4bit,
         device=device,
     )
+    refuse([*evaluation_option_faults(**options), *faults_of(_refs, models)])
     out, refs = Path(out), _refs(models)
     new = {name: ref for name, ref in refs.items() if not is_evaluation(ref)}
     for name, ref in new.items():  # all faults before the first model is loaded
@@ -208,9 +210,10 @@ def compare(
         any(len(row["models"]) > 1 for row in rows),
         f"nothing to compare: {', '.join(map(str, evaluations.values()))} share no measure",
     )
-    out.mkdir(parents=True, exist_ok=True)
     found = dict(models=refs, rows=rows, verdicts=verdicts(rows), unlike=unlike(evaluations))
+    html = comparison_page(evaluations, rows, written)  # reads the last files that may be wrong
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "compare.json", found)
-    write_text(out / "compare.html", comparison_page(evaluations, rows, written))
+    write_text(out / "compare.html", html)
     _tell(evaluations, rows)
     say("compare", f"{out / 'compare.html'}")

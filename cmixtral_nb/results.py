@@ -64,6 +64,8 @@ from .languages import language_name
 from .machine import say, versions
 from .options import at_least, faults_of, range_faults, refuse
 from .stages import read_json, require, tokenizer_fingerprint, write_json, write_text
+from .templates import check_template
+from .tokenizer_files import load_tokenizer
 
 
 # %% ../nbs/a24b_results.ipynb #c005945d
@@ -358,6 +360,9 @@ def check_evaluation(
         faults += faults_of(require_adapter, adapter)
     no_model = faults_of(resolve_model, model)
     faults += no_model or tokenizer_faults(resolve_model(model), adapter, chat)
+    if exams and chat and not faults:  # lm-eval renders the template in this process
+        home = tokenizer_home(resolve_model(model), adapter)
+        faults += faults_of(check_template, load_tokenizer(home))
     faults += text_faults(corpus, [])
     refuse(faults)
 
