@@ -29,7 +29,6 @@ __all__ = [
     "named_models",
     "link_file",
     "rewrite_shard",
-    "copy_index",
     "copy_weights",
     "copy_config",
     "copy_tokenizer",
@@ -454,7 +453,7 @@ def rewrite_shard(
     write_tensors(dst, specs, tensor)
 
 
-def copy_index(
+def _copy_index(
     model: Path,  # folder that was copied
     out: Path,  # the copy, with all its shards
 ) -> None:
@@ -478,7 +477,7 @@ def copy_weights(
             rewrite_shard(shard, out / shard.name, mine)
         else:
             link_file(shard, out / shard.name)
-    copy_index(model, out)
+    _copy_index(model, out)
 
 
 # %% ../nbs/a11_checkpoints.ipynb #fb994ce0
