@@ -22,7 +22,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from .machine import gpu_bytes
+from .machine import device_faults, gpu_bytes
 from .options import refuse
 
 
@@ -157,11 +157,11 @@ def _flash_card_fault(device: str | None) -> str:
 def package_faults(
     options: dict[str, Any],  # of a stage: name -> value
 ) -> list[str]:  # one line for each
-    "Packages, and for FlashAttention the card, that options ask for and that are not here"
-    faults = []
+    "Packages and devices that options ask for and that are not here"
+    faults = device_faults(options.get("device"))
     for package, why in packages_of(options):
         if fault := package_fault(package):
             faults.append(f"{why}: {fault}")
-    if options.get("attn") == _FLASH and (fault := _flash_card_fault(options.get("device"))):
-        faults.append(fault)
+    if options.get("attn") == _FLASH and not device_faults(options.get("device")):
+        faults += filter(None, [_flash_card_fault(options.get("device"))])
     return list(dict.fromkeys(faults))

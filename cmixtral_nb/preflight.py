@@ -30,8 +30,8 @@ from cmixtral_nb.plan import (
 
 from .exams import hub_datasets, split_tasks, task_faults, task_files
 from .machine import gpu_bytes, world_size
-from .options import refuse
-from .packages import package_faults
+from .options import range_faults, refuse
+from .packages import installed_version, package_fault, package_faults
 from .recipe_check import check_recipe
 from .recipes import Step, read_recipe, recipe_steps, settings
 from .stages import StageError, read_json, require
@@ -262,6 +262,8 @@ def _exam_faults(recipe: dict) -> list[str]:
     if not exams:
         return []
     faults = task_faults(exams, table.get("data"), table.get("shots", 0))
+    if installed_version("lm_eval"):  # else `task_faults` says that it is missing
+        faults += filter(None, [package_fault("lm_eval")])
     return [f"[evaluate] {fault}" for fault in faults]
 
 
@@ -320,7 +322,7 @@ def plan(
 ):
     "Show what a recipe needs: memory by kind, which GPUs, hours, disk, and what is missing here"
     read = read_recipe(recipe)
-    refuse(check_recipe(read))
+    refuse(check_recipe(read) + range_faults(dict(utilisation=utilisation)))
     folder = Path(out or f"runs/{read['name']}")
     device = "cpu" if "base" in read and not gpu_bytes() else "cuda"
     asked = plan_inputs(read, "pretrain", folder)

@@ -113,17 +113,18 @@ class Scenario:
     asks: str
     seconds: int  # at most
     packages: tuple[str, ...]  # as imported
-    gpus: int  # 0: runs on a CPU too
+    gpus: int  # at least, where it runs on GPUs
+    cpu: bool  # runs on a CPU too
 
 
 SCENARIOS: dict[str, Scenario] = {}
 
 
-def scenario(name, seconds=60, packages=(), gpus=0):
+def scenario(name, seconds=60, packages=(), gpus=1, cpu=True):
     "Put a function among the scenarios; its docstring is the question"
 
     def add(function):
-        SCENARIOS[name] = Scenario(name, function, function.__doc__, seconds, packages, gpus)
+        SCENARIOS[name] = Scenario(name, function, function.__doc__, seconds, packages, gpus, cpu)
         return function
 
     return add
@@ -349,6 +350,37 @@ def merge_on_both(bench):
     return dict(tensors=len(one), unequal=len(unequal))
 
 
+@scenario("loss", seconds=60, packages=("liger_kernel",), cpu=False)
+def fused_loss(bench):
+    "Is Liger's loss ours, and how long does each take, forward and backward?"
+    import torch
+
+    from cmixtral_nb.bits import _Head, _liger_loss, head_loss
+
+    n, d, size = 8192, bench.sizes.hidden, bench.sizes.vocab
+    torch.manual_seed(0)
+    kind = dict(device=bench.device, dtype=torch.bfloat16)
+    W = (torch.randn(size, d, **kind) / d**0.5).requires_grad_()
+    h, labels = torch.randn(n, d, **kind), torch.randint(0, size, (n,), device=bench.device)
+    found = {}
+    for name, loss_of in (
+        ("ours", lambda x: head_loss(x, W, labels)),
+        ("liger", lambda x: _liger_loss(_Head(W.detach(), W, None), x, labels, None)),
+    ):
+        for _ in range(2):  # the first warms up
+            x = h.clone().requires_grad_()
+            bench.fresh_peak()
+            bench.wait()
+            start = time.perf_counter()
+            loss = loss_of(x)
+            loss.backward()
+            bench.wait()
+            seconds = time.perf_counter() - start
+        found[name] = dict(loss=loss.item(), seconds=round(seconds, 4), peak_gb=bench.peak_gb())
+    assert abs(found["ours"]["loss"] - found["liger"]["loss"]) < 0.01, found
+    return found
+
+
 @scenario("recompute", seconds=90)
 def recompute(bench):
     "Does the forward pass that checkpointing repeats choose the same experts?"
@@ -524,7 +556,7 @@ def whole_run(bench):
     return dict(stages=len(gained.get("stages", [])), lines=len(run.stdout.splitlines()))
 
 
-@scenario("gpu-cells", seconds=240, gpus=1)
+@scenario("gpu-cells", seconds=240, cpu=False)
 def gpu_cells(bench):
     "Do the cells of the chapter on training that are flagged gpu run?"
     import shutil
@@ -639,7 +671,7 @@ def step_sdpa(bench):
     return step_ours(bench, "sdpa")
 
 
-@scenario("step-ours-flash", seconds=120, packages=("flash_attn",), gpus=1)
+@scenario("step-ours-flash", seconds=120, packages=("flash_attn",), cpu=False)
 def step_flash(bench):
     "The same under Flash Attention"
     return step_ours(bench, "flash_attention_2")
@@ -717,6 +749,7 @@ def peaks(bench):
                 load_in_4bit=bits == 4,
                 checkpointing=True,
                 optim="paged_adamw_8bit" if bench.on_gpu else "adamw_torch",
+                attn=attn,
             )
             device = bench.device.split(":")[0]
             planned = settings_plan(folder, settings, sizes.length, sizes.vocab, device)["bytes"]
@@ -792,7 +825,7 @@ def torchrun(bench, n_processes, out, *options):
     return dict(loss=last_loss(bench.folder / out))
 
 
-@scenario("zero2", seconds=120, packages=("deepspeed",), gpus=1)
+@scenario("zero2", seconds=120, packages=("deepspeed",), cpu=False)
 def zero2(bench):
     "Does ZeRO-2 run to its end, rows in float32 again?"
     return torchrun(bench, 1, "zero2", "--zero", "2")
@@ -803,7 +836,7 @@ def ddp(bench):
     "Do all cards train together under torchrun?"
     import torch
 
-    return torchrun(bench, torch.cuda.device_count(), "ddp")
+    return torchrun(bench, torch.cuda.device_count() if bench.on_gpu else 2, "ddp")
 
 
 @scenario("one-of-several", seconds=90, gpus=2)
@@ -815,7 +848,7 @@ def one_of_several(bench):
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import bench_gpu as b
-bench = b.Bench("cuda:0", b.REAL, Path({str(bench.folder)!r}))
+bench = b.Bench({bench.device!r}, b.REAL, Path({str(bench.folder)!r}))
 print(b.last_loss(b.pretrain_small(bench, bench.folder / "chain", "alone")))
 """
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
@@ -852,9 +885,9 @@ def spread(bench):
 
 def lacking(asked, device):
     "Why a scenario cannot run here, or nothing"
-    if asked.gpus and device == "cpu":
+    if device == "cpu" and not asked.cpu:
         return "needs a GPU"
-    if asked.gpus > 1:
+    if device != "cpu" and asked.gpus > 1:
         import torch
 
         if torch.cuda.device_count() < asked.gpus:
@@ -947,9 +980,12 @@ def main(options):
 
 def one(options):
     "A scenario, in this process"
+    from cmixtral_nb.machine import grow_segments
+
     sizes = SMALL if options.small else REAL
     device = "cpu" if options.device == "cpu" else "cuda:0"
     bench = Bench(device, sizes, Path(options.folder))
+    grow_segments()  # as the command does
     try:
         numbers = SCENARIOS[options.scenario].run(bench)
     except Exception as e:
