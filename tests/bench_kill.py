@@ -56,7 +56,7 @@ def end_once(process, out, ended, seconds, name, rng):
     while process.poll() is None:
         folder = half_made(out, ended)
         if folder is None:
-            time.sleep(0.005)
+            time.sleep(0.02)
             continue
         time.sleep(seconds[folder] * rng.uniform(0, 1.1))
         ended.append(folder)
