@@ -21,6 +21,7 @@ __all__ = [
     "gpu_bytes",
     "grow_segments",
     "default_device",
+    "device_faults",
     "default_dtype",
     "quiet",
 ]
@@ -28,6 +29,7 @@ __all__ = [
 # %% ../nbs/a03_machine.ipynb #e56fd957
 import contextlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -193,6 +195,22 @@ def default_device() -> str:  # such as "cuda:0", or "cpu"
     return "cpu"
 
 
+def device_faults(
+    device: str | None,  # as a user names it; None: the default
+) -> list[str]:  # empty, or one line
+    "What is wrong with the name of a device, without PyTorch where there is no driver"
+    if device in (None, "cpu", "mps", "auto"):
+        return []
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", str(device))
+    if not match:
+        return [f"device is {str(device)[:40]!r}, expected cpu, cuda, cuda:N, mps or auto"]
+    n_gpus = len(gpu_bytes())
+    if int(match[1] or 0) < n_gpus:
+        return []
+    there_are = "there is no GPU" if not n_gpus else f"the GPUs are cuda:0 to cuda:{n_gpus - 1}"
+    return [f"device is {device!r}, but {there_are}"]
+
+
 def default_dtype(
     device: str,  # "cpu", or a GPU such as "cuda:0"
 ) -> str:  # of weights and products: float32, bfloat16, float16
@@ -201,6 +219,8 @@ def default_dtype(
 
     if device == "cpu":
         return "float32"
+    if not torch.cuda.is_available():  # Apple's
+        return "bfloat16"
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if native else "float16"
 

@@ -12,7 +12,8 @@ __all__ = ["without_memory", "spread", "device_of", "device_map"]
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .machine import default_device, gpu_bytes, world_size
+from .machine import default_device, device_faults, gpu_bytes, world_size
+from .options import refuse
 from .stages import StageError, require
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def spread(
     values = dict(dtype=sizes["dtype"], special_dtypes=sizes["special_dtypes"])
     need = compute_module_sizes(net, **values)[""]
     raise StageError(
-        f"the weights take {need / 1e9:.1f} GB {'in 4 bits' if load_in_4bit else 'in 16 bits'} "
+        f"the weights take {need / 1e9:.1f} GB in {'4 bits' if load_in_4bit else f'{dtype}'[6:]} "
         f"and layers are not cut, {len(have)} GPUs have {sum(most.values()) / 1e9:.1f} GB for "
         f"them; {'take more GPUs' if load_in_4bit else 'use load_in_4bit=True or more GPUs'}"
     )
@@ -82,7 +83,8 @@ def spread(
 def device_of(
     device: str | None,  # None, a name such as "cuda:1" or "cpu", or "auto"
 ) -> str:  # a name, or "auto" where there are several GPUs
-    "Where a model goes"
+    "Where a model goes; `StageError` where there is no such device"
+    refuse(device_faults(device))
     if device != "auto":
         return str(device or default_device())
     require(

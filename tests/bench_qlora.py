@@ -15,31 +15,29 @@ import sys
 import time
 from pathlib import Path
 
-LOAD = """
-import sys
 
-import bitsandbytes
-import peft
-import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralForCausalLM
+def load_alone(how: str, folder: str) -> None:
+    "In a process of its own: peak memory before and after loading, bytes of an expert parameter"
+    import torch
+    from transformers import BitsAndBytesConfig, MixtralForCausalLM
 
-from cmixtral_nb.loading import load_model
-from cmixtral_nb.machine import peak_bytes, reset_peak
-from cmixtral_nb.qlora import expert_bytes, mixtral_linear
+    from cmixtral_nb.loading import load_model
+    from cmixtral_nb.machine import peak_bytes, reset_peak
+    from cmixtral_nb.qlora import expert_bytes, mixtral_linear
 
-how, folder = sys.argv[1:]
-mixtral_linear()
-reset_peak()
-before = peak_bytes()
-if how == "ours":
-    net = load_model(folder, load_in_4bit=True, dtype="bfloat16", device="cpu")
-else:
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    net = MixtralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=nf4)
-print(before, peak_bytes(), expert_bytes(net)["bytes_per_param"])
-"""
+    mixtral_linear()
+    reset_peak()
+    before = peak_bytes()
+    if how == "ours":
+        net = load_model(folder, load_in_4bit=True, dtype="bfloat16", device="cpu")
+    else:
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+        net = MixtralForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=nf4
+        )
+    print(before, peak_bytes(), expert_bytes(net)["bytes_per_param"])
 
 
 def load(folder):
@@ -50,7 +48,9 @@ def load(folder):
     n = sum(f.stat().st_size for f in model.glob("*.safetensors"))
     for how in ("ours", "stock"):
         p = subprocess.run(
-            [sys.executable, "-c", LOAD, how, str(model)], capture_output=True, text=True
+            [sys.executable, __file__, "load-alone", how, str(model)],
+            capture_output=True,
+            text=True,
         )
         assert not p.returncode, p.stderr[-2000:]
         before, peak, bytes_per = map(float, p.stdout.split())
@@ -153,6 +153,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["load", where]:
             load(where)
+        case ["load-alone", how, model]:
+            load_alone(how, model)
         case ["step"]:
             for batch in 4, 8:
                 step(batch)

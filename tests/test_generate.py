@@ -152,6 +152,18 @@ def test_both_ends_count(model, tok):
     assert g.generate_text(m, tok, "hello", 5, temperature=0)["stop"] == "length"
 
 
+def test_what_else_a_model_sets_does_not_count(model, tok):
+    "Two models that get the same prompts and options are asked the same"
+    m = g.load_model(model, device="cpu")
+    asked = [dict(temperature=0), dict(temperature=0.7, top_p=0.9, seed=3)]
+    plain = [g.generate_text(m, tok, "hello", 12, **how) for how in asked]
+    more = dict(repetition_penalty=30.0, num_beams=3, typical_p=0.2, min_new_tokens=11)
+    for name, value in more.items():
+        setattr(m.generation_config, name, value)
+    assert [g.generate_text(m, tok, "hello", 12, **how) for how in asked] == plain
+    assert m.generation_config.num_beams == 3  # the model keeps what it had
+
+
 def test_every_fault_at_once(model, tmp_path):
     with pytest.raises(StageError) as e:
         g.generate(

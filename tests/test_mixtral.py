@@ -400,6 +400,6 @@ def test_base_refuses_too_little_text(tmp_path):
 
 
 def test_base_stops_when_the_loss_is_no_number(text, tmp_path):
-    with pytest.raises(StageError, match=r"the loss is nan at step \d; lower --lr \(now 1e\+30\)"):
-        base(text, out=tmp_path / "b", **{**TINY, "lr": 1e30})
+    with pytest.raises(StageError, match=r"the loss is nan at step \d; lower --lr \(now 1e\+18\)"):
+        base(text, out=tmp_path / "b", **{**TINY, "lr": 1e18})
     assert not (tmp_path / "b").exists()

@@ -439,3 +439,35 @@ def test_peft_merges_what_was_trained_under_autocast(here, safe):
     for x in lora, theirs:
         x.unmerge()
     assert torch.equal(lora.base_layer.weight, theirs.base_layer.weight)
+
+
+@pytest.mark.parametrize("four", [False, True])
+def test_auto_gives_layers_to_devices_and_moves_what_goes_between(tmp_path, monkeypatch, four):
+    "Two GPUs, as far as a CPU can: the second half of the model is on another device, the disk"
+    from transformers import MixtralForCausalLM
+
+    from cmixtral_nb import placement
+
+    torch.manual_seed(0)
+    config = small_config(hidden=64, layers=4, intermediate=64, heads=2, vocab_size=100)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    plain = load_model(tmp_path, load_in_4bit=four, device="cpu", dtype="float32")
+    found = {}
+
+    def spread(config, have, load_in_4bit, dtype):
+        places = placement_spread(config, have, load_in_4bit, dtype)
+        found.update(places)
+        other = "cpu" if four else "disk"  # bitsandbytes keeps no 4 bits on a disk
+        return {name: ("cpu", other)[number] for name, number in places.items()}
+
+    placement_spread = placement.spread
+    monkeypatch.setattr(placement, "spread", spread)
+    monkeypatch.setattr(placement, "gpu_bytes", lambda: [1_000_000] * 2)
+    net = load_model(tmp_path, load_in_4bit=four, device="auto", dtype="float32")
+    assert set(found.values()) == {0, 1}
+    assert [found[f"model.layers.{i}"] for i in range(4)] in ([0, 0, 1, 1], [0, 0, 0, 1])
+    if not four:
+        assert net.hf_device_map.keys() == found.keys()
+        assert {p.device.type for p in net.parameters()} == {"cpu", "meta"}
+    with torch.no_grad():
+        assert torch.equal(net(IDS).logits, plain(IDS).logits)
