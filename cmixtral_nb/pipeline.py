@@ -59,6 +59,9 @@ def _run_step(step: Step, recipe: dict, out: Path, force: bool) -> None:
     "One stage at its place; says why where it is made again"
     function, args, folder = command(step.command), arguments(step, recipe, out), out / step.folder
     state = function.state(**args, out=folder)
+    if state == "up to date" and not force:
+        say(step.command, f"{folder} is up to date")
+        return
     if state.startswith(("stale", "damaged")):
         say(step.stage, f"{folder} is {state}; making it again")
     folder.parent.mkdir(parents=True, exist_ok=True)
