@@ -3,9 +3,11 @@
 import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -471,3 +473,12 @@ def test_auto_gives_layers_to_devices_and_moves_what_goes_between(tmp_path, monk
         assert {p.device.type for p in net.parameters()} == {"cpu", "meta"}
     with torch.no_grad():
         assert torch.equal(net(IDS).logits, plain(IDS).logits)
+
+
+def test_two_processes_share_4_bits_by_fsdp2(here):
+    script = Path(__file__).parent / "fsdp_qlora.py"
+    how = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = [sys.executable, "-m", *how, script, here / "model"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    out = subprocess.run(run, capture_output=True, text=True, env=env)
+    assert out.stdout.splitlines()[-1:] == ["equal, 32 gradients"], out.stderr[-3000:]
