@@ -36,7 +36,7 @@ def test_any_json_as_lines_of_a_corpus(tmp_path, values):
     "Each line is a document or is counted, and what comes out can be written"
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
-    counts = Counter()
+    counts: Counter[str] = Counter()
     rows = list(read_docs(path, counts=counts))
     assert len(rows) + counts.total() == len(values)
     for row in rows:
@@ -150,7 +150,7 @@ def test_any_field_of_a_base(tmp_path, small, data):
     "Refused in words, or a model that cuts text"
     from sentencepiece import sentencepiece_model_pb2 as pb
 
-    model = pb.ModelProto.FromString(small)
+    model = pb.ModelProto.FromString(small)  # type: ignore[attr-defined]  # made when it is imported
     places = [model.trainer_spec, model.normalizer_spec, model.denormalizer_spec]
     places += [model.pieces[i] for i in (0, 1, 2, 3, 258, 259, 358)]
     for _ in range(data.draw(st.integers(1, 3))):
