@@ -440,8 +440,8 @@ def test_faults_come_together_and_leave_nothing(here, tmp_path):
         "neither a corpus nor a text file",
         "length is 3",
         "holds no tokenizer.json",
-        "seed is -1, expected at least 0",
-        "workers is 0, expected at least 1",
+        "seed is -1, expected 0 to 4,294,967,295",
+        "workers is 0, expected 1 to 256",
     ):
         assert words in str(e.value)
     assert len(e.value.args) == 5

@@ -193,6 +193,8 @@ def test_another_seed_is_another_run(here, whole):
 
 
 def test_refused_before_loading(here, tmp_path, monkeypatch):
+    from transformers import MixtralForCausalLM
+
     monkeypatch.setattr("cmixtral_nb.pretrain.load_model", lambda *a, **kw: pytest.fail("loaded"))
 
     def fails(words, model="model", tokens="tokens", **kw):
@@ -217,8 +219,8 @@ def test_refused_before_loading(here, tmp_path, monkeypatch):
     write_json(tokenizer_file, larger)
     fails("was made with tokenizer .*run: cmixtral pack", model="other")
     fails("(?s)was made with tokenizer .*dropout is 1", model="other", dropout=1)
-    config_file = shutil.copytree(here / "model", here / "few") / "config.json"
-    write_json(config_file, dict(read_json(config_file), vocab_size=31000))
+    few = small_config(hidden=32, layers=1, intermediate=64, heads=2, vocab_size=31000)
+    MixtralForCausalLM(few).save_pretrained(shutil.copytree(here / "model", here / "few"))
     fails("has 31,000 embedding rows; run: cmixtral init", model="few")
 
 
