@@ -196,6 +196,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, at_once: int = 8192) -> No
 @functools.cache
 def _head_loss_function() -> Any:
     "The autograd function of `head_loss`; made here because torch is imported where it is used"
+    # Long: the two halves of one class.
     import torch
 
     class HeadLoss(torch.autograd.Function):
@@ -240,7 +241,7 @@ def _head_loss_function() -> Any:
             of_trained = (head_grad * grad).to(ctx.trained_in) if ctx.needs_input_grad[2] else None
             return h_grad * grad, None, of_trained, None, None, None, None
 
-    return HeadLoss  # long: the two halves of one class
+    return HeadLoss
 
 
 # %% ../nbs/a12_bits.ipynb #a4318908

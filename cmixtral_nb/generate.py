@@ -283,7 +283,11 @@ def chat(
     "Talk with a model; /reset forgets, /exit or end of file leaves, Ctrl-C stops an answer"
     how = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     options = dict(how, attn=attn, device=device)
-    refuse(sampling_faults(how) + package_faults(options) + faults_of(resolve_model, model))
+    refuse(
+        sampling_faults(dict(how, seed=seed))
+        + package_faults(options)
+        + faults_of(resolve_model, model)
+    )
     its_own = adapter if adapter and tokenizer_fingerprint(adapter) else None
     tok = load_tokenizer(its_own or resolve_model(model))
     require(

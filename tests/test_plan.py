@@ -652,9 +652,9 @@ def test_plan_of_both_recipes_prints_every_part(capsys, no_gpu):
 
 def test_a_config_json_is_enough(tmp_path, capsys, no_gpu):
     small_config(**CONFIG).save_pretrained(tmp_path / "model")
-    (tmp_path / "r.toml").write_text(
-        f'[pretrain]\nmodel = {json.dumps(str(tmp_path / "model"))}\ntokens = "t"\n'
-    )
+    (tmp_path / "t").mkdir()
+    model, tokens = (json.dumps(str(tmp_path / name)) for name in ("model", "t"))
+    (tmp_path / "r.toml").write_text(f"[pretrain]\nmodel = {model}\ntokens = {tokens}\n")
     plan(str(tmp_path / "r.toml"), out=tmp_path / "o")
     assert "each billion tokens (how many there are is not known" in capsys.readouterr().out
     LlamaForCausalLM(LlamaConfig(**DENSE)).save_pretrained(tmp_path / "model")
@@ -666,8 +666,10 @@ def test_a_config_json_is_enough(tmp_path, capsys, no_gpu):
 def test_a_recipe_that_cannot_fit_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "model").mkdir()
     write_json(tmp_path / "model" / "config.json", planning.MIXTRAL_8X7B)
+    (tmp_path / "t").mkdir()
+    model, tokens = (json.dumps(str(tmp_path / name)) for name in ("model", "t"))
     (tmp_path / "big.toml").write_text(
-        f'[pretrain]\nmodel = {json.dumps(str(tmp_path / "model"))}\ntokens = "t"\nbatch = 4096\n'
+        f"[pretrain]\nmodel = {model}\ntokens = {tokens}\nbatch = 4096\n"
     )
     code = (
         "import atexit, sys\n"
