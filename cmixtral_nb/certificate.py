@@ -610,8 +610,8 @@ def _words_that_change(
 
 
 def changed_documents(
-    before: SentencePieceProcessor,
-    after: SentencePieceProcessor,
+    before: SentencePieceProcessor,  # the base
+    after: SentencePieceProcessor,  # its extension
     corpus: Artifact | str | Path | None,  # a corpus, or None
     script: str = "Han",  # of the new pieces
     lang: str = "",  # language of the new pieces; empty: those that are written in the script

@@ -222,7 +222,7 @@ _VERDICTS = {
 
 def too_few(
     n: int,  # documents or questions
-    unit: str = "documents",
+    unit: str = "documents",  # what was counted
 ) -> str:
     "Example: too_few(5) -> 'too few documents (5, expected 20)'"
     return f"too few {unit} ({n}, expected {ENOUGH})"

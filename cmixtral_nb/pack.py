@@ -125,7 +125,9 @@ def collate(
         labels=np.where(ids == bos, -100, ids),  # the loss leaves out -100
     )
     made: dict = {name: torch.from_numpy(array) for name, array in batch.items()}
-    return made | document_ends(made["position_ids"]) if flash else made
+    if flash:
+        made |= document_ends(made["position_ids"])
+    return made
 
 
 # %% ../nbs/07_pack.ipynb #13d863b2
