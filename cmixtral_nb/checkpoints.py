@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
-    "INDEX",
     "DTYPES",
+    "INDEX",
     "HUB_ID",
     "HUB_FILES",
     "TOKENIZER_FILES",
@@ -52,20 +52,78 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .configs import require_config
-from .options import faults_of, named_refs, refuse
-from .shapes import read_shaped
+from .options import Range, faults_of, named_refs, one_of, refuse
+from .shapes import TEXT, parse_json, read_shaped, shape_fault, visible, whole
 from .stages import StageError, read_json, require, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+# %% ../nbs/a11_checkpoints.ipynb #49a7388d
+DTYPES = {  # name in a header -> name in torch
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+_MOST_HEADER = 100_000_000  # bytes, as in the library; a header of 100,000 tensors has 15 MB
+_SIZE = whole(0, 2**40)
+_DIMENSIONS = Range(
+    lambda value: isinstance(value, list) and len(value) <= 16 and all(map(_SIZE.holds, value)),
+    "a list of at most 16 sizes",
+)
+_ENTRY = {"dtype": one_of(*DTYPES), "shape": _DIMENSIONS, "data_offsets": [whole()]}
+
+
+def _item_bytes(dtype: str) -> int:
+    "Example: _item_bytes('BF16') -> 2, _item_bytes('BOOL') -> 1"
+    return int(dtype.strip("BFIUOL") or 8) // 8
+
+
+def _entry_fault(header: dict[str, dict]) -> str:
+    "What is wrong with the first entry that is wrong; empty where all is well"
+    if fault := shape_fault(header, {str: _ENTRY}):
+        return fault
+    end = 0
+    for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        n = math.prod(tensor["shape"]) * _item_bytes(tensor["dtype"])
+        offsets, wanted = tensor["data_offsets"], [end, end + n]
+        if offsets != wanted:
+            shown, found = visible(name, 200), visible(offsets, 60)
+            return f"{shown} has its data at {found}, expected {visible(wanted, 200)}"
+        end += n
+    return ""
+
+
+def _parsed_header(path: Path, text: bytes) -> dict[str, dict]:
+    "The JSON of a header, each entry as it must be"
+    try:
+        header = parse_json(text.decode(), f"{path}: its header")
+    except (UnicodeDecodeError, StageError):
+        header = None
+    if header is None or text[:1] not in (b"{", b"["):
+        raise StageError(f"{path} is not a safetensors file: its header is not JSON")
+    fault = shape_fault(header, {"__metadata__?": {str: TEXT}})
+    require(not fault, f"{path}: its header is wrong: {fault}")
+    header.pop("__metadata__", None)
+    fault = _entry_fault(header)
+    require(not fault, f"{path}: its header is wrong: {fault}")
+    return header
+
 
 # %% ../nbs/a11_checkpoints.ipynb #48995dd2
 def read_header(
     path: str | Path,  # a .safetensors file
 ) -> dict[str, dict]:  # tensor name -> {dtype, shape, data_offsets (bytes, within the data)}
-    "What a safetensors file says it holds; `StageError` where its size disagrees"
+    "What a safetensors file says it holds; `StageError` where it makes no sense, or its size"
     again = "copy or download it again"
     size = Path(path).stat().st_size
     with open(path, "rb") as f:
@@ -74,12 +132,12 @@ def read_header(
             8 + header_bytes <= size,
             f"{path} is truncated: {size:,} bytes end within its header; {again}",
         )
+        require(
+            header_bytes <= _MOST_HEADER,
+            f"{path} has a header of {header_bytes:,} bytes, expected at most {_MOST_HEADER:,}",
+        )
         text = f.read(header_bytes)
-    try:
-        header = json.loads(text)
-    except ValueError:
-        raise StageError(f"{path} is not a safetensors file: its header is not JSON") from None
-    header.pop("__metadata__", None)
+    header = _parsed_header(Path(path), text)
     data_bytes = max((t["data_offsets"][1] for t in header.values()), default=0)
     promised = 8 + header_bytes + data_bytes
     require(
@@ -101,7 +159,7 @@ def tensor_files(
     "Where each tensor lies; all faults of the checkpoint at once"
     folder = Path(folder)
     indexed = check_index and (folder / INDEX).is_file()
-    weight_map = read_json(folder / INDEX).get("weight_map", {}) if indexed else {}
+    weight_map = _weight_map(folder / INDEX) if indexed else {}
     shards = sorted({folder / s for s in weight_map.values()}) if indexed else _shards(folder)
     if not shards:
         raise StageError(_no_weights(folder))
@@ -111,18 +169,42 @@ def tensor_files(
     def note(shard: Path):
         where.update(dict.fromkeys(read_header(shard), shard))
 
-    faults = [f"{s} is missing; {INDEX} names it" for s in shards if not s.is_file()]
+    faults = [_not_a_file(s, indexed) for s in shards if not s.is_file()]
     for shard in shards:
         if shard.is_file():
             faults += faults_of(note, shard)
     refuse(faults)
     lacking = [
-        f"{folder / shard} lacks {name}, which {INDEX} promises"
+        f"{folder / shard} lacks {visible(name)}, which {INDEX} promises"
         for name, shard in weight_map.items()
         if where.get(name) != folder / shard
     ]
     refuse(lacking[:5])
     return where
+
+
+_SHARD = Range(
+    lambda value: (
+        isinstance(value, str) and bool(re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", value))
+    ),
+    "the name of a .safetensors file of this folder",
+)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    "Tensor name -> name of the shard, as an index has it"
+    found = read_shaped(index, {"weight_map": {str: _SHARD}, "metadata?": {}})["weight_map"]
+    require(found, f"{index}: weight_map is empty, expected a shard for each tensor")
+    return found
+
+
+def _not_a_file(shard: Path, indexed: bool) -> str:
+    "Why there is no such shard"
+    if shard.is_symlink():
+        return f"{shard} is a link that leads to no file; copy or download the file itself"
+    if shard.exists():
+        return f"{shard} is a folder or device, expected a file"
+    return f"{shard} is missing" + (f"; {INDEX} names it" if indexed else "")
 
 
 def tensor_shapes(
@@ -152,29 +234,18 @@ def _no_weights(folder: Path) -> str:
 
 
 # %% ../nbs/a11_checkpoints.ipynb #1a4316a4
-DTYPES = {  # name in a header -> name in torch
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
-
 def load_tensor(
     files: dict[str, Path],  # from `tensor_files`
     name: str,  # which tensor
 ) -> Tensor:
     "One tensor of a checkpoint; the others stay on disk"
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(files[name], "pt") as f:
-        return f.get_tensor(name)
+    try:
+        with safe_open(files[name], "pt") as f:
+            return f.get_tensor(name)
+    except SafetensorError as e:  # changed since its header was read, or JSON that is no Rust's
+        raise StageError(f"{files[name]}: {visible(name)} cannot be read ({e})") from None
 
 
 def row_tensors(
@@ -197,11 +268,7 @@ def n_bytes(
     specs: list[tuple],  # (name, dtype such as "BF16", shape)
 ) -> int:  # bytes
     "What tensors take on disk. Example: n_bytes([('w', 'BF16', [2, 3])]) -> 12"
-    import torch
-
-    return sum(
-        math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize for _, dtype, shape in specs
-    )
+    return sum(math.prod(shape) * _item_bytes(dtype) for _, dtype, shape in specs)
 
 
 def _header(specs: list[tuple]) -> bytes:
