@@ -123,7 +123,7 @@ def probe_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     if hasattr(net.config, "num_local_experts"):
         net.config._experts_implementation = use_by_expert()
     tok = texts.tok
