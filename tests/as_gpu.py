@@ -16,6 +16,7 @@ import re
 import sys
 import types
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import bitsandbytes  # noqa: F401  # before torch.cuda answers: it would look for its CUDA library
@@ -26,8 +27,6 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import PreTrainedModel
-
-REAL_AUTOCAST = torch.autocast
 
 
 class Gpu:
@@ -70,7 +69,7 @@ class TensorsOnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class AutocastOnCpu(REAL_AUTOCAST):
+class AutocastOnCpu(torch.autocast):
     def __init__(self, device_type, *args, **kw):
         super().__init__("cpu", *args, **kw)
 
@@ -132,7 +131,7 @@ def flash_package(gpu):
         assert int(max_seqlen_q) == int(max_seqlen_k) == max(lengths)
         parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
         how = softmax_scale, causal, deterministic
-        return torch.cat([attend(*(x[None] for x in part), *how)[0] for part in parts])
+        return torch.cat([attend(q[None], k[None], v[None], *how)[0] for q, k, v in parts])
 
     def with_options(call):  # what transformers looks for in the signature
         def flash_attn_func(
@@ -143,11 +142,11 @@ def flash_package(gpu):
 
         return flash_attn_func
 
-    package = types.ModuleType("flash_attn")
+    package: Any = types.ModuleType("flash_attn")
     package.flash_attn_func = with_options(flash_attn_func)
     package.flash_attn_varlen_func = flash_attn_varlen_func
     package.flash_attn_with_kvcache = None
-    padding = types.ModuleType("flash_attn.bert_padding")
+    padding: Any = types.ModuleType("flash_attn.bert_padding")
     padding.pad_input, padding.unpad_input = flash_utils._pad_input, flash_utils._unpad_input
     return {"flash_attn": package, "flash_attn.bert_padding": padding}
 
@@ -269,9 +268,9 @@ def as_deepspeed():
         optimizer.step = step_copies
         return AcceleratedOptimizer(optimizer, device_placement=False)
 
-    utils = types.ModuleType("deepspeed.utils")
+    utils: Any = types.ModuleType("deepspeed.utils")
     utils.safe_get_full_fp32_param = lambda p: p._hp_mapping.copy.data
-    package = types.ModuleType("deepspeed")
+    package: Any = types.ModuleType("deepspeed")
     package.utils = utils
     with (
         installed({"deepspeed": package, "deepspeed.utils": utils}),

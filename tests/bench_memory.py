@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -37,7 +38,7 @@ def narrow(folder: str) -> None:
 
 def trainable(folder: str, rows: str = "all", four: bool = True, dropout: float = 0.0):
     "With LoRA, as `pretrain` has it on a GPU"
-    how = dict(load_in_4bit=four, dtype="bfloat16", device="cpu", trainable=True)
+    how: dict[str, Any] = dict(load_in_4bit=four, dtype="bfloat16", device="cpu", trainable=True)
     return add_lora(load_model(folder, **how), RANK, 2 * RANK, dropout, rows, N_OLD).train()
 
 

@@ -2,6 +2,7 @@
 DIR. Loss and gradients are those of one process, and each holds half of the 4-bit weights."""
 
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def local_bytes(net):
 
 def main(folder):
     dist.init_process_group("gloo")
-    how = dict(load_in_4bit=True, device="cpu", trainable=True)
+    how: dict[str, Any] = dict(load_in_4bit=True, device="cpu", trainable=True)
     nets = [add_lora(load_model(folder, **how), 4, 8, 0.0, "none").train() for _ in range(2)]
     ids = torch.arange(40)[None] % 90
     whole, shared = nets

@@ -1,6 +1,7 @@
 "What the chapter on generation does not show: other templates, hostile words, bad requests"
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -155,7 +156,7 @@ def test_both_ends_count(model, tok):
 def test_what_else_a_model_sets_does_not_count(model, tok):
     "Two models that get the same prompts and options are asked the same"
     m = g.load_model(model, device="cpu")
-    asked = [dict(temperature=0), dict(temperature=0.7, top_p=0.9, seed=3)]
+    asked: list[dict[str, Any]] = [dict(temperature=0), dict(temperature=0.7, top_p=0.9, seed=3)]
     plain = [g.generate_text(m, tok, "hello", 12, **how) for how in asked]
     more = dict(repetition_penalty=30.0, num_beams=3, typical_p=0.2, min_new_tokens=11)
     for name, value in more.items():

@@ -7,6 +7,7 @@ import math
 import shutil
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,7 +224,12 @@ def test_the_vocabulary_of_any_language(langs, tmp_path):
     assert step.command == "efficiency"
 
 
-OUTSIDE = {float: [math.nan, -1.0], int: [-1, 2**64], str: ["none such"], bool: []}
+OUTSIDE: dict[type, list[Any]] = {
+    float: [math.nan, -1.0],
+    int: [-1, 2**64],
+    str: ["none such"],
+    bool: [],
+}
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(step.command for step in STEPS))

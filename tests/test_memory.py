@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_head_loss_in_16_bits(dtype):
     y[5] = -100
     truth = torch.nn.functional.cross_entropy(h @ W.T, y)
     short = [t.detach().to(dtype).requires_grad_() for t in (h, W)]
-    loss = head_loss(*short, y, block=16)
+    loss = head_loss(short[0], short[1], y, block=16)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(truth.item(), rel=0.01)
     for ours, exact in zip(
         torch.autograd.grad(loss, short), torch.autograd.grad(truth, (h, W)), strict=True
@@ -66,8 +67,8 @@ def test_a_scaled_loss_does_not_vanish_in_float16():
     y = torch.randint(0, V, (4096,))
     full = [t.clone().requires_grad_() for t in (h, W)]
     short = [t.half().requires_grad_() for t in (h, W)]
-    (2**16 * head_loss(*full, y, n_items=10**6)).backward()
-    (2**16 * head_loss(*short, y, n_items=10**6)).backward()
+    (2**16 * head_loss(full[0], full[1], y, n_items=10**6)).backward()
+    (2**16 * head_loss(short[0], short[1], y, n_items=10**6)).backward()
     for a, b in zip(full, short, strict=True):
         assert (a.grad - b.grad).norm() / a.grad.norm() < 0.01
 
@@ -207,7 +208,7 @@ BASE = dict(hidden=64, layers=2, intermediate=128, experts=4, heads=4, kv_heads=
 
 def peak_of_a_step(folder, n_tokens, rows, checkpointing, vocab_size):
     "Bytes that a step adds at most, as PyTorch's allocator counts them"
-    how = dict(load_in_4bit=True, dtype="bfloat16", device="cpu", trainable=True)
+    how: dict[str, Any] = dict(load_in_4bit=True, dtype="bfloat16", device="cpu", trainable=True)
     net = add_lora(load_model(folder, **how), 8, 16, 0.0, rows, n_old=vocab_size // 2).train()
     if checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})

@@ -8,6 +8,7 @@ import lzma
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -593,8 +594,8 @@ def own_file(folder, texts):
 def test_a_language_of_which_nothing_ships(model, tmp_path):
     "Its own file is trained on and measured; the form is ChatML's, and no Chinese is in it"
     file = own_file(tmp_path, KHMER)
-    kw = dict(rank=2, alpha=4, steps=2, batch=2, accumulation=1, length=96, valid_share=0.2)
-    kw |= dict(eval_every=2, log_every=1, load_in_4bit=False, device="cpu")
+    kw: dict[str, Any] = dict(rank=2, alpha=4, steps=2, batch=2, accumulation=1, length=96)
+    kw |= dict(valid_share=0.2, eval_every=2, log_every=1, load_in_4bit=False, device="cpu")
     made = s.sft(model, out=tmp_path / "o", conversations=[file], lang="km", kept=["en"], **kw)
     assert made.stats["n_valid"] > 1 and made.stats["n_conversations"] > 20
     assert 0 < made.stats["bpb"]["answers"]["after"] < 20

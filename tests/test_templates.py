@@ -77,6 +77,7 @@ def test_it_goes_on_after_a_template_that_was_ended():
     talk = [dict(role="user", content="hi")]
     fine = looped("{{ m.content }}")
     assert renderer.render(talk, chat_template=fine) == "hi"
+    assert renderer.process is not None
     first = renderer.process.pid
     endless = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
     with pytest.raises(StageError, match="takes more than 1 s"):
@@ -94,6 +95,7 @@ def test_it_ends_with_the_program_that_started_it():
     renderer = templates.Renderer()
     renderer.render([dict(role="user", content="hi")], chat_template="x")
     process = renderer.process
+    assert process is not None and process.stdin is not None
     process.stdin.close()
     assert process.wait(timeout=60) == 0
 

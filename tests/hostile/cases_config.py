@@ -1,5 +1,7 @@
 "config.json of a model: sizes that are none, that do not fit the weights, code of its own"
 
+from typing import Any
+
 from hostile import Case, changed_json, code, linked, write
 
 
@@ -40,7 +42,7 @@ COMMANDS = {
     "chat": "chat --model bad",
     "efficiency": "efficiency --models a=bad --n-chars 50 --seconds 0 --out o",
 }
-WRONG = {  # what is said, and the values
+WRONG: dict[str, dict[str, Any]] = {  # what is said, and the values
     "num_hidden_layers is 10000000": dict(num_hidden_layers=10**7),
     "num_hidden_layers is 9,999": dict(num_hidden_layers=9_999),
     "num_hidden_layers is 0": dict(num_hidden_layers=0),
