@@ -12,7 +12,9 @@ __all__ = [
     "FUSED_PARAMETERS",
     "plain_name",
     "is_linear",
+    "pattern_fault",
     "require_adapter",
+    "lora_faults",
     "trained_on",
     "trained_in_4bit",
     "model_faults",
@@ -46,7 +48,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .checkpoints import load_tensor, read_header, resolve_model, tensor_files
 from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
-from .options import faults_of, range_faults, refuse
+from .options import Range, faults_of, one_of, range_faults, refuse
+from .shapes import TEXT, number, read_shaped, visible, whole
 from .stages import StageError, input_fingerprint, read_json, require, write_json
 
 if TYPE_CHECKING:
@@ -77,6 +80,159 @@ def is_linear(
     return len(shape) == 2 and name.endswith(".weight") and not _NOT_IN_4BIT.search(name)
 
 
+# %% ../nbs/a18_adapters.ipynb #78d64cca
+_REPEAT = re.compile(r"(?<!\\)[*+{]")
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
+
+
+def pattern_fault(
+    pattern: str,  # a regular expression of an adapter_config.json
+    most: int = 5,  # repeats
+) -> str:  # why it is not tried; empty where it may be
+    "Example: pattern_fault('(a+)+') -> 'repeats a group'"
+    if len(pattern) > 2000:
+        return f"has {len(pattern):,} characters, expected at most 2,000"
+    if _REPEATED_GROUP.search(pattern):
+        return "repeats a group"
+    if (n := len(_REPEAT.findall(pattern))) > most:
+        return f"has {n} repeats, expected at most {most}"
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as e:
+        return f"is no regular expression ({visible(e)})"
+    return ""
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    "The value of the first pattern that matches the name of a module, as peft looks it up"
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({plain_name(pattern)})", module):
+            return value
+    return default
+
+
+# %% ../nbs/a18_adapters.ipynb #094f3294
+_MODULE = Range(
+    lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.-]{1,200}", value)),
+    "the name of a module",
+)
+
+
+def _all_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 100_000 and all(map(_MODULE.holds, value))
+
+
+_MODULES = Range(_all_names, "a list of names of modules")
+_PATTERN_OR_MODULES = Range(
+    lambda value: isinstance(value, str) or _all_names(value),
+    "names of modules in a list, or a pattern",
+)
+_NAME_OR_NAMES = Range(
+    lambda value: _MODULE.holds(value) or _all_names(value), "a name or a list of names"
+)
+_ROW = whole(0, 10**7)
+
+
+def _all_rows(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(
+            _MODULE.holds(name) and isinstance(ids, list) and _all_rows(ids)
+            for name, ids in value.items()
+        )
+    return isinstance(value, list) and all(map(_ROW.holds, value))
+
+
+_TRUTH = Range(lambda value: isinstance(value, bool), "true or false")
+_RANK = whole(1, 2**16)
+_UNUSED = 1024  # most rank where no matrix has any
+_ALPHA = number(-1e6, 1e6)
+_SHAPE = {  # of what a LoRA says of itself; each may be missing or null
+    "peft_type?": TEXT,
+    "base_model_name_or_path?": TEXT,
+    "r?": _RANK,
+    "lora_alpha?": _ALPHA,
+    "rank_pattern?": {str: _RANK},
+    "alpha_pattern?": {str: _ALPHA},
+    "target_modules?": _PATTERN_OR_MODULES,
+    "exclude_modules?": _PATTERN_OR_MODULES,
+    "target_parameters?": _MODULES,
+    "modules_to_save?": _MODULES,
+    "layers_pattern?": _NAME_OR_NAMES,
+    "layers_to_transform?": Range(
+        lambda value: _ROW.holds(value) or isinstance(value, list) and all(map(_ROW.holds, value)),
+        "a number or a list of numbers",
+    ),
+    "trainable_token_indices?": Range(
+        _all_rows, "a list of ids, or an object of such lists by the name of a module"
+    ),
+    "use_rslora?": _TRUTH,
+    "use_dora?": _TRUTH,
+    "lora_bias?": _TRUTH,
+    "fan_in_fan_out?": _TRUTH,
+    "lora_dropout?": number(0, 1),
+    "bias?": one_of("none", "all", "lora_only"),
+    "task_type?": TEXT,
+}
+_OTHER_KINDS = (  # of LoRA: they import packages, copy layers or compute before they load
+    "megatron_config",
+    "layer_replication",
+    "eva_config",
+    "corda_config",
+    "arrow_config",
+    "alora_invocation_tokens",
+)
+
+
+def _config_faults(config: dict[str, Any]) -> list[str]:
+    "What is wrong with the configuration of a LoRA whose values are each of the right kind"
+    faults = [
+        f"{key} is set, which is not supported; merge it with peft"
+        for key in _OTHER_KINDS
+        if config.get(key)
+    ]
+    for key in ("target_modules", "exclude_modules"):
+        pattern = config.get(key)
+        if isinstance(pattern, str) and (fault := pattern_fault(pattern)):
+            faults.append(f"{key} {fault}; name the modules in a list")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or {}:
+            if fault := pattern_fault(pattern, most=2):
+                faults.append(f"{key} {fault} ({visible(pattern, 40)}); name the modules")
+    return faults[:5]
+
+
+def _lora_shapes(header: dict[str, dict]) -> dict[str, list[int]]:
+    "Tensor -> shape, of the matrices of LoRA"
+    lora = re.compile(r".*\.lora_[AB]\.weight")
+    return {name: e["shape"] for name, e in header.items() if lora.fullmatch(plain_name(name))}
+
+
+def _rank_faults(config: dict[str, Any], header: dict[str, dict]) -> list[str]:
+    "Matrices that are none, or that have another rank than the configuration says"
+    patterns, r = config.get("rank_pattern") or {}, config.get("r")
+    matrices = _lora_shapes(header)
+    if flat := [name for name, shape in matrices.items() if len(shape) != 2]:
+        return [
+            f"{visible(name, 200)} is {visible(matrices[name])}, expected a matrix" for name in flat
+        ]
+    faults = []
+    largest = _UNUSED
+    for tensor, (n_rows, n_columns) in matrices.items():
+        module, _, side = plain_name(tensor).removesuffix(".weight").rpartition(".lora_")
+        found = n_rows if side == "A" else n_columns
+        largest = max(largest, found)
+        rank = _by_pattern(patterns, module, r)
+        if module.endswith(".experts"):  # those of a layer in one matrix, named after its module
+            wrong = not patterns and bool(rank) and (not found or found % rank > 0)
+        else:
+            wrong = bool(rank) and found != rank
+        if wrong:
+            faults.append(f"r is {rank:,}, {visible(tensor, 200)} has rank {found:,}")
+    if not faults and max([r or 0, *patterns.values()]) > largest:  # memory for what is not there
+        faults.append(f"r is {max([r or 0, *patterns.values()]):,}, expected at most {largest:,}")
+    return faults
+
+
 # %% ../nbs/a18_adapters.ipynb #28e653ea
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -102,19 +258,22 @@ def require_adapter(
                 "save the adapter as safetensors"
             )
         raise StageError(f"{folder}: {ADAPTER_WEIGHTS} is missing; expected a PEFT adapter")
-    _require_sound(folder / ADAPTER_WEIGHTS)
+    read_header(folder / ADAPTER_WEIGHTS)
+    path = folder / ADAPTER_CONFIG
+    refuse(f"{path}: {fault}" for fault in _config_faults(read_shaped(path, _SHAPE)))
     return folder
 
 
-def _require_sound(path: Path) -> None:
-    "`StageError` where a safetensors file is cut off or its header makes no sense"
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np"):
-            pass
-    except SafetensorError as e:
-        raise StageError(f"{path} is truncated or not safetensors ({e}); copy it again") from None
+def lora_faults(
+    folder: Path,  # from `require_adapter`
+) -> list[str]:  # at most three lines
+    "Why an adapter is not put on a model: not LoRA, or other ranks than its matrices have"
+    config = read_json(folder / ADAPTER_CONFIG)
+    kind = config.get("peft_type") or "LORA"
+    if kind != "LORA":
+        return [f"{folder} is a {visible(kind, 40)} adapter, expected LORA"]
+    faults = _rank_faults(config, read_header(folder / ADAPTER_WEIGHTS))
+    return [f"{folder / ADAPTER_CONFIG}: {fault}" for fault in faults[:3]]
 
 
 # %% ../nbs/a18_adapters.ipynb #3453f626
@@ -357,17 +516,9 @@ class Adapter:
         if not isinstance(ids, dict):
             return ids
         for layer, its_ids in ids.items():
-            if re.search(rf"(^|\.){layer}\.weight$", name):
+            if re.search(rf"(^|\.){re.escape(layer)}\.weight$", name):
                 return its_ids
         return []
-
-
-def _by_pattern(patterns: dict[str, float] | None, module: str, default):
-    "The value of the first pattern that matches the name of a module, as peft looks it up"
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({plain_name(pattern)})", module):
-            return value
-    return default
 
 
 # %% ../nbs/a18_adapters.ipynb #c92e75ad
@@ -395,7 +546,10 @@ def _pair_faults(a: Adapter, name: str, pair: dict[str, str], shape: list[int] |
         return [f"{a.path}: the model has no {name}; give the model the adapter was trained on"]
     if set(pair) != {"A", "B"}:
         return [f"{a.path}: {name} has only lora_{''.join(pair)}"]
-    (a_rows, a_width), (b_rows, b_width) = a.shape(pair["A"]), a.shape(pair["B"])
+    sizes = [a.shape(pair["A"]), a.shape(pair["B"])]
+    if flat := [size for size in sizes if len(size) != 2]:
+        return [f"{a.path}: LoRA of {name} has {flat[0]}, expected matrices"]
+    (a_rows, a_width), (b_rows, b_width) = sizes
     if len(shape) == 3:
         rank, n_experts = a.rank_alpha(name)[0], shape[0]
         if a_rows != rank * n_experts:
@@ -440,6 +594,9 @@ def _whole_faults(a: Adapter, shapes: dict[str, list[int]]) -> list[str]:
             if not name.endswith("lm_head.weight"):  # a tied head becomes one of its own
                 faults.append(f"{a.path}: the model has no {name}")
             continue
+        if len(new) != len(old) or not new:
+            faults.append(f"{a.path}: {name} is {new}, the model has {old}")
+            continue
         fits = new[0] >= old[0] if _has_vocabulary(name) else new[0] == old[0]
         if not fits or new[1:] != old[1:]:
             faults.append(f"{a.path}: {name} is {new}, the model has {old}")
@@ -450,7 +607,10 @@ def _whole_faults(a: Adapter, shapes: dict[str, list[int]]) -> list[str]:
 
 def _rows_agree(a: Adapter, shapes: dict[str, list[int]]) -> bool:
     "Whether embedding and head have as many rows as each other once the adapter is merged"
-    sizes = {a.shape(tensor)[0] for name, tensor in a.whole.items() if _has_vocabulary(name)}
+    shapes_of = [a.shape(tensor) for name, tensor in a.whole.items() if _has_vocabulary(name)]
+    if not all(shapes_of):
+        return False
+    sizes = {shape[0] for shape in shapes_of}
     if len(sizes) > 1:
         return False
     of_model = [name for name in shapes if _has_vocabulary(name)]
@@ -475,9 +635,9 @@ def adapter_faults(
     config, path = adapter.config, adapter.path
     shapes = both_layouts(shapes)
     faults = model_faults(path, fingerprint)
-    if config.get("peft_type", "LORA") != "LORA":
-        faults.append(f"{path} is a {config['peft_type']} adapter, expected LORA")
-    if missing := [key for key in ("r", "lora_alpha") if key not in config]:
+    if (kind := config.get("peft_type") or "LORA") != "LORA":
+        faults.append(f"{path} is a {visible(kind, 40)} adapter, expected LORA")
+    if missing := [key for key in ("r", "lora_alpha") if config.get(key) is None]:
         faults.append(f"{path}/{ADAPTER_CONFIG} has no {' and no '.join(missing)}; expected a LoRA")
         return faults
     for key, what in _UNSUPPORTED.items():
@@ -495,6 +655,7 @@ def adapter_faults(
         shape = adapter.shape(whole) if whole else shapes.get(name)
         faults += _row_faults(adapter, name, adapter.shape(tensor), shape)
     faults += _whole_faults(adapter, shapes)
+    faults = faults or lora_faults(path)
     return faults if len(faults) <= 4 else [*faults[:4], f"{path}: {len(faults) - 4} more faults"]
 
 

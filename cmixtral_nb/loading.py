@@ -25,7 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .adapters import ADAPTER_WEIGHTS, model_faults, require_adapter, trained_on
+from cmixtral_nb.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    lora_faults,
+    model_faults,
+    require_adapter,
+    trained_on,
+)
+
 from .checkpoints import resolve_model, tensor_files, tensor_shapes
 from .configs import kind_faults, refuse_at, require_config
 from .machine import default_dtype, quiet, trim_memory
@@ -165,8 +173,13 @@ def _put_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     tensors = _adapter_tensors(folder)
     _grow_rows(model, tensors)
     model_name = model.config.name_or_path
-    with quiet():
-        with_lora = get_peft_model(model, _adapter_config(folder, model, trainable))
+    try:
+        with quiet():
+            with_lora = get_peft_model(model, _adapter_config(folder, model, trainable))
+    except (StageError, MemoryError):
+        raise
+    except Exception as e:  # peft's own checks of a foreign configuration, whatever they raise
+        raise StageError(f"{folder}/{ADAPTER_CONFIG}: {_in_short(e, 300)}") from None
     try:
         found = set_peft_model_state_dict(with_lora, tensors)
     except (KeyError, RuntimeError) as e:
@@ -315,6 +328,7 @@ def _built(folder: Path, path: str | Path, load_in_4bit: bool, how: dict) -> Pre
 def _adapter_for(adapter: str | Path, model: str | Path) -> Path:
     "Folder of a whole adapter that was trained on this model, or `StageError`"
     folder = require_adapter(adapter)
+    refuse(lora_faults(folder))
     if trained_on(folder):  # else the model need not be hashed
         refuse(model_faults(folder, input_fingerprint(model)))
     return folder
