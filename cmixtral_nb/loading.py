@@ -225,7 +225,7 @@ def _adapter_config(folder: Path, model: PreTrainedModel, trainable: bool) -> Pe
 def _grow_rows(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     "Give a model as many rows as the adapter's embedding and head have"
     vocabulary = re.compile(r"(embed_tokens|lm_head)\.weight$")
-    sizes = [t.shape[0] for name, t in tensors.items() if vocabulary.search(name)]
+    sizes = [t.shape[0] for name, t in tensors.items() if t.dim() and vocabulary.search(name)]
     n_rows = max(sizes, default=0)
     if n_rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(n_rows, mean_resizing=False)
