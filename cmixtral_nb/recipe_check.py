@@ -139,8 +139,7 @@ def _home_fault(key: str, value: Any) -> list[str]:
     for text in value if isinstance(value, list) else [value]:
         path = str(text).partition("=")[2] or str(text)
         if path.startswith("~/") or path == "~":
-            written = Path(path).expanduser()
-            return [f'{key} = {shown(text)}: "~" is not expanded in a recipe; write {written}']
+            return [f'{key} = {shown(text)}: "~" is not expanded in a recipe; write the whole path']
     return []
 
 
