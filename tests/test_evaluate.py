@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cmixtral_nb import evaluate as ev
 from cmixtral_nb import exams
@@ -291,6 +292,12 @@ def copy_of(model, folder, **config):
 
 def test_model_and_tokenizer_of_different_sizes(tmp_path, model):
     small = copy_of(model, tmp_path / "small", vocab_size=31000)
+    said = "model.embed_tokens.weight is 32,000 x 64, the configuration says 31,000 x 64"
+    assert said in faults(small, out=tmp_path / "o")
+    tensors = load_file(small / "model.safetensors")
+    tensors |= {name: t[:31000].clone() for name, t in tensors.items() if len(t) == 32000}
+    save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
+    (small / "manifest.json").unlink(missing_ok=True)
     text = faults(small, out=tmp_path / "o")
     assert "has a tokenizer of 32,000 tokens" in text
     assert "a model of 31,000 rows; run: cmixtral init" in text

@@ -225,7 +225,7 @@ def test_chat_checks_its_options_before_it_loads(tmp_path):
         g.chat(tmp_path / "none", temperature=-1, top_p=0, max_new_tokens=0)
     lines = str(e.value).splitlines()
     assert lines[:3] == [
-        "max_new_tokens is 0, expected at least 1",
+        "max_new_tokens is 0, expected 1 to 1,048,576",
         "temperature is -1, expected at least 0",
         "top_p is 0, expected above 0, at most 1",
     ]

@@ -149,6 +149,8 @@ def test_run_without_an_argument_begins_and_can_be_interrupted(plain, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=clean_environment(),
+        # a shell may have started the tests in the background, where SIGINT is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     until = time.monotonic() + 120
     while not (tmp_path / "runs/tiny/corpus/manifest.json").exists():

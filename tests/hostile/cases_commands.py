@@ -89,7 +89,7 @@ WORDS = [
         "10,000 models", ["generate", "--models", *["x"] * 10_000, "--out", "o"], says="two models"
     ),
     Case("a device that is none", f"pretrain {CALLS['pretrain']} --device=toaster", says="toaster"),
-    Case("a card of many", f"pretrain {CALLS['pretrain']} --device=cuda:99", says="CUDA"),
+    Case("a card of many", f"pretrain {CALLS['pretrain']} --device=cuda:99", says="no GPU"),
     Case("an optimiser that is none", f"pretrain {CALLS['pretrain']} --optim=magic", says="magic"),
     Case("attention that is none", f"pretrain {CALLS['pretrain']} --attn=best", says="best"),
     Case("rows that are none", f"pretrain {CALLS['pretrain']} --rows=some", says="rows is 'some'"),

@@ -6,10 +6,12 @@ from hostile import Case, changed_json, code, linked, write
 
 
 def changed(**values):
-    "A copy of the base whose configuration has other values"
+    "A copy of the base, as from elsewhere, whose configuration has other values"
 
     def make(here, run):
-        changed_json(linked(run / "base", here / "bad") / "config.json", **values)
+        model = linked(run / "base", here / "bad")
+        (model / "manifest.json").unlink()
+        changed_json(model / "config.json", **values)
 
     return make
 
@@ -99,7 +101,12 @@ BROKEN = {
 
 CASES = [
     *[
-        Case(f"a model that asks to run its code, {name}", command, with_code(**values), "auto_map")
+        Case(
+            f"a model that asks to run its code, {name}, {' and '.join(values)}",
+            command,
+            with_code(**values),
+            "auto_map",
+        )
         for name, command in COMMANDS.items()
         for values in (dict(auto_map=EVIL), dict(auto_map=EVIL, model_type="evil"))
     ],

@@ -542,7 +542,7 @@ def run_with(name: str, where: str):
 RUN_FILES = ("r/recipe.toml",)
 RUNS = [
     Case(
-        f"a run over {name} as manifest of {where}",
+        f"a run over {name} as manifest of {where} {how}".strip(),
         f"run r/recipe.toml --out r --from {stage} --to {stage} {how}",
         make=run_with(name, where),
         says="manifest.json",
