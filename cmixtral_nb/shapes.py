@@ -43,7 +43,7 @@ def visible(
     text: Any,  # from elsewhere; what is no text is written as text
     length: int = 80,  # most characters that are shown
 ) -> str:
-    "Example: visible('a\\nb') -> 'a\\\\nb', on one line"
+    "Text on one line: a line break as the two characters that Python writes for it"
     shown = str(text)
     if len(shown) > length:
         shown = shown[: length - 1] + "…"
