@@ -65,7 +65,7 @@ def to_letters(
 def to_bytes(
     piece: str,  # of a byte-level vocabulary
 ) -> bytes:
-    "Example: to_bytes('ĠÃ©') -> b' \\xc3\\xa9'"
+    "Example: to_bytes('ĠÃ©') -> the three bytes of ' é' in UTF-8"
     return bytes(BYTE_OF[letter] for letter in piece)
 
 

@@ -62,7 +62,7 @@ def own_characters(
 def code_points(
     beginning: bytes,  # the first bytes of characters in UTF-8
 ) -> range:
-    "Example: code_points(b'\\xe1\\x9e') -> range(0x1780, 0x17c0)"
+    "Example: the bytes E1 9E begin the code points range(0x1780, 0x17c0)"
     n_bytes = 2 if beginning[0] < 0xE0 else 3 if beginning[0] < 0xF0 else 4
     bits = beginning[0] & (0x7F >> n_bytes)
     for byte in beginning[1:]:
