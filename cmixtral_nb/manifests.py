@@ -101,7 +101,7 @@ def manifest_fault(
             return f"{name!r} is {_WORDS[type(manifest[name])]}, expected {_WORDS[types[0]]}"
     if not re.fullmatch(r"[\w.-]{1,100}", manifest["kind"]):
         return f"its kind is {manifest['kind'][:80]!r}"
-    if manifest.get("checksum", checksum(manifest)) != checksum(manifest):
+    if "checksum" in manifest and manifest["checksum"] != checksum(manifest):
         return "it was changed after it was written (checksum)"
     faults = [_file_fault(name, entry) for name, entry in manifest["files"].items()]
     faults += [_input_fault(name, entry) for name, entry in manifest.get("inputs", {}).items()]
@@ -124,17 +124,23 @@ class Counts(dict):
         raise StageError(f"{self.where} has no {name!r}; make the folder again, with --force")
 
 
-def read_manifest(
-    folder: str | Path,  # of an artifact
-) -> dict[str, Any]:  # kind, key, fingerprint, params, inputs, files, stats and the others
-    "The manifest of a folder; `StageError` where it cannot be read or is not one of ours"
-    path = Path(folder) / "manifest.json"
+def _as_written(path: Path) -> dict[str, Any]:
+    "What a manifest.json holds; `StageError` where it cannot be read or is not one of ours"
     found = read_json(path, _MOST_BYTES)
     if fault := manifest_fault(found):
         raise StageError(
             f"{path} is not a manifest of this project: {fault}; make the folder again, "
             "or take that file away if the folder comes from elsewhere"
         )
+    return found
+
+
+def read_manifest(
+    folder: str | Path,  # of an artifact
+) -> dict[str, Any]:  # kind, key, fingerprint, params, inputs, files, stats and the others
+    "The manifest of a folder; `StageError` where it cannot be read or is not one of ours"
+    path = Path(folder) / "manifest.json"
+    found = _as_written(path)
     whole = {"key": "", "fingerprint": "", "tokenizer": None, "params": {}, "stats": {}, **found}
     for name in ("params", "stats"):
         whole[name] = Counts(whole[name], f"{path}, {name},")
@@ -164,12 +170,11 @@ def ownership_fault(
 ) -> str:  # empty where a stage wrote this manifest and nobody has changed it
     "Why a folder must not be replaced"
     try:
-        manifest = read_manifest(folder)
+        manifest = _as_written(Path(folder) / "manifest.json")
     except StageError as e:
         return str(e)
-    written = read_json(Path(folder) / "manifest.json")
     # early versions wrote no checksum
-    if missing := [name for name in FIELDS if name not in written and name != "checksum"]:
+    if missing := [name for name in FIELDS if name not in manifest and name != "checksum"]:
         return f"{folder}/manifest.json has no {missing[0]!r}"
     if manifest["key"] != request_key(manifest):
         return f"the key in {folder}/manifest.json does not follow from its params and inputs"
