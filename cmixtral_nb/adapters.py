@@ -32,7 +32,6 @@ __all__ = [
     "adapter_faults",
     "is_finite",
     "merge_faults",
-    "as_list",
     "merge_option_faults",
     "merge_target",
     "check_merge",
@@ -48,8 +47,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .checkpoints import load_tensor, read_header, resolve_model, tensor_files
 from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
-from .options import Range, faults_of, one_of, range_faults, refuse
-from .shapes import TEXT, number, read_shaped, visible, whole
+from .options import Range, as_list, faults_of, one_of, range_faults, refuse
+from .shapes import TEXT, TRUTH, number, read_shaped, visible, whole
 from .stages import StageError, input_fingerprint, read_json, require, write_json
 
 if TYPE_CHECKING:
@@ -142,7 +141,6 @@ def _all_rows(value: Any) -> bool:
     return isinstance(value, list) and all(map(_ROW.holds, value))
 
 
-_TRUTH = Range(lambda value: isinstance(value, bool), "true or false")
 _RANK = whole(1, 2**16)
 _UNUSED = 1024  # most rank where no matrix has any
 _ALPHA = number(-1e6, 1e6)
@@ -165,10 +163,10 @@ _SHAPE = {  # of what a LoRA says of itself; each may be missing or null
     "trainable_token_indices?": Range(
         _all_rows, "a list of ids, or an object of such lists by the name of a module"
     ),
-    "use_rslora?": _TRUTH,
-    "use_dora?": _TRUTH,
-    "lora_bias?": _TRUTH,
-    "fan_in_fan_out?": _TRUTH,
+    "use_rslora?": TRUTH,
+    "use_dora?": TRUTH,
+    "lora_bias?": TRUTH,
+    "fan_in_fan_out?": TRUTH,
     "lora_dropout?": number(0, 1),
     "bias?": one_of("none", "all", "lora_only"),
     "task_type?": TEXT,
@@ -707,13 +705,6 @@ def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
 
 
 # %% ../nbs/a18_adapters.ipynb #89d6387a
-def as_list(
-    adapter: Any,  # one adapter, or several in a list
-) -> list:
-    "Example: as_list('adapter') -> ['adapter']"
-    return list(adapter) if isinstance(adapter, list | tuple) else [adapter]
-
-
 def merge_option_faults(
     **options: Any,  # of `merge`
 ) -> list[str]:  # one line for each

@@ -22,7 +22,7 @@ from .machine import available_bytes, default_device, gpu_bytes, say
 from .mixtral import small_config, use_by_expert
 from .options import at_least, between, faults_of, range_faults, refuse
 from .pieces import base_tokenizer_model, read_model
-from .plan import count_parameters
+from .plan import config_of_sizes, count_parameters
 from .stages import Artifact, StageError, require, stage, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
 from .training import on_one_gpu
@@ -163,17 +163,7 @@ def _head_faults(hidden: int, heads: int, kv_heads: int) -> list[str]:
 def _memory_faults(n_pieces: int, device: str | None, sizes: dict) -> list[str]:
     "Whether weights, gradients and Adam's two moments, 4 bytes each, would find memory"
     names = ("hidden", "layers", "experts", "intermediate", "heads", "kv_heads")
-    shape = dict(
-        hidden_size=sizes["hidden"],
-        num_hidden_layers=sizes["layers"],
-        num_local_experts=sizes["experts"],
-        num_experts_per_tok=sizes["top_k"],
-        intermediate_size=sizes["intermediate"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["kv_heads"],
-        vocab_size=n_pieces,
-    )
-    need = 16 * count_parameters(shape)["total"]
+    need = 16 * count_parameters(config_of_sizes(sizes, n_pieces))["total"]
     gpus = [] if device == "cpu" else gpu_bytes()
     free = gpus[0] if gpus else available_bytes()
     if not free or need <= free:

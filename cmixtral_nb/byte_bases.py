@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import refuse
 from .pieces import package_file
-from .shapes import ANYTHING, TEXT, read_shaped, visible, whole
+from .shapes import ANYTHING, TEXT, read_shaped, shape_fault, visible, whole
 from .stages import require, write_json
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class ByteBase:
 
 
 # %% ../nbs/a09b_byte_bases.ipynb #d70dd0a5
-_SHAPE = {
+_SHAPE = {  # of the file of any tokenizer
     "model": {"type": TEXT},
     "added_tokens?": [{"id": whole(), "content": TEXT}],
     "pre_tokenizer?": ANYTHING,
@@ -196,7 +196,8 @@ def read_byte_base(
     config = read_shaped(path, _SHAPE)
     kind = config["model"]["type"]
     require(kind == "BPE", f"{path} is a {visible(kind, 40)} tokenizer, expected byte-level BPE")
-    read_shaped(path, _BPE_SHAPE)
+    fault = shape_fault(config, _BPE_SHAPE)
+    require(not fault, f"{path}: {fault}")
     base = ByteBase(config)
     faults = base_faults(base) or [fault for fault in [_loaded(base)] if fault]
     refuse(f"{path}: {fault}; expected another base" for fault in faults)

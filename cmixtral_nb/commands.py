@@ -42,7 +42,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .files import StageError
 from .machine import grow_segments
-from .options import LARGEST, nearest
+from .options import LARGEST, as_list, nearest, refuse
 from .preflight import hub_ids
 from .recipes import anno_type, command, read_recipe
 from .shapes import visible
@@ -223,8 +223,7 @@ def _may_be_hub_id(word: str) -> bool:
 
 def _words(value: Any) -> list[str]:
     "The texts of an option"
-    values = value if isinstance(value, list) else [value]
-    return [str(one) for one in values if isinstance(one, str | Path)]
+    return [str(one) for one in as_list(value) if isinstance(one, str | Path)]
 
 
 def wants_hub(
@@ -378,14 +377,12 @@ def _any_terminal() -> None:
 
 def _refuse_launcher() -> None:
     "`StageError` where the environment says which of how many processes this is, and no number"
-    faults = [
+    refuse(
         f"{name} is {os.environ[name]!r} in the environment, expected a whole number; "
         "torchrun sets it, nobody else should"
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         if name in os.environ and not re.fullmatch("[0-9]{1,9}", os.environ[name])
-    ]
-    if faults:
-        raise StageError(*faults)
+    )
 
 
 def _do(argv: list[str]) -> None:

@@ -16,11 +16,10 @@ from typing import Any
 
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
 from .options import Range, refuse
-from .shapes import TEXT, number, shape_fault, visible, whole
+from .shapes import TEXT, TRUTH, number, shape_fault, visible, whole
 
 # %% ../nbs/a11b_configs.ipynb #135b9c92
 _SIZE = whole(1, 10**7)
-_TRUTH = Range(lambda value: isinstance(value, bool), "true or false")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _DTYPE = Range(
     lambda value: isinstance(value, str) and value.removeprefix("torch.") in _DTYPES,
@@ -40,12 +39,12 @@ _SHAPE = {
     "max_position_embeddings?": whole(1, 10**10),
     "rms_norm_eps?": number(0, 1),
     "hidden_act?": TEXT,
-    "tie_word_embeddings?": _TRUTH,
-    "attention_bias?": _TRUTH,
-    "mlp_bias?": _TRUTH,
+    "tie_word_embeddings?": TRUTH,
+    "attention_bias?": TRUTH,
+    "mlp_bias?": TRUTH,
     "dtype?": _DTYPE,
     "torch_dtype?": _DTYPE,
-    "quantization_config?": {"quant_method?": TEXT, "load_in_4bit?": _TRUTH},
+    "quantization_config?": {"quant_method?": TEXT, "load_in_4bit?": TRUTH},
 }
 
 

@@ -46,7 +46,7 @@ from cmixtral_nb.templates import (
 from .checkpoints import named_models, resolve_model
 from .loading import load_model
 from .machine import say
-from .options import faults_of, refuse
+from .options import as_list, faults_of, refuse
 from .packages import package_faults
 from .stages import StageError, require, stage, tokenizer_fingerprint, write_text
 from .tokenizer_files import encode_plain, load_tokenizer
@@ -109,8 +109,7 @@ def stop_ids(
 ) -> list[int]:  # ids that end a text
     "What the model's configuration and the tokenizer call the end"
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ends, tok.eos_token_id] if i is not None})
+    return sorted({i for i in [*as_list(configured), tok.eos_token_id] if i is not None})
 
 
 # %% ../nbs/12_generate.ipynb #f0dc40b3

@@ -55,6 +55,7 @@ from cmixtral_nb.stages import (
     write_text,
 )
 
+from .byte_bases import BYTE_OF, to_bytes, to_letters
 from .growing import check_init, init_option_faults, old_and_new
 from .machine import say
 from .options import one_of, range_faults, refuse
@@ -85,13 +86,9 @@ def _piece_of(raw: bytes) -> str:
         return "".join(f"<0x{byte:02X}>" for byte in raw)
 
 
-def _byte_letters(tok: PreTrainedTokenizerBase) -> dict[int, str] | None:
-    "The letter that a byte-level vocabulary writes for each byte; None for any other vocabulary"
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    if "ByteLevel" not in str(tok.backend_tokenizer.decoder):
-        return None
-    return bytes_to_unicode()
+def _is_byte_level(tok: PreTrainedTokenizerBase) -> bool:
+    "Whether a vocabulary writes a letter for each byte"
+    return "ByteLevel" in str(tok.backend_tokenizer.decoder)
 
 
 def pieces_of(
@@ -99,14 +96,9 @@ def pieces_of(
 ) -> list[str]:  # in the order of their ids
     "All tokens, as sentencepiece writes them: ▁ for a blank, <0xE4> for a byte"
     names = tok.convert_ids_to_tokens(range(len(tok)))
-    letters = _byte_letters(tok)
-    if letters is None:
+    if not _is_byte_level(tok):
         return names
-    byte_of = {letter: byte for byte, letter in letters.items()}
-    return [
-        _piece_of(bytes(byte_of[letter] for letter in name)) if set(name) <= set(byte_of) else name
-        for name in names
-    ]
+    return [_piece_of(to_bytes(name)) if set(name) <= BYTE_OF.keys() else name for name in names]
 
 
 # %% ../nbs/06_init.ipynb #ebeeb598
@@ -126,11 +118,11 @@ def spell(
         return _spell_as_the_seed(tok, pieces)
     bpe = tok.backend_tokenizer.model  # below the normaliser, which would put ▁ in front
     vocab = tok.get_vocab()
-    letters = _byte_letters(tok)
+    in_letters = _is_byte_level(tok)
     unknown = next((i for i in (tok.unk_token_id, tok.eos_token_id) if i is not None), 0)
 
     def ids_of(piece: str) -> list[int]:
-        name = "".join(letters[byte] for byte in piece_bytes(piece)) if letters else piece
+        name = to_letters(piece_bytes(piece)) if in_letters else piece
         if name in vocab:
             return [vocab[name]]
         if _BYTE.match(name):

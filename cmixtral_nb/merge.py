@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING
 from cmixtral_nb.adapters import (
     FUSED_PARAMETERS,
     Adapter,
-    as_list,
     check_merge,
     fused_matrices,
     fused_place,
@@ -64,6 +63,7 @@ from cmixtral_nb.checkpoints import (
 
 from .loading import one_tensor_at_a_time, streamed
 from .machine import say
+from .options import as_list
 from .stages import require, stage
 from .tokenizer_files import encode_plain, load_tokenizer
 

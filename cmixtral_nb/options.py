@@ -18,6 +18,7 @@ __all__ = [
     "range_faults",
     "faults_of",
     "refuse",
+    "as_list",
     "split_name",
     "named_refs",
     "nearest",
@@ -209,6 +210,13 @@ def refuse(
 
 
 # %% ../nbs/a02_options.ipynb #a1e7d550
+def as_list(
+    value: Any,  # one thing, or several in a list
+) -> list:
+    "Example: as_list('adapter') -> ['adapter']"
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def split_name(
     ref: str | Path,  # NAME=REF, or REF
 ) -> tuple[str, str]:  # name, reference; the name is empty where none was given

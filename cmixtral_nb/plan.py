@@ -11,6 +11,7 @@ __all__ = [
     "CARDS",
     "PEAK_FLOPS",
     "INFERENCE",
+    "config_of_sizes",
     "count_parameters",
     "nf4_bytes",
     "frozen_bytes",
@@ -173,6 +174,24 @@ def _matrices(shape: _Shape) -> list[_Matrices]:
         _Matrices(part, shape.inner_width, shape.width, 2 * n_networks),  # w1, w3
         _Matrices(part, shape.width, shape.inner_width, n_networks),  # w2
     ]
+
+
+def config_of_sizes(
+    sizes: dict[str, Any],  # hidden, layers, heads, ...: options of `base`
+    vocab_size: int,  # rows of embedding and head
+) -> dict[str, Any]:  # as far as a plan needs it
+    "What `base` will write into config.json"
+    return dict(
+        vocab_size=vocab_size,
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["intermediate"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["kv_heads"],
+        num_local_experts=sizes["experts"],
+        num_experts_per_tok=sizes["top_k"],
+        dtype="float32",
+    )
 
 
 def count_parameters(

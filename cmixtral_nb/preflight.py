@@ -17,6 +17,7 @@ from cmixtral_nb.plan import (
     INFERENCE,
     MIXTRAL_8X7B,
     cards_text,
+    config_of_sizes,
     disk_plan,
     disk_text,
     fits_text,
@@ -30,7 +31,7 @@ from cmixtral_nb.plan import (
 
 from .exams import hub_datasets, split_tasks, task_faults, task_files
 from .machine import gpu_bytes, world_size
-from .options import range_faults, refuse
+from .options import as_list, range_faults, refuse
 from .packages import installed_version, package_fault, package_faults
 from .recipe_check import check_recipe
 from .recipes import Step, read_recipe, recipe_steps, settings
@@ -65,8 +66,7 @@ def hub_ids(
             if (name, key, value) == ("evaluate", "data", "hub"):
                 ids = _question_ids(table)
             else:
-                items = value if isinstance(value, list) else [value]
-                ids = [_hub_id(key, item) for item in items if isinstance(item, str)]
+                ids = [_hub_id(key, item) for item in as_list(value) if isinstance(item, str)]
             found += [(name, key, hub_id) for hub_id in ids if hub_id]
     return list(dict.fromkeys(found))
 
@@ -76,7 +76,7 @@ def _model_config(recipe: dict) -> dict[str, Any]:
     "Configuration of the base: of the stand-in, a local folder, the hub's cache, or Mixtral-8x7B"
     model = _base_model(recipe)
     if not model:
-        return _stand_in_config(recipe)
+        return config_of_sizes(settings("base", recipe), vocab_size=32000)
     if (Path(model) / "config.json").is_file():
         return read_json(Path(model) / "config.json")
     if cached := _cached_config(model.removeprefix("hub:")):
@@ -93,22 +93,6 @@ def _base_model(recipe: dict) -> str:
     "Folder or hub id of the base that a recipe names; empty where it trains the stand-in"
     tables = (recipe.get("init", {}), recipe.get("pretrain", {}))
     return next((table["model"] for table in tables if table.get("model")), "")
-
-
-def _stand_in_config(recipe: dict) -> dict[str, Any]:
-    "What `base` will write into config.json, as far as a plan needs it"
-    base = settings("base", recipe)
-    return dict(
-        vocab_size=32000,
-        hidden_size=base["hidden"],
-        intermediate_size=base["intermediate"],
-        num_hidden_layers=base["layers"],
-        num_attention_heads=base["heads"],
-        num_key_value_heads=base["kv_heads"],
-        num_local_experts=base["experts"],
-        num_experts_per_tok=base["top_k"],
-        dtype="float32",
-    )
 
 
 def _cached_config(hub_id: str) -> str:

@@ -33,7 +33,7 @@ from cmixtral_nb.recipes import (
 
 from .checkpoints import HUB_ID
 from .languages import lang_script
-from .options import above, faults_of, nearest, range_faults
+from .options import above, as_list, faults_of, nearest, range_faults
 from .packing import parse_mix
 
 # %% ../nbs/a30b_recipe_check.ipynb #dae9f1a9
@@ -52,8 +52,7 @@ def _value_fault(key: str, value: Any, typ: Any) -> list[str]:
     "What is wrong with a value, whatever it is for"
     if not fits(value, typ):
         return [f"{key} = {shown(value)}: expected {type_name(typ)}"]
-    texts = [text for text in (value if isinstance(value, list) else [value])]
-    if any("\0" in text for text in texts if isinstance(text, str)):
+    if any("\0" in text for text in as_list(value) if isinstance(text, str)):
         return [f"{key} = {shown(value)}: expected no NUL character"]
     return []
 
@@ -136,7 +135,7 @@ _OF_THE_RUN = {
 
 def _home_fault(key: str, value: Any) -> list[str]:
     "A path that only a shell would understand"
-    for text in value if isinstance(value, list) else [value]:
+    for text in as_list(value):
         path = str(text).partition("=")[2] or str(text)
         if path.startswith("~/") or path == "~":
             return [f'{key} = {shown(text)}: "~" is not expanded in a recipe; write the whole path']
@@ -164,8 +163,7 @@ def _table_faults(name: str, table: dict) -> list[str]:
 # %% ../nbs/a30b_recipe_check.ipynb #07cc3764
 def _maker(folders: str | list[str]) -> str:
     "Tables of the steps that make folders of the chain"
-    wanted = folders if isinstance(folders, list) else [folders]
-    made_by = [step.command for step in STEPS if step.folder in wanted]
+    made_by = [step.command for step in STEPS if step.folder in as_list(folders)]
     return " or ".join(f"[{name}]" for name in dict.fromkeys(made_by))
 
 
@@ -231,8 +229,7 @@ def _place_faults(name: str, table: dict) -> list[str]:
     "Files and folders that a table names and that are not there; hub ids are asked for later"
     faults = []
     for key, what in _PLACES.items():
-        value = table.get(key, [])
-        for ref in value if isinstance(value, list) else [value]:
+        for ref in as_list(table.get(key, [])):
             hub_id = HUB_ID.fullmatch(ref) and not ref.startswith(".")
             elsewhere = hub_id or ref.startswith(("hub:", "builtin:"))
             if not elsewhere and not os.path.exists(ref):

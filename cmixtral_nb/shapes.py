@@ -8,6 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "TEXT",
+    "TRUTH",
     "NAME",
     "ANYTHING",
     "visible",
@@ -78,6 +79,7 @@ def whole(
 
 
 TEXT = Range(lambda value: isinstance(value, str), "text")
+TRUTH = Range(lambda value: isinstance(value, bool), "true or false")
 NAME = Range(lambda value: type(value) in (str, int), "text or a whole number")  # of a row
 ANYTHING = Range(lambda value: True, "anything")
 
