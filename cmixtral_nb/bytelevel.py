@@ -21,9 +21,9 @@ __all__ = [
 ]
 
 # %% ../nbs/04b_bytelevel.ipynb #7584f5d0
+import copy
 import heapq
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -307,16 +307,16 @@ def extended(
     merges: list[Merge],  # in the order of their ranks
 ) -> ByteBase:
     "The base with merges appended"
-    config = json.loads(json.dumps(base.config))
-    model = config["model"]
-    for token in config.get("added_tokens") or []:  # else they would be numbered anew
-        model["vocab"].setdefault(token["content"], token["id"])
-    as_text = isinstance(model["merges"][0], str)  # older files write "a b" for ["a", "b"]
+    model = base.config["model"]
+    vocab, all_merges = dict(model["vocab"]), list(model["merges"])
+    for token in base.config.get("added_tokens") or []:  # else they would be numbered anew
+        vocab.setdefault(token["content"], token["id"])
+    as_text = isinstance(all_merges[0], str)  # older files write "a b" for ["a", "b"]
     for i, merge in enumerate(merges, base.first_free):
         left, right = to_letters(merge.left), to_letters(merge.right)
-        model["vocab"][left + right] = i
-        model["merges"].append(f"{left} {right}" if as_text else [left, right])
-    return ByteBase(config)
+        vocab[left + right] = i
+        all_merges.append(f"{left} {right}" if as_text else [left, right])
+    return ByteBase({**base.config, "model": {**model, "vocab": vocab, "merges": all_merges}})
 
 
 def chars_per_token(
@@ -381,8 +381,8 @@ def repaired(
 ) -> ByteBase | None:  # None where the base keeps marks with their letters, or cuts in another way
     "The base with a regular expression that keeps own marks with the letter before them"
     marks = own_marks(own)
-    config = json.loads(json.dumps(base.config))
-    steps = [part for step in pre_tokenizers(config) for part in _split_open(step)]
+    before = copy.deepcopy(pre_tokenizers(base.config))
+    steps = [part for step in before for part in _split_open(step)]
     n_changed = 0
     for step in steps:
         pattern = step.get("pattern", {}).get("Regex", "")
@@ -392,5 +392,7 @@ def repaired(
                 n_changed += 1
         if pattern:
             step["pattern"]["Regex"] = pattern
-    config["pre_tokenizer"] = dict(type="Sequence", pretokenizers=steps)
-    return ByteBase(config) if n_changed else None
+    if not n_changed:
+        return None
+    cut = dict(type="Sequence", pretokenizers=steps)
+    return ByteBase({**base.config, "pre_tokenizer": cut})
