@@ -109,6 +109,37 @@ def cmixtral(*args, cwd=None, env=None, code="", timeout=600):
     )
 
 
+def small_tokenizer(folder, sentence):
+    "A BPE model of 290 pieces, bytes among them, that knows the characters of one sentence"
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([sentence] * 9),
+        model_prefix=str(folder / "small"),
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder / "small.model"
+
+
+SHORT_TRAINING = dict(  # of `pretrain`
+    rank=4,
+    alpha=8,
+    batch=2,
+    lr=1e-3,
+    warmup=0,
+    eval_every=2,
+    save_every=2,
+    log_every=1,
+    eval_chars=100,
+)
+
+
 @pytest.fixture(scope="session")
 def plain(wheel, tmp_path_factory):
     "The package as `pip install .` leaves it, without any extra"

@@ -8,8 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from as_gpu import as_deepspeed, as_gpu
+from conftest import SHORT_TRAINING, small_tokenizer
 from safetensors.torch import load_file
-from sentencepiece import SentencePieceTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, Trainer
 
 from cmixtral_nb import bits
@@ -25,18 +25,7 @@ from cmixtral_nb.stages import Artifact, read_json
 from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
 from cmixtral_nb.training import read_log
 
-ARGS = dict(
-    rank=4,
-    alpha=8,
-    batch=2,
-    steps=2,
-    lr=1e-3,
-    warmup=0,
-    eval_every=2,
-    save_every=2,
-    log_every=1,
-    eval_chars=100,
-)
+ARGS = dict(SHORT_TRAINING, steps=2)
 DETERMINISTIC = {"FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 
@@ -44,17 +33,7 @@ DETERMINISTIC = {"FLASH_ATTENTION_DETERMINISTIC": "1"}
 def here(tmp_path_factory):
     "A model so small that a stage takes a second, and examples that hold several documents each"
     d = tmp_path_factory.mktemp("gpu")
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(["第篇词表扩充 number 0123456789"] * 9),
-        model_prefix=str(d / "small"),
-        model_type="bpe",
-        vocab_size=290,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+    small_tokenizer(d, "第篇词表扩充 number 0123456789")
     (d / "model").mkdir()
     write_tokenizer(d / "small.model", d / "model")
     n_rows = len(load_tokenizer(d / "model"))

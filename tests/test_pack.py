@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import small_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceTrainer
 
 from cmixtral_nb import pack as pack_module
 from cmixtral_nb import packing
@@ -61,17 +61,7 @@ def write_jsonl(file, texts):
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     d = tmp_path_factory.mktemp("pack")
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(["号文章扩充词表讲 article of some length "] * 9),
-        model_prefix=str(d / "small"),
-        model_type="bpe",
-        vocab_size=290,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+    small_tokenizer(d, "号文章扩充词表讲 article of some length ")
     write_tokenizer(d / "small.model", d / "tok")
     write_jsonl(d / "zh.jsonl", [f"{i} 号文章，<s>讲词表</s>。" * (1 + i % 5) for i in range(300)])
     write_corpus(

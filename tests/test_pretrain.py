@@ -12,6 +12,7 @@ import sys
 import bench_resume
 import pytest
 import torch
+from conftest import SHORT_TRAINING
 from safetensors.torch import load_file
 
 from cmixtral_nb.mixtral import small_config
@@ -22,19 +23,7 @@ from cmixtral_nb.stages import StageError, read_json, write_json
 from cmixtral_nb.tokenizer_files import write_tokenizer
 from cmixtral_nb.training import read_log, ready_checkpoints, saved_checkpoints
 
-ARGS = dict(
-    rank=4,
-    alpha=8,
-    batch=2,
-    steps=4,
-    lr=1e-3,
-    warmup=0,
-    eval_every=2,
-    save_every=2,
-    log_every=1,
-    eval_chars=100,
-    device="cpu",
-)
+ARGS = dict(SHORT_TRAINING, steps=4, device="cpu")
 
 
 @pytest.fixture(scope="module")
