@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -338,6 +339,13 @@ class Browser:
         colour = self.page.evaluate("getComputedStyle(document.body).backgroundColor")
         return sum(int(n) for n in re.findall(r"\d+", colour)[:3])
 
+    def wait_for_dark(self, name):
+        "The page is dark within ten seconds: the scheme changes in an event, not at once"
+        deadline = time.monotonic() + 10
+        while self.background() >= 200:
+            assert time.monotonic() < deadline, f"{name} stays light: {self.background()}"
+            self.page.wait_for_timeout(20)
+
     def find(self, term):
         "Texts and links of what the search finds"
         box = self.page.locator(".smalldocs-search input").first
@@ -379,10 +387,7 @@ def test_every_page_in_a_browser(browser, site, pages):
         browser.page.emulate_media(color_scheme="dark")
         assert browser.width() <= 390, f"{name} is {browser.width()} pixels wide on a phone"
         assert browser.page.evaluate(CUT_CODE) == [], name
-        browser.page.wait_for_function(
-            "document.documentElement.classList.contains('quarto-dark') || true"
-        )
-        assert browser.background() < 200, name
+        browser.wait_for_dark(name)
         broken = browser.page.evaluate(
             "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
         )
@@ -439,10 +444,9 @@ def test_under_a_path(browser, site):
 def test_scheme_can_be_switched_by_hand(browser, site):
     browser.page.emulate_media(color_scheme="light")
     browser.page.goto((site / "search.html").as_uri())
-    before = browser.background()
+    assert browser.background() > 600
     browser.page.click(".quarto-color-scheme-toggle")
-    browser.page.wait_for_timeout(200)
-    assert before > 600 > 200 > browser.background()
+    browser.wait_for_dark("search.html")
     browser.page.click(".quarto-color-scheme-toggle")
 
 
