@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from plain_install import install
+from filelock import FileLock
+from plain_install import Plain, install
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
 if os.environ.get("CMIXTRAL_TEST_GPU") != "1":  # before PyTorch looks
@@ -140,21 +141,49 @@ SHORT_TRAINING = dict(  # of `pretrain`
 )
 
 
+def once(tmp_path_factory, name, make):
+    """A folder of this name, made by the first of the workers that asks for it; others wait
+
+    `make(folder)` fills it; what it returns is what everybody gets, as text.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+    folder, answer = root / name, root / f"{name}.answer"
+    with FileLock(root / f"{name}.lock"):
+        if not answer.is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # left by a worker that failed
+            folder.mkdir()
+            answer.write_text(str(make(folder)))
+    return folder, answer.read_text()
+
+
 @pytest.fixture(scope="session")
 def plain(wheel, tmp_path_factory):
     "The package as `pip install .` leaves it, without any extra"
-    return install(next((wheel.parent / "dist").glob("*.whl")), tmp_path_factory.mktemp("plain"))
+    file = next((wheel.parent / "dist").glob("*.whl"))
+    _, python = once(tmp_path_factory, "plain", lambda folder: install(file, folder).python)
+    return Plain(Path(python))
+
+
+def run_micro(plain, folder):
+    "The micro recipe from the corpus to the report -> what was printed"
+    recipe = folder / "micro.toml"
+    recipe.write_text(MICRO)
+    out = plain.script("cmixtral", "run", recipe, "--out", folder / "run", cwd=folder)
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
+    return out.stdout
 
 
 @pytest.fixture(scope="session")
 def micro(plain, tmp_path_factory):
-    "(folder of the run, recipe file, what the first run printed); run by the plain install"
-    tmp = tmp_path_factory.mktemp("micro")
-    recipe = tmp / "micro.toml"
-    recipe.write_text(MICRO)
-    out = plain.script("cmixtral", "run", recipe, "--out", tmp / "run", cwd=tmp)
-    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
-    return tmp / "run", recipe, out.stdout
+    """(folder of the run, recipe file, what the run printed); run by the plain install
+
+    The run is made once; each worker has a copy, in which its tests may run it again.
+    """
+    made, printed = once(tmp_path_factory, "micro", lambda folder: run_micro(plain, folder))
+    own = shutil.copytree(made, tmp_path_factory.mktemp("micro") / "own", symlinks=True)
+    return own / "run", own / "micro.toml", printed
 
 
 class Cli:
@@ -179,23 +208,27 @@ def cli(capsys):
     return Cli(capsys)
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    "The package as a user installs it: what the wheel holds, and beside it the wheel"
-    tmp = tmp_path_factory.mktemp("wheel")
+def build_wheel(folder):
+    "The wheel in `dist`, what it holds in `site`"
     root = Path(__file__).parents[1]
     no_caches = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(root / "cmixtral_nb", tmp / "cmixtral_nb", ignore=no_caches)
+    shutil.copytree(root / "cmixtral_nb", folder / "cmixtral_nb", ignore=no_caches)
     for name in ["settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]:
-        shutil.copy(root / name, tmp)
+        shutil.copy(root / name, folder)
 
     def pip(*args):
         command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *args]
-        subprocess.run(command, cwd=tmp, check=True, capture_output=True)
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
     pip("wheel", "--no-deps", "--no-build-isolation", "-w", "dist", ".")
-    pip("install", "--no-deps", "--target", "site", *(tmp / "dist").glob("*.whl"))
-    return tmp / "site"
+    pip("install", "--no-deps", "--target", "site", *(folder / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    "The package as a user installs it: what the wheel holds, and beside it the wheel"
+    folder, _ = once(tmp_path_factory, "wheel", build_wheel)
+    return folder / "site"
 
 
 @pytest.fixture(scope="module")
