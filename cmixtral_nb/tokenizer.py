@@ -31,6 +31,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmixtral_nb.byte_pieces import (
+    byte_tokenizer_faults,
+    check_byte_tokenizer,
+    learn_byte_pieces,
+    sentencepiece_faults,
+)
 from cmixtral_nb.pieces import (
     Piece,
     base_tokenizer_model,
@@ -51,10 +57,12 @@ from cmixtral_nb.runs import (
     write_runs,
 )
 
+from .byte_bases import is_byte_base
 from .corpora import corpus_texts
 from .languages import lang_script, script_pattern
 from .lexicons import check_tokenizer, mix_runs, run_sources, tokenizer_option_faults
 from .machine import say
+from .options import faults_of, refuse
 from .stages import require, stage
 
 if TYPE_CHECKING:
@@ -312,12 +320,27 @@ def _kept_chars(counts: Counter, n_pieces: int, n_chars: int | None) -> list[str
     return chars
 
 
+def _option_faults(**options: Any) -> list[str]:
+    "What is wrong with options, before there is a corpus"
+    if is_byte_base(options["base"]):
+        return byte_tokenizer_faults(**options)
+    return [*sentencepiece_faults(**options), *tokenizer_option_faults(**options)]
+
+
+def _check(**options: Any) -> None:
+    "Refuse options and inputs that cannot be, all at once"
+    if is_byte_base(options["base"]):
+        check_byte_tokenizer(**options)
+    else:
+        refuse([*sentencepiece_faults(**options), *faults_of(check_tokenizer, **options)])
+
+
 @stage(
     "pieces",
     inputs=("corpus", "lexicons", "base"),
     ignore=("workers",),
-    check=check_tokenizer,
-    options=tokenizer_option_faults,
+    check=_check,
+    options=_option_faults,
     schema=2,
 )
 def tokenizer(
@@ -333,11 +356,25 @@ def tokenizer(
     lexicons: list[str] | None = None,  # word lists, "SHARE:NAME" each: jieba, wordfreq, a file
     opencc: list[str] | None = None,  # share of everything to convert, such as 0.1:s2t each
     method: str = "bpe",  # 'bpe', or 'continued': merge on from the tokens of the base
-    base: str = "mixtral",  # base tokenizer, for 'continued'
+    # base tokenizer: 'mixtral' or a sentencepiece file, which only 'continued' reads; or a folder
+    # with a byte-level tokenizer.json, or 'tekken', whose merges are gone on with
+    base: str = "mixtral",
+    # of a byte-level base: own letters of a script that kept languages share, 'exclusive', 'any'
+    # (beyond ASCII) or 'free'; none: exclusive for Latin, elsewhere all characters of the script
+    letters: str = "",
+    companions: str = "",  # of a byte-level base: further own characters, such as U+200B
+    # of a byte-level base: 'bytes', a merge may hold part of a character; or 'characters'
+    rule: str = "bytes",
+    repair: bool = False,  # of a byte-level base: keep own marks with the letter before them
     memory_chars: int = 24_000_000,  # of different runs, some 70 bytes each; more are thinned
     workers: int = 2,  # processes that count
 ):
-    "Train candidate pieces on the runs of one script"
+    "Train candidate pieces on the runs of one script, or merges for a byte-level base"
+    if is_byte_base(base):
+        own = (lang, script, letters, companions, rule, repair)
+        return learn_byte_pieces(
+            corpus, out, base, *own, n_pieces, max_chars, limit_chars, memory_chars
+        )
     texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
     counted = count_runs(texts, out / "corpus.runs", script, marks, workers)
     n_run_chars = mass(read_runs(counted))
