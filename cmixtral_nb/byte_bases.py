@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "LETTER_OF",
     "BYTE_OF",
+    "CHARACTER",
     "TEKKEN",
     "to_letters",
     "to_bytes",
@@ -26,6 +27,7 @@ __all__ = [
 # %% ../nbs/a09b_byte_bases.ipynb #60a741e1
 import base64
 import functools
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ from .shapes import ANYTHING, TEXT, read_shaped, shape_fault, visible, whole
 from .stages import require, write_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 
 # %% ../nbs/a09b_byte_bases.ipynb #6c17d1fb
@@ -48,10 +50,11 @@ def _letters() -> dict[int, str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}
     others = (byte for byte in range(256) if byte not in letters)
-    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: letters[byte] for byte in range(256)}
 
 
-LETTER_OF = _letters()
+LETTER_OF = _letters()  # in the order of bytes
 BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
 
 
@@ -70,9 +73,13 @@ def to_bytes(
 
 
 # %% ../nbs/a09b_byte_bases.ipynb #360b7527
+# a word holds this and a code point for a character that the vocabulary lacks
+CHARACTER = 1 << 24
+
+
 @dataclass(frozen=True)
 class ByteBase:
-    "A byte-level BPE tokenizer"
+    "A BPE tokenizer that can spell any text; `SpacedBase` is its kind with ▁ for a blank"
 
     config: dict[str, Any]  # what its tokenizer.json holds
 
@@ -106,6 +113,33 @@ class ByteBase:
             if piece not in added and BYTE_OF.keys() >= set(piece)
         }
 
+    @property
+    def byte_pieces(self) -> list[str]:
+        "The names of the 256 bytes"
+        return list(LETTER_OF.values())
+
+    def spelled(
+        self,
+        raw: bytes,  # a piece
+    ) -> str:
+        "How the file writes a piece"
+        return to_letters(raw)
+
+    def words(
+        self,
+        encoded: Encoding,  # of a text
+        characters: set[str],  # that may become pieces, where the vocabulary lacks them
+    ) -> Iterable[tuple[int, ...]]:
+        "The ids of each pre-token: the stretches within which tokens may be joined"
+        rows = zip(encoded.ids, encoded.word_ids, strict=True)
+        for _, group in itertools.groupby(rows, key=lambda row: row[1]):
+            yield tuple(token for token, _ in group)
+
+    def cut_faults(self) -> Iterable[str]:
+        "Why texts are not cut as this kind cuts them"
+        if not any(step.get("type") == "ByteLevel" for step in pre_tokenizers(self.config)):
+            yield "its pre-tokenizer does not turn text into bytes (ByteLevel)"
+
 
 # %% ../nbs/a09b_byte_bases.ipynb #d70dd0a5
 _SHAPE = {  # of the file of any tokenizer
@@ -130,7 +164,7 @@ def pre_tokenizers(
 def _vocabulary_faults(base: ByteBase) -> Iterable[str]:
     "What is wrong with pieces and ids"
     vocab = base.config["model"]["vocab"]
-    missing = [byte for byte, letter in LETTER_OF.items() if letter not in vocab]
+    missing = [byte for byte, name in enumerate(base.byte_pieces) if name not in vocab]
     if missing:
         yield f"the vocabulary lacks {len(missing)} of the 256 bytes, such as 0x{missing[0]:02X}"
     if len(set(vocab.values())) < len(vocab):
@@ -148,8 +182,7 @@ def base_faults(
     faults = []
     if not model["merges"]:
         faults.append("it has no merges")
-    if not any(step.get("type") == "ByteLevel" for step in pre_tokenizers(base.config)):
-        faults.append("its pre-tokenizer does not turn text into bytes (ByteLevel)")
+    faults += base.cut_faults()
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
             faults.append(f"model.{key} is {visible(repr(model[key]), 40)}, expected none")
@@ -186,10 +219,17 @@ def is_byte_base(
     return path.suffix == ".json"
 
 
+def _of_its_kind(config: dict[str, Any]) -> ByteBase:
+    "A base whose texts are bytes from the start, or one whose blanks are ▁"
+    from cmixtral_nb.spaced_bases import SpacedBase  # it is made from the class above
+
+    return SpacedBase(config) if config["model"].get("byte_fallback") is True else ByteBase(config)
+
+
 def read_byte_base(
     ref: str | Path,  # a folder with tokenizer.json, such a file, or a name of `TEKKEN`
 ) -> ByteBase:
-    "A byte-level tokenizer; `StageError` with every reason why it cannot be extended"
+    "A BPE tokenizer; `StageError` with every reason why it cannot be extended"
     if str(ref) in TEKKEN:
         return tekken(str(ref))
     path = base_file(ref)
@@ -198,7 +238,7 @@ def read_byte_base(
     require(kind == "BPE", f"{path} is a {visible(kind, 40)} tokenizer, expected byte-level BPE")
     fault = shape_fault(config, _BPE_SHAPE)
     require(not fault, f"{path}: {fault}")
-    base = ByteBase(config)
+    base = _of_its_kind(config)
     faults = base_faults(base) or [fault for fault in [_loaded(base)] if fault]
     refuse(f"{path}: {fault}; expected another base" for fault in faults)
     return base

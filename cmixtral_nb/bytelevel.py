@@ -15,6 +15,7 @@ __all__ = [
     "learn_merges",
     "extended",
     "chars_per_token",
+    "n_pre_tokens",
     "chars_per_pre_token",
     "own_marks",
     "repaired",
@@ -24,12 +25,14 @@ __all__ = [
 import copy
 import heapq
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .byte_bases import ByteBase, pre_tokenizers, to_letters
+from .byte_bases import CHARACTER, ByteBase, pre_tokenizers
 from .languages import script_ranges
 
 if TYPE_CHECKING:
@@ -113,12 +116,6 @@ class OwnBytes:
 _DOCUMENTS_AT_ONCE = 200
 
 
-def _pre_tokens(ids: list[int], numbers: list[int | None]) -> Iterable[tuple[int, ...]]:
-    "Example: _pre_tokens([7, 8, 9], [0, 0, 1]) -> (7, 8), (9,)"
-    for _, group in itertools.groupby(zip(ids, numbers, strict=True), key=lambda row: row[1]):
-        yield tuple(token for token, _ in group)
-
-
 def count_words(
     base: ByteBase,
     texts: Iterable[str],  # documents
@@ -129,9 +126,11 @@ def count_words(
     left = iter(texts)
     while batch := list(itertools.islice(left, _DOCUMENTS_AT_ONCE)):
         for encoded in base.tok.encode_batch(batch, add_special_tokens=False):
-            counts.update(_pre_tokens(encoded.ids, encoded.word_ids))
+            counts.update(base.words(encoded, own.characters))
 
     def may_change(word: tuple[int, ...]) -> bool:
+        if max(word) >= CHARACTER:
+            return True
         return len(word) > 1 and own.in_bytes(b"".join(base.bytes_of.get(i, b"") for i in word))
 
     return Counter({word: n for word, n in counts.items() if may_change(word)})
@@ -140,7 +139,7 @@ def count_words(
 # %% ../nbs/04b_bytelevel.ipynb #88bf3321
 _END = -1  # the token that separates words
 _GONE = -2  # of a place whose token became part of the one before it
-_IDS = 1 << 21  # more than a vocabulary has: two ids make one number
+_IDS = 1 << 26  # more ids than there can be: two ids make one number
 
 
 class _Words:
@@ -160,6 +159,15 @@ class _Words:
         places = np.arange(n_places)
         self.after = np.minimum(places + 1, n_places - 1)
         self.before = np.maximum(places - 1, 0)
+
+    def characters(self) -> dict[int, int]:
+        "How often each character occurs that the vocabulary lacks; none does in a base of bytes"
+        import numpy as np
+
+        places = np.flatnonzero(self.token >= CHARACTER)
+        found, which = np.unique(self.token[places], return_inverse=True)
+        counts = np.bincount(which, self.weight[places], len(found)).astype(np.int64)
+        return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
     def pairs_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Of these places, those where a pair begins, and the pair as one number"
@@ -256,9 +264,18 @@ class _Pairs:
 class Merge(NamedTuple):
     "Two pieces that become one"
 
-    left: bytes
+    left: bytes  # empty: a character becomes a piece that the vocabulary spelled in bytes
     right: bytes
     count: int  # type: ignore[assignment]  # in the training text; the name hides tuples' method
+
+
+def _best_first(characters: list[Merge], merges: list[Merge]) -> list[Merge]:
+    "By how many tokens each saves; a character comes before every merge that needs it"
+
+    def saved(merge: Merge) -> int:
+        return merge.count * (1 if merge.left else max(1, len(merge.right) - 1))
+
+    return sorted([*characters, *merges], key=saved, reverse=True)
 
 
 def learn_merges(
@@ -267,14 +284,21 @@ def learn_merges(
     allowed: Callable[[bytes], bool],  # whether a merge may make these bytes
     n_merges: int,  # how many, at most
     fewest: int = 2,  # occurrences; what is rarer is no piece
+    longest: int = 64,  # bytes of a piece; longer ones are phrases of one corpus
 ) -> list[Merge]:  # in the order of their ranks; every beginning of the list is a vocabulary
     "Go on with BPE where the base stopped"
     import numpy as np
 
     words = _Words(counts)
-    raw = dict(bytes_of)
+    characters = {i: chr(i - CHARACTER).encode() for i in words.characters()}
+    raw = bytes_of | characters
     known = set(raw.values())
-    pairs = _Pairs(lambda left, right: allowed(raw[left] + raw[right]), fewest)
+
+    def may_join(left: int, right: int) -> bool:
+        joined = raw[left] + raw[right]
+        return len(joined) <= longest and allowed(joined)
+
+    pairs = _Pairs(may_join, fewest)
     places, found = words.pairs_at(np.arange(len(words.token)))
     pairs.add(places, found, words.weight[places])
 
@@ -298,7 +322,8 @@ def learn_merges(
         around, after = words.around(places)
         pairs.add(around, after, words.weight[around])
         new += 1
-    return merges
+    lacking = [Merge(b"", characters[i], n) for i, n in words.characters().items() if n >= fewest]
+    return _best_first(lacking, merges)[:n_merges]
 
 
 # %% ../nbs/04b_bytelevel.ipynb #d9e35fdf
@@ -313,10 +338,13 @@ def extended(
         vocab.setdefault(token["content"], token["id"])
     as_text = isinstance(all_merges[0], str)  # older files write "a b" for ["a", "b"]
     for i, merge in enumerate(merges, base.first_free):
-        left, right = to_letters(merge.left), to_letters(merge.right)
+        left, right = base.spelled(merge.left), base.spelled(merge.right)
         vocab[left + right] = i
-        all_merges.append(f"{left} {right}" if as_text else [left, right])
-    return ByteBase({**base.config, "model": {**model, "vocab": vocab, "merges": all_merges}})
+        if left:
+            all_merges.append(f"{left} {right}" if as_text else [left, right])
+    return replace(
+        base, config={**base.config, "model": {**model, "vocab": vocab, "merges": all_merges}}
+    )
 
 
 def chars_per_token(
@@ -329,16 +357,24 @@ def chars_per_token(
 
 
 # %% ../nbs/04b_bytelevel.ipynb #d8820f09
+def n_pre_tokens(
+    tok: Tokenizer,
+    text: str,
+) -> int:
+    "Into how many pre-tokens a text is cut"
+    normal = tok.normalizer.normalize_str(text) if tok.normalizer else text
+    return len(tok.pre_tokenizer.pre_tokenize_str(normal)) if tok.pre_tokenizer else 1
+
+
 def chars_per_pre_token(
     tok: Tokenizer,
     texts: list[str],  # documents
-) -> float:  # no extension has more characters per token
+) -> float:  # no extension has more characters per token; infinite where texts are not cut
     "Characters of text that one pre-token holds"
-    n_pre_tokens = 0
-    for text in texts:
-        normal = tok.normalizer.normalize_str(text) if tok.normalizer else text
-        n_pre_tokens += len(tok.pre_tokenizer.pre_tokenize_str(normal))
-    return sum(map(len, texts)) / max(1, n_pre_tokens)
+    if n_pre_tokens(tok, "two words") == 1:
+        return math.inf
+    cuts = sum(n_pre_tokens(tok, text) for text in texts)
+    return sum(map(len, texts)) / max(1, cuts)
 
 
 # %% ../nbs/04b_bytelevel.ipynb #4c4a9354
@@ -395,4 +431,4 @@ def repaired(
     if not n_changed:
         return None
     cut = dict(type="Sequence", pretokenizers=steps)
-    return ByteBase({**base.config, "pre_tokenizer": cut})
+    return replace(base, config={**base.config, "pre_tokenizer": cut})
