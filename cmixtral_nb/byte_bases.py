@@ -9,11 +9,11 @@ from __future__ import annotations
 __all__ = [
     "LETTER_OF",
     "BYTE_OF",
-    "CHARACTER",
     "TEKKEN",
     "to_letters",
     "to_bytes",
     "ByteBase",
+    "SpacedBase",
     "pre_tokenizers",
     "base_faults",
     "base_file",
@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 from .options import refuse
 from .pieces import package_file
 from .shapes import ANYTHING, TEXT, read_shaped, shape_fault, visible, whole
+from .spaced_bases import BYTE_PIECES, SpacedPieces, spaced_faults, steps_of
 from .stages import require, write_json
 
 if TYPE_CHECKING:
@@ -73,13 +74,9 @@ def to_bytes(
 
 
 # %% ../nbs/a09b_byte_bases.ipynb #360b7527
-# a word holds this and a code point for a character that the vocabulary lacks
-CHARACTER = 1 << 24
-
-
 @dataclass(frozen=True)
 class ByteBase:
-    "A BPE tokenizer that can spell any text; `SpacedBase` is its kind with ▁ for a blank"
+    "A BPE tokenizer whose texts are bytes from the start"
 
     config: dict[str, Any]  # what its tokenizer.json holds
 
@@ -141,6 +138,45 @@ class ByteBase:
             yield "its pre-tokenizer does not turn text into bytes (ByteLevel)"
 
 
+@dataclass(frozen=True)
+class SpacedBase(ByteBase):
+    "A BPE tokenizer of characters, with ▁ for a blank and bytes for what it lacks: Gemma"
+
+    @cached_property
+    def _pieces(self) -> SpacedPieces:
+        added = {token["content"] for token in self.config.get("added_tokens") or []}
+        return SpacedPieces(self.config["model"]["vocab"], added)
+
+    @property
+    def bytes_of(self) -> dict[int, bytes]:  # type: ignore[override]
+        "The bytes of each piece that text may give; ▁ stays ▁"
+        return self._pieces.bytes_of
+
+    @property
+    def byte_pieces(self) -> list[str]:
+        "The names of the 256 bytes"
+        return BYTE_PIECES
+
+    def spelled(
+        self,
+        raw: bytes,  # a piece, of whole characters
+    ) -> str:
+        "How the file writes a piece: as it is"
+        return raw.decode()
+
+    def words(
+        self,
+        encoded: Encoding,  # of a text
+        characters: set[str],  # that may become pieces, where the vocabulary lacks them
+    ) -> Iterable[tuple[int, ...]]:
+        "The ids of each stretch within which tokens may be joined"
+        return self._pieces.words(encoded.ids, characters)
+
+    def cut_faults(self) -> Iterable[str]:
+        "Why texts are not cut as this kind cuts them"
+        return spaced_faults(self.config)
+
+
 # %% ../nbs/a09b_byte_bases.ipynb #d70dd0a5
 _SHAPE = {  # of the file of any tokenizer
     "model": {"type": TEXT},
@@ -154,11 +190,7 @@ def pre_tokenizers(
     config: dict[str, Any],  # a tokenizer.json
 ) -> list[dict]:  # in the order of work
     "The steps that cut a text into pre-tokens"
-    found = config.get("pre_tokenizer")
-    if not isinstance(found, dict):
-        return []
-    steps = found.get("pretokenizers") if found.get("type") == "Sequence" else [found]
-    return [step for step in steps or [] if isinstance(step, dict)]
+    return steps_of(config, "pre_tokenizer")
 
 
 def _vocabulary_faults(base: ByteBase) -> Iterable[str]:
@@ -221,8 +253,6 @@ def is_byte_base(
 
 def _of_its_kind(config: dict[str, Any]) -> ByteBase:
     "A base whose texts are bytes from the start, or one whose blanks are ▁"
-    from cmixtral_nb.spaced_bases import SpacedBase  # it is made from the class above
-
     return SpacedBase(config) if config["model"].get("byte_fallback") is True else ByteBase(config)
 
 

@@ -32,8 +32,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .byte_bases import CHARACTER, ByteBase, pre_tokenizers
+from .byte_bases import ByteBase, pre_tokenizers
 from .languages import script_ranges
+from .spaced_bases import CHARACTER
 
 if TYPE_CHECKING:
     import numpy as np

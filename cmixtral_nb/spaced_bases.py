@@ -6,73 +6,58 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["SpacedBase", "spaced_faults"]
+__all__ = ["CHARACTER", "BYTE_PIECES", "SpacedPieces", "steps_of", "spaced_faults"]
 
 # %% ../nbs/a09c_spaced_bases.ipynb #2e1489f2
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .byte_bases import CHARACTER, ByteBase, pre_tokenizers
 from .shapes import visible
 
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
 # %% ../nbs/a09c_spaced_bases.ipynb #32eee48c
+CHARACTER = 1 << 24  # and a code point: a character that the vocabulary lacks
+BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 _BLANK = "▁"
 _NO_TOKEN = -1  # a character that stays in bytes
 
 
 @dataclass(frozen=True)
-class SpacedBase(ByteBase):
-    "A BPE tokenizer of characters: ▁ for a blank, bytes for a character that it lacks"
+class SpacedPieces:
+    "The pieces of a base with ▁ for a blank"
 
-    @property
-    def byte_pieces(self) -> list[str]:
-        "The names of the 256 bytes"
-        return [f"<0x{byte:02X}>" for byte in range(256)]
-
-    def spelled(
-        self,
-        raw: bytes,  # a piece; of whole characters
-    ) -> str:
-        "How the file writes a piece: as it is"
-        return raw.decode()
+    vocab: dict[str, int]  # piece -> id
+    added: set[str]  # names of the tokens that are cut out of a text before BPE
 
     @cached_property
     def bytes_of(self) -> dict[int, bytes]:
         "The bytes of each piece that text may give; ▁ stays ▁"
-        byte_of = {name: bytes([byte]) for byte, name in enumerate(self.byte_pieces)}
-        added = {token["content"] for token in self.config.get("added_tokens") or []}
-        return {
-            i: byte_of.get(piece) or piece.encode()
-            for piece, i in self.config["model"]["vocab"].items()
-            if piece not in added
-        }
+        byte_of = {name: bytes([byte]) for byte, name in enumerate(BYTE_PIECES)}
+        pieces = {i: piece for piece, i in self.vocab.items() if piece not in self.added}
+        return {i: byte_of.get(piece) or piece.encode() for i, piece in pieces.items()}
 
     @cached_property
     def _byte_of(self) -> dict[int, int]:
         "The byte of each byte piece"
-        vocab = self.config["model"]["vocab"]
-        return {vocab[name]: byte for byte, name in enumerate(self.byte_pieces)}
+        return {self.vocab[name]: byte for byte, name in enumerate(BYTE_PIECES)}
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        "The pieces that are text"
+        return {i: raw.decode() for i, raw in self.bytes_of.items() if i not in self._byte_of}
 
     @cached_property
     def _inner(self) -> set[int]:
         "Pieces that may follow another one within a word"
-        raw_of = self.bytes_of.items()
-        texts = {i: raw.decode() for i, raw in raw_of if i not in self._byte_of}
-        return {i for i, text in texts.items() if _BLANK not in text and text.split() == [text]}
+        rows = self._texts.items()
+        return {i for i, text in rows if _BLANK not in text and text.split() == [text]}
 
     @cached_property
     def _first(self) -> set[int]:
-        "Pieces that may begin a word: those with one blank, which stands in front"
-        blank = _BLANK.encode()
-        return {
-            i for i, raw in self.bytes_of.items() if raw.startswith(blank) and raw.count(blank) == 1
-        }
+        "Pieces that may only begin a word: those with one blank, which stands in front"
+        return {i for i, text in self._texts.items() if text.rfind(_BLANK) == 0}
 
     def _with_characters(self, ids: list[int], characters: set[str]) -> Iterable[int]:
         "The ids, with one number for the bytes of each lacking character"
@@ -85,12 +70,12 @@ class SpacedBase(ByteBase):
 
     def words(
         self,
-        encoded: Encoding,  # of a text
+        ids: list[int],  # of a text
         characters: set[str],  # that may become pieces, where the vocabulary lacks them
     ) -> Iterable[tuple[int, ...]]:
         "The ids of each word: of what stands between blanks and ends of lines"
         word: list[int] = []
-        for i in self._with_characters(encoded.ids, characters):
+        for i in self._with_characters(ids, characters):
             if i in self._inner or i >= CHARACTER:
                 word.append(i)
                 continue
@@ -100,14 +85,14 @@ class SpacedBase(ByteBase):
         if word:
             yield tuple(word)
 
-    def cut_faults(self) -> Iterable[str]:
-        "Why texts are not cut as this kind cuts them"
-        return spaced_faults(self.config)
-
 
 # %% ../nbs/a09c_spaced_bases.ipynb #e7b55c3e
-def _steps(config: dict[str, Any], key: str, parts: str) -> list[dict[str, Any]]:
-    "The parts of a sequence, or the one step that there is"
+def steps_of(
+    config: dict[str, Any],  # a tokenizer.json
+    key: str,  # "normalizer" or "pre_tokenizer"
+) -> list[dict[str, Any]]:  # in the order of work
+    "The steps of a sequence, or the one step that there is"
+    parts = key + "s" if key == "normalizer" else "pretokenizers"
     found = config.get(key)
     if not isinstance(found, dict):
         return []
@@ -124,8 +109,8 @@ def spaced_faults(
     config: dict[str, Any],  # a tokenizer.json with byte_fallback
 ) -> Iterable[str]:
     "What happens to a text before BPE that is more than ▁ for each blank"
-    normal = _steps(config, "normalizer", "normalizers")
-    cuts = pre_tokenizers(config)
+    normal = steps_of(config, "normalizer")
+    cuts = steps_of(config, "pre_tokenizer")
     replaced = [step for step in normal if step.get("type") == "Replace" and _is_blank(step)]
     by_metaspace = [step for step in cuts if step.get("type") == "Metaspace"]
     marks = [step.get("content") for step in replaced]
