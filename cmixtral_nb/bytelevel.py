@@ -291,8 +291,9 @@ def learn_merges(
     import numpy as np
 
     words = _Words(counts)
-    characters = {i: chr(i - CHARACTER).encode() for i in words.characters()}
-    raw = bytes_of | characters
+    n_characters = words.characters()
+    raw = bytes_of | {i: chr(i - CHARACTER).encode() for i in n_characters}
+    lacking = [Merge(b"", raw[i], n) for i, n in n_characters.items() if n >= fewest]
     known = set(raw.values())
 
     def may_join(left: int, right: int) -> bool:
@@ -323,7 +324,6 @@ def learn_merges(
         around, after = words.around(places)
         pairs.add(around, after, words.weight[around])
         new += 1
-    lacking = [Merge(b"", characters[i], n) for i, n in words.characters().items() if n >= fewest]
     return _best_first(lacking, merges)[:n_merges]
 
 
