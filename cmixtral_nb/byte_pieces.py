@@ -17,6 +17,7 @@ __all__ = [
     "own_bytes",
     "merge_rule",
     "base_sha256",
+    "known_base",
     "write_merges",
     "read_merge_table",
     "BytePieces",
@@ -28,20 +29,28 @@ __all__ = [
     "reach",
     "count_within",
     "kept_lines",
-    "n_changed",
+    "changed_lines",
     "Trial",
     "try_letters",
+    "ByteText",
+    "read_byte_text",
+    "parts_of",
+    "piece_of",
+    "n_own_chars",
+    "broken_pieces",
     "sentencepiece_faults",
     "byte_tokenizer_faults",
     "check_byte_tokenizer",
+    "byte_script_faults",
     "learn_byte_pieces",
 ]
 
-# %% ../nbs/a10c_byte_pieces.ipynb #5ef8346f
+# %% ../nbs/a10c_byte_pieces.ipynb #06869c29
 import functools
+import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,8 +79,8 @@ from .corpora import corpus_langs, corpus_texts, lang_faults
 from .documents import read_docs, read_whole, text_batches, up_to
 from .languages import script_pattern
 from .machine import say
-from .options import faults_of, one_of, range_faults, refuse
-from .pieces import package_file
+from .options import Range, faults_of, one_of, range_faults, refuse
+from .pieces import Piece, package_file
 from .shapes import visible
 from .stages import Artifact, StageError, require, sha256_file, write_text
 
@@ -233,6 +242,21 @@ def base_sha256(
     return sha256_file(base_file(ref))
 
 
+@functools.lru_cache(2)
+def _read_once(ref: str, sha256: str) -> ByteBase:
+    "A base that was read, as long as its file stays the same"
+    return read_byte_base(ref)
+
+
+def known_base(
+    ref: str | Path,  # of a byte-level base
+) -> ByteBase:
+    "The base; read once by a stage and its checks"
+    if str(ref) not in TEKKEN and not base_file(ref).is_file():
+        return read_byte_base(ref)  # which says so
+    return _read_once(str(ref), base_sha256(ref))
+
+
 def write_merges(
     path: str | Path,  # file to write
     merges: Iterable[Merge],  # in the order of their ranks
@@ -307,6 +331,13 @@ class BytePieces(NamedTuple):
     params: dict[str, Any]  # of `tokenizer`: script, letters, companions, rule, repair …
     stats: dict[str, Any]  # of `tokenizer`: base_sha256, own_letters, floor …
 
+    def grown(
+        self,
+        n_pieces: int | None = None,  # of the merges; None: all
+    ) -> ByteBase:
+        "The base with merges appended"
+        return extended(self.base, self.merges[:n_pieces])
+
 
 def _text_of(values: dict, key: str) -> str:
     "A text of a manifest; empty where there is something else"
@@ -364,7 +395,7 @@ def read_merges(
         f"{pieces} holds no merges.tsv: its pieces are for a sentencepiece base; "
         f"run: cmixtral tokenizer --base {base} --out DIR",
     )
-    whole = read_byte_base(base)
+    whole = known_base(base)
     require(
         made.stats.get("base_sha256") == base_sha256(base),
         f"{pieces} was made for another base ({_made_on(made)}) than {base}; "
@@ -386,10 +417,9 @@ def judging_texts(
     lang: str,  # language
 ) -> list[str]:
     "Held-out documents; the beginning of the training text where there are none"
-    if corpus_langs(corpus):
-        if held_out := list(corpus_texts(corpus, lang, "valid", _JUDGE_CHARS)):
-            return held_out
-    return list(corpus_texts(corpus, lang, limit_chars=_JUDGE_CHARS))
+    has_parts = bool(corpus_langs(corpus))
+    held_out = list(corpus_texts(corpus, lang, "valid", _JUDGE_CHARS)) if has_parts else []
+    return held_out or list(corpus_texts(corpus, lang, limit_chars=_JUDGE_CHARS))
 
 
 class Reach(NamedTuple):
@@ -415,15 +445,15 @@ class Reach(NamedTuple):
 def reach(
     base: ByteBase,  # as it was read
     working: ByteBase,  # with the regular expression that the merges were learned with
+    grown: ByteBase,  # with all merges
     own: OwnBytes,  # of the new language
-    merges: list[Merge],  # in the order of their ranks
     texts: list[str],  # documents
 ) -> Reach:
     "How far merges go, and how far any could"
     better = repaired(base, own) if working is base else None
     return Reach(
         chars_per_token(base.tok, texts),
-        chars_per_token(extended(working, merges).tok, texts),
+        chars_per_token(grown.tok, texts),
         chars_per_pre_token(working.tok, texts),
         chars_per_pre_token(better.tok, texts) if better else 0.0,
     )
@@ -443,15 +473,15 @@ class _Words:
     "Words with their counts; where they are too many, all counts are halved"
 
     def __init__(self, n_begun_of: dict[int, int], memory_chars: int):
-        self.n_begun_of = n_begun_of  # id -> characters
+        self.n_begun_of = n_begun_of  # id -> characters; 1 for an id that is not there
         self.memory_chars = memory_chars
-        self.same = list(range(max(n_begun_of) + 1))  # one object for each id saves memory
+        self.same: dict[int, int] = {}  # one object for each id saves memory
         self.counts: Counter = Counter()
         self.n_chars = 0  # of the different words
         self.n_added = self.n_halved = 0
 
     def _chars(self, word: tuple[int, ...]) -> int:
-        return sum(self.n_begun_of[i] for i in word)
+        return sum(self.n_begun_of.get(i, 1) for i in word)
 
     def add(self, found: Counter) -> None:
         "Words of a batch; after n halvings, 1 in 2 to the n of them"
@@ -461,7 +491,7 @@ class _Words:
         for word, n in found.items():
             if word not in self.counts:
                 self.n_chars += self._chars(word)
-                word = tuple(self.same[i] for i in word)
+                word = tuple(self.same.setdefault(i, i) for i in word)
             self.counts[word] += n
         while self.n_chars > self.memory_chars:
             self.counts = _halved(self.counts, f"{self.n_added} {self.n_halved} ")
@@ -476,9 +506,7 @@ def count_within(
     memory_chars: int = 24_000_000,  # of different words
 ) -> tuple[Counter, int]:  # ids of a word -> count; how often all counts were halved
     "The words in which a merge may be found, in bounded memory"
-    n_begun_of = dict.fromkeys(base.ids_in_use, 1) | {
-        i: max(1, _n_begun(raw)) for i, raw in base.bytes_of.items()
-    }
+    n_begun_of = {i: max(1, _n_begun(raw)) for i, raw in base.bytes_of.items()}
     words = _Words(n_begun_of, memory_chars)
     for batch in text_batches(texts):
         words.add(count_words(base, batch, own))
@@ -503,16 +531,17 @@ def kept_lines(
     return [line for doc in docs for line in doc.split("\n") if line.strip()]
 
 
-def n_changed(
+def changed_lines(
     base: ByteBase,  # before
     grown: ByteBase,  # after
     lines: list[str],  # of kept languages
-) -> int:
+) -> list[str]:
     "Lines that are cut in another way than before"
     before, after = (
         b.tok.encode_batch_fast(lines, add_special_tokens=False) for b in (base, grown)
     )
-    return sum(a.ids != b.ids for a, b in zip(before, after, strict=True))
+    rows = zip(lines, before, after, strict=True)
+    return [line for line, old, new in rows if old.ids != new.ids]
 
 
 class Trial(NamedTuple):
@@ -533,7 +562,8 @@ def try_letters(
     lines: list[str],  # of kept languages
 ) -> list[Trial]:
     "What each rule gains and changes"
-    words = count_words(working, texts, AnyBytes(set()))
+    every = AnyBytes({char for own in owns.values() for char in own.characters})
+    words = count_words(working, texts, every)
 
     def bytes_of(word: tuple[int, ...]) -> bytes:
         return b"".join(working.bytes_of.get(i, b"") for i in word)
@@ -543,24 +573,87 @@ def try_letters(
         counts = Counter({word: n for word, n in words.items() if own.in_bytes(bytes_of(word))})
         grown = extended(working, learn(counts, own))
         gained = chars_per_token(grown.tok, judge)
-        trials.append(Trial(letters, gained, n_changed(whole, grown, lines)))
+        trials.append(Trial(letters, gained, len(changed_lines(whole, grown, lines))))
     return trials
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #d0c8ca7e
-_ONLY_SENTENCEPIECE = {  # option of `tokenizer` -> its default
-    "lexicons": None,
-    "opencc": None,
-    "n_chars": None,
-    "marks": True,
-}
+# %% ../nbs/a10c_byte_pieces.ipynb #2cad3028
+class ByteText(NamedTuple):
+    "Held-out text, cut with all merges"
+
+    counts: Counter  # token in letters -> count
+    n_chars: int  # characters of the text
+    n_sentences: int  # sentences with the script
+    floor: float  # characters per pre-token
+
+
+def read_byte_text(
+    texts: list[str],  # documents
+    grown: ByteBase,  # with all merges
+    script: str,  # to judge
+    sentence_end: re.Pattern,  # where a sentence ends
+) -> ByteText:
+    "Count tokens, sentences and pre-tokens"
+    counts: Counter = Counter()
+    for batch in text_batches(texts):
+        for encoded in grown.tok.encode_batch_fast(batch, add_special_tokens=False):
+            counts.update(encoded.ids)
+    own = script_pattern(script)
+    names: Counter = Counter()
+    for i, n in counts.items():
+        names[to_letters(grown.bytes_of.get(i, b""))] += n
+    return ByteText(
+        names,
+        sum(map(len, texts)),
+        sum(bool(own.search(s)) for text in texts for s in sentence_end.split(text)),
+        chars_per_pre_token(grown.tok, texts),
+    )
+
+
+def parts_of(
+    merge: Merge,
+) -> tuple[str, ...]:  # in letters
+    "What a merge replaces: two pieces, or the bytes of a character that the vocabulary lacked"
+    if merge.left:
+        return to_letters(merge.left), to_letters(merge.right)
+    return tuple(to_letters(bytes([byte])) for byte in merge.right)
+
+
+def piece_of(
+    merge: Merge,
+    rank: int,  # from 0 on
+) -> Piece:  # in letters
+    "A merge as a candidate; 'char' where it is one whole character"
+    raw = merge.left + merge.right
+    kind = "char" if _is_whole(raw) and _n_begun(raw) == 1 else "word"
+    return Piece(to_letters(raw), -float(rank), kind, merge.count)
+
+
+def n_own_chars(
+    base: ByteBase,
+    own: OwnBytes,  # of the new language
+) -> int:
+    "Single characters of the language that are pieces of the base already"
+    spelled = {char.encode() for char in own.characters}
+    return len(spelled & set(base.bytes_of.values()))
+
+
+def broken_pieces(
+    names: Iterable[str],  # of tokens, in letters
+) -> list[str]:
+    "Tokens that hold part of a character; of these, what a text has most is what it lacks"
+    return [name for name in names if not _is_whole(to_bytes(name))]
+
+
+# %% ../nbs/a10c_byte_pieces.ipynb #dece7bd2
+_ONLY_SENTENCEPIECE = {"lexicons": None, "opencc": None, "n_chars": None, "marks": True}
 _ONLY_BYTES = {"letters": "", "companions": "", "rule": "bytes", "repair": False}
 
 
 def _idle(options: dict[str, Any], defaults: dict[str, Any], why: str) -> list[str]:
     "A line for each option that was set and would do nothing"
     return [
-        f"{name} is {visible(repr(options[name]), 40)}, expected none: {why}"
+        f"{name} is {visible(repr(options[name]), 40)}, {why}"
         for name, default in defaults.items()
         if options.get(name, default) not in (default, [])
     ]
@@ -570,7 +663,11 @@ def sentencepiece_faults(
     **options: Any,  # of `tokenizer`
 ) -> list[str]:  # one line for each fault
     "Options that say nothing where the base is a sentencepiece model"
-    return _idle(options, _ONLY_BYTES, "only a base with a tokenizer.json has it")
+    why = "but the base is no tokenizer.json; leave it out, or give --base FOLDER"
+    return _idle(options, _ONLY_BYTES, why)
+
+
+_LETTERS = Range(lambda value: value in ("", *LETTERS), "exclusive, any, free or nothing")
 
 
 def byte_tokenizer_faults(
@@ -586,15 +683,17 @@ def byte_tokenizer_faults(
     chosen = dict(letters=letters, rule=rule)
     sizes = {name: value for name, value in others.items() if name not in _ONLY_SENTENCEPIECE}
     faults = [
-        *range_faults(sizes | chosen, letters=one_of("", *LETTERS), rule=one_of(*RULES)),
-        *_idle(others, _ONLY_SENTENCEPIECE, "the cut of a byte-level base leaves no place for it"),
+        *range_faults(sizes | chosen, letters=_LETTERS, rule=one_of(*RULES)),
+        *_idle(others, _ONLY_SENTENCEPIECE, "which a byte-level base has no use for; leave it out"),
         *faults_of(script_pattern, script),
         *faults_of(companions_of, companions),
-        *faults_of(read_byte_base, base),
+        *faults_of(known_base, base),
     ]
     if repair and not faults:
-        own = own_bytes(script, "any" if letters or is_shared(script) else "", companions)
-        faults += faults_of(working_base, read_byte_base(base), own, True)
+        # which letters are exclusive is not known yet
+        kind = "any" if letters or is_shared(script) else ""
+        own = own_bytes(script, kind, companions=companions_of(companions))
+        faults += faults_of(working_base, known_base(base), own, True)
     return faults
 
 
@@ -612,9 +711,27 @@ def check_byte_tokenizer(
     refuse([*faults, *lang_faults(corpus, lang)])
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #70748526
+# %% ../nbs/a10c_byte_pieces.ipynb #1e5d7656
+def byte_script_faults(
+    pieces: str | Path,  # folder that `tokenizer` made
+    base: str | Path,  # byte-level base
+    script: str,  # as given to a later stage; Han is what it has without being given
+) -> list[str]:  # one line, or none
+    "What is wrong with merges, or with an option that says again what they were made with"
+    if faults := faults_of(read_merges, pieces, base):
+        return faults
+    made = Artifact.load(Path(pieces), "pieces").params["script"]
+    if script in ("Han", made):
+        return []
+    return [f"script is {script!r}, but {pieces} was made for {made!r}; leave --script out"]
+
+
+# %% ../nbs/a10c_byte_pieces.ipynb #e08ff1ff
+_LETTER_CHARS = 20_000_000  # of each language's text, to see which letters it has
+
+
 def _exclusive(corpus: str | Path, lang: str, script: str, limit_chars: int) -> str:
-    "The letters that only the new language has; `StageError` where it has none"
+    "The letters that only the new language has"
     most = min(limit_chars or _LETTER_CHARS, _LETTER_CHARS)
     counts = letter_counts(corpus_texts(corpus, lang, limit_chars=most), script)
     others: Counter = Counter()
@@ -623,18 +740,44 @@ def _exclusive(corpus: str | Path, lang: str, script: str, limit_chars: int) -> 
     return exclusive_letters(counts, others, script)
 
 
-_LETTER_CHARS = 20_000_000  # of each language's text, to see which letters it has
+def _owns(
+    corpus: str | Path, lang: str, script: str, chosen: str, companions: str, limit_chars: int
+) -> tuple[dict[str, OwnBytes], str]:
+    "What each rule that may be compared makes own, and the exclusive letters"
+    more = companions_of(companions)
+    if not chosen:
+        return {"": own_bytes(script, companions=more)}, ""
+    exclusive = _exclusive(corpus, lang, script, limit_chars)
+    require(
+        exclusive or chosen != "exclusive",
+        f"{corpus}: the {lang} text has no {script} letter that other languages lack; "
+        "give --letters any, or --letters free, and see what each changes",
+    )
+    names = [name for name in LETTERS if exclusive or name != "exclusive"]
+    return {name: own_bytes(script, name, exclusive, more) for name in names}, exclusive
 
 
 def _say_trials(trials: list[Trial], chosen: str, given: bool, n_lines: int) -> None:
     "What each rule does, and which is taken"
     rows = [
-        f"{trial.letters} {trial.chars_per_token:.2f} characters per token, "
-        f"{trial.n_changed:,} of {n_lines:,} lines of kept languages change"
+        f"{trial.letters}: {trial.chars_per_token:.2f} characters per token, "
+        f"{trial.n_changed:,} of {n_lines:,} kept lines change"
         for trial in trials
     ]
-    end = "" if given else "; choose with --letters"
-    say("tokenizer", f"letters: {'; '.join(rows)}; taken: {chosen}{end}")
+    end = "as asked" if given else "change it with --letters"
+    say("tokenizer", f"letters that make a piece own: {'; '.join(rows)}; taken: {chosen}, {end}")
+
+
+def _say_merges(
+    base: str, n: int, far: Reach, changed: list[str], n_lines: int, own: OwnBytes
+) -> None:
+    "What was learned, what it reaches, what it changes"
+    why = ", which hold own characters" if changed and all(map(own.in_text, changed)) else ""
+    say(
+        "tokenizer",
+        f"{n:,} merges for {base}: {far.in_words()}; "
+        f"{len(changed):,} of {n_lines:,} kept lines change{why}",
+    )
 
 
 def learn_byte_pieces(
@@ -653,52 +796,43 @@ def learn_byte_pieces(
     memory_chars: int = 24_000_000,  # of different words
 ) -> dict[str, Any]:  # statistics for the manifest
     "Learn merges of one language on top of a base's"
-    whole = read_byte_base(base)
-    chosen = letters or ("exclusive" if is_shared(script) else "")
-    judge, lines = judging_texts(corpus, lang), kept_lines(corpus, lang)
-    exclusive = _exclusive(corpus, lang, script, limit_chars) if chosen else ""
-    require(
-        exclusive or chosen != "exclusive",
-        f"{corpus}: the {lang} text has no {script} letter that other languages lack; "
-        "give --letters any, or --letters free, and see what they change",
-    )
-    owns = {
-        name: own_bytes(script, name, exclusive, companions_of(companions))
-        for name in (LETTERS if chosen else [""])
-        if exclusive or name != "exclusive"
-    }
+    whole, chosen = known_base(base), letters or ("exclusive" if is_shared(script) else "")
+    owns, exclusive = _owns(corpus, lang, script, chosen, companions, limit_chars)
     own = owns[chosen]
     working = working_base(whole, own, repair)
+    judge, lines = judging_texts(corpus, lang), kept_lines(corpus, lang)
 
     def learn(counts: Counter, own: OwnBytes) -> list[Merge]:
         may = merge_rule(own, rule, max_chars)
         return learn_merges(counts, working.bytes_of, may, n_pieces)
 
-    def texts(n_chars: int) -> Iterator[str]:
-        return corpus_texts(corpus, lang, limit_chars=n_chars)
-
     trials = []
     if chosen:
-        sample = texts(min(limit_chars or _TRIAL_CHARS, _TRIAL_CHARS))
+        n_chars = min(limit_chars or _TRIAL_CHARS, _TRIAL_CHARS)
+        sample = corpus_texts(corpus, lang, limit_chars=n_chars)
         trials = try_letters(whole, working, owns, sample, learn, judge, lines)
         _say_trials(trials, chosen, bool(letters), len(lines))
-    counts, n_halved = count_within(working, texts(limit_chars), own, memory_chars)
+    texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
+    counts, n_halved = count_within(working, texts, own, memory_chars)
     merges = learn(counts, own)
     require(
         merges,
         f"{corpus} holds no {script} characters that {base} could join; "
         "give another corpus or --script",
     )
+    grown = extended(working, merges)
+    far, changed = reach(whole, working, grown, own, judge), changed_lines(whole, grown, lines)
+    _say_merges(base, len(merges), far, changed, len(lines), own)
     write_merges(out / "merges.tsv", merges)
-    far = reach(whole, working, own, merges, judge)
-    say("tokenizer", f"{len(merges):,} merges for {base}: {far.in_words()}")
     return dict(
         n_pieces=len(merges),
+        n_words=len(counts),
+        n_halved=n_halved,
         base_sha256=base_sha256(base),
         letters=chosen,
         own_letters=exclusive if chosen == "exclusive" else "",
-        n_halved=n_halved,
-        n_words=len(counts),
         trials=[trial._asdict() for trial in trials],
+        n_kept_lines=len(lines),
+        n_changed_lines=len(changed),
         **far._asdict(),
     )

@@ -257,6 +257,11 @@ def _pieces_file(ref: Artifact | str | Path) -> Path:
     for name in ("pieces.tsv", "spm.model", "tokenizer.model"):
         if (path / name).is_file():
             return path / name
+    require(
+        not (path / "merges.tsv").is_file(),
+        f"{path} holds merges for a byte-level base, expected pieces for a sentencepiece base; "
+        "give --base the folder with the tokenizer.json that they were learned on",
+    )
     raise StageError(
         f"{path} holds no pieces.tsv and no sentencepiece model; run: cmixtral tokenizer --out DIR"
     )

@@ -22,6 +22,7 @@ __all__ = [
     "scores_below",
     "run_model",
     "token_counts",
+    "all_prefixes",
     "prefix_counts",
     "measure",
     "mean_of",
@@ -32,6 +33,9 @@ __all__ = [
     "choose",
     "plot_search",
     "default_grid",
+    "Tried",
+    "byte_steps",
+    "byte_table",
     "search",
 ]
 
@@ -39,10 +43,20 @@ __all__ = [
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from cmixtral_nb.byte_pieces import (
+    BytePieces,
+    ByteText,
+    broken_pieces,
+    n_own_chars,
+    parts_of,
+    piece_of,
+    read_byte_text,
+    read_merges,
+)
 from cmixtral_nb.search_files import (
     check_search,
     heldout,
@@ -53,6 +67,7 @@ from cmixtral_nb.search_files import (
     write_search,
 )
 
+from .byte_bases import is_byte_base
 from .corpus import FEW_CHARS
 from .languages import script_pattern
 from .machine import say
@@ -342,18 +357,15 @@ def _take_back(counts: Counter, step: Step) -> None:
             counts[part] += n
 
 
-def prefix_counts(
-    steps: list[Step],  # of growth
-    base: dict[str, float],  # of base_pieces
-    text: Heldout,
+def all_prefixes(
+    counts: Counter,  # token -> count, of a text that was cut with all steps
+    steps: list[Step],  # in the order in which they are appended
     totals: list[int],  # lengths of prefixes
 ) -> dict[int, Counter]:  # total -> token -> count
-    "What every prefix of the pieces makes of a text, cut once"
-    longest, wanted = max(totals), set(totals)
-    pieces = [step.piece for step in steps[:longest]]
-    counts = token_counts(run_model(base, pieces), text)
+    "What every prefix makes of the text"
+    counts, wanted = Counter(counts), set(totals)
     found = {}
-    for size in range(longest, -1, -1):
+    for size in range(len(steps), -1, -1):
         if size in wanted:
             found[size] = Counter({token: n for token, n in counts.items() if n})
         if size:
@@ -361,11 +373,24 @@ def prefix_counts(
     return found
 
 
+def prefix_counts(
+    steps: list[Step],  # of growth
+    base: dict[str, float],  # of base_pieces
+    text: Heldout,
+    totals: list[int],  # lengths of prefixes
+) -> dict[int, Counter]:  # total -> token -> count
+    "What every prefix of the pieces makes of a text, cut once"
+    steps = steps[: max(totals)]
+    counts = token_counts(run_model(base, [step.piece for step in steps]), text)
+    return all_prefixes(counts, steps, totals)
+
+
 # %% ../nbs/03_search.ipynb #57fe01d7
 def measure(
     counts: Counter,  # token -> count, of one text
-    text: Heldout,
+    text: Heldout | ByteText,
     steps: list[Step],  # what was appended
+    broken: Iterable[str] = BYTE_PIECES,  # tokens that hold part of a character
 ) -> dict[str, float]:
     "Tokens, ALP, share of bytes, and how often a new piece is seen in a million characters"
     import numpy as np
@@ -377,7 +402,7 @@ def measure(
         n_tokens=n_tokens,
         chars_per_token=text.n_chars / n_tokens,
         alp=alp(np.fromiter(counts.values(), float), text.n_sentences),
-        byte_share=sum(counts[byte] for byte in BYTE_PIECES) / n_tokens,
+        byte_share=sum(counts[token] for token in broken) / n_tokens,
         per_row=1e6 * sum(seen) / max(1, len(steps)) / text.n_chars,
         per_last_row=1e6 * sum(seen[-n_last:]) / n_last / text.n_chars,
     )
@@ -408,6 +433,31 @@ def _sizes(steps: list[Step], totals: list[int]) -> list[int]:
     return [total for total in sorted(totals) if n_chars < total <= len(steps)]
 
 
+def _rows_of_sizes(
+    steps: list[Step],
+    counts: dict[str, dict[int, Counter]],  # domain -> total -> token -> count
+    texts: Mapping[str, Heldout | ByteText],
+    broken: Iterable[str],  # tokens that hold part of a character
+    n_base: int,  # single characters of the base
+    n_chars: int,  # that were asked for; 0: order by tokens saved
+    width: int,
+) -> Iterator[dict]:
+    "A row for each total and domain, and for the mean of the domains"
+    for size in next(iter(counts.values())):
+        new = steps[:size]
+        vocabulary = dict(
+            n_chars=n_chars,
+            n_all_chars=n_base + sum(step.piece.kind == "char" for step in new),
+            n_pieces=size,
+            n_params=2 * width * size,  # each piece has an embedding row and one of the head
+            bf16_bytes=4 * width * size,
+        )
+        measured = {d: measure(counts[d][size], texts[d], new, broken) for d in texts}
+        measured["mean"] = mean_of(list(measured.values()))
+        for domain, values in measured.items():
+            yield dict(vocabulary, domain=domain, **values)
+
+
 def search_table(
     pieces: list[Piece],  # candidates
     base: dict[str, float],  # of base_pieces
@@ -419,24 +469,14 @@ def search_table(
     "Tokens, ALP, bytes and cost of every vocabulary"
     n_base = n_base_chars(base)
     most = n_base + sum(p.kind == "char" and p.piece not in base for p in pieces)
-    rows = []
+    rows: list[dict] = []
     for n_chars in sorted({min(n, most) for n in chars}):
         steps = growth(pieces, base, n_chars)
         sizes = _sizes(steps, totals)
         if not sizes:
             continue
         counts = {domain: prefix_counts(steps, base, t, sizes) for domain, t in texts.items()}
-        for size in sizes:
-            vocabulary = dict(
-                n_chars=n_chars,
-                n_all_chars=n_base + sum(step.piece.kind == "char" for step in steps[:size]),
-                n_pieces=size,
-                n_params=2 * width * size,  # each piece has an embedding row and one of the head
-                bf16_bytes=4 * width * size,
-            )
-            measured = {d: measure(counts[d][size], texts[d], steps[:size]) for d in texts}
-            measured["mean"] = mean_of(list(measured.values()))
-            rows += [dict(vocabulary, domain=d, **values) for d, values in measured.items()]
+        rows += _rows_of_sizes(steps, counts, texts, BYTE_PIECES, n_base, n_chars, width)
     return rows
 
 
@@ -567,6 +607,7 @@ def _refusal(best: dict[int, dict], reason: str) -> dict:
 def plot_search(
     rows: list[dict],  # of search_table
     choice: dict,  # of choose
+    floor: float = 0,  # characters per token that nothing can pass; 0: there is no such floor
 ) -> Figure:
     "ALP and characters per token over pieces appended, one curve for each order"
     from matplotlib.figure import Figure
@@ -588,6 +629,8 @@ def plot_search(
         if choice["n_pieces"]:
             circle = dict(ms=12, mfc="none", mec="k", label="choice")
             axes.plot(choice["n_pieces"], choice[key], "o", **circle)
+    if floor:
+        right.axhline(floor, color="k", lw=1, ls=":", label="floor of the base")
     left.set(xlabel="pieces appended", ylabel="ALP, nats per sentence")
     right.set(xlabel="pieces appended", ylabel="characters per token")
     right.legend(title="single characters")
@@ -622,11 +665,11 @@ def _grid(
 
 
 # %% ../nbs/03_search.ipynb #5a8a8471
-def _texts_to_judge_by(
-    docs: dict[str, list[str]], base_file: Path, script: str, missing: str
-) -> dict[str, Heldout]:
+_Text = TypeVar("_Text", Heldout, ByteText)
+
+
+def _with_the_script(read: dict[str, _Text], missing: str) -> dict[str, _Text]:
     "The domains that have text in the script; `StageError(missing)` where none has"
-    read = {domain: read_heldout(texts, base_file, script) for domain, texts in docs.items()}
     texts = {domain: text for domain, text in read.items() if text.n_sentences}
     require(texts, missing)
     n_chars = sum(text.n_chars for text in texts.values())
@@ -637,6 +680,96 @@ def _texts_to_judge_by(
             "or run: cmixtral corpus --valid-share SHARE",
         )
     return texts
+
+
+class Tried(NamedTuple):
+    "Vocabularies of one base, measured"
+
+    rows: list[dict]  # of `search_table` or `byte_table`
+    before: dict[str, float]  # the same of the base alone
+    texts: Mapping[str, Heldout | ByteText]  # domain -> held-out text
+    n_candidates: int
+    script: str
+    floor: float  # characters per token that nothing can pass; 0: no such floor is known
+
+
+def _try_pieces(
+    pieces: Path,
+    docs: dict[str, list[str]],  # domain -> documents
+    base: str,
+    script: str,
+    totals: list[str] | None,
+    chars: list[str] | None,
+    width: int,
+    missing: str,  # what to say where no text has the script
+) -> Tried:
+    "Vocabularies of a sentencepiece base"
+    base_file = base_tokenizer_model(base)
+    candidates = read_pieces(pieces, script)
+    have = base_pieces(base_file, script)
+    read = {domain: read_heldout(texts, base_file, script) for domain, texts in docs.items()}
+    texts = _with_the_script(read, missing.format(script))
+    rows = search_table(candidates, have, texts, *_grid(candidates, have, totals, chars), width)
+    return Tried(rows, measure_base(have, texts), texts, len(candidates), script, 0)
+
+
+# %% ../nbs/03_search.ipynb #337b6fa7
+def byte_steps(
+    found: BytePieces,
+) -> list[Step]:
+    "The merges as steps; pieces and parts in the letters of the table"
+    rows = enumerate(found.merges)
+    return [Step(piece_of(merge, rank), parts_of(merge)) for rank, merge in rows]
+
+
+def byte_table(
+    found: BytePieces,
+    texts: dict[str, ByteText],  # domain -> held-out text, cut with all merges
+    totals: list[int],  # merges to append; 0: none
+    width: int = 4096,  # hidden size of the model
+) -> list[dict]:  # as of `search_table`
+    "Tokens, ALP, bytes and cost of beginnings of a table of merges"
+    steps = byte_steps(found)
+    sizes = [total for total in totals if total <= len(steps)]
+    if not sizes:
+        return []
+    counts = {domain: all_prefixes(text.counts, steps, sizes) for domain, text in texts.items()}
+    names = {name for of_size in counts.values() for size in of_size.values() for name in size}
+    n_base = n_own_chars(found.base, found.own)
+    rows = _rows_of_sizes(steps, counts, texts, broken_pieces(names), n_base, 0, width)
+    return sorted(rows, key=lambda row: row["n_pieces"])
+
+
+def _try_merges(
+    pieces: Path,
+    docs: dict[str, list[str]],  # domain -> documents
+    base: str,
+    totals: list[str] | None,
+    width: int,
+    missing: str,  # what to say where no text has the script
+) -> Tried:
+    "Vocabularies of a byte-level base"
+    found = read_merges(pieces, base)
+    script = found.params["script"]
+    grown = found.grown()
+    read = {
+        domain: read_byte_text(texts, grown, script, _SENTENCE_END)
+        for domain, texts in docs.items()
+    }
+    texts = _with_the_script(read, missing.format(script))
+    n = len(found.merges)
+    sizes = whole_numbers("totals", totals, 1) or sorted(
+        {max(1, n * i // 16) for i in range(1, 17)}
+    )
+    base_rows = byte_table(found, texts, [0], width)
+    before = next(row for row in base_rows if row["domain"] == "mean")
+    floor = sum(text.floor for text in texts.values()) / len(texts)
+    return Tried(byte_table(found, texts, sizes, width), before, texts, n, script, floor)
+
+
+def _near(chars_per_token: float, floor: float) -> str:
+    "How near a vocabulary is to what none can pass, in words"
+    return f", {chars_per_token / floor:.0%} of the floor {floor:.2f}" if floor else ""
 
 
 # %% ../nbs/03_search.ipynb #93348223
@@ -651,14 +784,15 @@ def search(
     pieces: Path,  # folder of candidates, table of pieces, or sentencepiece model
     corpus: Path,  # corpus whose held-out part judges, or a jsonl or text file
     out: Path,  # folder to write
-    base: str = "mixtral",  # base tokenizer: 'mixtral', a folder, or a sentencepiece file
+    # base tokenizer: 'mixtral', a folder, a sentencepiece file, or what the merges were learned on
+    base: str = "mixtral",
     # numbers of single characters to try, the base's included, 0 for the order by tokens saved;
     # none: 0 and four
     chars: list[str] = None,
     totals: list[str] = None,  # numbers of pieces to append to try; none: sixteen
     domains: list[str] = None,  # more held-out text, "NAME=REF" each
     lang: str = "zh",  # language of the held-out text
-    script: str = "Han",  # script of the pieces
+    script: str = "Han",  # script of the pieces; those of a byte-level base know it themselves
     limit_chars: int = 500000,  # characters of held-out text to read, of each domain
     # characters of this language that the training will read; 0: the corpus once, where it is one
     budget: int = 0,
@@ -667,39 +801,40 @@ def search(
     width: int = 4096,  # hidden size of the model, for the cost of a piece
 ):
     "Try vocabularies on held-out text: what each saves and costs, the knee, and a verdict"
-    base_file = base_tokenizer_model(base)
-    candidates = read_pieces(pieces, script)
-    have = base_pieces(base_file, script)
-    texts = _texts_to_judge_by(
-        heldout(corpus, lang, limit_chars, domains),
-        base_file,
-        script,
-        missing=f"{corpus}: the held-out {lang} text has no {script} characters; "
-        f"run: cmixtral corpus --sources {lang}=REF",
+    docs = heldout(corpus, lang, limit_chars, domains)
+    missing = (
+        f"{corpus}: the held-out {lang} text has no {{}} characters; "
+        f"run: cmixtral corpus --sources {lang}=REF"
     )
-    rows = search_table(candidates, have, texts, *_grid(candidates, have, totals, chars), width)
+    if is_byte_base(base):
+        tried = _try_merges(pieces, docs, base, totals, width, missing)
+    else:
+        tried = _try_pieces(pieces, docs, base, script, totals, chars, width, missing)
+    rows, before = tried.rows, tried.before
     require(
         rows,
-        f"{pieces}: {len(candidates):,} candidates are too few for every total and number of "
+        f"{pieces}: {tried.n_candidates:,} candidates are too few for every total and number of "
         "characters; lower both, or run: cmixtral tokenizer --n-pieces N",
     )
-    before = measure_base(have, texts)
     budget = budget or train_chars(corpus, lang)
     choice = choose(rows, before["n_tokens"], budget, min_saving, min_seen)
-    write_search(out, rows, choice, plot_search(rows, choice))
+    write_search(out, rows, choice, plot_search(rows, choice, tried.floor))
     n_tried = len({(row["n_chars"], row["n_pieces"]) for row in rows})
     say(
         "search",
-        f"{choice['why']}; {script} text, characters per token {before['chars_per_token']:.2f} "
-        f"-> {choice['chars_per_token']:.2f}, {several(n_tried, 'vocabulary', 'vocabularies')} "
-        f"tried on {several(len(texts), 'domain', 'domains')}",
+        f"{choice['why']}; {tried.script} text, characters per token "
+        f"{before['chars_per_token']:.2f} -> {choice['chars_per_token']:.2f}"
+        f"{_near(choice['chars_per_token'], tried.floor)}, "
+        f"{several(n_tried, 'vocabulary', 'vocabularies')} "
+        f"tried on {several(len(tried.texts), 'domain', 'domains')}",
     )
     return dict(
         choice,
         chars_per_token_base=before["chars_per_token"],
         alp_base=before["alp"],
         budget=budget,
-        n_sentences=sum(text.n_sentences for text in texts.values()),
+        n_sentences=sum(text.n_sentences for text in tried.texts.values()),
         n_tried=n_tried,
-        domains={domain: text.n_chars for domain, text in texts.items()},
+        domains={domain: text.n_chars for domain, text in tried.texts.items()},
+        **(dict(floor=tried.floor) if tried.floor else {}),
     )

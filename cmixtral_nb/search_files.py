@@ -26,6 +26,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .byte_bases import is_byte_base
+from .byte_pieces import byte_script_faults, known_base
 from .certificate import CERTIFICATE_RANGES
 from .corpora import corpus_langs, lang_faults, missing_language
 from .documents import read_docs
@@ -119,9 +121,22 @@ def whole_numbers(
 
 
 # %% ../nbs/a10b_search_files.ipynb #82c4b648
+def _base_faults(base: str, chars: list[str] | None) -> list[str]:
+    "Why a base cannot be extended, or not with these numbers of characters"
+    if not is_byte_base(base):
+        return faults_of(lambda: read_bpe(base_tokenizer_model(base)))
+    faults = faults_of(known_base, base)
+    if chars:
+        faults.append(
+            f"chars is {chars!r}, expected none: merges of a byte-level base have one order; "
+            "leave --chars out"
+        )
+    return faults
+
+
 def search_option_faults(
     base: str,  # base tokenizer
-    chars: list[str] | None,  # numbers of single characters, as typed
+    chars: list[str] | None,  # numbers of single characters, as typed; none for a byte-level base
     totals: list[str] | None,  # numbers of pieces, as typed
     domains: list[str] | None,  # more text, "NAME=REF" each
     script: str,  # script of the pieces
@@ -136,7 +151,7 @@ def search_option_faults(
         *faults_of(whole_numbers, "chars", chars, 0),
         *faults_of(whole_numbers, "totals", totals, 1),
         *faults_of(script_pattern, script),
-        *faults_of(lambda: read_bpe(base_tokenizer_model(base))),
+        *_base_faults(base, chars),
         *faults_of(lambda: [_named_domain(given, 1) for given in domains or []]),
     ]
 
@@ -144,15 +159,20 @@ def search_option_faults(
 def check_search(
     pieces: Path,  # candidates
     corpus: Path,  # text to judge by
+    base: str,  # base tokenizer
     lang: str,  # language of the text
     script: str,  # script of the pieces
     **options: Any,  # the others of `search`
 ) -> None:
     "Refuse options and inputs of `search` that cannot be, all at once"
+    if is_byte_base(base):
+        candidates = byte_script_faults(pieces, base, script)
+    else:
+        candidates = faults_of(read_pieces, pieces, script)
     refuse(
         [
-            *search_option_faults(script=script, **options),
-            *faults_of(read_pieces, pieces, script),
+            *search_option_faults(script=script, base=base, **options),
+            *candidates,
             *faults_of(heldout, corpus, lang, 1),
         ]
     )

@@ -320,6 +320,15 @@ def _kept_chars(counts: Counter, n_pieces: int, n_chars: int | None) -> list[str
     return chars
 
 
+def _no_runs(corpus: Path, script: str, own: str) -> str:
+    "What to say where a corpus has no run of a script; `own` is the script of its language"
+    other = "SCRIPT" if own in ("", script) else repr(own)
+    return (
+        f"{corpus} holds no {script} characters; give another corpus, or run: "
+        f"cmixtral tokenizer --script {other}"
+    )
+
+
 def _option_faults(**options: Any) -> list[str]:
     "What is wrong with options, before there is a corpus"
     if is_byte_base(options["base"]):
@@ -371,21 +380,15 @@ def tokenizer(
 ):
     "Train candidate pieces on the runs of one script, or merges for a byte-level base"
     if is_byte_base(base):
-        own = (lang, script, letters, companions, rule, repair)
-        return learn_byte_pieces(
-            corpus, out, base, *own, n_pieces, max_chars, limit_chars, memory_chars
-        )
+        rules = (letters, companions, rule, repair)
+        sizes = (n_pieces, max_chars, limit_chars, memory_chars)
+        return learn_byte_pieces(corpus, out, base, lang, script, *rules, *sizes)
     texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
     counted = count_runs(texts, out / "corpus.runs", script, marks, workers)
     n_run_chars = mass(read_runs(counted))
     runs = mix_runs(run_sources(counted, lexicons, opencc, script, lang), memory_chars)
     counted.unlink()
-    own = lang_script(lang)
-    require(
-        runs,
-        f"{corpus} holds no {script} characters; give another corpus, or run: "
-        f"cmixtral tokenizer --script {'SCRIPT' if own in ('', script) else repr(own)}",
-    )
+    require(runs, _no_runs(corpus, script, lang_script(lang)))
     stats = dict(
         n_run_chars=n_run_chars,
         n_train_chars=mass(runs.items()),
