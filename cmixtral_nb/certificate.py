@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "PARTS",
     "CHECKS",
+    "FOLDER_CHECKS",
     "CERTIFICATE_RANGES",
     "hostile_texts",
     "certificate_texts",
@@ -26,35 +27,38 @@ __all__ = [
     "new_pieces_spelled",
     "old_texts_unchanged",
     "text_comes_back",
-    "fast_equals_sentencepiece",
+    "fast_equals_reader",
     "same_without_new_pieces",
     "same_after_saving",
     "no_control_from_text",
     "bos_then_the_same",
+    "sentencepiece_extension",
     "certify",
     "pieces_language",
     "changed_documents",
     "say_changed",
+    "is_shared",
     "write_certificate",
     "certificate_told",
 ]
 
 # %% ../nbs/a10_certificate.ipynb #606a57be
 import random
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .corpora import corpus_langs, corpus_texts
 from .documents import read_docs, up_to
 from .languages import lang_script, language_name, script_pattern
 from .machine import say
 from .options import Range, between, refuse
-from .stages import Artifact, StageError, write_json
+from .stages import Artifact, StageError, require, write_json
 from .tokenizer_files import encode_plain, load_tokenizer, processor
 
 if TYPE_CHECKING:
@@ -236,8 +240,20 @@ class TokenizerView(Protocol):
     "What the checks ask of a tokenizer"
 
     @property
+    def reader(self) -> str:
+        "What cuts the texts, such as sentencepiece"
+
+    @property
+    def kept(self) -> str:
+        "What an entry holds, in words"
+
+    @property
     def front(self) -> list[int]:
         "Ids that a stock call puts in front of a text"
+
+    @property
+    def back(self) -> list[int]:
+        "Ids that it puts behind a text"
 
     @property
     def silent(self) -> set[int]:
@@ -249,8 +265,14 @@ class TokenizerView(Protocol):
     def piece(
         self,
         i: int,  # an id
-    ) -> str:
+    ) -> str:  # empty where no piece has it
         "The piece of an id"
+
+    def readable(
+        self,
+        piece: str,  # as the file writes it
+    ) -> str:
+        "A piece as a person reads it"
 
     def entry(
         self,
@@ -276,6 +298,12 @@ class TokenizerView(Protocol):
     ) -> list[str]:
         "Texts of ids"
 
+    def comes_back_as(
+        self,
+        text: str,
+    ) -> str:  # the text, but for what the tokenizer's normaliser does to it
+        "What decoding the ids of a text must give"
+
     def encode_pieces(
         self,
         pieces: list[str],
@@ -300,6 +328,10 @@ def bare(
 class SentencePieceView:
     "A sentencepiece model as the checks see it"
 
+    reader = "sentencepiece"
+    kept = "ids, scores and types"
+    back: list[int] = []
+
     def __init__(
         self,
         sp: SentencePieceProcessor,
@@ -323,6 +355,9 @@ class SentencePieceView:
     def piece(self, i: int) -> str:
         return self.sp.id_to_piece(i)
 
+    def readable(self, piece: str) -> str:
+        return piece
+
     def entry(self, i: int) -> tuple:
         "All that belongs to an id: piece, score and type"
         sp = self.sp
@@ -338,6 +373,9 @@ class SentencePieceView:
     def decode(self, ids: list[list[int]]) -> list[str]:
         return self.sp.decode(ids)
 
+    def comes_back_as(self, text: str) -> str:
+        return text
+
     def encode_pieces(self, pieces: list[str]) -> list[list[int]]:
         "Ids of pieces that come alone, with nothing in front"
         return self.bare.encode(pieces)
@@ -349,7 +387,7 @@ def dead_pieces(
     first: int = 0,  # id of the first piece to try
 ) -> list[str]:
     "Pieces that are never used: encoding their own text gives other tokens"
-    tried = [i for i in range(first, len(view)) if i not in view.silent]
+    tried = [i for i in range(first, len(view)) if i not in view.silent and view.piece(i)]
     cuts = view.encode_pieces([view.piece(i) for i in tried])
     return [view.piece(i) for i, ids in zip(tried, cuts, strict=True) if ids != [i]]
 
@@ -369,9 +407,21 @@ class Extension:
 
     before: TokenizerView
     after: TokenizerView
-    tok: PreTrainedTokenizerBase  # what the folder loads as
+    tok: PreTrainedTokenizerBase | None  # what the folder loads as; None: it is not asked
     texts: list[str]  # real and hostile
     script: str = "Han"  # of the new pieces
+
+    @cached_property
+    def _own(self) -> re.Pattern:
+        return script_pattern(self.script)
+
+    def has_own(self, text: str) -> bool:
+        "Whether a text may change: it holds a character of the new language"
+        return bool(self._own.search(text))
+
+    def readable(self, ids: Iterable[int]) -> list[str]:
+        "Pieces of the extended tokenizer for a person"
+        return [self.after.readable(self.after.piece(i)) for i in ids]
 
     @cached_property
     def ids(self) -> list[list[int]]:
@@ -381,12 +431,13 @@ class Extension:
     @cached_property
     def fast_ids(self) -> list[list[int]]:
         "Of the texts, by the fast tokenizer"
-        return encode_plain(self.tok, self.texts)
+        return self.encode_all_fast(self.texts)
 
     @cached_property
     def new_ids(self) -> list[int]:
         "Of appended pieces that text may give"
-        return [i for i in range(len(self.before), len(self.after)) if i not in self.after.silent]
+        ids, silent = range(len(self.before), len(self.after)), self.after.silent
+        return [i for i in ids if i not in silent and self.after.piece(i)]
 
     def ends(self, of_all: list) -> list:
         "The first and the last thousand, for checks that are slow; all where there are no more"
@@ -394,11 +445,20 @@ class Extension:
             return of_all
         return of_all[:1000] + of_all[-1000:]
 
+    @property
+    def loaded(self) -> PreTrainedTokenizerBase:
+        "What the folder loads as, for the checks that ask it"
+        require(self.tok, "the certificate: no tokenizer was loaded")
+        return cast("PreTrainedTokenizerBase", self.tok)
+
     def encode(self, text: str) -> list[int]:
         return self.after.encode_one(text)
 
+    def encode_all_fast(self, texts: list[str]) -> list[list[int]]:
+        return encode_plain(self.tok, texts) if self.tok else self.after.encode(texts)
+
     def encode_fast(self, text: str) -> list[int]:
-        return encode_plain(self.tok, [text])[0]
+        return self.encode_all_fast([text])[0]
 
 
 # %% ../nbs/a10_certificate.ipynb #1229e3bc
@@ -407,21 +467,24 @@ def old_pieces_kept(
 ) -> dict:
     "The same piece, score and type for each old id"
     before, after = ext.before, ext.after
-    changed = [i for i in range(len(before)) if before.entry(i) != after.entry(i)]
-    return certificate_line(
-        "old pieces keep ids, scores and types", len(before), [before.piece(i) for i in changed]
-    )
+    ids = [i for i in range(len(before)) if before.piece(i)]
+
+    def is_changed(i: int) -> bool:
+        return i >= len(after) or before.entry(i) != after.entry(i)
+
+    changed = [before.readable(before.piece(i)) for i in ids if is_changed(i)]
+    return certificate_line(f"old pieces keep {before.kept}", len(ids), changed)
 
 
 def old_pieces_cut_as_before(
     ext: Extension,  # what is compared
 ) -> dict:
     "The same ids for the text of each old piece"
-    pieces = [ext.before.piece(i) for i in range(len(ext.before))]
+    pieces = [piece for i in range(len(ext.before)) if (piece := ext.before.piece(i))]
     cuts = zip(
         pieces, ext.before.encode_pieces(pieces), ext.after.encode_pieces(pieces), strict=True
     )
-    changed = [piece for piece, old, new in cuts if old != new]
+    changed = [ext.before.readable(piece) for piece, old, new in cuts if old != new]
     return certificate_line("old pieces are cut as before", len(pieces), changed)
 
 
@@ -429,7 +492,7 @@ def new_pieces_reachable(
     ext: Extension,  # what is compared
 ) -> dict:
     "No new piece is dead"
-    dead = dead_pieces(ext.after, len(ext.before))
+    dead = [ext.after.readable(piece) for piece in dead_pieces(ext.after, len(ext.before))]
     return certificate_line("new pieces reachable", len(ext.new_ids), dead)
 
 
@@ -461,8 +524,7 @@ def old_texts_unchanged(
     ext: Extension,  # what is compared
 ) -> dict:
     "Text without the script of the new pieces has the ids that it had"
-    own = script_pattern(ext.script)
-    return _unchanged(ext, f"without {ext.script}", lambda text, ids: not own.search(text))
+    return _unchanged(ext, f"without {ext.script}", lambda text, ids: not ext.has_own(text))
 
 
 def text_comes_back(
@@ -470,25 +532,25 @@ def text_comes_back(
 ) -> dict:
     "Decoding the ids of a text gives that text"
     decoded = zip(ext.texts, ext.after.decode(ext.ids), strict=True)
-    lost = [text for text, back in decoded if text != back]
+    lost = [text for text, back in decoded if ext.after.comes_back_as(text) != back]
 
     def fails(text: str) -> bool:
-        return ext.after.decode([ext.encode(text)])[0] != text
+        return ext.after.decode([ext.encode(text)])[0] != ext.after.comes_back_as(text)
 
     return certificate_line("decoding gives the text back", len(ext.texts), lost, fails)
 
 
-def fast_equals_sentencepiece(
+def fast_equals_reader(
     ext: Extension,  # what is compared
 ) -> dict:
-    "The tokenizer of the folder gives the ids of the model"
+    "What transformers loads from the folder gives the ids of the model"
     both = zip(ext.texts, ext.ids, ext.fast_ids, strict=True)
     different = [text for text, ids, fast in both if ids != fast]
 
     def fails(text: str) -> bool:
         return ext.encode_fast(text) != ext.encode(text)
 
-    name = "fast tokenizer equals sentencepiece"
+    name = f"fast tokenizer equals {ext.after.reader}"
     return certificate_line(name, len(ext.texts), different, fails)
 
 
@@ -510,7 +572,7 @@ def same_after_saving(
 ) -> dict:
     "Saved by transformers and loaded again, it gives the same ids"
     with tempfile.TemporaryDirectory() as folder:
-        ext.tok.save_pretrained(folder)
+        ext.loaded.save_pretrained(folder)
         again = load_tokenizer(folder)
     texts = ext.ends(ext.texts)
     both = zip(texts, ext.ends(ext.fast_ids), encode_plain(again, texts), strict=True)
@@ -528,7 +590,7 @@ def no_control_from_text(
         names += [name, f"a {name} b", f"中{name}文"]
     texts = ext.texts + names
     ids = ext.ids + ext.after.encode(names)
-    fast_ids = ext.fast_ids + encode_plain(ext.tok, names)
+    fast_ids = ext.fast_ids + ext.encode_all_fast(names)
     both = zip(texts, ids, fast_ids, strict=True)
     forged = [text for text, a, b in both if silent & {*a, *b}]
 
@@ -541,14 +603,15 @@ def no_control_from_text(
 def bos_then_the_same(
     ext: Extension,  # what is compared
 ) -> dict:
-    "A stock call gives BOS, then the ids of the model"
+    "A stock call gives what the base puts in front, such as BOS, then the ids of the model"
+    front, back = ext.before.front, ext.before.back
 
     def fails(text: str) -> bool:
-        ids = ext.tok(text, split_special_tokens=True)["input_ids"]
-        return ids != [*ext.after.front, *ext.encode(text)]
+        ids = ext.loaded(text, split_special_tokens=True)["input_ids"]
+        return ids != [*front, *ext.encode(text), *back]
 
     texts = ext.ends(ext.texts)
-    name = "with special tokens: BOS, then the same ids"
+    name = f"with special tokens: {'BOS' if front else 'nothing'}, then the same ids"
     return certificate_line(name, len(texts), [text for text in texts if fails(text)], fails)
 
 
@@ -560,24 +623,31 @@ CHECKS = [
     new_pieces_spelled,
     old_texts_unchanged,
     text_comes_back,
-    fast_equals_sentencepiece,
+    fast_equals_reader,
     same_after_saving,
     no_control_from_text,
     bos_then_the_same,
 ]
+FOLDER_CHECKS = [fast_equals_reader, same_after_saving, bos_then_the_same]  # need what it loads as
+
+
+def sentencepiece_extension(
+    base: SentencePieceProcessor,  # before
+    new: SentencePieceProcessor,  # after
+    tok: PreTrainedTokenizerBase | None,  # what the folder loads as
+    texts: list[str],  # real and hostile
+    script: str = "Han",  # of the new pieces: ids of texts without it must not change
+) -> Extension:
+    "A sentencepiece model before and after"
+    return Extension(SentencePieceView(base), SentencePieceView(new), tok, texts, script)
 
 
 def certify(
-    base: SentencePieceProcessor,  # before
-    new: SentencePieceProcessor,  # after
-    tok: PreTrainedTokenizerBase,  # what the folder loads as
-    texts: list[str],  # real and hostile
-    script: str = "Han",  # of the new pieces: ids of texts without it must not change
-    more: Sequence[Callable[[Extension], dict]] = (),  # checks besides the ten
+    ext: Extension,  # what is compared
+    checks: Sequence[Callable[[Any], dict]] = CHECKS,  # the ten, for a sentencepiece model
 ) -> list[dict]:  # check, cases, failed, examples
     "What an extended tokenizer must keep and must do; a certificate has no line with a failure"
-    ext = Extension(SentencePieceView(base), SentencePieceView(new), tok, texts, script)
-    return [check(ext) for check in (*CHECKS, *more)]
+    return [check(ext) for check in checks if ext.tok or check not in FOLDER_CHECKS]
 
 
 # %% ../nbs/a10_certificate.ipynb #62560170
@@ -592,9 +662,7 @@ def pieces_language(
     return lang if isinstance(lang, str) else ""
 
 
-def _words_that_change(
-    before: SentencePieceProcessor, after: SentencePieceProcessor, docs: list[str]
-) -> list[str]:
+def _words_that_change(before: TokenizerView, after: TokenizerView, docs: list[str]) -> list[str]:
     "The three most frequent words whose ids differ, as Python writes them"
     counts = Counter(word for doc in docs for word in doc.split())
     words = [word for word, _ in counts.most_common()]
@@ -603,8 +671,8 @@ def _words_that_change(
 
 
 def changed_documents(
-    before: SentencePieceProcessor,  # the base
-    after: SentencePieceProcessor,  # its extension
+    before: TokenizerView,  # the base
+    after: TokenizerView,  # its extension
     corpus: Artifact | str | Path | None,  # a corpus, or None
     script: str = "Han",  # of the new pieces
     lang: str = "",  # language of the new pieces; empty: those that are written in the script
@@ -674,28 +742,30 @@ CERTIFICATE_RANGES = {
 }
 
 
+def is_shared(
+    script: str,  # of the new pieces
+    langs: Iterable[str],  # other languages
+) -> bool:
+    "Whether one of them is written in the script: then its texts may hold a new piece"
+    return any(_written_in(lang, script) for lang in langs)
+
+
 def write_certificate(
     folder: str | Path,  # of the extended tokenizer; receives certificate.json
-    base: SentencePieceProcessor,  # before
-    new: SentencePieceProcessor,  # after
-    texts: list[str],  # real and hostile
-    script: str = "Han",  # of the new pieces
+    lines: list[dict],  # of `certify`; those with `counted` or `left_out` promise nothing
     changed: dict[str, dict] | None = None,  # from `changed_documents`
 ) -> dict[str, dict]:  # check -> cases, failed
-    "Certify a folder; `StageError` with each line that has a failure"
-    changed = changed or {}
-    is_shared = any(_written_in(lang, script) for lang in changed)
-    more = [same_without_new_pieces] if is_shared else []
-    lines = certify(base, new, load_tokenizer(folder), texts, script, more)
-    counted = [_changed_line(*item) for item in changed.items() if item[1]["n_changed"]]
+    "Write a certificate; `StageError` with each line that has a failure"
+    counted = [_changed_line(*item) for item in (changed or {}).items() if item[1]["n_changed"]]
     write_json(Path(folder) / "certificate.json", [*lines, *counted])
+    checks = [line for line in lines if "check" in line]
     refuse(
         f"certificate: {line['check']}: {line['failed']:,} of {line['cases']:,} failed, "
         f"such as {line['examples'][0]}; append other pieces"
-        for line in lines
+        for line in checks
         if line["failed"]
     )
-    return {line["check"]: dict(cases=line["cases"], failed=0) for line in lines}
+    return {line["check"]: dict(cases=line["cases"], failed=0) for line in checks}
 
 
 def certificate_told(

@@ -12,17 +12,23 @@ __all__ = ["extend_model", "vocab", "compare_tokenizers"]
 from pathlib import Path
 
 from cmixtral_nb.certificate import (
+    CHECKS,
     certificate_texts,
     certificate_told,
+    certify,
     changed_documents,
     hostile_texts,
+    is_shared,
     pieces_language,
+    same_without_new_pieces,
     say_changed,
+    sentencepiece_extension,
     write_certificate,
 )
 from cmixtral_nb.tokenizer_files import (
     append_special,
     chars_per_token,
+    load_tokenizer,
     processor,
     read_bpe,
     write_vocab,
@@ -97,8 +103,10 @@ def vocab(
     real = [line for line in lines if line][::7]
     lines += hostile_texts(n_hostile, [p.piece for p in new], seed, real)
     old_sp, new_sp = processor(base_file), processor(model)
-    changed = changed_documents(old_sp, new_sp, corpus, script, lang, limit_chars)
-    certificate = write_certificate(out, old_sp, new_sp, lines, script, changed)
+    ext = sentencepiece_extension(old_sp, new_sp, load_tokenizer(out), lines, script)
+    changed = changed_documents(ext.before, ext.after, corpus, script, lang, limit_chars)
+    more = [same_without_new_pieces] if is_shared(script, changed) else []
+    certificate = write_certificate(out, certify(ext, [*CHECKS, *more]), changed)
     n_vocab = len(model.pieces)
     n_base = n_vocab - len(new) - len(special)
     before, after = chars_per_token(old_sp, measured), chars_per_token(new_sp, measured)

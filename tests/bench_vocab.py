@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from cmixtral_nb.certificate import certify, hostile_texts
+from cmixtral_nb.certificate import certify, hostile_texts, sentencepiece_extension
 from cmixtral_nb.corpus import corpus
 from cmixtral_nb.documents import read_docs
 from cmixtral_nb.pieces import base_tokenizer_model, read_pieces
@@ -289,7 +289,7 @@ def certificate(work, n):
     n_failed: Counter = Counter()
     while done < n:
         some = strings(min(50_000, n - done), folder, seed=1000 + done)
-        for line in certify(base, new, tok, some):
+        for line in certify(sentencepiece_extension(base, new, tok, some)):
             n_failed[line["check"]] += line["failed"]
             if line["failed"]:
                 print(line["check"], line["examples"])
