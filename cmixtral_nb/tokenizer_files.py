@@ -16,6 +16,7 @@ __all__ = [
     "write_tokenizer",
     "load_tokenizer",
     "encode_plain",
+    "start_id",
     "new_tokens",
     "append_special",
     "check_special",
@@ -232,6 +233,20 @@ def encode_plain(
         return [e.ids for e in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally:
         fast.encode_special_tokens = before
+
+
+# %% ../nbs/a09_tokenizer_files.ipynb #86f5cac7
+def start_id(
+    tok: PreTrainedTokenizerBase,  # of any base
+) -> int:
+    "The token that a document starts with: BOS; EOS, the end of another, where there is no BOS"
+    start = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
+    require(
+        start is not None,
+        f"the tokenizer {tok.name_or_path} names neither bos_token nor eos_token; "
+        "give at least eos_token in its tokenizer_config.json",
+    )
+    return start
 
 
 # %% ../nbs/a09_tokenizer_files.ipynb #e45e475a
