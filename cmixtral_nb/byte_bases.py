@@ -12,6 +12,7 @@ __all__ = [
     "TEKKEN",
     "to_letters",
     "to_bytes",
+    "readable",
     "ByteBase",
     "SpacedBase",
     "pre_tokenizers",
@@ -21,7 +22,9 @@ __all__ = [
     "read_byte_base",
     "merge_of",
     "tekken",
+    "config_folder",
     "write_byte_tokenizer",
+    "cut_is_lost",
 ]
 
 # %% ../nbs/a09b_byte_bases.ipynb #60a741e1
@@ -29,12 +32,15 @@ import base64
 import functools
 import itertools
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .documents import read_whole
 from .options import refuse
 from .pieces import package_file
 from .shapes import ANYTHING, TEXT, read_shaped, shape_fault, visible, whole
@@ -71,6 +77,16 @@ def to_bytes(
 ) -> bytes:
     "Example: to_bytes('ĠÃ©') -> the three bytes of ' é' in UTF-8"
     return bytes(BYTE_OF[letter] for letter in piece)
+
+
+def readable(
+    raw: bytes,  # any bytes
+) -> str:  # as sentencepiece writes pieces: ▁ for a blank, <0xE4> for a byte of a cut character
+    "Example: readable(' é'.encode()) -> '▁é'"
+    try:
+        return raw.decode().replace(" ", "▁")
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in raw)
 
 
 # %% ../nbs/a09b_byte_bases.ipynb #360b7527
@@ -122,6 +138,19 @@ class ByteBase:
         "How the file writes a piece"
         return to_letters(raw)
 
+    def readable(
+        self,
+        piece: str,  # as the file writes it
+    ) -> str:
+        "How a person reads a piece; the name of a control token is left as it is"
+        return readable(to_bytes(piece)) if BYTE_OF.keys() >= set(piece) else piece
+
+    @cached_property
+    def missing_bytes(self) -> set[int]:
+        "Bytes that the vocabulary lacks: a text loses them"
+        vocab = self.config["model"]["vocab"]
+        return {byte for byte, name in enumerate(self.byte_pieces) if name not in vocab}
+
     def words(
         self,
         encoded: Encoding,  # of a text
@@ -164,6 +193,13 @@ class SpacedBase(ByteBase):
         "How the file writes a piece: as it is"
         return raw.decode()
 
+    def readable(
+        self,
+        piece: str,  # as the file writes it
+    ) -> str:
+        "How a person reads a piece: as it is"
+        return piece
+
     def words(
         self,
         encoded: Encoding,  # of a text
@@ -200,7 +236,7 @@ _RARE_BYTES = {*range(32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - 
 def _vocabulary_faults(base: ByteBase) -> Iterable[str]:
     "What is wrong with pieces and ids"
     vocab = base.config["model"]["vocab"]
-    missing = [byte for byte, name in enumerate(base.byte_pieces) if name not in vocab]
+    missing = sorted(base.missing_bytes)
     if not _RARE_BYTES.issuperset(missing):
         yield f"the vocabulary lacks {len(missing)} of the 256 bytes, such as 0x{missing[0]:02X}"
     if len(set(vocab.values())) < len(vocab):
@@ -300,6 +336,13 @@ def merge_of(
 TEKKEN = {  # name of a base -> file in mistral-common
     "tekken": "data/tekken_240911.json",  # Mistral-Nemo, 131,072 ids
 }
+_TEKKEN_ROLES = {  # what its tokenizer_config.json would say
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "add_bos_token": True,
+}
 
 
 def _config_of_ranks(
@@ -348,32 +391,92 @@ def tekken(
 
 
 # %% ../nbs/a09b_byte_bases.ipynb #237e6d33
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")  # names of control tokens
 _KEPT = (  # of the base's tokenizer_config.json
-    "bos_token",
-    "eos_token",
-    "pad_token",
-    "unk_token",
     "add_bos_token",
+    "add_eos_token",
     "chat_template",
+    "model_input_names",
     "model_max_length",
+    "padding_side",
 )
+_TEMPLATE = "chat_template.jinja"
+_TEMPLATE_BYTES = 2**20
+
+
+def config_folder(
+    ref: str | Path,  # a folder, a tokenizer.json, or a name of `TEKKEN`
+) -> Path:
+    "Where the configuration of a base is, if it has one"
+    path = Path(ref)
+    return path if path.is_dir() else path.parent
+
+
+def _config_of(ref: str | Path) -> dict[str, Any]:
+    "The tokenizer_config.json of a base, with its chat template"
+    if str(ref) in TEKKEN:
+        return _TEKKEN_ROLES
+    folder = config_folder(ref)
+    config: dict[str, Any] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        config = read_shaped(folder / "tokenizer_config.json", {str: ANYTHING})
+    if not config.get("chat_template") and (folder / _TEMPLATE).is_file():
+        template = read_whole(folder / _TEMPLATE, _TEMPLATE_BYTES).decode(errors="replace")
+        config = dict(config, chat_template=template)
+    return config
+
+
+def _named(token: Any) -> Any:
+    "The name of a control token: written as a text, or under the key `content`"
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _kept(config: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    "What is kept of a configuration; a name that the tokenizer lacks would get a new id"
+    kept = {key: config[key] for key in _KEPT if config.get(key) is not None}
+    kept |= {key: _named(config[key]) for key in _ROLES if _named(config.get(key)) in known}
+    for key in _LISTS:
+        listed = config.get(key)
+        if isinstance(listed, dict):
+            kept[key] = {role: name for role, name in listed.items() if _named(name) in known}
+        elif isinstance(listed, list):
+            kept[key] = [name for name in map(_named, listed) if name in known]
+    return kept
 
 
 def write_byte_tokenizer(
     base: ByteBase,  # such as an extended one
     out: str | Path,  # folder, made where it is missing
-    like: str | Path | None = None,  # folder of the base, for the names of its control tokens
+    like: str | Path | None = None,  # the base, for its control tokens and its chat template
+    **changes: Any,  # other keys of tokenizer_config.json
 ) -> Path:  # out
     "tokenizer.json and tokenizer_config.json"
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {}
-    if like and (Path(like) / "tokenizer_config.json").is_file():
-        config = read_shaped(Path(like) / "tokenizer_config.json", {str: ANYTHING})
-    kept = {key: config[key] for key in _KEPT if config.get(key) is not None}
+    known = {token["content"] for token in base.config.get("added_tokens") or []}
+    kept = _kept(_config_of(like), known | {*base.config["model"]["vocab"]}) if like else {}
+    fixed = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
     write_json(out / "tokenizer.json", base.config)
-    write_json(
-        out / "tokenizer_config.json",
-        dict(kept, tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False),
-    )
+    write_json(out / "tokenizer_config.json", {**kept, **fixed, **changes})
     return out
+
+
+def cut_is_lost(
+    ref: str | Path,  # a base; only a model folder says what kind of model reads it
+) -> bool:
+    "Whether transformers cuts the texts of such a model by a rule of its own, not by the file's"
+    model_config = config_folder(ref) / "config.json"
+    if str(ref) in TEKKEN or not model_config.is_file():
+        return False
+    from transformers import AutoTokenizer
+
+    cut = dict(type="Split", pattern={"Regex": "b"}, behavior="Isolated", invert=False)
+    vocab = {letter: i for i, letter in enumerate(LETTER_OF.values())} | {"ab": 256}
+    model = dict(type="BPE", vocab=vocab, merges=[["a", "b"]])
+    tiny = ByteBase(dict(version="1.0", added_tokens=[], pre_tokenizer=cut, model=model))
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(model_config, Path(folder) / "config.json")
+        write_byte_tokenizer(tiny, folder)
+        tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tok.tokenize("ab") != ["a", "b"]
