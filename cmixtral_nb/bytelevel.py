@@ -93,10 +93,10 @@ class OwnBytes:
             return not any(assigned.match(char) for char in others)
 
         self.beginnings = set(filter(only_own, beginnings))
-        self.units = spelled | self.beginnings
         # code points without a character yet, that begin as own characters do, count as own
         later = {chr(code) for beginning in self.beginnings for code in code_points(beginning)}
         self.characters = characters | later
+        self.units = self.beginnings | {char.encode() for char in self.characters}
 
     def in_text(
         self,
