@@ -21,6 +21,7 @@ __all__ = [
     "is_byte_base",
     "read_byte_base",
     "merge_of",
+    "template",
     "tekken",
     "config_folder",
     "write_byte_tokenizer",
@@ -336,19 +337,41 @@ def merge_of(
 TEKKEN = {  # name of a base -> file in mistral-common
     "tekken": "data/tekken_240911.json",  # Mistral-Nemo, 131,072 ids
 }
-_TEKKEN_ROLES = {  # what its tokenizer_config.json would say
+_TEKKEN_ROLES: dict[str, Any] = {  # what its tokenizer_config.json would say
     "bos_token": "<s>",
     "eos_token": "</s>",
     "unk_token": "<unk>",
     "pad_token": "<pad>",
-    "add_bos_token": True,
 }
+
+
+def template(
+    front: list[tuple[str, int]],  # control tokens before a text: name, id
+    back: list[tuple[str, int]],  # control tokens after it
+) -> dict[str, Any]:
+    "The post_processor of a tokenizer.json that puts control tokens around a text"
+
+    def around(text: str, type_id: int) -> list[dict]:
+        before, after = (
+            [{"SpecialToken": dict(id=name, type_id=type_id)} for name, _ in side]
+            for side in (front, back)
+        )
+        return [*before, {"Sequence": dict(id=text, type_id=type_id)}, *after]
+
+    named = {name: dict(id=name, ids=[i], tokens=[name]) for name, i in (*front, *back)}
+    return dict(
+        type="TemplateProcessing",
+        single=around("A", 0),
+        pair=around("A", 0) + around("B", 1),
+        special_tokens=named,
+    )
 
 
 def _config_of_ranks(
     rank_of: dict[bytes, int],
     pattern: str,  # regular expression that cuts pre-tokens
     special: list[str],  # control tokens; theirs are the first ids
+    bos: str,  # the one that begins a text
 ) -> dict[str, Any]:
     "The tokenizer.json of a table of ranks"
     names = {name: i for i, name in enumerate(special)}
@@ -363,7 +386,7 @@ def _config_of_ranks(
         added_tokens=[dict(id=i, content=name, **flags) for i, name in enumerate(special)],
         normalizer=None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[cut, letters]),
-        post_processor=None,
+        post_processor=template([(bos, names[bos])], []),
         decoder=letters,
         model=dict(type="BPE", vocab=vocab, merges=merges, ignore_merges=True),
     )
@@ -387,7 +410,9 @@ def tekken(
     members = [token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
     named = json.loads(json.dumps(members))  # plain text instead of members of an enumeration
     fillers = [f"<SPECIAL_{i}>" for i in range(len(named), n_special)]
-    return ByteBase(_config_of_ranks(rank_of, sizes["pattern"], [*named, *fillers]))
+    special = [*named, *fillers]
+    bos = _TEKKEN_ROLES["bos_token"]
+    return ByteBase(_config_of_ranks(rank_of, sizes["pattern"], special, bos))
 
 
 # %% ../nbs/a09b_byte_bases.ipynb #237e6d33
