@@ -65,7 +65,7 @@ from .loading import one_tensor_at_a_time, streamed
 from .machine import say
 from .options import as_list
 from .stages import require, stage
-from .tokenizer_files import encode_plain, load_tokenizer
+from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,7 @@ def nf4_roundtrip(
 
 # %% ../nbs/10_merge.ipynb #7644d18f
 EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,17 @@ def open_sources(
     shards = sorted(set(files.values()))
     head = {name: entry for shard in shards for name, entry in read_header(shard).items()}
     names = {plain_name(name): name for name in head}
+    if _HEAD not in names:
+        for a in adapters:
+            _leave_tied(a)
     in_4bit, computed_in = _held_in_4bit(head, adapters)
     return Sources(files, head, names, adapters, into, rounding, device, in_4bit, computed_in)
+
+
+def _leave_tied(a: Adapter) -> None:
+    "Drop the head that peft saves beside the embedding, though they were trained as one matrix"
+    if a.config.get("ensure_weight_tying"):
+        a.whole.pop(_HEAD, None)
 
 
 def _held_in_4bit(head: dict[str, dict], adapters: list[Adapter]) -> tuple[frozenset[str], str]:
@@ -302,7 +312,7 @@ def logit_difference(
 
     worst = top = 0.0
     for ids in encode_plain(tok, texts):
-        x = torch.tensor([[tok.bos_token_id, *ids]])
+        x = torch.tensor([[start_id(tok), *ids]])
         with torch.no_grad():
             of_a, of_b = (
                 model.eval()(input_ids=x.to(model.device), use_cache=False).logits.float().cpu()
@@ -315,11 +325,19 @@ def logit_difference(
 
 
 # %% ../nbs/10_merge.ipynb #6b6f440e
+def _is_tied(src: Sources) -> bool:
+    "Whether the head of the merged model is its embedding"
+    own_head = any(_HEAD in a.whole for a in src.adapters)
+    return _HEAD not in src.names and not own_head
+
+
 def without_lora_added(
     src: Sources,  # model and adapters
     name: str,  # plain name
 ) -> Tensor:
     "A weight before LoRA, with the rows that adapters bring"
+    if name == _HEAD and _is_tied(src):
+        name = EMBEDDING
     W = start_of(src, name)
     for a in adapters_of(src, name):
         if name in a.rows:
@@ -350,7 +368,7 @@ def _sentences(folder: Path, n_rows: int) -> list[list[int]]:
     if not (folder / "tokenizer.json").is_file():
         return [[i * 7919 % n_rows for i in range(start, start + 12)] for start in range(4)]
     tok = load_tokenizer(folder)
-    return [[tok.bos_token_id, *ids] for ids in encode_plain(tok, _TEXTS)]
+    return [[start_id(tok), *ids] for ids in encode_plain(tok, _TEXTS)]
 
 
 def _compare(src: Sources, out: Path, n_rows: int) -> float:

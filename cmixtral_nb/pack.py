@@ -8,6 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "cut_examples",
+    "document_starts",
     "positions",
     "document_ends",
     "collate",
@@ -84,15 +85,28 @@ def cut_examples(
 
 
 # %% ../nbs/07_pack.ipynb #a82f2fce
+def document_starts(
+    ids: ndarray,  # (n, length) examples
+    bos: int,  # id with which each document starts
+    eos: int | None = None,  # id with which each ends; without BOS it is the same
+) -> ndarray:  # (n, length) bool
+    "Where documents start. Example: [[7, 1, 8, 9]], bos=1 -> [[False, True, False, False]]"
+    starts = ids == bos
+    if bos == eos:  # two between documents: the first one ends, the second one starts
+        starts[:, 1:] &= ids[:, :-1] == eos
+    return starts
+
+
 def positions(
     ids: ndarray,  # (n, length) examples
     bos: int,  # id with which each document starts
+    eos: int | None = None,  # id with which each ends, for `document_starts`
 ) -> ndarray:  # (n, length) int64; 0 at the start of each document and of each example
     "Position of each token in its document. Example: [[7, 1, 8, 9]], bos=1 -> [[0, 0, 1, 2]]"
     import numpy as np
 
     index = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    starts = np.where(ids == bos, index, 0)
+    starts = np.where(document_starts(ids, bos, eos), index, 0)
     return index - np.maximum.accumulate(starts, axis=1)
 
 
@@ -113,6 +127,7 @@ def collate(
     examples: list[dict],  # with `input_ids`
     bos: int,  # id with which each document starts
     flash: bool = False,  # for Flash Attention, which does not read positions: add `document_ends`
+    eos: int | None = None,  # id with which each ends, for `document_starts`
 ) -> dict:  # input_ids, position_ids, labels: int64 tensors of shape (batch, length)
     "A batch in which no document sees another or is asked to guess where one starts"
     import numpy as np
@@ -121,8 +136,8 @@ def collate(
     ids = np.stack([np.asarray(e["input_ids"]) for e in examples]).astype(np.int64)
     batch = dict(
         input_ids=ids,
-        position_ids=positions(ids, bos),
-        labels=np.where(ids == bos, -100, ids),  # the loss leaves out -100
+        position_ids=positions(ids, bos, eos),
+        labels=np.where(document_starts(ids, bos, eos), -100, ids),  # the loss leaves out -100
     )
     made: dict = {name: torch.from_numpy(array) for name, array in batch.items()}
     if flash:

@@ -57,7 +57,7 @@ from .corpora import corpus_langs, corpus_texts, missing_language
 from .corpus import is_heldout
 from .documents import doc_files, text_batches
 from .options import at_least, between, faults_of, range_faults, refuse
-from .tokenizer_files import encode_plain, load_tokenizer
+from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -128,8 +128,13 @@ def ids_dtype(
 def special_ids(
     tok: PreTrainedTokenizerBase,
 ) -> dict[str, int]:  # bos, eos
-    "The ids that are put around each document"
-    return dict(bos=tok.bos_token_id, eos=tok.eos_token_id)
+    "The ids that are put around each document; where there is no BOS, EOS is put in front too"
+    require(
+        tok.eos_token_id is not None,
+        f"the tokenizer {tok.name_or_path} names no eos_token, expected the token that ends a "
+        "text; give it in tokenizer_config.json",
+    )
+    return dict(bos=start_id(tok), eos=tok.eos_token_id)
 
 
 def encode_docs(
@@ -548,7 +553,9 @@ def check_pack(
     faults = pack_option_faults(mix, **options)
     ratios = {} if faults_of(parse_mix, mix) else parse_mix(mix)
     faults += source_faults(corpus, ratios)
-    if not (Path(tokenizer) / "tokenizer.json").is_file():
+    if (Path(tokenizer) / "tokenizer.json").is_file():
+        faults += faults_of(lambda: special_ids(load_tokenizer(tokenizer)))
+    else:
         faults.append(f"{tokenizer} holds no tokenizer.json; run: cmixtral vocab --out DIR")
     if parts and not faults:
         faults = part_faults(parts, corpus, tokenizer, ratios, valid_share, seed)

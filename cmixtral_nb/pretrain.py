@@ -14,6 +14,7 @@ __all__ = [
     "two_rates_trainer",
     "trainer",
     "pretrain",
+    "has_router",
     "weigh_balance",
     "run_to_end",
 ]
@@ -54,7 +55,7 @@ from .pack import collate, load_examples
 from .placement import device_of
 from .qlora import add_lora
 from .stages import Artifact, stage
-from .tokenizer_files import encode_plain, load_tokenizer
+from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -72,7 +73,8 @@ def router_load(
     "Where the router sends the tokens of some texts"
     import torch
 
-    ids = [token for text in encode_plain(tok, texts) for token in (tok.bos_token_id, *text)]
+    start = start_id(tok)
+    ids = [token for text in encode_plain(tok, texts) for token in (start, *text)]
     was_training = model.training
     model.eval()
     windows = []
@@ -295,7 +297,7 @@ def pretrain(
         net,
         load_examples(tokens).select_columns("input_ids").with_format("numpy"),
         args,
-        partial(collate, bos=packed.stats["bos"], flash=attn.startswith("flash")),
+        _batches_of(packed, attn),
         rows_lr=rows_lr or lr,
         measure=partial(bits_of_langs, net, tok, texts, packed.stats["length"], batch),
         log=out / "log.jsonl",
@@ -308,12 +310,27 @@ def pretrain(
     return _results(out, run, net, packed, model)
 
 
+def _batches_of(packed: Artifact, attn: str) -> Callable[[list], dict]:
+    "The function that makes a batch of examples"
+    ends = {name: packed.stats[name] for name in ("bos", "eos")}
+    return partial(collate, **ends, flash=attn.startswith("flash"))
+
+
+def has_router(
+    model: PreTrainedModel,  # any
+) -> bool:
+    "Whether a router sends each token to some of the experts; a dense model has none"
+    return bool(getattr(model.config, "num_local_experts", 0))
+
+
 def weigh_balance(
-    model: PreTrainedModel,  # a Mixtral
+    model: PreTrainedModel,  # any; nothing is changed where there is no router
     aux: float,  # weight of the router's balance in the loss of a step
     accumulation: int,  # batches added up to one step
 ) -> None:
     "The weight of the router's balance in the loss of a batch"
+    if not has_router(model):
+        return
     model.config.output_router_logits = True
     # The Trainer adds up the batches of a step; each adds its share of the balance.
     n_batches = accumulation * world_size()
@@ -328,9 +345,8 @@ def _note_loads(
     when: str,  # before or after
 ) -> None:
     "The router load of each language into router.json"
-    has_router = getattr(model.config, "num_local_experts", 0)  # a dense model has none
     load_of = partial(router_load, model, tok)
-    note_loads(out / "router.json", when, texts if has_router else {}, load_of)
+    note_loads(out / "router.json", when, texts if has_router(model) else {}, load_of)
 
 
 def run_to_end(

@@ -260,6 +260,8 @@ def _lora_config(
             f"from 1 to {n_rows - 1:,}; found {n_old}"
         )
     refuse(faults)
+    tied = model.config.get_text_config().tie_word_embeddings  # then the head is the embedding
+    matrices = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     new = list(range(n_old, n_rows))
     return LoraConfig(
         r=rank or 1,
@@ -267,8 +269,9 @@ def _lora_config(
         lora_dropout=dropout,
         task_type="CAUSAL_LM",
         target_modules=_lora_targets(model) if rank else DUMMY_TARGET_MODULES,
-        modules_to_save=["embed_tokens", "lm_head"] if rows == "all" else None,
-        trainable_token_indices={"embed_tokens": new, "lm_head": new} if rows == "new" else None,
+        modules_to_save=matrices if rows == "all" else None,
+        trainable_token_indices=dict.fromkeys(matrices, new) if rows == "new" else None,
+        ensure_weight_tying=tied and rows == "all",
     )
 
 
