@@ -424,6 +424,11 @@ class Extension:
         return [self.after.readable(self.after.piece(i)) for i in ids]
 
     @cached_property
+    def ids_before(self) -> list[list[int]]:
+        "Of the texts, before"
+        return self.before.encode(self.texts)
+
+    @cached_property
     def ids(self) -> list[list[int]]:
         "Of the texts, after"
         return self.after.encode(self.texts)
@@ -509,9 +514,9 @@ def new_pieces_spelled(
 # %% ../nbs/a10_certificate.ipynb #98329eff
 def _unchanged(ext: Extension, which: str, is_old: Callable[[str, list[int]], bool]) -> dict:
     "Texts that are old, by themselves or by their new ids, have the ids that they had"
-    old = [(text, ids) for text, ids in zip(ext.texts, ext.ids, strict=True) if is_old(text, ids)]
-    before = ext.before.encode([text for text, _ in old])
-    changed = [text for (text, ids), was in zip(old, before, strict=True) if ids != was]
+    rows = zip(ext.texts, ext.ids, ext.ids_before, strict=True)
+    old = [(text, ids, was) for text, ids, was in rows if is_old(text, ids)]
+    changed = [text for text, ids, was in old if ids != was]
 
     def fails(text: str) -> bool:
         ids = ext.encode(text)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from .byte_bases import is_byte_base
 from .byte_pieces import byte_script_faults, known_base
+from .byte_vocab import byte_vocab_faults, byte_vocab_option_faults
 from .certificate import CERTIFICATE_RANGES
 from .corpora import corpus_langs, lang_faults, missing_language
 from .documents import read_docs
@@ -246,6 +247,8 @@ def vocab_option_faults(
             "how many pieces? give a number or a search: cmixtral vocab --n-pieces N, "
             "or cmixtral vocab --search DIR"
         )
+    if is_byte_base(base):
+        return faults + byte_vocab_option_faults(base, tokens)
     faults += faults_of(script_pattern, script)
     return faults + faults_of(lambda: check_special(base_tokenizer_model(base), tokens or []))
 
@@ -257,11 +260,15 @@ def check_vocab(
 ) -> None:
     "Refuse options and inputs of `vocab` that cannot be, all at once"
     chosen = options["search"] and not options["n_pieces"]
+    if is_byte_base(options["base"]):
+        faults = byte_vocab_faults(pieces, options["base"], options["n_pieces"])
+    else:
+        faults = faults_of(read_pieces, pieces, options["script"])
     refuse(
         [
             *vocab_option_faults(**options),
             *(faults_of(read_choice, options["search"]) if chosen else []),
-            *faults_of(read_pieces, pieces, options["script"]),
+            *faults,
             *(faults_of(Artifact.load, corpus, "corpus") if corpus else []),
         ]
     )

@@ -19,6 +19,7 @@ __all__ = [
     "start_id",
     "new_tokens",
     "append_special",
+    "require_new_tokens",
     "check_special",
     "write_vocab",
 ]
@@ -286,12 +287,11 @@ def append_special(
     return [(i, p.piece, names[p.type]) for i, p in added]
 
 
-def check_special(
-    base_file: str | Path,  # sentencepiece model of the base
+def require_new_tokens(
+    old: set[str],  # pieces of the base
     tokens: list[str],  # control tokens to append
 ) -> None:
     "Control tokens have no blanks, are new and are named once; else `StageError`"
-    old = {p.piece for p in read_bpe(base_file).pieces}
     bad = []
     for i, token in enumerate(tokens):
         blank = any(char.isspace() or char == "▁" for char in token)
@@ -303,6 +303,14 @@ def check_special(
         f"tokens: {', '.join(bad)}: expected control tokens without blanks, each once, "
         "that the base does not have",
     )
+
+
+def check_special(
+    base_file: str | Path,  # sentencepiece model of the base
+    tokens: list[str],  # control tokens to append
+) -> None:
+    "The same for the pieces of a sentencepiece base"
+    require_new_tokens({p.piece for p in read_bpe(base_file).pieces}, tokens)
 
 
 # %% ../nbs/a09_tokenizer_files.ipynb #7ef9ca51

@@ -10,6 +10,7 @@ __all__ = ["extend_model", "vocab", "compare_tokenizers"]
 
 # %% ../nbs/04_vocab.ipynb #62d17c21
 from pathlib import Path
+from typing import Any
 
 from cmixtral_nb.certificate import (
     CHECKS,
@@ -34,6 +35,7 @@ from cmixtral_nb.tokenizer_files import (
     write_vocab,
 )
 
+from .byte_bases import is_byte_base
 from .machine import say
 from .pieces import Piece, base_tokenizer_model, read_pieces
 from .search import base_pieces, scores_below, select_pieces
@@ -58,6 +60,27 @@ def extend_model(
 
 
 # %% ../nbs/04_vocab.ipynb #d9097fd0
+def _chosen(pieces: Path, base_file: Path, script: str, n_pieces: int, n_chars: int) -> list[Piece]:
+    "So many pieces of the candidates, in the order in which they are appended"
+    candidates = read_pieces(pieces, script)
+    new = select_pieces(candidates, base_pieces(base_file, script), n_pieces, n_chars)
+    require(
+        len(new) == n_pieces,
+        f"{pieces} gives {len(new):,} pieces that can be built, {n_pieces:,} were asked for; "
+        "lower n_pieces, or run: cmixtral tokenizer --n-pieces N",
+    )
+    return new
+
+
+def _say_vocab(stats: dict[str, Any]) -> None:
+    "Sizes, characters per token where there was text to measure, the certificate"
+    n_base, n_vocab = stats["n_base"], stats["n_vocab"]
+    before, after = stats["chars_per_token_base"], stats["chars_per_token"]
+    rates = f"{before:.3f} -> {after:.3f} characters per token; " if after else ""
+    told = certificate_told(stats["certificate"])
+    say("vocab", f"{n_base:,} + {n_vocab - n_base:,} = {n_vocab:,} pieces, {rates}{told}")
+
+
 @stage(
     "tokenizer",
     inputs=("pieces", "base", "search", "corpus"),
@@ -68,7 +91,7 @@ def extend_model(
 def vocab(
     pieces: Path,  # folder of candidates, table of pieces, or sentencepiece model
     out: Path,  # folder to write
-    base: str = "mixtral",  # base tokenizer: 'mixtral', a folder, or a sentencepiece file
+    base: str = "mixtral",  # base tokenizer: a name, a folder, a .model or tokenizer.json file
     search: Path = None,  # search folder: takes its choice where n_pieces is 0
     n_pieces: int = 0,  # pieces to append; 0: as the search chose
     # single characters of the extended vocabulary, the base's included; 0: as the search chose,
@@ -86,14 +109,14 @@ def vocab(
     if search and not n_pieces:
         n_pieces, searched_chars = read_choice(search)
         n_chars = n_chars or searched_chars
+    if is_byte_base(base):
+        from .byte_vocab import append_merges
+
+        return append_merges(
+            out, pieces, base, n_pieces, tokens, multiple, corpus, limit_chars, n_hostile, seed
+        )
     base_file = base_tokenizer_model(base)
-    candidates = read_pieces(pieces, script)
-    new = select_pieces(candidates, base_pieces(base_file, script), n_pieces, n_chars)
-    require(
-        len(new) == n_pieces,
-        f"{pieces} gives {len(new):,} pieces that can be built, {n_pieces:,} were asked for; "
-        "lower n_pieces, or run: cmixtral tokenizer --n-pieces N",
-    )
+    new = _chosen(pieces, base_file, script, n_pieces, n_chars)
     model = extend_model(base_file, new)
     special = append_special(model, tokens or [], multiple)
     write_vocab(out, model, new, special)
@@ -109,22 +132,20 @@ def vocab(
     certificate = write_certificate(out, certify(ext, [*CHECKS, *more]), changed)
     n_vocab = len(model.pieces)
     n_base = n_vocab - len(new) - len(special)
-    before, after = chars_per_token(old_sp, measured), chars_per_token(new_sp, measured)
-    told = certificate_told(certificate)
-    rates = f"{before:.3f} -> {after:.3f} characters per token; " if measured else ""
-    say("vocab", f"{n_base:,} + {n_vocab - n_base:,} = {n_vocab:,} pieces, {rates}{told}")
-    say_changed(changed, script)
-    return dict(
+    stats = dict(
         n_base=n_base,
         n_pieces=len(new),
         n_chars=sum(p.kind == "char" for p in new),
         n_special=len(special),
         n_vocab=n_vocab,
-        chars_per_token_base=before,
-        chars_per_token=after,
+        chars_per_token_base=chars_per_token(old_sp, measured),
+        chars_per_token=chars_per_token(new_sp, measured),
         certificate=certificate,
         ids_changed=changed,
     )
+    _say_vocab(stats)
+    say_changed(changed, script)
+    return stats
 
 
 # %% ../nbs/04_vocab.ipynb #9ffe1818
