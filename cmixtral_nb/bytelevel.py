@@ -23,7 +23,6 @@ __all__ = [
 
 # %% ../nbs/04b_bytelevel.ipynb #7584f5d0
 import copy
-import heapq
 import itertools
 import math
 import re
@@ -34,10 +33,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .byte_bases import ByteBase, pre_tokenizers
 from .languages import script_ranges
+from .pairs import Pairs, Words, pair_ids
 from .spaced_bases import CHARACTER
 
 if TYPE_CHECKING:
-    import numpy as np
     from tokenizers import Tokenizer
 
 # %% ../nbs/04b_bytelevel.ipynb #29ff4dd9
@@ -137,130 +136,6 @@ def count_words(
     return Counter({word: n for word, n in counts.items() if may_change(word)})
 
 
-# %% ../nbs/04b_bytelevel.ipynb #88bf3321
-_END = -1  # the token that separates words
-_GONE = -2  # of a place whose token became part of the one before it
-_IDS = 1 << 26  # more ids than there can be: two ids make one number
-
-
-class _Words:
-    "All words end to end; each place knows the places before and after it"
-
-    def __init__(self, counts: Counter):
-        import numpy as np
-
-        n_places = sum(len(word) + 1 for word in counts) + 1
-        self.token: np.ndarray = np.full(n_places, _END, np.int64)
-        self.weight: np.ndarray = np.zeros(n_places, np.int64)  # how often the word occurs
-        start = 1
-        for word, count in counts.items():
-            self.token[start : start + len(word)] = word
-            self.weight[start : start + len(word)] = count
-            start += len(word) + 1
-        places = np.arange(n_places)
-        self.after = np.minimum(places + 1, n_places - 1)
-        self.before = np.maximum(places - 1, 0)
-
-    def characters(self) -> dict[int, int]:
-        "How often each character occurs that the vocabulary lacks; none does in a base of bytes"
-        import numpy as np
-
-        places = np.flatnonzero(self.token >= CHARACTER)
-        found, which = np.unique(self.token[places], return_inverse=True)
-        counts = np.bincount(which, self.weight[places], len(found)).astype(np.int64)
-        return dict(zip(found.tolist(), counts.tolist(), strict=True))
-
-    def pairs_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "Of these places, those where a pair begins, and the pair as one number"
-        left, right = self.token[places], self.token[self.after[places]]
-        is_pair = (left >= 0) & (right >= 0)
-        return places[is_pair], left[is_pair] * _IDS + right[is_pair]
-
-    def find(self, left: int, right: int, places: np.ndarray) -> np.ndarray:
-        "Of these places, those where the pair is still; of overlapping ones the first"
-        import numpy as np
-
-        places = places[self.token[places] == left]
-        places = places[self.token[self.after[places]] == right]
-        if left != right:
-            return places
-        kept, taken = [], -1
-        for place, second in zip(places.tolist(), self.after[places].tolist(), strict=True):
-            if place != taken:
-                kept.append(place)
-                taken = second
-        return np.array(kept, np.int64)
-
-    def join(self, places: np.ndarray, new: int) -> None:
-        "Make one token of each pair that begins here"
-        second = self.after[places]
-        third = self.after[second]
-        self.token[places] = new
-        self.token[second] = _GONE
-        self.after[places] = third
-        self.before[third] = places
-
-    def around(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "The pairs that hold a token at one of these places: where they begin, and what they are"
-        import numpy as np
-
-        return self.pairs_at(np.unique(np.concatenate([self.before[places], places])))
-
-
-# %% ../nbs/04b_bytelevel.ipynb #a8ae8e8a
-class _Pairs:
-    "How often each pair that may be joined occurs, and where"
-
-    def __init__(self, may_join: Callable[[int, int], bool], fewest: int):
-        self.may_join = may_join
-        self.fewest = fewest  # rarer pairs are not kept
-        self.places: dict[int, np.ndarray] = {}
-        self.count: dict[int, int] = {}
-        self.queue: list[tuple[int, int]] = []  # minus the count, pair; old entries stay in it
-
-    def add(self, places: np.ndarray, pairs: np.ndarray, weights: np.ndarray) -> None:
-        "Pairs that were not there before"
-        import numpy as np
-
-        if not len(pairs):
-            return
-        order = np.argsort(pairs, kind="stable")
-        places, pairs = places[order], pairs[order]
-        starts = np.flatnonzero(np.diff(pairs, prepend=-1))
-        ends = [*starts[1:].tolist(), len(pairs)]
-        totals = np.add.reduceat(weights[order], starts)
-        rows = zip(pairs[starts].tolist(), totals.tolist(), starts.tolist(), ends, strict=True)
-        for pair, total, start, end in rows:
-            if total >= self.fewest and self.may_join(*divmod(pair, _IDS)):
-                self.places[pair] = places[start:end]
-                self.count[pair] = total
-                heapq.heappush(self.queue, (-total, pair))
-
-    def lessen(self, pairs: np.ndarray, weights: np.ndarray) -> None:
-        "Pairs that are gone from some places"
-        import numpy as np
-
-        if not len(pairs):
-            return
-        changed, which = np.unique(pairs, return_inverse=True)
-        lost = np.bincount(which, weights).astype(np.int64)
-        for pair, n in zip(changed.tolist(), lost.tolist(), strict=True):
-            if pair in self.count:
-                self.count[pair] -= n
-                heapq.heappush(self.queue, (-self.count[pair], pair))
-
-    def pop(self) -> tuple[int, int, np.ndarray] | None:
-        "The most frequent pair, its count and its places; None where all that is left is rare"
-        while self.queue:
-            negative, pair = heapq.heappop(self.queue)
-            if self.count.get(pair) != -negative:
-                continue  # the count has changed since
-            if -negative < self.fewest:
-                return None
-            return pair, self.count.pop(pair), self.places.pop(pair)
-        return None
-
-
 # %% ../nbs/04b_bytelevel.ipynb #ec2a4131
 class Merge(NamedTuple):
     "Two pieces that become one"
@@ -290,8 +165,8 @@ def learn_merges(
     "Go on with BPE where the base stopped"
     import numpy as np
 
-    words = _Words(counts)
-    n_characters = words.characters()
+    words = Words(counts)
+    n_characters = words.counts_from(CHARACTER)  # of those that the vocabulary lacks
     raw = bytes_of | {i: chr(i - CHARACTER).encode() for i in n_characters}
     lacking = [Merge(b"", raw[i], n) for i, n in n_characters.items() if n >= fewest]
     known = set(raw.values())
@@ -300,7 +175,7 @@ def learn_merges(
         joined = raw[left] + raw[right]
         return len(joined) <= longest and allowed(joined)
 
-    pairs = _Pairs(may_join, fewest)
+    pairs = Pairs(may_join, fewest)
     places, found = words.pairs_at(np.arange(len(words.token)))
     pairs.add(places, found, words.weight[places])
 
@@ -308,7 +183,7 @@ def learn_merges(
     new = max(raw) + 1
     while len(merges) < n_merges and (most := pairs.pop()):
         pair, count, places = most
-        left, right = divmod(pair, _IDS)
+        left, right = pair_ids(pair)
         joined = raw[left] + raw[right]
         if joined in known:
             continue  # another merge makes these bytes
