@@ -234,8 +234,8 @@ def chars_per_token(
 
 # %% ../nbs/04b_bytelevel.ipynb #d8820f09
 def n_pre_tokens(
-    tok: Tokenizer,
-    text: str,
+    tok: Tokenizer,  # of a base
+    text: str,  # as it was written
 ) -> int:
     "Into how many pre-tokens a text is cut"
     normal = tok.normalizer.normalize_str(text) if tok.normalizer else text
