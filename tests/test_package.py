@@ -93,6 +93,7 @@ def test_requirements_have_a_floor_and_a_reason_for_a_missing_ceiling():
         "tqdm",
         "jieba",
         "wordfreq",
+        "snownlp",
         "opencc",
         "latex2mathml",
         "jupyter",
