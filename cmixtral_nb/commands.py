@@ -105,6 +105,7 @@ POSITIONAL = {  # command -> parameter that is given without a dash
     "report": "run",
     "card": "run",
     "compare": "models",
+    "audit": "tokenizer",
 }
 FORCE_DOC = "make it anew even where it is up to date"  # `stage` adds this parameter
 
@@ -159,6 +160,7 @@ GROUPS = {
         "search",
         "vocab",
         "base",
+        "upcycle",
         "init",
         "pack",
         "pretrain",
@@ -168,7 +170,7 @@ GROUPS = {
         "evaluate",
         "efficiency",
     ],
-    "Use and read": ["chat", "export", "serve", "page", "compare", "card"],
+    "Use and read": ["chat", "export", "serve", "page", "compare", "breakeven", "audit", "card"],
     "The book": ["docs", "prepare"],
 }
 
@@ -385,8 +387,8 @@ def _refuse_launcher() -> None:
     )
 
 
-def _do(argv: list[str]) -> None:
-    "What a command line says"
+def _do(argv: list[str]) -> int:
+    "What a command line says; its exit status"
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
     elif argv[0] == "--version":
@@ -395,19 +397,22 @@ def _do(argv: list[str]) -> None:
         args = vars(parser(argv[0]).parse_args(argv[1:]))
         _refuse_launcher()
         _quiet(argv[0], args)
-        command(argv[0])(**args)
+        found = command(argv[0])(**args)
+        _flush()
+        return getattr(found, "exit_status", 0)  # as of an audit
     _flush()
+    return 0
 
 
 def main(
     argv: list[str] | None = None,  # arguments; default: those of the process
-) -> int:  # exit status: 0, 1 for a mistake of ours, 2 for a fault, 130 and 143 when interrupted
+) -> int:  # exit status: 0, 1 for a mistake (ours, or found), 2 for a fault, 130, 143
     "The command `cmixtral`"
     argv = sys.argv[1:] if argv is None else list(argv)
     _any_terminal()
     try:
         with _ends_at_sigterm():
-            _do(argv)
+            return _do(argv)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -423,4 +428,3 @@ def main(
         if isinstance(e, OSError) and e.errno == errno.ENOSPC and not e.filename:
             _let_output_go()  # the disk below it may be the full one
         return _explain(e, argv)
-    return 0

@@ -134,6 +134,7 @@ MODULES = {  # command -> module of the function with its name
     "search": "search",
     "vocab": "vocab",
     "base": "base",
+    "upcycle": "upcycle",
     "init": "init",
     "pack": "pack",
     "pretrain": "pretrain",
@@ -153,6 +154,8 @@ MODULES = {  # command -> module of the function with its name
     "serve": "serve",
     "page": "serve",
     "compare": "compare",
+    "breakeven": "breakeven",
+    "audit": "audit",
     "card": "card",
     "docs": "site",
     # for those who change the book
