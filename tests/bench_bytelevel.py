@@ -24,7 +24,6 @@ import json
 import lzma
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -49,6 +48,7 @@ from cmixtral_nb.bytelevel import (
     learn_merges,
     repaired,
 )
+from cmixtral_nb.machine import peak_bytes
 
 BASE_NAMES = ["qwen3", "llama3", "gptoss", "tekken", "gemma3", "smollm2"]
 VIETNAMESE = "".join(map(chr, range(0x1EA0, 0x1EFA))) + "ĂăĐđĨĩŨũƠơƯư"
@@ -378,7 +378,7 @@ def alone(*args: object) -> dict:
 
 def peak() -> float:
     "Most memory of this process so far, in GB"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_bytes() / 1e9
 
 
 def one_cost(data: Path, bases: Path, lang: str, name: str, n: str, mb: str = "") -> None:
