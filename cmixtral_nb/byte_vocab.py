@@ -592,6 +592,14 @@ def load_as_in_model(
         return load_tokenizer(beside)
 
 
+def _frame_of(base: str | Path, view: BpeView) -> tuple[list[int], list[int]]:
+    "What a stock call of the base puts around a text; without a class, what its file says"
+    folder = config_folder(base)
+    if not (folder / "tokenizer_config.json").is_file():
+        return view.front, view.back
+    return stock_frame(load_tokenizer(folder))
+
+
 def write_extended(
     out: Path,  # folder to write
     grown: ByteBase,
@@ -599,12 +607,8 @@ def write_extended(
 ) -> tuple[BpeView, BpeView]:  # base and extension, with what is put around a text
     "The files of the extended tokenizer, whose stock call frames a text as the base's does"
     old = known_base(base)
-    with tempfile.TemporaryDirectory() as folder:
-        written = write_byte_tokenizer(old, folder, base)
-        has_own = (config_folder(base) / "tokenizer_config.json").is_file()
-        tok = load_tokenizer(config_folder(base) if has_own else written)
     before = BpeView(old)
-    frame = stock_frame(tok)
+    frame = _frame_of(base, before)
     if frame != (before.front, before.back):
         sides = [[(before.piece(i), i) for i in ids] for ids in frame]
         around = template(*sides)
@@ -671,11 +675,11 @@ def reach_line(
 def repair_line(
     ext: ByteExtension,
 ) -> dict:
-    "Texts that the repaired regular expression cuts otherwise; all of them hold own marks"
+    "Texts whose old ids differ with the repaired regular expression; all of them hold own marks"
     rows = zip(ext.texts, ext.ids_before, ext.ids_cut, strict=True)
     changed = [text for text, old, new in rows if old != new]
     return dict(
-        counted="texts that the repaired regular expression cuts otherwise, by own marks only",
+        counted="texts with own marks, and those that the repair alone gives other ids",
         cases=sum(map(ext.has_marks, ext.texts)),
         changed=len(changed),
         examples=[repr(text)[:80] for text in sorted(changed, key=len)[:3]],

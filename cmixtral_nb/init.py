@@ -55,11 +55,10 @@ from cmixtral_nb.stages import (
     write_text,
 )
 
-from .byte_bases import BYTE_OF, to_bytes, to_letters
+from .byte_bases import BYTE_OF, readable, to_bytes, to_letters
 from .growing import check_init, init_option_faults, old_and_new
 from .machine import say
 from .options import one_of, range_faults, refuse
-from .tokenizer_files import new_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,14 +77,6 @@ def piece_bytes(
     return piece.replace("▁", " ").encode()
 
 
-def _piece_of(raw: bytes) -> str:
-    "The inverse of `piece_bytes`"
-    try:
-        return raw.decode().replace(" ", "▁")
-    except UnicodeDecodeError:
-        return "".join(f"<0x{byte:02X}>" for byte in raw)
-
-
 def _is_byte_level(tok: PreTrainedTokenizerBase) -> bool:
     "Whether a vocabulary writes a letter for each byte"
     return "ByteLevel" in str(tok.backend_tokenizer.decoder)
@@ -98,7 +89,7 @@ def pieces_of(
     names = tok.convert_ids_to_tokens(range(len(tok)))
     if not _is_byte_level(tok):
         return names
-    return [_piece_of(to_bytes(name)) if set(name) <= BYTE_OF.keys() else name for name in names]
+    return [readable(to_bytes(name)) if set(name) <= BYTE_OF.keys() else name for name in names]
 
 
 # %% ../nbs/06_init.ipynb #ebeeb598
@@ -311,7 +302,7 @@ def _change(
     if transplant:
         pieces = pieces_of(new)
         return _Change(old, new, 0, pieces, _same_tokens(old, new, pieces))
-    return _Change(old, new, len(old), new_tokens(old, new) or [], {})
+    return _Change(old, new, len(old), pieces_of(new)[len(old) :], {})
 
 
 # %% ../nbs/06_init.ipynb #dee068e3
