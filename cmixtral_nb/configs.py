@@ -35,7 +35,11 @@ _SHAPE = {
     "num_key_value_heads?": _SIZE,
     "head_dim?": _SIZE,
     "num_local_experts?": whole(0, 10_000),  # Granite says 0 of its dense layers
+    "num_experts?": whole(0, 10_000),
+    "n_routed_experts?": whole(0, 10_000),
     "num_experts_per_tok?": whole(0, 10_000),
+    "moe_intermediate_size?": _SIZE,
+    "shared_expert_intermediate_size?": whole(0, 10**7),  # 0: none
     "max_position_embeddings?": whole(1, 10**10),
     "rms_norm_eps?": number(0, 1),
     "hidden_act?": TEXT,
@@ -46,6 +50,9 @@ _SHAPE = {
     "torch_dtype?": _DTYPE,
     "quantization_config?": {"quant_method?": TEXT, "load_in_4bit?": TRUTH},
 }
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as families call them
 
 
 def size_faults(
@@ -61,7 +68,8 @@ def _relation_faults(config: dict[str, Any]) -> list[str]:
     "Sizes that must divide others, or not exceed them"
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     width, heads, kv_heads, head_width = (config.get(name) for name in names)
-    experts, top_k = config.get("num_local_experts"), config.get("num_experts_per_tok")
+    experts = next((config[key] for key in _EXPERTS if config.get(key)), 0)
+    top_k = config.get("num_experts_per_tok")
     faults = []
     if width and heads and not head_width and width % heads:
         faults.append(f"hidden_size is {width:,}, expected a multiple of {heads:,} heads")
@@ -76,6 +84,9 @@ def _relation_faults(config: dict[str, Any]) -> list[str]:
 
 
 # %% ../nbs/a11b_configs.ipynb #e1f4f279
+_METHODS = ("bitsandbytes", "nf4_experts")  # that we read; the second is that of a12b_experts
+
+
 def _storage_faults(config: dict[str, Any]) -> list[str]:
     "Code of its own, or weights that we cannot read"
     faults = []
@@ -85,8 +96,11 @@ def _storage_faults(config: dict[str, Any]) -> list[str]:
             "auto_map asks to run code that lies in the folder; expected a model without it; "
             "where transformers has the class itself, take the key out"
         )
-    if method != "bitsandbytes":
-        faults.append(f"quantised by {visible(repr(method), 40)}, expected bitsandbytes or nothing")
+    if method not in _METHODS:
+        faults.append(
+            f"quantised by {visible(repr(method), 40)}, expected bitsandbytes or nothing; save it "
+            "in 16 bits with transformers first (dequantize=True of Mxfp4Config and others)"
+        )
     return faults
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "CARDS",
     "PEAK_FLOPS",
     "INFERENCE",
+    "vocab_rows",
     "config_of_sizes",
     "count_parameters",
     "nf4_bytes",
@@ -54,6 +55,7 @@ from .bits import BLOCKS, FEW_LOGITS
 from .checkpoints import tensor_files
 from .machine import available_bytes, gpu_bytes
 from .options import faults_of, range_faults, refuse
+from .parameters import Anatomy, anatomy
 from .stages import read_json, require
 
 if TYPE_CHECKING:
@@ -102,7 +104,11 @@ class _Shape(NamedTuple):
     n_experts: int  # 0: a dense model
     n_used: int  # experts that a token meets; 1 for a dense model
     tied: bool  # the head is the embedding
-    biased: dict[str, bool]  # kind of matrix -> with a bias
+    attending: int  # query widths of all layers that look at each token, together
+    cached: int  # key widths of these layers, together
+    shared_width: int = 0  # of what every token passes beside its experts
+    biased: dict[str, bool] | None = None  # kind of matrix -> with a bias
+    built: Anatomy | None = None  # counted without memory; None: by the formulas below
 
 
 _PLANNED = ("mixtral", "mixtral_linear", "mistral", "llama")
@@ -120,11 +126,8 @@ def _shape(config: ModelConfig) -> _Shape:
     "The sizes that a configuration names; `StageError` where it cannot be planned"
     sizes = _as_dict(config)
     kind = sizes.get("model_type") or ("mixtral" if "num_local_experts" in sizes else "llama")
-    require(
-        kind in _PLANNED,
-        f"model_type is {kind!r}, expected mixtral, mistral or llama; "
-        "what other models need cannot be planned",
-    )
+    if kind not in _PLANNED:
+        return _built_shape(anatomy(sizes))
     has_experts = "mixtral" in kind
     needed = _SIZES + _EXPERT_SIZES if has_experts else _SIZES
     missing = [name for name in needed if not sizes.get(name)]
@@ -133,24 +136,41 @@ def _shape(config: ModelConfig) -> _Shape:
         f"the configuration has no {', '.join(missing)}; "
         f"expected a config.json of model_type {kind}",
     )
-    n_heads = sizes["num_attention_heads"]
+    n_heads, n_layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
     head_width = sizes.get("head_dim") or sizes["hidden_size"] // n_heads
+    query_width = n_heads * head_width
+    key_width = (sizes.get("num_key_value_heads") or n_heads) * head_width
     return _Shape(
         vocab_size=sizes["vocab_size"],
         width=sizes["hidden_size"],
         inner_width=sizes["intermediate_size"],
-        n_layers=sizes["num_hidden_layers"],
-        query_width=n_heads * head_width,
-        key_width=(sizes.get("num_key_value_heads") or n_heads) * head_width,
+        n_layers=n_layers,
+        query_width=query_width,
+        key_width=key_width,
         n_experts=sizes["num_local_experts"] if has_experts else 0,
         n_used=sizes["num_experts_per_tok"] if has_experts else 1,
         tied=bool(sizes.get("tie_word_embeddings")),
+        attending=n_layers * query_width,
+        cached=n_layers * key_width,
         biased=dict(
             attention=bool(sizes.get("attention_bias")),
             mlp=bool(sizes.get("mlp_bias")),
             experts=False,
         ),
     )
+
+
+def _built_shape(built: Anatomy) -> _Shape:
+    "The sizes of a model that was built without memory"
+    same = {name: getattr(built, name) for name in _Shape._fields if hasattr(built, name)}
+    return _Shape(**same, built=built)
+
+
+def vocab_rows(
+    config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
+) -> int:
+    "Rows of the embedding, wherever the configuration of a family has their number"
+    return _shape(config).vocab_size
 
 
 # %% ../nbs/a19_plan.ipynb #a84b5b5d
@@ -165,6 +185,8 @@ class _Matrices(NamedTuple):
 
 def _matrices(shape: _Shape) -> list[_Matrices]:
     "The matrices that 4 bits and LoRA reach: all but embedding, head and router"
+    if shape.built:
+        return [_Matrices(*matrix) for matrix in shape.built.matrices]
     part = "experts" if shape.n_experts else "mlp"
     n_networks = shape.n_layers * max(1, shape.n_experts)
     return [
@@ -174,6 +196,11 @@ def _matrices(shape: _Shape) -> list[_Matrices]:
         _Matrices(part, shape.inner_width, shape.width, 2 * n_networks),  # w1, w3
         _Matrices(part, shape.width, shape.inner_width, n_networks),  # w2
     ]
+
+
+def _largest(shape: _Shape) -> int:
+    "Numbers in the largest matrix but embedding and head"
+    return max(n_out * n_in for _, n_out, n_in, _ in _matrices(shape))
 
 
 def config_of_sizes(
@@ -198,8 +225,17 @@ def count_parameters(
     config: ModelConfig = "mixtral",  # "mixtral" (8x7B), a model folder, or a configuration
     vocab_size: int = 0,  # rows of embedding and head; 0: as configured
 ) -> dict[str, int]:  # embedding, head, attention, ...; total; active: what one token meets
-    "Parameters of a Mixtral, Mistral or Llama by kind, from its configuration alone"
+    "Parameters of a model by kind, from its configuration alone"
     shape = _shape(config)
+    counts = _built_counts(shape, vocab_size) if shape.built else _counts(shape, vocab_size)
+    total = sum(counts.values())
+    n_idle = shape.n_experts - shape.n_used if shape.n_experts else 0
+    idle = counts["experts"] * n_idle // max(1, shape.n_experts)
+    return dict(counts, total=total, active=total - idle)
+
+
+def _counts(shape: _Shape, vocab_size: int) -> dict[str, int]:
+    "Parameters of a Mixtral, Mistral or Llama by kind"
     table = (vocab_size or shape.vocab_size) * shape.width
     counts = dict(
         embedding=table,
@@ -211,12 +247,18 @@ def count_parameters(
         norms=(2 * shape.n_layers + 1) * shape.width,
     )
     for part, n_out, n_in, times in _matrices(shape):
-        bias = n_out if shape.biased[part] else 0
+        bias = n_out if (shape.biased or {})[part] else 0
         counts[part] += times * (n_out * n_in + bias)
-    total = sum(counts.values())
-    n_idle = shape.n_experts - shape.n_used if shape.n_experts else 0
-    idle = counts["experts"] * n_idle // max(1, shape.n_experts)
-    return dict(counts, total=total, active=total - idle)
+    return counts
+
+
+def _built_counts(shape: _Shape, vocab_size: int) -> dict[str, int]:
+    "Parameters of any other model by kind, with as many embedding rows as asked for"
+    counts = dict(shape.built.counts if shape.built else {})
+    if vocab_size:
+        for part in ("embedding", "head"):
+            counts[part] = counts[part] // shape.vocab_size * vocab_size
+    return counts
 
 
 # %% ../nbs/a19_plan.ipynb #e032af4f
@@ -241,13 +283,14 @@ def frozen_bytes(
     shape = _shape(config)
     counts = count_parameters(config, vocab_size)
     value_bytes = _BYTES[dtype]
+    small = counts["router"] + counts["norms"]
+    others = counts["total"] - small  # embedding, head, biases: what no matrix below holds
     size = 0
-    for part, n_out, n_in, times in _matrices(shape):
+    for _, n_out, n_in, times in _matrices(shape):
         matrix = nf4_bytes(n_out * n_in) if load_in_4bit else n_out * n_in * value_bytes
-        bias = n_out * value_bytes if shape.biased[part] else 0
-        size += times * (matrix + bias)
-    size += (counts["embedding"] + counts["head"]) * value_bytes
-    return size + (counts["router"] + counts["norms"]) * 4
+        size += times * matrix
+        others -= times * n_out * n_in
+    return size + others * value_bytes + small * 4
 
 
 # %% ../nbs/a19_plan.ipynb #b219181a
@@ -270,10 +313,10 @@ def row_parameters(
     refuse(range_faults(dict(rows=rows)))
     shape = _shape(config)
     size = vocab_size or shape.vocab_size
+    n_tables = 1 if shape.tied else 2  # a tied head is trained once
     if rows == "all":
-        return 2 * size * shape.width  # peft copies both whole, even where they were tied
+        return n_tables * size * shape.width
     if rows == "new":
-        n_tables = 1 if shape.tied else 2
         return n_tables * max(0, size - n_old) * shape.width
     return 0
 
@@ -306,6 +349,8 @@ def activation_bytes(
     key_width = shape.key_width if attn == _FLASH else shape.query_width
     attention = 2 * (shape.query_width + key_width) * value_bytes  # queries, output; keys, values
     experts = n_used * (3 * inner + width) * value_bytes
+    if shape.shared_width:
+        experts += (3 * shape.shared_width + width) * value_bytes
     routing = 4 * shape.n_experts + 40 * n_used if shape.n_experts else 0  # weights, numbers
     lora = _lora_activation_bytes(shape, rank, dropout, value_bytes) if rank else 0
     # Gradients on their way: inside an expert, or of what experts return, weighted in float32.
@@ -325,12 +370,18 @@ def _lora_activation_bytes(shape: _Shape, rank: int, dropout: float, value_bytes
         each = value_bytes + (1 if on_gpu else 4)  # with a mask: truth values, or float32 on a CPU
         attention = 3 * shape.width + shape.query_width  # q, k, v; o
         expert = 2 * shape.width + shape.inner_width  # w1, w3; w2
+        shared = 2 * shape.width + shape.shared_width
     else:
         each = value_bytes
         attention = shape.width
         expert = shape.width + shape.inner_width
+        shared = shape.width + shape.shared_width
     n_matrices = 4 + 3 * shape.n_used
-    return (attention + shape.n_used * expert) * each + n_matrices * rank * value_bytes
+    inputs = attention + shape.n_used * expert
+    if shape.shared_width:
+        n_matrices += 3
+        inputs += shared
+    return inputs * each + n_matrices * rank * value_bytes
 
 
 # %% ../nbs/a19_plan.ipynb #54b7300e
@@ -402,7 +453,7 @@ def _step_bytes(
 ) -> dict[str, int]:
     "Bytes that a step adds and gives back, by kind, and their most at a time: peak"
     short = value_bytes == 2
-    n_head = trainable["rows"] // (1 if shape.tied and rows == "new" else 2)
+    n_head = trainable["rows"] // (1 if shape.tied else 2)
     mask = pairs * value_bytes  # of truth values, once; as numbers, in each layer
     kept = activations["kept"] * n_tokens + mask
     each_layer = activations["border"] * n_tokens if checkpointing else kept
@@ -411,7 +462,7 @@ def _step_bytes(
     if rows == "new":
         cast += n_head * value_bytes  # the embedding's
     last = (4 + value_bytes) * shape.width * n_tokens  # what the last norm keeps
-    largest_matrix = max(shape.inner_width, shape.query_width) * shape.width
+    largest_matrix = _largest(shape)
     of_layer = 2 * trainable["lora"] // shape.n_layers if short else 0
     sizes = dict(
         casts=cast,
@@ -466,7 +517,7 @@ def memory_plan(
         frozen=frozen_bytes(config, size, load_in_4bit, dtype),
         **_trained_bytes(
             sum(trainable.values()),
-            trainable["rows"] // 2 if rows == "all" else 0,
+            trainable["rows"] // (1 if shape.tied else 2) if rows == "all" else 0,
             optim,
             zero,
             n_gpus,
@@ -588,7 +639,7 @@ def settings_plan(
         sizes,
         vocab_size,
         **same,
-        n_old=settings.get("n_old") or sizes["vocab_size"],
+        n_old=settings.get("n_old") or vocab_rows(sizes),
         load_in_4bit=settings.get("load_in_4bit", True) or stored_in_4bit,
         dtype="float32" if device == "cpu" else "bfloat16",
         length=length,
@@ -682,7 +733,7 @@ def fit_text(
     if need(settings) <= have:
         return "fits"
     n_old = settings.get("n_old")
-    n_new = (vocab_size or sizes["vocab_size"]) - n_old if n_old else 0
+    n_new = (vocab_size or vocab_rows(sizes)) - n_old if n_old else 0
     choices = _choices(settings, n_new, device, n_gpus)
     change = smallest_change(need, settings, choices, have)
     if change is not None:
@@ -731,8 +782,8 @@ def step_flops(
         share = shape.n_used / shape.n_experts if part == "experts" else 1
         frozen += times * n_out * n_in * share
         thin += times * (n_out + n_in) * share
-    frozen += shape.n_layers * shape.n_experts * shape.width  # the router
-    attention = 2 * shape.n_layers * shape.query_width * length  # two products of all pairs
+    frozen += count_parameters(config)["router"]
+    attention = 2 * shape.attending * length  # two products of all pairs
     forward = 2 if checkpointing else 1
     passes = dict(
         frozen=forward + 1,  # backward to the input
@@ -898,10 +949,10 @@ def inference_bytes(
     value_bytes = _BYTES[dtype]
     n_logits = (length if scored else 1) * (vocab_size or shape.vocab_size)
     passing = activation_bytes(config, 0, 0.0, dtype)["kept"] * length
-    matrix = max(shape.inner_width, shape.query_width) * shape.width * value_bytes
+    matrix = _largest(shape) * value_bytes
     sizes = dict(
         weights=frozen_bytes(config, vocab_size, load_in_4bit, dtype),
-        cache=2 * shape.n_layers * shape.key_width * value_bytes * length,
+        cache=2 * shape.cached * value_bytes * length,
         passing=passing + matrix + n_logits * (4 + value_bytes),
     )
     counted = sum(sizes.values())
@@ -915,8 +966,8 @@ def merge_bytes(
 ) -> int:
     "What `merge` holds at a time: the largest matrix in float32, read, updated and written"
     shape = _shape(config)
-    tallest = max(vocab_size or shape.vocab_size, shape.inner_width, shape.query_width)
-    return 4 * 4 * tallest * shape.width
+    table = (vocab_size or shape.vocab_size) * shape.width
+    return 4 * 4 * max(table, _largest(shape))
 
 
 def stage_bytes(

@@ -27,6 +27,7 @@ from cmixtral_nb.plan import (
     plan_table,
     settings_plan,
     time_text,
+    vocab_rows,
 )
 
 from .exams import hub_datasets, split_tasks, task_faults, task_files
@@ -115,12 +116,12 @@ def plan_inputs(
     config = _model_config(recipe)
     chosen = settings(stage, recipe)
     if stage == "pretrain":
-        chosen = dict(chosen, n_old=chosen["n_old"] or config["vocab_size"])
+        chosen = dict(chosen, n_old=chosen["n_old"] or vocab_rows(config))
     return dict(
         config=config,
         settings=chosen,
         length=chosen["length"] if "length" in chosen else settings("pack", recipe)["length"],
-        vocab_size=_vocab_size(recipe, config["vocab_size"], out),
+        vocab_size=_vocab_size(recipe, vocab_rows(config), out),
     )
 
 

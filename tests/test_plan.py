@@ -3,20 +3,23 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import cmixtral
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralForCausalLM,
-    Qwen2Config,
 )
 
 from cmixtral_nb import plan as planning
@@ -107,6 +110,188 @@ def test_parameters_are_those_of_the_real_model(cls, config, tmp_path):
         == counts["total"] + rows * config.hidden_size
     )
     assert frozen_bytes(config, 0, False, "float32") == 4 * counts["total"]
+
+
+# Every family that transformers builds, with sizes of which no two are equal by chance
+_SMALL = dict(
+    vocab_size=500,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=20,
+)
+_MOE = dict(_SMALL, moe_intermediate_size=40, num_experts=6, num_experts_per_tok=2)
+_LOCAL = dict(_SMALL, num_local_experts=6, num_experts_per_tok=2)
+_SHARED = dict(_MOE, shared_expert_intermediate_size=72)
+_ROUTED = dict(_SMALL, moe_intermediate_size=40, n_routed_experts=6, num_experts_per_tok=2)
+_ROUTED |= dict(n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1)
+_MLA = dict(q_lora_rank=24, kv_lora_rank=28, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
+_MIXED = dict(layer_types=["linear_attention"] * 3 + ["full_attention"])
+FAMILIES = {
+    "mixtral": _LOCAL,
+    "phimoe": _LOCAL,
+    "qwen2_moe": _SHARED,
+    "qwen3_moe": _MOE,
+    "qwen3_next": dict(_SHARED, **_MIXED),
+    "qwen3_5_moe": dict(text_config=dict(_SHARED, **_MIXED)),
+    "olmoe": _MOE,
+    "deepseek_v2": dict(_ROUTED, **_MLA),
+    "deepseek_v3": dict(_ROUTED, **_MLA),
+    "glm4_moe": _ROUTED,
+    "granitemoe": _LOCAL,
+    "gpt_oss": _LOCAL,
+    "nemotron_h": dict(
+        _ROUTED,
+        layers_block_type=["mamba", "moe", "attention", "mlp"],
+        moe_shared_expert_intermediate_size=72,
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        n_groups=2,
+        ssm_state_size=16,
+    ),
+    "llama4": dict(
+        text_config=dict(_LOCAL, intermediate_size_mlp=128, interleave_moe_layer_step=2)
+    ),
+    "llama": _SMALL,
+    "mistral": _SMALL,
+    "qwen2": _SMALL,
+    "qwen3": _SMALL,
+    "gemma3_text": _SMALL,
+    "gemma3": dict(text_config=_SMALL),
+}
+
+
+_WIDE_EXPERTS = ("mixtral", "phimoe", "olmoe", "granitemoe", "gpt_oss", "llama4")  # 96, not 40
+
+
+def on_meta(name):
+    "The model that transformers builds"
+    config = json.loads(json.dumps(FAMILIES[name]))
+    with torch.device("meta"):
+        asked = AutoConfig.for_model(name, **config)
+        return dict(config, model_type=name), AutoModelForCausalLM.from_config(asked)
+
+
+def kind_of(name):
+    "Which kind a parameter is, by its name alone: an independent truth"
+    if "norm" in name:
+        return "norms"
+    if "embed" in name and "vision" not in name:
+        return "embedding"
+    if name.startswith("lm_head"):
+        return "head"
+    if "shared_expert_gate" in name or re.search(r"\.(gate|router)\.", name):
+        return "router"
+    if "shared_expert" in name:
+        return "shared"
+    if ".experts." in name:
+        return "experts"
+    if re.search(r"\.(mlp|feed_forward|mixer)\.(gate_proj|up_proj|down_proj)\.", name):
+        return "mlp"
+    return "attention" if re.search("attn|mixer", name) else "other"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_counted_by_kind(name):
+    config, net = on_meta(name)
+    counts = count_parameters(config)
+    expected = dict.fromkeys(counts, 0)
+    for path, p in net.named_parameters():
+        expected["other" if "vision" in path else kind_of(path)] += p.numel()
+    sums = {kind: n for kind, n in counts.items() if kind not in ("total", "active")}
+    assert sums == {kind: expected[kind] for kind in sums}
+    assert counts["total"] == net.num_parameters() == sum(p.numel() for p in net.parameters())
+    idle = counts["experts"] * 4 // 6 if counts["experts"] and name != "llama4" else 0
+    if name == "llama4":
+        assert counts["active"] < counts["total"]
+    else:
+        assert counts["active"] == counts["total"] - idle
+    rows = net.get_input_embeddings().weight.shape[0]
+    grown = count_parameters(config, rows + 3)["total"] - counts["total"]
+    assert grown == 3 * 64 * (2 if counts["head"] else 1)
+    assert counts["head"] or net.config.get_text_config().tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_planned(name):
+    "Each matrix of each layer has its LoRA; in 16 bits a plan is the checkpoint"
+    config, net = on_meta(name)
+    thin = 0
+    for path, module in net.named_modules():
+        kind = kind_of(f"{path}.weight")
+        linear = isinstance(module, torch.nn.Linear) and "vision" not in path
+        if linear and kind not in ("head", "router"):
+            thin += module.in_features + module.out_features
+        for leaf, p in module.named_parameters(recurse=False):
+            if p.ndim == 3 and kind_of(f"{path}.{leaf}.") == "experts":
+                n_experts, a, b = p.shape
+                f = 96 if name in _WIDE_EXPERTS else 40
+                thin += n_experts * (a * b // (64 * f)) * (64 + f)
+    assert lora_parameters(config, 5) == 5 * thin
+    total = count_parameters(config)["total"]
+    assert frozen_bytes(config, 0, False, "float32") == 4 * total
+    assert frozen_bytes(config) < 2 * total
+    plan = memory_plan(config, rank=8, dtype="float32", n_old=400, rows="new")["bytes"]
+    assert plan["static"] < plan["total"] and plan["activations"] > 0
+    assert step_flops(config, rank=0, rows="none", length=16) > 0
+    assert planning.inference_bytes(config)["cache"] > 0
+
+
+@pytest.mark.parametrize(
+    "sizes,total,active",
+    [  # billions, as the models' own cards say
+        (dict(model_type="deepseek_v3"), 671, 37),
+        (dict(model_type="gpt_oss"), 117, 5.1),
+        (
+            dict(
+                model_type="qwen3_moe",
+                vocab_size=151_936,
+                hidden_size=2048,
+                num_hidden_layers=48,
+                num_attention_heads=32,
+                num_key_value_heads=4,
+                head_dim=128,
+                moe_intermediate_size=768,
+                num_experts=128,
+                num_experts_per_tok=8,
+            ),
+            30.5,
+            3.3,
+        ),
+        (dict(model_type="phimoe"), 42, 6.6),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_real_models_have_the_published_sizes(sizes, total, active):
+    counts = count_parameters(sizes)
+    assert counts["total"] / GB == pytest.approx(total, rel=0.005)
+    published = counts["active"] - counts["embedding"] * (sizes["model_type"] == "gpt_oss")
+    assert published / GB == pytest.approx(active, rel=0.03)
+
+
+def by_size(matrices):
+    "(part, sizes) -> how many"
+    counted = Counter()
+    for part, n_out, n_in, times in matrices:
+        counted[part, min(n_out, n_in), max(n_out, n_in)] += times
+    return counted
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mistral", "llama"])
+def test_formulas_and_built_models_agree(name):
+    "What is planned by formula, for speed, is what would be built"
+    from cmixtral_nb.parameters import anatomy
+
+    config = dict(_LOCAL if name == "mixtral" else _SMALL, model_type=name)
+    shape, built = planning._shape(config), planning._built_shape(anatomy(config))
+    for field in set(shape._fields) - {"biased", "built"}:
+        assert getattr(shape, field) == getattr(built, field), field
+    assert by_size(planning._matrices(shape)) == by_size(planning._matrices(built))
+    by_formula, counts = planning._counts(shape, 0), planning._built_counts(built, 0)
+    assert by_formula == {kind: counts[kind] for kind in by_formula}
+    assert sum(by_formula.values()) == sum(counts.values())
 
 
 def test_active_parameters():
@@ -541,10 +726,9 @@ def test_plan_refuses():
         memory_plan(rows="some")
     with pytest.raises(
         StageError,
-        match="model_type is 'qwen2', expected mixtral, mistral or llama; "
-        "what other models need cannot be planned",
+        match="model_type is 'mystery', expected a causal language model of transformers",
     ):
-        count_parameters(Qwen2Config())
+        count_parameters(dict(DENSE, model_type="mystery"))
     with pytest.raises(
         StageError,
         match="has no vocab_size, intermediate_size; expected a config.json of model_type llama",
@@ -560,7 +744,7 @@ def test_plan_refuses():
 
 def test_a_model_that_cannot_be_planned_is_not_refused(tmp_path):
     assert (
-        plan_faults(Qwen2Config(), SEED, 2048, have=1)
+        plan_faults(dict(model_type="mystery"), SEED, 2048, have=1)
         == plan_faults(tmp_path, SEED, 2048, have=1)
         == plan_faults("org/name", SEED, 2048, have=1)
         == []

@@ -58,7 +58,7 @@ def test_the_book_names_each_command_once():
 
 def test_chapters_in_order():
     numbers = [p.stem.split("_")[0] for p in STORIES]
-    assert numbers == sorted([*[f"{i:02}" for i in range(1, 15)], "04b", "13b"])
+    assert numbers == sorted([*[f"{i:02}" for i in range(1, 15)], "04b", "05b", "13b"])
     appendices = [p.stem.split("_")[0] for p in CHAPTERS if p not in STORIES]
     assert len(set(appendices)) == len(appendices)
     plain = [number for number in appendices if number[-1].isdigit()]  # a24b follows a24
