@@ -26,6 +26,7 @@ __all__ = [
     "read_merges",
     "judging_texts",
     "Reach",
+    "floor_of",
     "reach",
     "count_within",
     "kept_lines",
@@ -39,14 +40,16 @@ __all__ = [
     "n_own_chars",
     "broken_pieces",
     "sentencepiece_faults",
+    "lost_repair",
     "byte_tokenizer_faults",
     "check_byte_tokenizer",
     "byte_script_faults",
     "learn_byte_pieces",
 ]
 
-# %% ../nbs/a10c_byte_pieces.ipynb #06869c29
+# %% ../nbs/a10c_byte_pieces.ipynb #e9017313
 import functools
+import math
 import re
 import zlib
 from collections import Counter
@@ -58,6 +61,7 @@ from cmixtral_nb.byte_bases import (
     TEKKEN,
     ByteBase,
     base_file,
+    cut_is_lost,
     read_byte_base,
     to_bytes,
     to_letters,
@@ -106,11 +110,11 @@ def is_shared(
 def letter_counts(
     texts: Iterable[str],  # documents
     script: str,  # of the letters
-) -> Counter:  # letter -> count
-    "How often each letter of a script occurs"
+) -> Counter:  # small letter -> count
+    "How often each letter of a script occurs, both cases together"
     counts: Counter = Counter()
     for text in texts:
-        counts.update(text)
+        counts.update(text.lower())
     own = script_pattern(script)
     return Counter({c: n for c, n in counts.items() if own.match(c) and c.isalpha()})
 
@@ -127,7 +131,7 @@ def exclusive_letters(
         return of[letter] > 1 and of[letter] >= _RARE * of.total()
 
     found = {c for c in counts if is_usual(c, counts) and not is_usual(c, others)} - common
-    both = {case for c in found for case in (c.lower(), c.upper()) if len(case) == 1}
+    both = found | {c.upper() for c in found if len(c.upper()) == 1}
     return "".join(sorted(both - common))
 
 
@@ -191,13 +195,16 @@ def own_bytes(
     return OwnBytes(characters | set(companions))
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #e541b2b1
+# %% ../nbs/a10c_byte_pieces.ipynb #db289b84
 RULES = ("bytes", "characters")
+
+
+_CONTINUING = bytes(range(0x80, 0xC0))  # bytes that no character begins with
 
 
 def _n_begun(raw: bytes) -> int:
     "Characters that begin in these bytes"
-    return sum(byte & 0xC0 != 0x80 for byte in raw)
+    return len(raw.translate(None, _CONTINUING))
 
 
 def _is_whole(raw: bytes) -> bool:
@@ -321,7 +328,7 @@ def read_merge_table(
     return merges
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #21a6edc7
+# %% ../nbs/a10c_byte_pieces.ipynb #73261011
 class BytePieces(NamedTuple):
     "What a folder of pieces of a byte-level base holds"
 
@@ -407,7 +414,7 @@ def read_merges(
     return BytePieces(working, merges, own, made.params, made.stats)
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #22e4be05
+# %% ../nbs/a10c_byte_pieces.ipynb #5b5ec201
 _JUDGE_CHARS = 500_000  # of text to measure on
 _TRIAL_CHARS = 4_000_000  # of training text to compare rules on
 
@@ -427,19 +434,30 @@ class Reach(NamedTuple):
 
     before: float  # with the base
     after: float  # with all merges
-    floor: float  # characters per pre-token
+    floor: float  # characters per pre-token; 0: the base does not cut texts before BPE
     floor_repaired: float  # where own marks join the letter before them; 0: cannot be repaired
 
     def in_words(self) -> str:
         "For a person"
-        words = (
-            f"characters per token {self.before:.2f} -> {self.after:.2f}, "
-            f"{self.after / self.floor:.0%} of the floor {self.floor:.2f} "
+        words = f"characters per token {self.before:.2f} -> {self.after:.2f}"
+        if not self.floor:
+            return f"{words}, no floor: this base does not cut texts before BPE"
+        words += (
+            f", {self.after / self.floor:.0%} of the floor {self.floor:.2f} "
             "that the regular expression sets"
         )
         if self.floor_repaired > 1.02 * self.floor:
-            words += f"; --repair would lift the floor to {self.floor_repaired:.2f}"
+            words += f"; --repair would lift it to {self.floor_repaired:.2f}"
         return words
+
+
+def floor_of(
+    base: ByteBase,
+    texts: list[str],  # documents
+) -> float:  # 0 where the base does not cut texts before BPE
+    "Characters per pre-token: no extension has more of them per token"
+    found = chars_per_pre_token(base.tok, texts)
+    return found if math.isfinite(found) else 0.0
 
 
 def reach(
@@ -454,12 +472,12 @@ def reach(
     return Reach(
         chars_per_token(base.tok, texts),
         chars_per_token(grown.tok, texts),
-        chars_per_pre_token(working.tok, texts),
-        chars_per_pre_token(better.tok, texts) if better else 0.0,
+        floor_of(working, texts),
+        floor_of(better, texts) if better else 0.0,
     )
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #44985587
+# %% ../nbs/a10c_byte_pieces.ipynb #9c0ae73f
 def _halved(counts: Counter, salt: str) -> Counter:
     "Half of each count; what is odd goes up or down as a number from word and salt says"
     halves: Counter = Counter()
@@ -472,8 +490,8 @@ def _halved(counts: Counter, salt: str) -> Counter:
 class _Words:
     "Words with their counts; where they are too many, all counts are halved"
 
-    def __init__(self, n_begun_of: dict[int, int], memory_chars: int):
-        self.n_begun_of = n_begun_of  # id -> characters; 1 for an id that is not there
+    def __init__(self, bytes_of: dict[int, bytes], memory_chars: int):
+        self.bytes_of = bytes_of
         self.memory_chars = memory_chars
         self.same: dict[int, int] = {}  # one object for each id saves memory
         self.counts: Counter = Counter()
@@ -481,7 +499,7 @@ class _Words:
         self.n_added = self.n_halved = 0
 
     def _chars(self, word: tuple[int, ...]) -> int:
-        return sum(self.n_begun_of.get(i, 1) for i in word)
+        return _n_begun(b"".join(self.bytes_of.get(i, b"?") for i in word))
 
     def add(self, found: Counter) -> None:
         "Words of a batch; after n halvings, 1 in 2 to the n of them"
@@ -506,14 +524,13 @@ def count_within(
     memory_chars: int = 24_000_000,  # of different words
 ) -> tuple[Counter, int]:  # ids of a word -> count; how often all counts were halved
     "The words in which a merge may be found, in bounded memory"
-    n_begun_of = {i: max(1, _n_begun(raw)) for i, raw in base.bytes_of.items()}
-    words = _Words(n_begun_of, memory_chars)
+    words = _Words(base.bytes_of, memory_chars)
     for batch in text_batches(texts):
         words.add(count_words(base, batch, own))
     return words.counts, words.n_halved
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #ac0be56c
+# %% ../nbs/a10c_byte_pieces.ipynb #a7ed6246
 _KEPT_CHARS = 1_000_000  # of each kept language, to count what changes
 
 
@@ -577,14 +594,14 @@ def try_letters(
     return trials
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #2cad3028
+# %% ../nbs/a10c_byte_pieces.ipynb #9a97740e
 class ByteText(NamedTuple):
     "Held-out text, cut with all merges"
 
     counts: Counter  # token in letters -> count
     n_chars: int  # characters of the text
     n_sentences: int  # sentences with the script
-    floor: float  # characters per pre-token
+    floor: float  # characters per pre-token; 0: the base does not cut texts before BPE
 
 
 def read_byte_text(
@@ -606,7 +623,7 @@ def read_byte_text(
         names,
         sum(map(len, texts)),
         sum(bool(own.search(s)) for text in texts for s in sentence_end.split(text)),
-        chars_per_pre_token(grown.tok, texts),
+        floor_of(grown, texts),
     )
 
 
@@ -645,8 +662,14 @@ def broken_pieces(
     return [name for name in names if not _is_whole(to_bytes(name))]
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #dece7bd2
-_ONLY_SENTENCEPIECE = {"lexicons": None, "opencc": None, "n_chars": None, "marks": True}
+# %% ../nbs/a10c_byte_pieces.ipynb #1bc38d22
+_ONLY_SENTENCEPIECE = {  # option of `tokenizer` -> its default
+    "lexicons": None,
+    "opencc": None,
+    "rake": None,
+    "n_chars": None,
+    "marks": True,
+}
 _ONLY_BYTES = {"letters": "", "companions": "", "rule": "bytes", "repair": False}
 
 
@@ -668,6 +691,18 @@ def sentencepiece_faults(
 
 
 _LETTERS = Range(lambda value: value in ("", *LETTERS), "exclusive, any, free or nothing")
+
+
+def lost_repair(
+    base: str | Path,  # a byte-level base
+) -> list[str]:  # one line, or none
+    "Where transformers would cut texts in its own way, whatever the file says"
+    if not cut_is_lost(base):
+        return []
+    return [
+        f"repair: transformers cuts the texts of models like {base} by a rule of its own, "
+        "and a repaired regular expression would be lost; leave --repair out"
+    ]
 
 
 def byte_tokenizer_faults(
@@ -692,8 +727,8 @@ def byte_tokenizer_faults(
     if repair and not faults:
         # which letters are exclusive is not known yet
         kind = "any" if letters or is_shared(script) else ""
-        own = own_bytes(script, kind, companions=companions_of(companions))
-        faults += faults_of(working_base, known_base(base), own, True)
+        own = own_bytes(script, kind, "", companions_of(companions))
+        faults += faults_of(working_base, known_base(base), own, True) or lost_repair(base)
     return faults
 
 
@@ -711,7 +746,7 @@ def check_byte_tokenizer(
     refuse([*faults, *lang_faults(corpus, lang)])
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #1e5d7656
+# %% ../nbs/a10c_byte_pieces.ipynb #40a7c382
 def byte_script_faults(
     pieces: str | Path,  # folder that `tokenizer` made
     base: str | Path,  # byte-level base
@@ -726,7 +761,7 @@ def byte_script_faults(
     return [f"script is {script!r}, but {pieces} was made for {made!r}; leave --script out"]
 
 
-# %% ../nbs/a10c_byte_pieces.ipynb #e08ff1ff
+# %% ../nbs/a10c_byte_pieces.ipynb #0e81ff28
 _LETTER_CHARS = 20_000_000  # of each language's text, to see which letters it has
 
 
@@ -746,7 +781,7 @@ def _owns(
     "What each rule that may be compared makes own, and the exclusive letters"
     more = companions_of(companions)
     if not chosen:
-        return {"": own_bytes(script, companions=more)}, ""
+        return {"": own_bytes(script, "", "", more)}, ""
     exclusive = _exclusive(corpus, lang, script, limit_chars)
     require(
         exclusive or chosen != "exclusive",

@@ -443,7 +443,7 @@ def _rows_of_sizes(
     width: int,
 ) -> Iterator[dict]:
     "A row for each total and domain, and for the mean of the domains"
-    for size in next(iter(counts.values())):
+    for size in sorted(next(iter(counts.values()))):
         new = steps[:size]
         vocabulary = dict(
             n_chars=n_chars,
@@ -730,14 +730,10 @@ def byte_table(
 ) -> list[dict]:  # as of `search_table`
     "Tokens, ALP, bytes and cost of beginnings of a table of merges"
     steps = byte_steps(found)
-    sizes = [total for total in totals if total <= len(steps)]
-    if not sizes:
-        return []
-    counts = {domain: all_prefixes(text.counts, steps, sizes) for domain, text in texts.items()}
+    counts = {domain: all_prefixes(text.counts, steps, totals) for domain, text in texts.items()}
     names = {name for of_size in counts.values() for size in of_size.values() for name in size}
     n_base = n_own_chars(found.base, found.own)
-    rows = _rows_of_sizes(steps, counts, texts, broken_pieces(names), n_base, 0, width)
-    return sorted(rows, key=lambda row: row["n_pieces"])
+    return list(_rows_of_sizes(steps, counts, texts, broken_pieces(names), n_base, 0, width))
 
 
 def _try_merges(
@@ -758,9 +754,8 @@ def _try_merges(
     }
     texts = _with_the_script(read, missing.format(script))
     n = len(found.merges)
-    sizes = whole_numbers("totals", totals, 1) or sorted(
-        {max(1, n * i // 16) for i in range(1, 17)}
-    )
+    asked = whole_numbers("totals", totals, 1) or [max(1, n * i // 16) for i in range(1, 17)]
+    sizes = sorted({min(total, n) for total in asked})  # more than all is all
     base_rows = byte_table(found, texts, [0], width)
     before = next(row for row in base_rows if row["domain"] == "mean")
     floor = sum(text.floor for text in texts.values()) / len(texts)
