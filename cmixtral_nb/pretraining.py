@@ -13,6 +13,7 @@ __all__ = [
     "held_out_texts",
     "bits_of_langs",
     "note_loads",
+    "bytes_per_step",
     "run_stats",
     "in_one_line",
 ]
@@ -209,6 +210,21 @@ def _beginning(texts: list[str], n_chars: int) -> list[str]:
     return beginning
 
 
+# %% ../nbs/a20b_pretraining.ipynb #3a2fd550
+def bytes_per_step(
+    packed: dict[str, Any],  # stats of a tokens folder
+    n_step: int,  # examples in a step
+) -> dict[str, float]:  # language -> bytes of text
+    "How much text of each language a step reads on average"
+    sources = packed["sources"]
+    n_rows = sum(source["n_rows"] for source in sources.values())
+    found = {}
+    for lang, source in sources.items():
+        n_tokens = n_step * packed["length"] * source["n_rows"] / max(1, n_rows)
+        found[lang] = round(n_tokens * source["n_bytes"] / max(1, source["n_tokens"]), 1)
+    return found
+
+
 # %% ../nbs/a20b_pretraining.ipynb #4ad15605
 def run_stats(
     run: Trainer,  # after its last step
@@ -227,6 +243,7 @@ def run_stats(
         base=input_fingerprint(base),
         steps=steps,
         n_trained_tokens=steps * n_step * packed.stats["length"],
+        bytes_per_step=bytes_per_step(packed.stats, n_step),
         loss=dict(first=losses[0], last=losses[-1]),
         bpb=_bpb_changes(log),
         parameters=parameter_table(model),
