@@ -1,6 +1,7 @@
 "05b_upcycle and a13b_dense: the same logits at birth, flat memory, what a Mixtral cannot hold"
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,12 @@ from transformers import (
 
 from cmixtral_nb.checkpoints import load_tensor, tensor_files
 from cmixtral_nb.dense import dense_faults, logit_change, mixture_config
+from cmixtral_nb.pieces import base_tokenizer_model
+from cmixtral_nb.preflight import plan_inputs
+from cmixtral_nb.recipe_check import check_recipe
+from cmixtral_nb.recipes import arguments, recipe_steps
 from cmixtral_nb.stages import StageError, read_json
+from cmixtral_nb.tokenizer_files import write_tokenizer
 from cmixtral_nb.upcycle import upcycle
 
 SIZES = dict(
@@ -217,3 +223,34 @@ def test_the_command_says_all_faults_at_once(tmp_path, capsys):
     found = [line.removeprefix("StageError: ").split(",")[0] for line in lines]
     assert found[:3] == ["experts is 1", "top_k is 4", "noise is -1.0"]
     assert "gone does not exist" in lines[3]
+
+
+# in a recipe
+
+
+def test_a_recipe_may_begin_with_a_dense_model(tmp_path):
+    saved(DENSE["tied"], tmp_path / "dense")
+    write_tokenizer(base_tokenizer_model(), tmp_path / "dense")
+    recipe = {
+        "name": "up",
+        "corpus": {"sources": ["zh=builtin:zh", "en=builtin:en"]},
+        "tokenizer": {},
+        "search": {},
+        "vocab": {},
+        "upcycle": {"model": str(tmp_path / "dense"), "experts": 3},
+        "init": {},
+        "pack": {},
+        "pretrain": {},
+    }
+    assert check_recipe(recipe) == []
+    steps = {step.stage: step for step in recipe_steps(recipe)}
+    assert list(steps)[4:6] == ["upcycle", "init"]
+    assert arguments(steps["init"], recipe, Path("run"))["model"] == Path("run/base")
+    upcycle(**arguments(steps["upcycle"], recipe, tmp_path), out=tmp_path / "base")
+    planned = plan_inputs(recipe)["config"]  # before the mixture is there
+    assert planned == read_json(tmp_path / "base" / "config.json")
+    assert planned["num_local_experts"] == 3
+    both = check_recipe({**recipe, "base": {}})
+    assert "[base] and [upcycle] both make the base of the run; leave out one of them" in both
+    named = check_recipe({**recipe, "init": {"model": str(tmp_path / "dense")}})
+    assert any("[upcycle] has no effect" in fault for fault in named), named
