@@ -174,6 +174,7 @@ COLAB_EXTRAS = {  # notebook -> the extra that it needs
     "04_vocab": "lexicons",
     "13_evaluate": "eval",
     "a07_lexicons": "lexicons",
+    "a07b_raking": "lexicons",
     "a16_cluster": "cluster",
     "a24_exams": "eval",
     "a33_notebooks": "docs",
