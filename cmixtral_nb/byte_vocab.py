@@ -20,7 +20,6 @@ __all__ = [
     "write_ranks",
     "ranks_agree",
     "byte_checks",
-    "forged",
     "with_tokens",
     "model_rows",
     "n_unused",
@@ -37,6 +36,7 @@ __all__ = [
     "append_merges",
     "byte_vocab_option_faults",
     "byte_vocab_faults",
+    "forged",
 ]
 
 # %% ../nbs/a10d_byte_vocab.ipynb #cc542a08
@@ -468,20 +468,6 @@ def byte_checks(
     return checks if ext.cut is ext.before else [*checks, others_cut_as_before]
 
 
-# %% ../nbs/a10d_byte_vocab.ipynb #83c965a8
-def forged(
-    base: ByteBase,
-    pieces: dict[str, int] | None = None,  # piece -> id, further ones or others
-    merges: list[list[str]] | None = None,  # appended
-    **changes: Any,  # other keys of tokenizer.json
-) -> ByteBase:
-    "A tokenizer with something changed, to see that the certificate finds it"
-    model = base.config["model"]
-    vocab, lines = {**model["vocab"], **(pieces or {})}, [*model["merges"], *(merges or [])]
-    model = {**model, "vocab": vocab, "merges": lines}
-    return replace(base, config={**base.config, "model": model, **changes})
-
-
 # %% ../nbs/a10d_byte_vocab.ipynb #6faee48e
 _FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
 
@@ -800,3 +786,17 @@ def byte_vocab_faults(
 ) -> list[str]:  # one line for each
     "What is wrong with merges that shall be appended"
     return faults_of(_require_merges, pieces, base, n_pieces)
+
+
+# %% ../nbs/a10d_byte_vocab.ipynb #83c965a8
+def forged(
+    base: ByteBase,
+    pieces: dict[str, int] | None = None,  # piece -> id, further ones or others
+    merges: list[list[str]] | None = None,  # appended
+    **changes: Any,  # other keys of tokenizer.json
+) -> ByteBase:
+    "A tokenizer with something changed, to see that the certificate finds it"
+    model = base.config["model"]
+    vocab, lines = {**model["vocab"], **(pieces or {})}, [*model["merges"], *(merges or [])]
+    model = {**model, "vocab": vocab, "merges": lines}
+    return replace(base, config={**base.config, "model": model, **changes})
