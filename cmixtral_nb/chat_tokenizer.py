@@ -14,6 +14,7 @@ __all__ = [
     "Form",
     "template_for",
     "chat_template",
+    "starts_with_bos",
     "chat_tokenizer",
     "form_of",
     "write_chat_tokenizer",
@@ -76,12 +77,13 @@ _WORDS = (
 def chat_template(
     form: Form,  # of `FORMS`
     control: list[str],  # tokens that words must not become
+    bos: bool = True,  # begin with BOS; from `starts_with_bos`
 ) -> str:  # Jinja
     "Template of a form; `<s>` in somebody's words becomes `< s>`"
     utterance_end = _say(f"words + '{form.end}'")
     return "".join(
         [
-            _say("bos_token"),
+            _say("bos_token") if bos else "",
             _do(f"set roles = {form.roles!r}"),
             _do("for m in messages"),
             # a role that the model never saw
@@ -133,6 +135,14 @@ def _broken(control: list[str]) -> str:
 
 
 # %% ../nbs/a21b_chat_tokenizer.ipynb #e1c0a1fa
+def starts_with_bos(
+    tok: PreTrainedTokenizerBase,  # of a base, or from `chat_tokenizer`
+    form: Form,  # of `FORMS`
+) -> bool:
+    "Whether BOS stands before a conversation: not where there is none, or a mark does its work"
+    return tok.bos_token not in (None, form.begin)
+
+
 def chat_tokenizer(
     tok: PreTrainedTokenizerBase,  # of the model; changed in place
     template: str = "huozi",  # name in `FORMS`
@@ -146,7 +156,7 @@ def chat_tokenizer(
         dict(eos_token=form.end, pad_token=PAD, additional_special_tokens=[begin])
     )
     added = [token.content for token in tok.added_tokens_decoder.values()]
-    tok.chat_template = chat_template(form, sorted(added))
+    tok.chat_template = chat_template(form, sorted(added), starts_with_bos(tok, form))
     return tok
 
 

@@ -106,10 +106,13 @@ def _require_tokenizer(model: str | Path, bpe_dropout: float) -> None:
             f"{model} holds no tokenizer.json; "
             f"run: cmixtral init --model {model} --tokenizer DIR --out DIR"
         )
-    if bpe_dropout and not (folder / "tokenizer.model").is_file():
-        faults.append(
-            f"{model} holds no tokenizer.model, which BPE-dropout needs; use --bpe-dropout 0"
-        )
+    elif bpe_dropout and not (folder / "tokenizer.model").is_file():
+        kind = load_tokenizer(folder).backend_tokenizer.model
+        if type(kind).__name__ != "BPE":
+            faults.append(
+                f"{model} has a {type(kind).__name__} tokenizer, BPE-dropout needs BPE; "
+                "use --bpe-dropout 0"
+            )
     refuse(faults)
 
 

@@ -27,6 +27,7 @@ from .base import text_blocks
 from .bits import bits_per_byte, head_loss
 from .corpora import corpus_langs, corpus_texts
 from .mixtral import use_by_expert
+from .packing import special_ids
 from .stages import Artifact, require
 from .tokenizer_files import encode_plain, load_tokenizer
 
@@ -127,7 +128,7 @@ def probe_model(
     if hasattr(net.config, "num_local_experts"):
         net.config._experts_implementation = use_by_expert()
     tok = texts.tok
-    blocks = text_blocks(texts.train, length, tok.bos_token_id, tok.eos_token_id, seed)
+    blocks = text_blocks(texts.train, length, **special_ids(tok), seed=seed)
     train_briefly(net, blocks, steps, batch, lr)
     return {
         lang: bits_per_byte(net, tok, documents, length)["bits_per_byte"]

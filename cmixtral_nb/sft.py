@@ -10,6 +10,7 @@ __all__ = [
     "encode_chat",
     "decode_chat",
     "BPE",
+    "PairBPE",
     "load_bpe",
     "dropout_encoder",
     "grow_rows",
@@ -21,14 +22,22 @@ __all__ = [
 
 # %% ../nbs/11_sft.ipynb #f0d23b90
 import heapq
+import json
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cmixtral_nb.chat_tokenizer import (
+    PAD,
+    form_of,
+    starts_with_bos,
+    template_for,
+    write_chat_tokenizer,
+)
 from cmixtral_nb.finetuning import (
     Selection,
     chat_stats,
@@ -41,19 +50,20 @@ from cmixtral_nb.finetuning import (
 )
 
 from .adapters import save_adapter
-from .chat_tokenizer import PAD, form_of, template_for, write_chat_tokenizer
 from .checkpoints import resolve_model
 from .conversations import run_langs
 from .loading import load_model
-from .machine import default_device, meet, process_rank, say, world_size
+from .machine import meet, process_rank, say, world_size
+from .placement import device_of
 from .pretrain import run_to_end, trainer, weigh_balance
 from .qlora import add_lora
 from .stages import require, stage
-from .tokenizer_files import encode_plain, load_tokenizer
+from .tokenizer_files import encode_plain, load_tokenizer, start_id
 from .training import read_log, ready_checkpoints, training_arguments
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -73,7 +83,8 @@ def encode_chat(
     form = form_of(tok)
     begin, end = tok.convert_tokens_to_ids([form.begin, form.end])
     newline = plain("\n")
-    ids, mask = [tok.bos_token_id], [0]
+    ids = [tok.bos_token_id] if starts_with_bos(tok, form) else []
+    mask = [0] * len(ids)
     for message in messages:
         head = form.roles[message["role"]] + "\n"
         n_head = len(plain(head))
@@ -135,14 +146,29 @@ class BPE:
         seed: int = 0,  # the same seed cuts the same text in the same way, on every machine
         keep: int = 0,  # characters at the start that are cut as ever
     ) -> list[int]:
-        n_kept = len(self.sp.normalize(text[:keep]))
         rng = random.Random(seed)
+        ids = []
+        for symbols, n_kept in self.stretches(text, keep, p > 0):
 
-        def skip(place: int) -> bool:
-            return p > 0 and place >= n_kept and rng.random() < p
+            def skip(place: int, n_kept: int = n_kept) -> bool:
+                return p > 0 and place >= n_kept and rng.random() < p
 
-        symbols = self._merged(list(self.sp.normalize(text)), skip)
-        return [i for symbol in symbols for i in self._ids_of(symbol)]
+            for symbol in self._merged(symbols, skip):
+                ids += self.ids_of(symbol)
+        return ids
+
+    def stretches(
+        self,
+        text: str,
+        keep: int,  # characters at the start that are cut as ever
+        dropout: bool,  # whether merges may be skipped
+    ) -> Iterator[tuple[list[str], int]]:  # symbols, and how many of them are cut as ever
+        "What is merged by itself: the whole text"
+        yield list(self.sp.normalize(text)), len(self.sp.normalize(text[:keep]))
+
+    def cost(self, left: str, right: str) -> float | None:
+        "What joining two neighbours costs; None where they make no piece"
+        return self.costs.get(left + right)
 
     def _merged(self, symbols: list[str], skip: Callable[[int], bool]) -> list[str]:
         "Join the best pair of neighbours again and again; the right one of a pair becomes empty"
@@ -155,17 +181,20 @@ class BPE:
             "A pair waits if it makes a piece"
             if left < 0 or right_of[left] == n:
                 return
-            piece = symbols[left] + symbols[right_of[left]]
-            if piece in self.costs:
-                heapq.heappush(waiting, (self.costs[piece], left, piece))
+            right = right_of[left]
+            cost = self.cost(symbols[left], symbols[right])
+            if cost is not None:
+                heapq.heappush(waiting, (cost, left, symbols[left] + symbols[right]))
 
         for place in range(n):
             offer(place)
         while waiting:
-            _, left, piece = heapq.heappop(waiting)
+            cost, left, piece = heapq.heappop(waiting)
             right = right_of[left]
             if not symbols[left] or right == n or symbols[left] + symbols[right] != piece:
                 continue  # one of the two has gone into another piece
+            if self.cost(symbols[left], symbols[right]) != cost:
+                continue  # other parts of the same piece
             if skip(left):
                 continue
             symbols[left], symbols[right] = piece, ""
@@ -176,7 +205,7 @@ class BPE:
             offer(left_of[left])
         return [symbol for symbol in symbols if symbol]
 
-    def _ids_of(self, symbol: str) -> list[int]:
+    def ids_of(self, symbol: str) -> list[int]:
         "The piece, or what its characters are spelled with"
         if symbol in self.ids:
             return [self.ids[symbol]]
@@ -185,12 +214,61 @@ class BPE:
         return [self.byte_ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
 
 
+class PairBPE(BPE):
+    "The merges of a tokenizer.json: pairs in the order of their ranks, within pre-tokens"
+
+    def __init__(
+        self,
+        tok: Tokenizer,  # of the library `tokenizers`, with a model BPE
+    ):
+        self.tok = tok
+        model = json.loads(tok.to_str())["model"]
+        self.ids = model["vocab"]
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        self.ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
+        self.takes_whole_words = model.get("ignore_merges", False)
+
+    def stretches(
+        self,
+        text: str,
+        keep: int,  # characters at the start that are cut as ever
+        dropout: bool,  # whether merges may be skipped
+    ) -> Iterator[tuple[list[str], int]]:  # symbols, and how many of them are cut as ever
+        "What is merged by itself: each pre-token"
+        n_kept = len(self._normal(text[:keep]))
+        for word, (start, _) in self._words(self._normal(text)):
+            is_kept = start < n_kept or not dropout
+            is_whole = is_kept and self.takes_whole_words and word in self.ids
+            yield [word] if is_whole else list(word), len(word) if is_kept else 0
+
+    def _normal(self, text: str) -> str:
+        return self.tok.normalizer.normalize_str(text) if self.tok.normalizer else text
+
+    def _words(self, text: str) -> list[tuple[str, tuple[int, int]]]:
+        if self.tok.pre_tokenizer is None:
+            return [(text, (0, len(text)))]
+        return self.tok.pre_tokenizer.pre_tokenize_str(text)
+
+    def cost(self, left: str, right: str) -> float | None:
+        "What joining two neighbours costs; None where they make no piece"
+        return self.ranks.get((left, right))
+
+    def ids_of(self, symbol: str) -> list[int]:
+        "The piece, or the bytes of a character that the vocabulary lacks"
+        if symbol in self.ids:
+            return [self.ids[symbol]]
+        names = [f"<0x{byte:02X}>" for byte in symbol.encode()]
+        return [self.ids[name] for name in names if name in self.ids]
+
+
 def load_bpe(
-    folder: Path,  # model folder with tokenizer.model
+    folder: Path,  # model folder with tokenizer.model or tokenizer.json
 ) -> BPE:
     "The merges of a model's tokenizer"
     import sentencepiece
 
+    if not (folder / "tokenizer.model").is_file():
+        return PairBPE(load_tokenizer(folder).backend_tokenizer)
     model_file = str(folder / "tokenizer.model")
     return BPE(sentencepiece.SentencePieceProcessor(model_file=model_file))
 
@@ -232,7 +310,7 @@ def _grow_marks(
     "Rows for the marks and the pad, unless the old tokenizer had them: that of a chat model"
     form = form_of(tok)
     begin, end, pad = tok.convert_tokens_to_ids([form.begin, form.end, PAD])
-    like = {begin: old.bos_token_id, end: old.eos_token_id, pad: old.eos_token_id}
+    like = {begin: start_id(old), end: old.eos_token_id, pad: old.eos_token_id}
     grow_rows(model, len(tok), {new: known for new, known in like.items() if new >= len(old)})
 
 
@@ -390,7 +468,7 @@ def sft(
 ):
     "Teach a model to answer; after an interruption it continues from its last checkpoint"
     # Long: the options of the Trainer stand one a line.
-    device = device or default_device()
+    device = device_of(device)
     folder = resolve_model(model)
     tok = _written_tokenizer(folder, out, template or template_for(lang))
     encode, langs = partial(encode_chat, tok), run_langs(lang, kept)

@@ -32,7 +32,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from .chat_tokenizer import FORMS, chat_template
+from .chat_tokenizer import FORMS, chat_template, starts_with_bos
 from .shapes import visible
 from .stages import StageError, require
 
@@ -190,7 +190,8 @@ def is_ours(
 ) -> bool:
     "Whether a chat template is one that `chat_template` wrote, to the letter"
     added = sorted(token.content for token in tok.added_tokens_decoder.values())
-    return tok.chat_template in [chat_template(form, added) for form in FORMS.values()]
+    ours = [chat_template(f, added, starts_with_bos(tok, f)) for f in FORMS.values()]
+    return tok.chat_template in ours
 
 
 def render(

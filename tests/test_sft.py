@@ -14,9 +14,12 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from cmixtral_nb import finetuning
 from cmixtral_nb import sft as s
+from cmixtral_nb.byte_bases import tekken
 from cmixtral_nb.chat_tokenizer import (
     BEGIN,
     END,
@@ -222,6 +225,20 @@ def test_bpe_dropout_cuts_only_words(tok, model):
 )
 def test_without_dropout_merges_are_those_of_sentencepiece(bpe, text):
     assert bpe(text) == bpe.sp.encode(text)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    tok = tekken().tok
+    return s.PairBPE(tok), tok
+
+
+@given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("the  ab's19\n。ភាសា"))))
+def test_without_dropout_pairs_are_those_of_the_library(pairs, text):
+    bpe, tok = pairs
+    ids = bpe(text)
+    assert ids == tok.encode(text, add_special_tokens=False).ids
+    assert tok.decode(bpe(text, 0.5, 1)) == tok.decode(ids)
 
 
 def test_dropout_is_the_same_everywhere(bpe):
@@ -563,10 +580,12 @@ def test_a_model_without_its_tokenizer(model, tmp_path):
     d = tmp_path / "m"
     d.mkdir()
     for f in model.iterdir():
-        if f.name != "tokenizer.model":
+        if not f.name.startswith("tokenizer"):
             (d / f.name).symlink_to(f)
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(d)
     with pytest.raises(
-        StageError, match="holds no tokenizer.model, which BPE-dropout needs; use --bpe-dropout 0"
+        StageError, match="a WordLevel tokenizer, BPE-dropout needs BPE; use --bpe-dropout 0"
     ):
         s.sft(d, out=tmp_path / "o")
     (d / "tokenizer.json").unlink()
