@@ -30,12 +30,13 @@ from cmixtral_nb.plan import (
     vocab_rows,
 )
 
+from .dense import mixture_config
 from .exams import hub_datasets, split_tasks, task_faults, task_files
 from .machine import gpu_bytes, world_size
 from .options import as_list, range_faults, refuse
 from .packages import installed_version, package_fault, package_faults
 from .recipe_check import check_recipe
-from .recipes import Step, read_recipe, recipe_steps, settings
+from .recipes import Step, base_model, read_recipe, recipe_steps, settings
 from .stages import StageError, read_json, require
 
 
@@ -75,7 +76,10 @@ def hub_ids(
 # %% ../nbs/a31_preflight.ipynb #56cb98ba
 def _model_config(recipe: dict) -> dict[str, Any]:
     "Configuration of the base: of the stand-in, a local folder, the hub's cache, or Mixtral-8x7B"
-    model = _base_model(recipe)
+    model = base_model(recipe)
+    if "upcycle" in recipe and Path(model).is_dir():
+        grown = settings("upcycle", recipe)
+        return mixture_config(model, grown["experts"], grown["top_k"])
     if not model:
         return config_of_sizes(settings("base", recipe), vocab_size=32000)
     if (Path(model) / "config.json").is_file():
@@ -88,12 +92,6 @@ def _model_config(recipe: dict) -> dict[str, Any]:
         "download it and give its folder",
     )
     return MIXTRAL_8X7B
-
-
-def _base_model(recipe: dict) -> str:
-    "Folder or hub id of the base that a recipe names; empty where it trains the stand-in"
-    tables = (recipe.get("init", {}), recipe.get("pretrain", {}))
-    return next((table["model"] for table in tables if table.get("model")), "")
 
 
 def _cached_config(hub_id: str) -> str:
@@ -175,7 +173,7 @@ def disk_of(
 ) -> dict[str, int]:  # what, with its stage -> bytes
     "Bytes that the stages of a recipe leave on disk"
     config = inputs["config"]
-    model = _base_model(recipe)
+    model = base_model(recipe)
     here = bool(model) and any(Path(model).glob("*.safetensors"))  # or still on their way
     disk = disk_plan(
         config,

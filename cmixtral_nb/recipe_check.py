@@ -17,20 +17,24 @@ from typing import Any
 
 from cmixtral_nb.recipes import (
     ELSEWHERE,
+    OF_BASE,
     SEVERAL,
     STEPS,
     Step,
     anno_type,
     arguments,
+    base_model,
     command,
     fits,
     languages,
     recipe_steps,
+    settings,
     shown,
     source_langs,
     type_name,
 )
 
+from .byte_bases import is_byte_base
 from .checkpoints import HUB_ID
 from .languages import lang_script
 from .options import above, as_list, faults_of, nearest, range_faults
@@ -197,6 +201,8 @@ def _idle_faults(recipe: dict) -> list[str]:
         for folder, table in ELSEWHERE.items()
         if folder in made and recipe.get(table, {}).get("model")
     ]
+    if {"base", "upcycle"} <= set(recipe):
+        faults.append("[base] and [upcycle] both make the base of the run; leave out one of them")
     models = [folder.partition("/")[2] for folder in made if folder.startswith("evaluation/")]
     own = [key for key in ("model", "adapter") if key in recipe.get("evaluate", {})]
     if models != ["model"] or "model" in made:
@@ -211,6 +217,28 @@ def _idle_faults(recipe: dict) -> list[str]:
         if recipe.get(name, {}).get("steps") and "epochs" in recipe[name]
     ]
     return faults
+
+
+# %% ../nbs/a30b_recipe_check.ipynb #cfac1573
+_HAS_MIXTRALS = re.compile("mixtral|mistral-7b", re.IGNORECASE)  # models with its tokenizer
+
+
+def _base_faults(recipe: dict) -> list[str]:
+    "What is wrong with the tokenizers that a recipe extends"
+    extending = [name for name in OF_BASE if name in recipe]
+    bases = {name: settings(name, recipe).get("base") for name in extending}
+    if len(set(map(str, bases.values()))) > 1 and any(is_byte_base(str(b)) for b in bases.values()):
+        named = ", ".join(f"[{name}] {shown(base)}" for name, base in bases.items())
+        return [f"base differs: {named}; give the same one to all of them"]
+    model = base_model(recipe)
+    unknown = [name for name in extending if "base" not in recipe[name]]
+    is_here = not model or os.path.isdir(model) or not HUB_ID.fullmatch(model)
+    if "vocab" not in unknown or is_here or _HAS_MIXTRALS.search(model):
+        return []
+    return [
+        f"[vocab] base is missing: the tokenizer of {model} is not known before it is here; "
+        "download it and name its folder as model, or give base"
+    ]
 
 
 # %% ../nbs/a30b_recipe_check.ipynb #e6a368d6
@@ -276,7 +304,7 @@ def check_recipe(
     }
     if not faults and not commands & set(sound):
         return ["the recipe has no table, so there is nothing to do; it may begin with [corpus]"]
-    faults += _language_faults(sound)
+    faults += _language_faults(sound) + _base_faults(sound)
     for step in _steps_to_check(sound):
         faults += _step_faults(step, sound, here)
     return list(dict.fromkeys(faults + _idle_faults(sound)))

@@ -15,6 +15,7 @@ __all__ = [
     "MODULES",
     "MOST_BYTES",
     "BASE_LANGS",
+    "OF_BASE",
     "Step",
     "command",
     "anno_type",
@@ -26,6 +27,7 @@ __all__ = [
     "read_recipe",
     "source_langs",
     "languages",
+    "base_model",
     "recipe_steps",
     "first_words",
     "arguments",
@@ -80,6 +82,7 @@ STEPS = [
     ),
     # a model that knows the new pieces
     Step("base", "base", "base", {"corpus": "corpus"}),
+    Step("upcycle", "upcycle", "base"),
     Step("init", "init", "model", {"model": "base", "tokenizer": "tokenizer"}),
     Step("pack", "pack", "tokens", {"corpus": "corpus", "tokenizer": "tokenizer"}),
     Step(
@@ -331,6 +334,15 @@ def _models_from_elsewhere(recipe: dict) -> dict[str, str]:
     return {folder: model for folder, model in named.items() if model}
 
 
+def base_model(
+    recipe: dict[str, Any],  # as read
+) -> str:  # folder or hub id; empty where the recipe trains the stand-in
+    "The model that a recipe begins with"
+    tables = [recipe.get(name, {}) for name in ("upcycle", "init", "pretrain")]
+    named = [table["model"] for table in tables if table.get("model")]
+    return named[0] if named and isinstance(named[0], str) else ""
+
+
 def _has_models(step: Step, table: dict, made: set[str]) -> bool:
     "Whether a step, one of several of its command, has all that it works on"
     given = table if step.named else {}
@@ -373,6 +385,18 @@ def _of_languages(
         found["script"] = script
     found["mix"] = [f"1:{language}", *(f"0.5:{lang}" for lang in kept)]
     return found
+
+
+OF_BASE = ("tokenizer", "search", "vocab")  # commands that read the tokenizer of the base
+
+
+def _of_model(
+    name: str,  # of a command
+    recipe: dict[str, Any],  # as read
+) -> dict[str, Any]:  # parameter -> value
+    "What a model that lies on this machine says about a command: its tokenizer is the base"
+    model = base_model(recipe)
+    return {"base": model} if name in OF_BASE and model and Path(model).is_dir() else {}
 
 
 def first_words(
@@ -433,7 +457,8 @@ def arguments(
         prompts = _prompts(recipe, out / "corpus")
         wired["prompts"] = None if prompts in ([], PROMPTS) else prompts  # the stage's own
     known = inspect.signature(command(step.command)).parameters
-    given = {**_of_languages(step.command, recipe), **wired, **table, **step.fixed}
+    derived = _of_languages(step.command, recipe) | _of_model(step.command, recipe)
+    given = {**derived, **wired, **table, **step.fixed}
     return {name: value for name, value in given.items() if name in known}
 
 
@@ -444,5 +469,6 @@ def settings(
     "Parameters of a stage: its defaults, what the languages say, and what the recipe says"
     params = inspect.signature(command(name)).parameters
     defaults = {k: p.default for k, p in params.items() if p.default is not p.empty}
-    derived = {k: v for k, v in _of_languages(name, recipe).items() if k in params}
-    return {**defaults, **derived, **recipe.get(name, {})}
+    derived = _of_languages(name, recipe) | _of_model(name, recipe)
+    known = {k: v for k, v in derived.items() if k in params}
+    return {**defaults, **known, **recipe.get(name, {})}
