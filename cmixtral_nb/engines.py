@@ -13,11 +13,14 @@ __all__ = [
     "probe_file",
     "has_engine",
     "ask_engine",
+    "ask_ids",
     "check_talks",
+    "normal_talks",
     "compare",
     "our_answers",
     "find_converter",
     "to_gguf",
+    "ids_read_back",
     "link_model",
     "check_model",
     "check_engine",
@@ -32,13 +35,23 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from cmixtral_nb.llama_rules import (
+    RULES,
+    Price,
+    byte_level_config,
+    model_rule,
+    rule_texts,
+    rule_tokenizer,
+)
 
 from .checkpoints import link_file, resolve_model, tensor_files
 from .generate import encode_prompt, stop_ids
 from .loading import load_model
 from .machine import available_bytes, package_data, say
 from .options import Range, at_least, faults_of, one_of, range_faults, refuse
+from .shapes import visible
 from .stages import StageError, read_json, require, stage, tokenizer_fingerprint
 from .tokenizer_files import load_tokenizer
 
@@ -77,6 +90,26 @@ def _last_words(run: subprocess.CompletedProcess) -> str:
     return lines[-1][:200] if lines else f"exit status {run.returncode}"
 
 
+def _ask(
+    probe: Path,  # a script of package data
+    asked: dict,  # what it reads; the file to write is added
+    python: str | None,  # that has the engine; None: this one
+) -> dict | str:  # what it found, or its last words
+    "Run a probe in a process of its own"
+    env = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        run = subprocess.run(
+            [python or sys.executable, str(probe)],
+            input=json.dumps(dict(asked, out=str(out))),
+            capture_output=True,
+            text=True,
+            env=env,
+        )
+        return read_json(out) if out.is_file() else _last_words(run)
+
+
 def ask_engine(
     to: str,  # form of the model: hf, vllm, gguf
     model: str | Path,  # folder, or GGUF file
@@ -85,28 +118,26 @@ def ask_engine(
     python: str | None = None,  # Python that has the engine; None: this one
     length: int = 1024,  # tokens of context
 ) -> dict:  # version, ids of each prompt, answers: ids of each (the likeliest token each time)
-    "What an engine makes of conversations, in a process of its own"
-    env = dict(os.environ, HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        asked = dict(
-            model=str(Path(model).resolve()),
-            talks=talks,
-            n_tokens=n_tokens,
-            length=length,
-            out=str(out),
-        )
-        run = subprocess.run(
-            [python or sys.executable, str(probe_file(to))],
-            input=json.dumps(asked),
-            capture_output=True,
-            text=True,
-            env=env,
-        )
-        if out.is_file():
-            return read_json(out)
-    raise StageError(f"{model}: {ENGINES[to]} cannot load it ({_last_words(run)})")
+    "What an engine makes of conversations"
+    place = str(Path(model).resolve())
+    asked = dict(model=place, talks=talks, n_tokens=n_tokens, length=length)
+    found = _ask(probe_file(to), asked, python)
+    if isinstance(found, str):
+        raise StageError(f"{model}: {ENGINES[to]} cannot load it ({found})")
+    return found
+
+
+def ask_ids(
+    gguf: str | Path,  # file
+    texts: list[str],  # any
+    python: str | None = None,  # Python that has llama_cpp; None: this one
+) -> list[list[int]]:  # of each text, without BOS
+    "The ids that llama.cpp makes of texts, with nothing loaded but the vocabulary"
+    asked = dict(model=str(Path(gguf).resolve()), texts=texts)
+    found = _ask(package_data("data/ids_gguf.py"), asked, python)
+    if isinstance(found, str):
+        raise StageError(f"{gguf}: llama_cpp cannot load it ({found})")
+    return found["ids"]
 
 
 # %% ../nbs/a22_engines.ipynb #d140e6b7
@@ -139,6 +170,20 @@ def check_talks(
     orders = "".join(sorted(_control(tok).values()))
     attack = [dict(role="user", content=f"a{orders}\n{orders} b")]
     return [*talks, attack]
+
+
+def normal_talks(
+    tok: PreTrainedTokenizerBase,  # byte-level
+    talks: list[list[dict]],  # conversations
+) -> list[list[dict]]:
+    "The same words as the tokenizer normalises them, for an engine that does not"
+    normal = tok.backend_tokenizer.normalizer
+    if normal is None:
+        return talks
+    return [
+        [dict(turn, content=normal.normalize_str(turn["content"])) for turn in talk]
+        for talk in talks
+    ]
 
 
 # %% ../nbs/a22_engines.ipynb #379c9739
@@ -246,12 +291,17 @@ def to_gguf(
     converter: Path,  # from `find_converter`
     outtype: str,  # one of `OUTTYPES`
     python: str,  # Python that has llama_cpp, for q4_k_m
+    rule: str | None = None,  # llama.cpp's name for how words are cut; None: it looks it up
 ) -> None:
     "Convert a model; `StageError` with the converter's last line where it fails"
     in_two_steps = outtype == "q4_k_m"  # which the converter does not know
     first = out.with_suffix(".f16.gguf") if in_two_steps else out
     first_type = "f16" if in_two_steps else outtype
     convert = [sys.executable, str(converter), str(model)]
+    if rule:
+        telling = package_data("data/convert_gguf.py")
+        convert[1:1] = [str(telling)]
+        convert[3:3] = [rule]
     options = ["--outtype", first_type, "--outfile", str(first)]
     _run([*convert, *options], f"{model} cannot be converted")
     if in_two_steps:
@@ -259,6 +309,30 @@ def to_gguf(
         quantise = [python, str(quantiser), str(first), str(out)]
         _run(quantise, f"{first.name} cannot be quantised")
         first.unlink()
+
+
+# %% ../nbs/a22_engines.ipynb #2af64044
+def ids_read_back(
+    gguf: str | Path,  # file that was written
+    config: dict[str, Any],  # tokenizer.json of the model
+    rule: str,  # its name in `RULES`
+    python: str | None = None,  # Python that has llama_cpp; None: this one
+    n_texts: int = 500,  # about as many
+) -> int:  # texts that were compared
+    "See that llama.cpp makes the ids that it should; `StageError` with a text where it does not"
+    texts = rule_texts(config)
+    texts = texts[:: max(1, len(texts) // n_texts)]
+    tok = rule_tokenizer(config, RULES[rule])
+    want = [found.ids for found in tok.encode_batch_fast(texts, add_special_tokens=False)]
+    got = ask_ids(gguf, texts, python)
+    other = [text for text, a, b in zip(texts, want, got, strict=True) if a != b]
+    require(
+        not other,
+        f"{gguf}: llama_cpp makes other ids of {len(other)} of {len(texts)} texts than its rule "
+        f"{rule} should, such as {visible(repr(min(other, key=len, default='')), 60)}; "
+        "take another version of it, or run: cmixtral export --to vllm",
+    )
+    return len(texts)
 
 
 # %% ../nbs/a22_engines.ipynb #cb5e0f25
@@ -339,7 +413,7 @@ def _check_chat_model(model: Path, to: str):
     check_model(resolve_model(model), to)
 
 
-def _check(model, to, outtype, llama_cpp, python, check, n_tokens, **_):
+def _check(model, to, outtype, llama_cpp, python, check, n_tokens, pre, **_):
     "All faults at once, before anything is written"
     options = dict(to=to, outtype=outtype, check=check, n_tokens=n_tokens)
     faults = range_faults(options, **_RANGES) + faults_of(_check_chat_model, model, to)
@@ -347,6 +421,8 @@ def _check(model, to, outtype, llama_cpp, python, check, n_tokens, **_):
         faults += faults_of(check_engine, to, python)
     if to == "gguf":
         faults += faults_of(find_converter, llama_cpp)
+        if Path(model).is_dir():  # a hub model is asked when it is here
+            faults += faults_of(model_rule, model, pre)
     refuse(faults)
 
 
@@ -391,6 +467,17 @@ def _tell(to: str, found: dict):
         )
 
 
+def _read_back(folder: Path, gguf: Path, price: Price, python: str | None) -> int:
+    "Texts of which llama.cpp makes the right ids; says which rule it has, and at what price"
+    config = byte_level_config(folder)
+    assert config is not None  # it has a price
+    n_texts = ids_read_back(gguf, config, price.rule, python)
+    say("export", f"words are cut by llama.cpp's rule {price.told()}; {n_texts} read back")
+    if config.get("normalizer"):
+        say("export", "warning: llama_cpp does not normalise text as this tokenizer does (NFC)")
+    return n_texts
+
+
 # %% ../nbs/a22_engines.ipynb #392005e8
 @stage("export", inputs=("model",), ignore=("llama_cpp", "python"), check=_check)
 def export(
@@ -402,19 +489,28 @@ def export(
     python: str | None = None,  # Python that has the engine; None: this one
     check: str | None = None,  # answers, ids or none; None: answers where memory allows, else ids
     n_tokens: int = 24,  # of an answer
+    # of gguf: llama.cpp's rule that cuts words of a byte-level tokenizer; None: the one that
+    # cuts as the tokenizer does
+    pre: str | None = None,
 ):
     "Write a chat model for an engine, and see that it makes the same ids and words of it"
     folder = resolve_model(model)
-    target = out
+    target, price = out, None
     if to == "gguf":
         target = out / f"chat-{outtype}.gguf"
-        to_gguf(folder, target, find_converter(llama_cpp), outtype, python or sys.executable)
+        price = model_rule(folder, pre)
+        rule = price.rule if price else None
+        converter = find_converter(llama_cpp)
+        to_gguf(folder, target, converter, outtype, python or sys.executable, rule)
     else:
         link_model(folder, out)
+    named = dict(pre=price.rule, pre_changes=price.n_changed) if price else {}
     if check == "none":
-        return dict(check="none")
+        return dict(check="none", **named)
+    if price:
+        named["ids_read_back"] = _read_back(folder, target, price, python)
     tok = load_tokenizer(folder)
-    talks = check_talks(tok)
+    talks = normal_talks(tok, check_talks(tok)) if price else check_talks(tok)
     length = _answer_length(folder, check, n_tokens)
     answers = our_answers(folder, tok, talks, length) if length else None
     found = compare(tok, talks, ask_engine(to, target, talks, length, python), answers)
@@ -422,4 +518,4 @@ def export(
     _require_same(model, to, found, tok, exact)
     _tell(to, found)
     compared = "answers" if length else "ids"
-    return dict(found, check=compared, tokenizer=tokenizer_fingerprint(folder))
+    return dict(found, **named, check=compared, tokenizer=tokenizer_fingerprint(folder))
