@@ -70,7 +70,16 @@ def nucleus(
 
 
 # %% ../nbs/12_generate.ipynb #08be60f4
-_MARK = re.compile(f"{BEGIN_MARK}.*?{END_MARK}")  # private characters around a random name
+_EDGE = "\x1f"  # a blank that nobody types: a template that trims words takes it away
+# private characters around a random name, with edges that may be gone
+_MARK = re.compile(f"{_EDGE}?{BEGIN_MARK}.*?{END_MARK}{_EDGE}?")
+
+
+def _as_trimmed(found: str, typed: dict[str, str]) -> str:
+    "The words of a mark, without blanks at ends from which the template took the edge"
+    words = typed[found.strip(_EDGE)]
+    words = words if found.startswith(_EDGE) else words.lstrip()
+    return words if found.endswith(_EDGE) else words.rstrip()
 
 
 def _control(tok: PreTrainedTokenizerBase) -> set[str]:
@@ -87,7 +96,8 @@ def encode_prompt(
         start = [] if tok.bos_token_id is None else [tok.bos_token_id]
         return start + encode_plain(tok, [prompt])[0]
     typed = {new_mark(): words_of(message) for message in prompt}
-    marked = [dict(message, content=mark) for message, mark in zip(prompt, typed, strict=True)]
+    edged = [f"{_EDGE}{mark}{_EDGE}" for mark in typed]
+    marked = [dict(message, content=mark) for message, mark in zip(prompt, edged, strict=True)]
     text = render(tok, marked)
     require_marks(text, list(typed), [message["role"] for message in prompt])
     control = _control(tok)
@@ -97,7 +107,7 @@ def encode_prompt(
         if part in control:
             ids.append(tok.convert_tokens_to_ids(part))
         elif part:
-            words = _MARK.sub(lambda mark: typed[mark[0]], part)
+            words = _MARK.sub(lambda mark: _as_trimmed(mark[0], typed), part)
             ids += encode_plain(tok, [words])[0]
     return ids
 
