@@ -673,6 +673,17 @@ def repair_line(
 
 
 # %% ../nbs/a10d_byte_vocab.ipynb #2f9cdb3a
+def _first_merges(pieces: str | Path, base: str, n_pieces: int) -> BytePieces:
+    "So many merges of a folder; `StageError` where there are not as many"
+    found = read_merges(pieces, base)
+    require(
+        n_pieces <= len(found.merges),
+        f"{pieces} holds {len(found.merges):,} merges, {n_pieces:,} were asked for; "
+        "lower n_pieces, or run: cmixtral tokenizer --n-pieces N",
+    )
+    return found._replace(merges=found.merges[:n_pieces])
+
+
 def _certified_texts(
     found: BytePieces, corpus: Path | None, limit_chars: int, n_hostile: int, seed: int
 ) -> tuple[list[str], list[str]]:
@@ -713,8 +724,7 @@ def append_merges(
     seed: int = 0,  # of the hostile strings
 ) -> dict[str, Any]:  # statistics for the manifest
     "Append merges to a byte-level base, write its files, and certify them"
-    found = read_merges(pieces, base)
-    found = found._replace(merges=found.merges[:n_pieces])
+    found = _first_merges(pieces, base, n_pieces)
     grown = with_tokens(found.grown(), tokens or [])
     n_fill = n_unused(grown.first_free, model_rows(base), multiple)
     grown = with_tokens(grown, unused_names(grown, n_fill))
@@ -764,12 +774,7 @@ def byte_vocab_option_faults(
 
 def _require_merges(pieces: Path, base: str, n_pieces: int) -> None:
     "As many merges as are asked for, and a repair that will not be lost"
-    found = read_merges(pieces, base)
-    require(
-        n_pieces <= len(found.merges),
-        f"{pieces} holds {len(found.merges):,} merges, {n_pieces:,} were asked for; "
-        "lower n_pieces, or run: cmixtral tokenizer --n-pieces N",
-    )
+    found = _first_merges(pieces, base, n_pieces)
     if found.params.get("repair") is True:
         require(
             not cut_is_lost(base),
