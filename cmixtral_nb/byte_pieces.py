@@ -28,6 +28,7 @@ __all__ = [
     "Reach",
     "floor_of",
     "reach",
+    "companion_hint",
     "count_within",
     "kept_lines",
     "changed_lines",
@@ -51,6 +52,7 @@ __all__ = [
 import functools
 import math
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -477,6 +479,33 @@ def reach(
     )
 
 
+# %% ../nbs/a10c_byte_pieces.ipynb #8b5d0c30
+_MANY = 0.01  # of all characters
+
+
+def companion_hint(
+    grown: ByteBase,  # with all merges
+    own: OwnBytes,  # of the new language
+    texts: list[str],  # documents
+) -> str:  # empty where there is none
+    "Invisible characters that are frequent in the text and take several tokens each"
+    counts: Counter = Counter()
+    for text in texts:
+        counts.update(text)
+    costly = [
+        f"U+{ord(char):04X}"
+        for char, n in counts.items()
+        if unicodedata.category(char) == "Cf"
+        and n >= _MANY * counts.total()
+        and not own.in_text(char)
+        and len(grown.tok.encode(char, add_special_tokens=False)) > 1
+    ]
+    if not costly:
+        return ""
+    listed = " ".join(sorted(costly))
+    return f"{listed} is frequent and takes several tokens; --companions '{listed}' makes it own"
+
+
 # %% ../nbs/a10c_byte_pieces.ipynb #9c0ae73f
 def _halved(counts: Counter, salt: str) -> Counter:
     "Half of each count; what is odd goes up or down as a number from word and salt says"
@@ -815,6 +844,16 @@ def _say_merges(
     )
 
 
+_OTHER_TEXT = "give another corpus or --script"
+
+
+def _learned(
+    working: ByteBase, rule: str, max_chars: int, n_pieces: int, counts: Counter, own: OwnBytes
+) -> list[Merge]:
+    "Merges from words"
+    return learn_merges(counts, working.bytes_of, merge_rule(own, rule, max_chars), n_pieces)
+
+
 def learn_byte_pieces(
     corpus: Path,  # corpus folder, or a jsonl or text file
     out: Path,  # folder to write merges.tsv to
@@ -836,10 +875,7 @@ def learn_byte_pieces(
     own = owns[chosen]
     working = working_base(whole, own, repair)
     judge, lines = judging_texts(corpus, lang), kept_lines(corpus, lang)
-
-    def learn(counts: Counter, own: OwnBytes) -> list[Merge]:
-        may = merge_rule(own, rule, max_chars)
-        return learn_merges(counts, working.bytes_of, may, n_pieces)
+    learn = functools.partial(_learned, working, rule, max_chars, n_pieces)
 
     trials = []
     if chosen:
@@ -850,14 +886,13 @@ def learn_byte_pieces(
     texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
     counts, n_halved = count_within(working, texts, own, memory_chars)
     merges = learn(counts, own)
-    require(
-        merges,
-        f"{corpus} holds no {script} characters that {base} could join; "
-        "give another corpus or --script",
-    )
+    require(merges, f"{corpus} holds no {script} characters to join; {_OTHER_TEXT}")
+
     grown = extended(working, merges)
     far, changed = reach(whole, working, grown, own, judge), changed_lines(whole, grown, lines)
     _say_merges(base, len(merges), far, changed, len(lines), own)
+    if hint := companion_hint(grown, own, judge):
+        say("tokenizer", hint)
     write_merges(out / "merges.tsv", merges)
     return dict(
         n_pieces=len(merges),

@@ -86,12 +86,15 @@ def here(tmp_path_factory):
     texts = texts_of("km", 120_000)
     half = len(texts) // 2
     (folder / "vi").mkdir()
+    (folder / "km").mkdir()
     rng = random.Random(0)
     vi = [" ".join(rng.choices(VIETNAMESE.split(), k=60)) + "." for _ in range(80)]
     en = texts_of("en", 80_000)
     for name, docs in {
-        "km.jsonl": texts[:half],
-        "held.jsonl": texts[half:],
+        "km/km.train.jsonl": texts[:half],
+        "km/km.valid.jsonl": texts[half:],
+        "km/en.train.jsonl": en[:9],
+        "km/en.valid.jsonl": en[40:],
         "vi/vi.train.jsonl": vi[:60],
         "vi/vi.valid.jsonl": vi[60:],
         "vi/en.train.jsonl": en[:40],
@@ -104,7 +107,7 @@ def here(tmp_path_factory):
 
 def learned(here, name, base="qwen", n_pieces=500, **options):
     "Khmer merges for one of the bases"
-    options = dict(lang="km", script="Khmer", corpus=here / "km.jsonl", n_pieces=n_pieces) | options
+    options = dict(lang="km", script="Khmer", corpus=here / "km", n_pieces=n_pieces) | options
     return tokenizer(out=here / name, base=str(here / base), **options)
 
 
@@ -118,7 +121,9 @@ def pieces(here):
 
 
 def held_out(here):
-    return [json.loads(line)["text"] for line in open(here / "held.jsonl", encoding="utf-8")]
+    return [
+        json.loads(line)["text"] for line in open(here / "km" / "km.valid.jsonl", encoding="utf-8")
+    ]
 
 
 def tokens(base, text):
@@ -144,7 +149,7 @@ def test_merges_are_read_as_they_were_learned(here, pieces):
 
 
 def test_what_is_said_is_what_is_measured(here, pieces):
-    texts = [row["text"] for row in read_docs(here / "km.jsonl")]
+    texts = held_out(here)
     base, better = known_base(here / "qwen"), read_merges(pieces["repaired"], here / "qwen").base
     for name, cut in (("as_it_is", base), ("repaired", better)):
         stats = pieces[name].stats
@@ -153,9 +158,9 @@ def test_what_is_said_is_what_is_measured(here, pieces):
         assert stats["after"] == pytest.approx(chars_per_token(grown.tok, texts))
         assert stats["floor"] == pytest.approx(chars_per_pre_token(cut.tok, texts))
         assert stats["after"] < stats["floor"]
-        assert (stats["n_changed_lines"], stats["n_kept_lines"] > 100) == (0, True)
+        assert (stats["n_changed_lines"], stats["n_kept_lines"] > 50) == (0, True)
     assert pieces["as_it_is"].stats["floor_repaired"] == pieces["repaired"].stats["floor"]
-    assert pieces["repaired"].stats["after"] > 1.3 * pieces["as_it_is"].stats["after"]
+    assert pieces["repaired"].stats["after"] > 1.2 * pieces["as_it_is"].stats["after"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -168,10 +173,13 @@ def test_other_texts_keep_their_ids_with_every_kind_of_pieces(here, pieces, text
             assert tokens(found.grown(), text) == tokens(base, text)
 
 
-def test_a_companion_of_the_script_is_its_own(here):
+def test_a_companion_of_the_script_is_its_own(here, capsys):
     "U+200B stands between Khmer words; where the base cuts before it, it costs tokens"
+    hint = "U+200B is frequent and takes several tokens; --companions 'U+200B' makes it own"
     plain = learned(here, "plain", base="gpt2", repair=True)
+    assert hint in capsys.readouterr().out
     along = learned(here, "along", base="gpt2", repair=True, companions="U+200B")
+    assert hint not in capsys.readouterr().out
     texts = held_out(here)
     reached = [
         chars_per_token(read_merges(made, here / "gpt2").grown().tok, texts)
@@ -279,7 +287,7 @@ def test_every_prefix_equals_a_fresh_encoding(here, pieces, name):
 def test_the_search_measures_what_tokenizers_do(here, pieces):
     made = search(
         pieces["repaired"],
-        here / "held.jsonl",
+        here / "km",
         here / "s",
         base=str(here / "qwen"),
         lang="km",
@@ -304,7 +312,7 @@ def test_the_search_measures_what_tokenizers_do(here, pieces):
 
 def test_table_and_choice_have_the_shape_of_every_search(here, pieces, tmp_path):
     made = search(
-        pieces["as_it_is"], here / "held.jsonl", tmp_path / "s", base=str(here / "qwen"), lang="km"
+        pieces["as_it_is"], here / "km", tmp_path / "s", base=str(here / "qwen"), lang="km"
     )
     base_file = base_tokenizer_model("mixtral")
     have = base_pieces(base_file)
@@ -377,9 +385,9 @@ BASES = [
 @pytest.mark.parametrize("change, words", BASES, ids=lambda v: getattr(v, "__name__", ""))
 def test_bases_that_cannot_grow(here, pieces, tmp_path, cli, change, words):
     base = changed(tmp_path / "odd", here / "qwen", change)
-    asked = ("--corpus", here / "km.jsonl", "--lang", "km", "--script", "Khmer", "--base", base)
+    asked = ("--corpus", here / "km", "--lang", "km", "--script", "Khmer", "--base", base)
     assert words in refusal(cli, "tokenizer", *asked, "--out", tmp_path / "p")
-    asked = ("--pieces", pieces["repaired"], "--corpus", here / "held.jsonl", "--base", base)
+    asked = ("--pieces", pieces["repaired"], "--corpus", here / "km", "--base", base)
     status, lines = cli("search", *asked, "--lang", "km", "--out", tmp_path / "s")
     assert status == 2 and words in lines[0]
 
@@ -401,13 +409,13 @@ OPTIONS = [
     (["--companions", "U+ZZ"], "companions: 'U+ZZ' is no character"),
     (["--companions", "U+110000"], "is no character"),
     (["--max-chars", "0"], "max_chars is 0"),
-    (["--script", "Thai"], "holds no Thai characters"),
+    (["--script", "Thai"], "holds no Thai characters to join"),
 ]
 
 
 @pytest.mark.parametrize("options, words", OPTIONS, ids=lambda v: v[-1] if type(v) is list else "")
 def test_options_that_cannot_be(here, tmp_path, cli, options, words):
-    asked = ["--corpus", here / "km.jsonl", "--lang", "km", "--base", here / "qwen"]
+    asked = ["--corpus", here / "km", "--lang", "km", "--base", here / "qwen"]
     script = [] if "--script" in options else ["--script", "Khmer"]
     out = ("--out", tmp_path / "p")
     assert words in refusal(cli, "tokenizer", *asked, *script, *options, *out)
@@ -420,21 +428,21 @@ def test_a_base_that_keeps_marks_is_not_repaired(here, cli, tmp_path):
         cut["pattern"]["Regex"] = QWEN.replace(r"\p{L}+", r"[\p{L}\p{M}]+")
 
     base = changed(tmp_path / "base", here / "qwen", keep_marks)
-    asked = ("--corpus", here / "km.jsonl", "--lang", "km", "--script", "Khmer", "--repair")
+    asked = ("--corpus", here / "km", "--lang", "km", "--script", "Khmer", "--repair")
     said = refusal(cli, "tokenizer", *asked, "--base", base, "--out", tmp_path / "p")
     assert "the base keeps marks with their letters already" in said
 
 
 def test_options_of_byte_level_bases_say_nothing_of_others(here, cli, tmp_path):
     asked = ("--letters", "any", "--companions", "U+200B", "--repair", "--rule", "characters")
-    corpus = ("--corpus", here / "km.jsonl", "--out", tmp_path / "p")
+    corpus = ("--corpus", here / "km", "--out", tmp_path / "p")
     status, lines = cli("tokenizer", *corpus, *asked)
     assert status == 2
     assert len([line for line in lines if "the base is no tokenizer.json" in line]) == 4
 
 
 def test_pieces_and_base_belong_together(here, pieces, cli, tmp_path):
-    text = ("--corpus", here / "held.jsonl", "--lang", "km", "--out", tmp_path / "s")
+    text = ("--corpus", here / "km", "--lang", "km", "--out", tmp_path / "s")
     of = ("--pieces", pieces["repaired"])
 
     def says(*asked):
