@@ -385,7 +385,7 @@ def _in_order(base: ByteBase) -> bool:
 
 
 def why_no_ranks(
-    base: ByteBase,
+    base: ByteBase,  # such as an extended one
 ) -> str:  # empty where there can be
     "Why a tokenizer has no ranks for tiktoken"
     if isinstance(base, SpacedBase):
@@ -407,7 +407,7 @@ def why_no_ranks(
 
 def write_ranks(
     path: str | Path,  # file to write
-    base: ByteBase,
+    base: ByteBase,  # whose ids are the ranks
 ) -> None:
     "The table of a tokenizer for tiktoken"
     rows = sorted(base.bytes_of.items())
@@ -473,7 +473,7 @@ _FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, s
 
 
 def with_tokens(
-    base: ByteBase,
+    base: ByteBase,  # such as an extended one
     names: list[str],  # of control tokens
 ) -> ByteBase:
     "Control tokens after all ids in use"
@@ -507,7 +507,7 @@ def n_unused(
 
 
 def unused_names(
-    base: ByteBase,
+    base: ByteBase,  # such as an extended one
     n: int,  # how many
 ) -> list[str]:
     "Names that the base does not have; Gemma has some of these itself"
@@ -553,7 +553,7 @@ def write_table(
 
 # %% ../nbs/a10d_byte_vocab.ipynb #aaa15210
 def stock_frame(
-    tok: PreTrainedTokenizerBase,
+    tok: PreTrainedTokenizerBase,  # a loaded tokenizer
 ) -> tuple[list[int], list[int]]:
     "Ids that a stock call puts before and after a text"
     whole, plain = tok("a")["input_ids"], encode_plain(tok, ["a"])[0]
@@ -588,7 +588,7 @@ def _frame_of(base: str | Path, view: BpeView) -> tuple[list[int], list[int]]:
 
 def write_extended(
     out: Path,  # folder to write
-    grown: ByteBase,
+    grown: ByteBase,  # the extended tokenizer
     base: str | Path,  # that it extends
 ) -> tuple[BpeView, BpeView]:  # base and extension, with what is put around a text
     "The files of the extended tokenizer, whose stock call frames a text as the base's does"
@@ -640,7 +640,7 @@ def own_words(
 
 
 def reach_line(
-    ext: ByteExtension,
+    ext: ByteExtension,  # what is compared
     measured: list[str],  # documents of the new language
 ) -> dict:
     "Characters per token against the most that the regular expression lets any extension have"
@@ -659,7 +659,7 @@ def reach_line(
 
 
 def repair_line(
-    ext: ByteExtension,
+    ext: ByteExtension,  # with a repaired regular expression
 ) -> dict:
     "Texts whose old ids differ with the repaired regular expression; all of them hold own marks"
     rows = zip(ext.texts, ext.ids_before, ext.ids_cut, strict=True)
@@ -795,7 +795,7 @@ def byte_vocab_faults(
 
 # %% ../nbs/a10d_byte_vocab.ipynb #83c965a8
 def forged(
-    base: ByteBase,
+    base: ByteBase,  # an honest one
     pieces: dict[str, int] | None = None,  # piece -> id, further ones or others
     merges: list[list[str]] | None = None,  # appended
     **changes: Any,  # other keys of tokenizer.json
