@@ -239,6 +239,20 @@ def test_every_family_is_planned(name):
     assert planning.inference_bytes(config)["cache"] > 0
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next", "deepseek_v3", "gpt_oss", "llama4"])
+def test_lora_of_every_family_is_that_of_the_real_modules(name, tmp_path):
+    from cmixtral_nb.loading import load_model
+    from cmixtral_nb.qlora import add_lora
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **json.loads(json.dumps(FAMILIES[name])))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    net = add_lora(load_model(tmp_path, device="cpu", trainable=True), rank=4, rows="none")
+    found = sum(p.numel() for path, p in net.named_parameters() if "lora_" in path)
+    assert lora_parameters(tmp_path, 4) == found
+    assert count_parameters(tmp_path) == count_parameters(config)
+
+
 @pytest.mark.parametrize(
     "sizes,total,active",
     [  # billions, as the models' own cards say
