@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -12,11 +13,20 @@ import pytest
 
 from cmixtral_nb import engines as v
 from cmixtral_nb import serve
+from cmixtral_nb.byte_bases import LETTER_OF, ByteBase, to_letters, write_byte_tokenizer
+from cmixtral_nb.bytelevel import Merge, OwnBytes, extended, own_characters, repaired
 from cmixtral_nb.chat_tokenizer import chat_template, form_of, write_chat_tokenizer
 from cmixtral_nb.generate import encode_prompt
+from cmixtral_nb.llama_rules import (
+    RULES,
+    model_rule,
+    rule_prices,
+    rule_texts,
+    rule_tokenizer,
+)
 from cmixtral_nb.options import faults_of
 from cmixtral_nb.pieces import base_tokenizer_model
-from cmixtral_nb.stages import StageError
+from cmixtral_nb.stages import StageError, read_json
 from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
 
 
@@ -479,6 +489,206 @@ def test_llama_cpp_reads_what_we_write(chat, tmp_path):
         n_tokens=4,
     )
     assert a.stats["ids_equal"] == 8 and not a.stats["obeys"] and a.stats["answers_equal"] >= 0.98
+
+
+# ---- byte-level tokenizers
+
+
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|mid|>{{ m.content | trim }}"
+    "<|end|>{% endfor %}<|start|>assistant<|mid|>"
+)
+TOKENS = ["<bos>", "<|start|>", "<|mid|>", "<|end|>"]
+KA = "ក".encode()
+THAI = "วั".encode()[2:4]  # the end of a letter and the beginning of what follows it
+
+
+def byte_config():
+    "Bytes, two digits, parts of two Thai characters; cut as Qwen's"
+    letters = {letter: i for i, letter in enumerate(LETTER_OF.values())}
+    cut = dict(
+        type="Split",
+        pattern={"Regex": RULES["qwen2"].cuts[0]},
+        behavior="Isolated",
+        invert=False,
+    )
+    to_bytes = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    return dict(
+        version="1.0",
+        added_tokens=[dict(id=258 + i, content=name, **flags) for i, name in enumerate(TOKENS)],
+        normalizer=dict(type="NFC"),
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[cut, to_bytes]),
+        decoder=to_bytes,
+        model=dict(
+            type="BPE",
+            vocab=letters | {"12": 256, to_letters(THAI): 257},
+            merges=[["1", "2"], [to_letters(THAI[:1]), to_letters(THAI[1:])]],
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def byte_chat(tmp_path_factory):
+    "A chat model of Llama's kind whose byte-level tokenizer was extended"
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("byte_chat")
+    merges = [Merge(KA[:1], KA[1:2], 9), Merge(KA[:2], KA[2:], 9)]
+    made = extended(ByteBase(byte_config()), merges)
+    write_byte_tokenizer(made, out)
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(
+            dict(
+                tokenizer_class="PreTrainedTokenizerFast",
+                bos_token="<bos>",
+                eos_token="<|end|>",
+                chat_template=LLAMA_3,
+            )
+        )
+    )
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=258,
+        eos_token_id=261,
+    )
+    LlamaForCausalLM(config).save_pretrained(out)
+    return out
+
+
+def test_a_byte_level_model_is_exported(byte_chat, tmp_path, capsys):
+    "By transformers alone: the same ids, blanks trimmed as the template does"
+    a = v.export(byte_chat, out=tmp_path / "o", check="ids")
+    assert (a.stats["ids_equal"], a.stats["ids_of"], a.stats["obeys"]) == (8, 8, True)
+    assert faults_of(v.check_model, byte_chat, "vllm") == []
+    assert serve.served_model(byte_chat) == byte_chat
+    assert not (tmp_path / "o" / "tokenizer.model").exists()
+
+
+def stand_in(config, rule):
+    "llama.cpp as it would read a file with this rule: no normalisation, and its own cut"
+
+    def ask(probe, asked, python):
+        tok = rule_tokenizer({**config, "normalizer": None}, RULES[rule])
+        return dict(ids=[e.ids for e in tok.encode_batch(asked["texts"])])
+
+    return ask
+
+
+def test_the_rule_is_written_and_what_was_written_is_read_back(byte_chat, tmp_path, capsys):
+    "The converter is told the rule's name; ids that llama.cpp makes otherwise are refused"
+    converter = tmp_path / v.CONVERTER
+    converter.write_text(
+        "import sys\n"
+        "class TextModel:\n"
+        "    def get_vocab_base_pre(self, tokenizer): raise NotImplementedError\n"
+        "def main():\n"
+        "    rule = TextModel().get_vocab_base_pre(None)\n"
+        "    open(sys.argv[-1], 'w').write(rule)\n"
+    )
+    config = read_json(byte_chat / "tokenizer.json")
+    tok = load_tokenizer(byte_chat)
+    how = dict(to="gguf", outtype="f32", llama_cpp=tmp_path, check="ids")
+    with (
+        patch.object(v, "has_engine", lambda *a: True),
+        patch.object(v, "ask_engine", reads(tok)),
+    ):
+        with patch.object(v, "_ask", stand_in(config, "qwen2")):
+            a = v.export(byte_chat, out=tmp_path / "o", **how)
+        with (
+            patch.object(v, "_ask", stand_in(config, "gpt-2")),
+            pytest.raises(StageError, match=r"makes other ids of \d+ of \d+ texts than its rule"),
+        ):
+            v.export(byte_chat, out=tmp_path / "p", **how)
+    assert (a.path / "chat-f32.gguf").read_text() == "qwen2" == a.stats["pre"]
+    assert a.stats["pre_changes"] == 0 and a.stats["ids_read_back"] > 400
+    assert "does not normalise text" in capsys.readouterr().out
+    assert not (tmp_path / "p").exists()
+    converter.write_text("def main(): pass")
+    with pytest.raises(StageError, match="has no get_vocab_base_pre, so that its rule"):
+        v.to_gguf(byte_chat, tmp_path / "a.gguf", converter, "f32", sys.executable, "qwen2")
+
+
+def test_each_rule_is_found_by_trying():
+    texts = rule_texts(byte_config())
+    texts = texts[:80] + texts[80::12]
+    for name, rule in RULES.items():
+        first, second, *_ = rule_prices(telling_config(name), texts)
+        assert (first.rule, first.n_changed, first.n_cut) == (name, 0, 0)
+        assert second.n_cut or RULES[second.rule].cuts == rule.cuts
+
+
+def telling_config(name):
+    "The tokenizer of `byte_config` with the cut of a rule"
+    config = byte_config()
+    splits = [
+        dict(type="Split", pattern={"Regex": cut}, behavior="Isolated", invert=False)
+        for cut in RULES[name].cuts
+    ]
+    letters = config["pre_tokenizer"]["pretokenizers"][-1]
+    config["pre_tokenizer"] = dict(type="Sequence", pretokenizers=[*splits, letters])
+    config["model"]["ignore_merges"] = RULES[name].ignore_merges
+    return config
+
+
+def test_a_repaired_rule_has_a_price(cli, byte_chat, tmp_path):
+    "Own marks join their letters: no rule of llama.cpp does that, and the nearest is named"
+    base = ByteBase(byte_config())
+    own = OwnBytes(own_characters("Khmer"))
+    # a letter with its mark, in one pre-token only where marks are repaired
+    word = "កា".encode()
+    merges = [Merge(word[:i], word[i : i + 1], 9) for i in range(1, len(word))]
+    theirs = extended(repaired(base, own), merges)
+    shutil.copytree(byte_chat, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(theirs.config))
+    (tmp_path / v.CONVERTER).write_text("")
+    args = ["--to", "gguf", "--llama-cpp", tmp_path, "--check", "none", "--out", tmp_path / "o"]
+    status, err = cli("export", "--model", tmp_path / "m", *args)
+    assert status == 2 and len(err) == 1, err
+    assert "cuts words by a rule that llama.cpp does not have, the nearest is " in err[0]
+    assert "characters per token, own rule" in err[0] and "accept that with --pre" in err[0]
+    status, err = cli("export", "--model", tmp_path / "m", *args, "--pre", "qwen")
+    assert status == 2 and "--pre is 'qwen', did you mean 'qwen2'?" in err[0]
+    price = model_rule(tmp_path / "m", "qwen35")
+    assert price.n_changed > 0 and price.rule == "qwen35"
+    assert model_rule(tmp_path / "m", "qwen2").n_changed > price.n_changed  # loses all marks
+
+
+def test_gguf_of_other_kinds_of_tokenizer(chat, byte_chat, tmp_path):
+    "sentencepiece needs no name; what is neither is one line"
+    assert model_rule(chat) is None
+    with pytest.raises(StageError, match="has a tokenizer.model; leave --pre out"):
+        model_rule(chat, "qwen2")
+    spaced = byte_config()
+    spaced["pre_tokenizer"] = dict(type="Metaspace")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spaced))
+    with pytest.raises(StageError, match="neither byte-level BPE nor beside a tokenizer.model"):
+        model_rule(tmp_path)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("LLAMA_CPP_PYTHON"),
+    reason="LLAMA_CPP_PYTHON names no Python with llama_cpp, LLAMA_CPP no source of llama.cpp",
+)
+def test_llama_cpp_reads_a_byte_level_model(byte_chat, tmp_path):
+    a = v.export(
+        byte_chat,
+        out=tmp_path / "o",
+        to="gguf",
+        outtype="f32",
+        llama_cpp=os.environ["LLAMA_CPP"],
+        python=os.environ["LLAMA_CPP_PYTHON"],
+        n_tokens=4,
+    )
+    assert a.stats["ids_equal"] == 8 and a.stats["pre"] == "qwen2"
+    assert a.stats["ids_read_back"] > 400 and a.stats["answers_equal"] >= 0.98
 
 
 def test_what_keeps_the_page_from_opening(cli):
