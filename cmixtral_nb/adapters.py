@@ -32,6 +32,7 @@ __all__ = [
     "adapter_faults",
     "is_finite",
     "merge_faults",
+    "plain_shapes",
     "merge_option_faults",
     "merge_target",
     "check_merge",
@@ -45,6 +46,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .checkpoints import load_tensor, read_header, resolve_model, tensor_files
+from .experts import OnDisk, mixture_on_disk
 from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
 from .options import Range, as_list, faults_of, one_of, range_faults, refuse
@@ -688,6 +690,17 @@ def merge_faults(
     return faults
 
 
+def plain_shapes(
+    head: dict[str, dict],  # tensor of a model -> dtype, shape
+    disk: OnDisk | None,  # from `mixture_on_disk`
+) -> dict[str, list[int]]:  # plain name -> shape
+    "Shapes of a model's weights; of a mixture each matrix of each expert by itself, too"
+    in_memory = disk.names if disk else {name: name for name in head}
+    shapes = {plain_name(name): head[tensor]["shape"] for name, tensor in in_memory.items()}
+    parts = disk.shapes if disk else {}
+    return shapes | {plain_name(name): list(shape) for name, shape in parts.items()}
+
+
 def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     "Where a model and adapters that are each sound do not fit together"
     faults = []
@@ -696,7 +709,7 @@ def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     stored = [name for name in head if ".absmax" in name or ".quant_state" in name]
     if stored:
         faults.append(f"{model} is stored in 4 bits ({stored[0]}); give the model it was made from")
-    shapes = {plain_name(name): entry["shape"] for name, entry in head.items()}
+    shapes = plain_shapes(head, mixture_on_disk(resolve_model(model)))
     fingerprint = input_fingerprint(model)
     for a in adapters:
         faults += adapter_faults(a, shapes, fingerprint)

@@ -24,11 +24,16 @@ __all__ = [
     "join_experts",
     "Source",
     "expert_sources",
+    "StackedFile",
     "open_experts",
+    "is_router",
+    "lora_matrices",
     "not_in_4bit",
     "width_faults",
     "experts_quantiser",
     "load_experts_4bit",
+    "OnDisk",
+    "mixture_on_disk",
 ]
 
 # %% ../nbs/a12b_experts.ipynb #ad8101a0
@@ -621,19 +626,24 @@ def _lacking(layouts: dict[str, Layout], sources: dict[str, Source]) -> list[str
 
 
 # %% ../nbs/a12b_experts.ipynb #acc7b879
-class _Shard:
-    "A file of a checkpoint, of which parts are read"
+class StackedFile:
+    "A file of a checkpoint, of which the matrices of single experts are read"
 
-    def __init__(self, path: Path, stack: ExitStack):
-        from safetensors import safe_open
-
+    def __init__(
+        self,
+        path: Path,  # a .safetensors file
+    ):
         self.path, self.header = path, read_header(path)
-        self.whole = stack.enter_context(safe_open(path, "pt", backend="pread"))
         ends = [entry["data_offsets"][1] for entry in self.header.values()]
         self.data_begins = path.stat().st_size - max(ends)
 
-    def expert(self, tensor: str, number: int, rows: slice) -> Tensor:
-        "Some rows of one expert of a stacked tensor; safetensors' slices would read all of it"
+    def rows(
+        self,
+        tensor: str,  # stacked: its first dimension counts experts
+        number: int,  # of the expert
+        rows: slice,  # of the expert
+    ) -> Tensor:
+        "Rows of one expert; safetensors' own slices would read all experts"
         import torch
 
         entry = self.header[tensor]
@@ -649,24 +659,31 @@ class _Shard:
         dtype = getattr(torch, DTYPES[entry["dtype"]])
         return torch.frombuffer(part, dtype=dtype).view(last - first, *width)
 
+    def part(
+        self,
+        tensor: str,  # stacked
+        place: Place,  # of one matrix within it
+    ) -> Tensor:  # (out, in)
+        "One matrix, or bias, of one expert"
+        number, rows, *columns = place.at
+        if rows.step:  # in turns: all rows of the expert are read, and every other taken
+            found = self.rows(tensor, number, slice(None))[rows]
+        else:
+            found = self.rows(tensor, number, rows)[(slice(None), *columns)]
+        return (found.T if place.transposed else found).contiguous()
+
 
 class _Part:
     "A tensor, or one expert's part of it; read when it is indexed"
 
-    def __init__(self, shard: _Shard, source: Source):
-        self.shard, self.source = shard, source
+    def __init__(self, file: StackedFile, whole, source: Source):
+        self.file, self.whole, self.source = file, whole, source
 
     def __getitem__(self, index):
         trim_memory()  # what the last matrix took in 16 bits
         tensor, place = self.source
-        if place is None:
-            return self.shard.whole.get_tensor(tensor)[index]
-        number, rows, *columns = place.at
-        if rows.step:  # in turns: all rows of the expert, and then every other
-            part = self.shard.expert(tensor, number, slice(None))[rows]
-        else:
-            part = self.shard.expert(tensor, number, rows)[(slice(None), *columns)]
-        return (part.T if place.transposed else part).contiguous()[index]
+        found = self.whole.get_tensor(tensor) if place is None else self.file.part(tensor, place)
+        return found[index]
 
 
 @contextmanager
@@ -675,21 +692,54 @@ def open_experts(
     net: PreTrainedModel,  # stock, without memory
 ) -> Iterator[dict[str, _Part]]:  # name -> what gives the tensor when it is indexed
     "A checkpoint as if each matrix of each expert were a tensor of its own"
+    from safetensors import safe_open
+
     files = tensor_files(folder)
     try:
         sources = expert_sources(net, tensor_shapes(folder))
     except StageError as e:
         raise StageError(*(f"{folder}: {line}" for line in str(e).splitlines())) from None
+    shards = {path: StackedFile(path) for path in set(files.values())}
     with ExitStack() as stack:
-        shards = {path: _Shard(path, stack) for path in set(files.values())}
+        whole = {
+            path: stack.enter_context(safe_open(path, "pt", backend="pread")) for path in shards
+        }
         yield {
-            name: _Part(shards[files[source.tensor]], source) for name, source in sources.items()
+            name: _Part(shards[files[source.tensor]], whole[files[source.tensor]], source)
+            for name, source in sources.items()
         }
 
 
 # %% ../nbs/a12b_experts.ipynb #8291d576
 _BLOCK = 64  # weights that share one constant in NF4
-_NEVER_IN_4BIT = re.compile(r"(^|\.)(\w*router|\w*gate)(\.|$)")
+_ROUTER = re.compile(r"(^|\.)(\w*router|\w*gate)(\.|$)")
+
+
+def is_router(
+    name: str,  # of a module or parameter
+) -> bool:
+    "Whether it decides where a token goes, or how much: is_router('layers.0.mlp.gate') -> True"
+    return bool(_ROUTER.search(name))
+
+
+def _read_past(model: nn.Module) -> set[nn.Module]:
+    "Matrices whose weight is read by a fused kernel instead of called: those after Mamba's scan"
+    modules = model.modules()
+    return {m.out_proj for m in modules if "Mamba" in type(m).__name__ and hasattr(m, "out_proj")}
+
+
+def lora_matrices(
+    model: PreTrainedModel,  # with single experts, or without a mixture
+) -> list[str]:  # names of modules
+    "Every `nn.Linear` but head, routers, and what is not called: all experts, shared ones too"
+    from torch import nn
+
+    left = {model.get_output_embeddings(), *_read_past(model)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module not in left and not is_router(name)
+    ]
 
 
 def not_in_4bit(
@@ -698,12 +748,11 @@ def not_in_4bit(
     "Matrices that stay as they are: head, routers, gates of shared experts, rows of odd width"
     from torch import nn
 
-    head = model.get_output_embeddings()
+    wanted = set(lora_matrices(model))
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (module is head or _NEVER_IN_4BIT.search(name) or module.in_features % _BLOCK)
+        if isinstance(module, nn.Linear) and (name not in wanted or module.in_features % _BLOCK)
     ]
 
 
@@ -807,3 +856,53 @@ def load_experts_4bit(
             state_dict=checkpoint,
             **how,
         )
+
+
+# %% ../nbs/a12b_experts.ipynb #1d25a5bc
+class OnDisk(NamedTuple):
+    "A checkpoint of a mixture, by the names that its tensors have in memory"
+
+    names: dict[str, str]  # name in memory -> tensor
+    parts: dict[str, Source]  # matrix or bias of one expert -> where it is in a stacked tensor
+    shapes: dict[str, tuple[int, ...]]  # of the parts
+    in_4bit: frozenset[str]  # weights that `load_experts_4bit` quantises
+
+
+def mixture_on_disk(
+    folder: str | Path,  # model folder
+) -> OnDisk | None:  # None: no mixture, or a Mixtral, of which a18_adapters knows the names
+    "Where the matrices of a mixture lie"
+    import torch
+    from transformers import AutoConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config.model_type in ("mixtral", "mixtral_linear"):
+            return None
+        net = without_memory(config, torch.float32)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return None  # transformers cannot build it; who loads it will say so
+    layouts = {} if mixture_faults(net) else layouts_of(net)
+    if not layouts:
+        return None
+    tensors = tensor_shapes(folder)
+    rules = get_model_conversion_mapping(net)
+    renaming = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    prefix, in_memory = net.base_model_prefix, net.state_dict()
+    names = {rename_source_key(t, renaming, [], prefix, in_memory)[0]: t for t in tensors}
+    parts, shapes = {}, {}
+    for name, source in expert_sources(net, tensors).items():
+        if source.place is None:
+            continue
+        module, number, leaf, kind = name.rsplit(".", 3)
+        parts[name] = source
+        shapes[name] = layouts[module].shapes[leaf][: 2 if kind == "weight" else 1]
+    return OnDisk(names, parts, shapes, _quantised_names(net))
+
+
+def _quantised_names(net: PreTrainedModel) -> frozenset[str]:
+    "Weights that are held in 4 bits once a model is loaded so"
+    kept = {*not_in_4bit(split_experts(net))}
+    return frozenset(f"{name}.weight" for name in lora_matrices(net) if name not in kept)

@@ -30,8 +30,19 @@ from cmixtral_nb.adapters import (
     ADAPTER_WEIGHTS,
     lora_faults,
     model_faults,
+    plain_name,
     require_adapter,
     trained_on,
+)
+from cmixtral_nb.experts import (
+    experts_quantiser,
+    is_router,
+    join_experts,
+    load_experts_4bit,
+    mixture_faults,
+    single_experts,
+    split_experts,
+    stacked_experts,
 )
 
 from .checkpoints import resolve_model, tensor_files, tensor_shapes
@@ -57,6 +68,7 @@ def model_config(
 ) -> PretrainedConfig:
     "Checked configuration; that of a Mixtral asks for one `nn.Linear` per expert matrix"
     config_class, model_class = mixtral_linear()  # transformers knows the type from now on
+    experts_quantiser()  # and the way in which a mixture is saved in 4 bits
     config = _checked_config(Path(folder))
     if config.model_type != "mixtral":
         return config
@@ -118,8 +130,23 @@ def _load_quantised(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype, **how
 ) -> PreTrainedModel:
     "A model whose matrices are read and quantised one by one, never two in 16 bits in memory"
-    from safetensors import safe_open
     from transformers import GenerationConfig
+
+    net = without_memory(config, dtype)
+    mixture = bool(stacked_experts(net) or mixture_faults(net))
+    load = load_experts_4bit if mixture else _load_linear_4bit
+    model = load(folder, config, dtype, **how)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    trim_memory()
+    return model
+
+
+def _load_linear_4bit(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, **how
+) -> PreTrainedModel:
+    "A model whose matrices are all `nn.Linear`"
+    from safetensors import safe_open
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     files = tensor_files(folder)
@@ -128,7 +155,7 @@ def _load_quantised(
             path: stack.enter_context(safe_open(path, "pt", backend="pread"))
             for path in set(files.values())
         }
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None,
             config=config,
             dtype=dtype,
@@ -137,10 +164,6 @@ def _load_quantised(
             state_dict={name: _LazyTensor(shards[path], name) for name, path in files.items()},
             **how,
         )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    trim_memory()
-    return model
 
 
 # %% ../nbs/a17_loading.ipynb #03352227
@@ -170,7 +193,7 @@ def _put_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     "Put a saved adapter on a loaded model"
     from peft import get_peft_model, set_peft_model_state_dict
 
-    tensors = _adapter_tensors(folder)
+    tensors = _adapter_tensors(folder, model)
     _grow_rows(model, tensors)
     model_name = model.config.name_or_path
     try:
@@ -199,11 +222,18 @@ def _put_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     return with_lora.eval()
 
 
-def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
+def _has_block_on_disk(model: nn.Module) -> bool:
+    "Whether a model in memory names its mixtures as only checkpoints of Mixtral do (Granite)"
+    return any(BLOCK_ON_DISK in f".{name}." for name, _ in model.named_modules())
+
+
+def _adapter_tensors(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     "Tensors of an adapter; older versions of transformers named the experts differently"
     from safetensors.torch import load_file
 
     tensors = load_file(folder / ADAPTER_WEIGHTS)
+    if _has_block_on_disk(model):
+        return tensors
     return {name.replace(BLOCK_ON_DISK, BLOCK_IN_MEMORY): t for name, t in tensors.items()}
 
 
@@ -214,7 +244,8 @@ def _adapter_config(folder: Path, model: PreTrainedModel, trainable: bool) -> Pe
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = not trainable
     config.base_model_name_or_path = model.name_or_path
-    if isinstance(config.target_modules, str):  # a regular expression
+    is_pattern = isinstance(config.target_modules, str)
+    if is_pattern and not _has_block_on_disk(model):
         config.target_modules = config.target_modules.replace(
             BLOCK_ON_DISK.strip("."), BLOCK_IN_MEMORY.strip(".")
         )
@@ -265,7 +296,7 @@ def _prepare_frozen(model: PreTrainedModel) -> None:
     "Norms and router in float32, as QLoRA has it, before LoRA is added"
     # Embedding and head wait until `add_lora` copies what is trained of them.
     for name, p in model.named_parameters():
-        if re.search(r"norm\.weight$|\.gate\.weight$", name):
+        if p.is_floating_point() and (name.endswith("norm.weight") or is_router(name)):
             p.data = p.data.float()
     model.config.use_cache = False
 
@@ -280,7 +311,7 @@ def load_model(
     device: str | None = None,  # None: the GPU if there is one; auto: spread over all GPUs
     trainable: bool = False,  # ready for training: small frozen parts in float32, adapter trainable
 ) -> PreTrainedModel | PeftModel:
-    "Load a causal language model; the experts of a Mixtral become single matrices"
+    "Load a causal language model; the experts of a mixture become single matrices"
     folder = resolve_model(path)
     adapter_folder = None if adapter is None else _adapter_for(adapter, path)
     place = device_of(device)
@@ -291,7 +322,7 @@ def load_model(
     how = dict(
         config=config,
         dtype=kind,
-        attn_implementation=attn,
+        attn_implementation=_attention(config, attn),
         device_map=device_map(place, config, load_in_4bit, kind, path),
     )
     with quiet():
@@ -308,6 +339,14 @@ def load_model(
     return model if adapter_folder is None else _put_adapter(model, adapter_folder, trainable)
 
 
+def _attention(config: PretrainedConfig, asked: str) -> str:
+    "sdpa is the default; a model that cannot (gpt-oss) is computed step by step"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "eager" if asked == "sdpa" and not kind._supports_sdpa else asked
+
+
 def _built(folder: Path, path: str | Path, load_in_4bit: bool, how: dict) -> PreTrainedModel:
     "The model with its weights; whatever transformers raises on the way is told on one line"
     from transformers import AutoModelForCausalLM
@@ -315,7 +354,8 @@ def _built(folder: Path, path: str | Path, load_in_4bit: bool, how: dict) -> Pre
     try:
         if load_in_4bit:
             return _load_quantised(folder, **how)
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **how)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **how)
+        return model if mixture_faults(model) else split_experts(model)
     except (StageError, MemoryError):
         raise
     except Exception as e:  # a file that cannot be read, a package that lacks, a key too few, ...
@@ -354,9 +394,14 @@ def save_stock(
     model: PreTrainedModel,  # from `load_model`, not in 4 bits
     out: str | Path,  # folder
 ):
-    "Save under Mixtral's own names and model type, as transformers, vLLM and llama.cpp expect them"
+    "Save under the family's own names and model type, as transformers, vLLM, llama.cpp expect them"
+    mixture = bool(single_experts(model))
+    if mixture:
+        join_experts(model)
     with quiet():
         model.save_pretrained(str(out))
+    if mixture:
+        split_experts(model)
     path = Path(out) / "config.json"
     config = read_json(path)
     if config["model_type"] == "mixtral_linear":
@@ -392,7 +437,7 @@ def _streamed_embedding(weight: Callable, name: str, ids: Tensor) -> Tensor:
 
 
 def _load_small(module: nn.Module, prefix: str, weight: Callable, pairs: Callable) -> None:
-    "Read the parameters that a module holds itself: norms and routers, LoRA added"
+    "Read what a module holds itself: norms, routers and their biases, LoRA added"
     import torch
 
     for key, _ in list(module.named_parameters(recurse=False)):
@@ -400,12 +445,22 @@ def _load_small(module: nn.Module, prefix: str, weight: Callable, pairs: Callabl
         updates = [scale * B.float() @ A.float() for A, B, scale in pairs(name)]
         W = sum(updates, weight(name).float())
         module.register_parameter(key, torch.nn.Parameter(W, requires_grad=False))
+    for key in module._buffers.keys() - module._non_persistent_buffers_set:
+        module.register_buffer(key, weight(f"{prefix}.{key}"))
 
 
 # %% ../nbs/a17_loading.ipynb #bd63b786
 def _no_pairs(name: str) -> list:
     "No LoRA beside any weight"
     return []
+
+
+def _stand_in(module: nn.Embedding) -> None:
+    "A table on the CPU that takes no memory, for models that ask where it is (Llama 4)"
+    import torch
+
+    nothing = torch.zeros(()).expand(module.weight.shape)
+    module.weight = torch.nn.Parameter(nothing, requires_grad=False)
 
 
 def streamed(
@@ -419,14 +474,18 @@ def streamed(
 
     routes = {} if routes is None else routes
     net = without_memory(model_config(folder), torch.float32).eval()
-    for name, module in net.named_modules():
+    if not mixture_faults(net):
+        split_experts(net)
+    for path, module in net.named_modules():
+        name = plain_name(path)
         if type(module).__name__ == "MixtralTopKRouter":
             module.register_forward_hook(partial(_follow_routes, routes, name))
-        if isinstance(module, torch.nn.Linear):
+        if type(module) is torch.nn.Linear:
             has_bias = module.bias is not None
             module.forward = partial(_streamed_linear, weight, pairs, name, has_bias)
         elif isinstance(module, torch.nn.Embedding):
             module.forward = partial(_streamed_embedding, weight, name)
+            _stand_in(module)
         else:
             _load_small(module, name, weight, pairs)
     return net

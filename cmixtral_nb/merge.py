@@ -43,6 +43,7 @@ from cmixtral_nb.adapters import (
     merge_option_faults,
     merge_target,
     plain_name,
+    plain_shapes,
     trained_in_4bit,
 )
 from cmixtral_nb.checkpoints import (
@@ -61,6 +62,7 @@ from cmixtral_nb.checkpoints import (
     write_tensors,
 )
 
+from .experts import OnDisk, Place, Source, StackedFile, mixture_on_disk
 from .loading import one_tensor_at_a_time, streamed
 from .machine import say
 from .options import as_list
@@ -129,6 +131,8 @@ class Sources:
     files: dict[str, Path]  # tensor -> the shard that holds it
     head: dict[str, dict]  # tensor -> its dtype and shape
     names: dict[str, str]  # plain name -> name of the tensor
+    plain: dict[str, str]  # name of a tensor -> plain name
+    parts: dict[str, Source]  # matrix of one expert -> where it is in a stacked tensor
     adapters: list[Adapter]  # in the order in which they are added
     into: str  # dequantised or original
     rounding: str  # peft or once
@@ -148,12 +152,18 @@ def open_sources(
     files = tensor_files(model)
     shards = sorted(set(files.values()))
     head = {name: entry for shard in shards for name, entry in read_header(shard).items()}
-    names = {plain_name(name): name for name in head}
+    disk = mixture_on_disk(model)  # None: names on disk are those in memory
+    in_memory = disk.names if disk else {name: name for name in head}
+    names = {plain_name(name): tensor for name, tensor in in_memory.items()}
+    plain = {tensor: name for name, tensor in names.items()}
+    parts = {plain_name(name): source for name, source in disk.parts.items()} if disk else {}
     if _HEAD not in names:
         for a in adapters:
             _leave_tied(a)
-    in_4bit, computed_in = _held_in_4bit(head, adapters)
-    return Sources(files, head, names, adapters, into, rounding, device, in_4bit, computed_in)
+    in_4bit, computed_in = _held_in_4bit(plain_shapes(head, disk), disk, adapters)
+    return Sources(
+        files, head, names, plain, parts, adapters, into, rounding, device, in_4bit, computed_in
+    )
 
 
 def _leave_tied(a: Adapter) -> None:
@@ -162,14 +172,17 @@ def _leave_tied(a: Adapter) -> None:
         a.whole.pop(_HEAD, None)
 
 
-def _held_in_4bit(head: dict[str, dict], adapters: list[Adapter]) -> tuple[frozenset[str], str]:
+def _held_in_4bit(
+    shapes: dict[str, list[int]], disk: OnDisk | None, adapters: list[Adapter]
+) -> tuple[frozenset[str], str]:
     "Which weights training held in 4 bits, and the dtype it computed in; a manifest says it best"
-    shapes = {plain_name(name): entry["shape"] for name, entry in head.items()}
     for a in adapters:
         stats = a.manifest.get("stats", {})
         if stats.get("quantised") is not None:
             modules = {plain_name(f"{module}.weight") for module in stats["quantised"]}
             return frozenset(modules & shapes.keys()), stats.get("quantised_dtype", "")
+    if disk:
+        return frozenset(map(plain_name, disk.in_4bit)), ""
     lora = [name for a in adapters for name in a.lora]
     fused = any(name.rpartition(".")[2] in FUSED_PARAMETERS for name in lora)
     linear = {name for name, shape in shapes.items() if is_linear(name, shape)}
@@ -184,8 +197,28 @@ def weight_dtype(
     "In which type the merged model holds a weight"
     import torch
 
-    tensor = src.names.get(name) or src.names[EMBEDDING]
+    part = src.parts.get(name)
+    tensor = part.tensor if part else src.names.get(name) or src.names[EMBEDDING]
     return getattr(torch, DTYPES[src.head[tensor]["dtype"]])
+
+
+def _as_trained(src: Sources, name: str, W: Tensor) -> Tensor:
+    "A weight as training saw it; of a stacked tensor each matrix of an expert by itself"
+    if src.into != "dequantised":
+        return W
+    if name in src.in_4bit:
+        return nf4_roundtrip(W, src.computed_in, src.device)
+    for part, place in _held_by(src, name):
+        if part in src.in_4bit:
+            matrix = place.of(W)
+            matrix.copy_(nf4_roundtrip(matrix, src.computed_in, src.device))
+    return W
+
+
+def _held_by(src: Sources, name: str) -> list[tuple[str, Place]]:
+    "The matrices of single experts that a stacked tensor holds, and where"
+    tensor = src.names.get(name)
+    return [(part, at.place) for part, at in src.parts.items() if at.tensor == tensor and at.place]
 
 
 def read_weight(
@@ -194,10 +227,11 @@ def read_weight(
 ) -> Tensor:
     "A weight of the model before any adapter, dequantised where it was in 4 bits"
     if tensor := src.names.get(name):
-        W = load_tensor(src.files, tensor)
-        if src.into == "dequantised" and name in src.in_4bit:
-            W = nf4_roundtrip(W, src.computed_in, src.device)
-        return W
+        return _as_trained(src, name, load_tensor(src.files, tensor))
+    part = src.parts.get(name)
+    if part and part.place:
+        W = StackedFile(src.files[part.tensor]).part(part.tensor, part.place)
+        return _as_trained(src, name, W)
     if place := fused_place(name):
         return half_of(read_weight(src, place.parameter)[place.expert], place.half)
     return read_weight(src, EMBEDDING)  # the head of a model that ties it
@@ -255,14 +289,21 @@ def add_adapter(
 
 def _add_to_fused(src: Sources, a: Adapter, name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
     "The same for a checkpoint with fused experts, matrix by matrix"
-    changed = [m for m in fused_matrices(name, len(W)) if a.has_pair(m[0])]
-    if not changed:
+    if not any(a.has_pair(matrix) for matrix, _ in _parts_of(src, name, W)):
         return W
     W = W.to(dtype, copy=True)
-    for matrix, expert, half in changed:
-        part = half_of(W[expert], half)
-        part.copy_(add_adapter(src, a, matrix, part, dtype))
+    for matrix, part in _parts_of(src, name, W):
+        if a.has_pair(matrix):
+            part.copy_(add_adapter(src, a, matrix, part, dtype))
     return W
+
+
+def _parts_of(src: Sources, name: str, W: Tensor) -> list[tuple[str, Tensor]]:
+    "Each matrix of each expert in a stacked tensor, a view"
+    if held := _held_by(src, name):
+        return [(matrix, place.of(W)) for matrix, place in held]
+    fused = fused_matrices(name, len(W))
+    return [(matrix, half_of(W[expert], half)) for matrix, expert, half in fused]
 
 
 # %% ../nbs/10_merge.ipynb #04658a14
@@ -273,7 +314,7 @@ def merged_tensor(
     "One tensor of the merged model"
     import torch
 
-    name = plain_name(tensor)
+    name = src.plain.get(tensor, tensor)
     dtype = weight_dtype(src, name)
     at_work = torch.promote_types(dtype, torch.float32) if src.rounding == "once" else dtype
     W = start_of(src, name)
@@ -293,7 +334,7 @@ def merged_specs(
     "What the merged model holds; embedding and head may have grown, and a tied head is new"
     whole = {name: a.shape(tensor) for a in src.adapters for name, tensor in a.whole.items()}
     specs = [
-        (tensor, entry["dtype"], whole.get(plain_name(tensor), entry["shape"]))
+        (tensor, entry["dtype"], whole.get(src.plain[tensor], entry["shape"]))
         for tensor, entry in src.head.items()
     ]
     new = [name for name in whole if name not in src.names]
@@ -465,7 +506,7 @@ def merge(
     with one_tensor_at_a_time(), bar:
         for file, held in missing.items():
             sums[file] = write_tensors(out / file, held, partial(merged_tensor, src), bar.update)
-    embeddings = ("embed_tokens.weight", "wte.weight")
+    embeddings = ("embed_tokens.weight", "wte.weight", "embeddings.weight")
     n_rows = next(shape[0] for name, _, shape in specs if name.endswith(embeddings))
     files = _write_rest(src, folder, out, n_rows)
     stats = dict(

@@ -11,7 +11,6 @@ __all__ = [
     "expert_bytes",
     "quantised",
     "without_lora",
-    "route",
     "mixtral_linear",
     "ready_to_train",
     "add_lora",
@@ -22,10 +21,10 @@ __all__ = [
 import functools
 import re
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .bits import without_logits
+from .experts import cast_once, lora_matrices, route
 from .machine import quiet
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
 from .options import range_faults, refuse
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora.layer import LoraVariant
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -43,10 +42,10 @@ if TYPE_CHECKING:
 def expert_bytes(
     model: nn.Module,  # any model; experts are the matrices whose name holds ".experts."
 ) -> dict[str, float]:  # n_params, bytes, bytes_per_param
-    "Memory of the experts' frozen weights and of the constants of their blocks"
+    "Memory of the experts' frozen matrices and of the constants of their blocks"
     n_params = n_bytes = 0
     for name, p in model.named_parameters():
-        if ".experts." in name and "lora_" not in name:
+        if ".experts." in name and "lora_" not in name and not name.endswith("bias"):
             n_params += _n_weights(p)
             n_bytes += _bytes_held(p)
     per_param = n_bytes / n_params if n_params else 0.0
@@ -85,16 +84,14 @@ def quantised(
 def without_lora(
     model: nn.Module,  # with or without LoRA
 ) -> list[str]:  # names of modules and of fused parameters
-    "Matrices of attention and experts that have no LoRA"
+    "Matrices of the layers, attention, experts and others but routers, that have no LoRA"
     from peft.tuners.lora.layer import ParamWrapper
-    from torch import nn
 
     modules = dict(model.named_modules())
     bare = [
         name
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear)
-        and re.search(r"\.(experts|self_attn)\.", name)
+        for name in lora_matrices(model)
+        if re.search(r"\.\d+\.", name)  # in a numbered layer, as the head is not
         and not re.search("lora_|base_layer", name)
     ]
     covered = {id(m.get_param()) for m in modules.values() if isinstance(m, ParamWrapper)}
@@ -104,66 +101,6 @@ def without_lora(
         if ".experts." in name and p.ndim == 3 and "lora_" not in name and id(p) not in covered
     ]
     return bare + fused
-
-
-# %% ../nbs/08_qlora.ipynb #6f5f2cb1
-@functools.cache
-def _carry_rows() -> Callable:
-    "A function (x, there, back, k): copy rows of x to their experts, or back"
-    import torch
-
-    class CarryRows(torch.autograd.Function):
-        "there: where each result comes from, of k copies of each row; back: the inverse of it"
-
-        @staticmethod
-        def forward(ctx, x, there, back, k):
-            ctx.save_for_backward(back)
-            ctx.k = k
-            return x.index_select(0, there // k)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            (back,) = ctx.saved_tensors
-            gradient = gradient.index_select(0, back)
-            if ctx.k > 1:  # the copies of a row, which now lie side by side
-                gradient = gradient.view(-1, ctx.k, gradient.shape[1]).sum(1)
-            return gradient, None, None, None
-
-    return CarryRows.apply
-
-
-def _cast_once(x: Tensor) -> Tensor:
-    "What autocast would do at every matrix that x meets; without autocast nothing"
-    import torch
-
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-# %% ../nbs/08_qlora.ipynb #8eabf1e6
-def route(
-    experts: nn.ModuleList,  # (n, d) -> (n, d) each
-    x: Tensor,  # (n, d) hidden states
-    chosen: Tensor,  # (n, k) the experts of each token
-    weight: Tensor,  # (n, k) their weights
-) -> Tensor:  # (n, d)
-    "Send each token to its k experts and add what they return (sparse mixture of experts)"
-    import torch
-
-    carry = _carry_rows()
-    n, k = chosen.shape
-    order = chosen.flatten().argsort(stable=True)  # all tokens of expert 0 first
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=order.device))
-    numbers = torch.arange(len(experts), device=chosen.device)
-    counts = (chosen.flatten() == numbers[:, None]).sum(1).tolist()  # `bincount` would wait twice
-    parts = carry(_cast_once(x), order, back, k).split(counts)
-    results = [
-        # In training an expert without tokens runs too: DDP expects a gradient of its LoRA.
-        expert(part) if len(part) or expert.training else part
-        for expert, part in zip(experts, parts, strict=True)
-    ]
-    y = carry(torch.cat(results), back, order, 1).view(n, k, -1)
-    return _cast_once((y * weight[..., None]).sum(1).to(x.dtype))
 
 
 # %% ../nbs/08_qlora.ipynb #34758196
@@ -189,7 +126,7 @@ def _experts_class() -> type[nn.ModuleList]:
             super().__init__(Expert(config) for _ in range(config.num_local_experts))
 
         def forward(self, x, chosen, weight):
-            return route(self, x, chosen, weight)
+            return route(self, x, chosen, weight, self.training)
 
     return Experts
 
@@ -229,18 +166,25 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def _lora_targets(model: PreTrainedModel) -> list[str]:
-    "Attention and every expert matrix; of another architecture every linear layer but the head"
-    from torch import nn
-
+    "Attention and every expert matrix; of others every linear layer but head and routers"
     if model.config.model_type == "mixtral_linear":
         return [*ATTENTION, *EXPERT_MATRICES]
-    head = model.get_output_embeddings()
-    linear = [
+    return sorted({name.rpartition(".")[2] for name in lora_matrices(model)})
+
+
+def _namesakes(model: PreTrainedModel, targets: list[str]) -> list[str] | None:
+    "Routers and the like whose name ends as that of a target does"
+    from torch import nn
+
+    wanted = set(lora_matrices(model))
+    found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] in targets
+        and name not in wanted
     ]
-    return sorted({name.rpartition(".")[2] for name in linear})
+    return found or None
 
 
 def _lora_config(
@@ -263,12 +207,14 @@ def _lora_config(
     tied = model.config.get_text_config().tie_word_embeddings  # then the head is the embedding
     matrices = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     new = list(range(n_old, n_rows))
+    targets = _lora_targets(model) if rank else DUMMY_TARGET_MODULES
     return LoraConfig(
         r=rank or 1,
         lora_alpha=alpha,
         lora_dropout=dropout,
         task_type="CAUSAL_LM",
-        target_modules=_lora_targets(model) if rank else DUMMY_TARGET_MODULES,
+        target_modules=targets,
+        exclude_modules=_namesakes(model, targets) if rank else None,
         modules_to_save=matrices if rows == "all" else None,
         trainable_token_indices=dict.fromkeys(matrices, new) if rows == "new" else None,
         ensure_weight_tying=tied and rows == "all",
@@ -314,7 +260,7 @@ def _added_at_once() -> LoraVariant:
 # %% ../nbs/08_qlora.ipynb #847b6115
 def _cast_output(module, inputs, output):
     "Hook of a module with float32 weights"
-    return _cast_once(output)
+    return cast_once(output)
 
 
 def ready_to_train(

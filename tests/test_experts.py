@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cmixtral_nb.adapters import save_adapter
 from cmixtral_nb.checkpoints import tensor_shapes
 from cmixtral_nb.experts import (
     METHOD,
@@ -37,7 +38,10 @@ from cmixtral_nb.experts import (
     split_experts,
     stacked_experts,
 )
+from cmixtral_nb.loading import load_model, save_4bit, save_stock
+from cmixtral_nb.merge import merge, nf4_roundtrip
 from cmixtral_nb.placement import without_memory
+from cmixtral_nb.qlora import add_lora, expert_bytes, quantised
 from cmixtral_nb.stages import StageError
 
 SIZES = dict(
@@ -271,6 +275,70 @@ def test_every_expert_learns(family, place, tmp_path):
     assert (answers - frozen).abs().max() >= 1
     learner.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(in_4bit(folder), tmp_path)), answers)
+
+
+def taught(model):
+    "Two steps of training, which move logits by several units"
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return logits(model)
+
+
+# A tensor per matrix under other names, stacked, transposed, in turns, without a gate
+IN_EACH_FORM = [
+    "phimoe",
+    "qwen3_5_moe_text",
+    "granitemoe",
+    "gpt_oss",
+    "nemotron_h",
+    "llama4_text",
+]
+
+
+@pytest.mark.parametrize(
+    "family", FAMILIES if os.environ.get("CMIXTRAL_ALL_EXPERTS") else IN_EACH_FORM
+)
+def test_from_loading_to_merge(family, place, tmp_path):
+    "By our own commands: load, teach, save, put on again, merge; the bits of peft's merge"
+    folder, stock = saved(family, place)
+    plain = load_model(folder, dtype="float32")
+    assert torch.equal(logits(plain), stock)
+    save_stock(plain, tmp_path / "stock")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "stock")), stock)
+    model = load_model(folder, dtype="float32", load_in_4bit=True, trainable=True)
+    assert expert_bytes(model)["bytes_per_param"] <= 0.517
+    frozen, held = logits(model), quantised(model)
+    save_4bit(model, tmp_path / "four")
+    assert torch.equal(logits(load_model(tmp_path / "four", dtype="float32")), frozen)
+    learner = add_lora(model, rank=4, alpha=8, dropout=0, rows="none")
+    answers = taught(learner)
+    assert (answers - frozen).abs().max() >= 1
+    save_adapter(learner, tmp_path / "adapter")
+    again = load_model(folder, tmp_path / "adapter", load_in_4bit=True, dtype="float32")
+    assert torch.equal(logits(again), answers)
+    merge(folder, [tmp_path / "adapter"], tmp_path / "merged", into="dequantised")
+    merged = load_model(tmp_path / "merged", dtype="float32")
+    assert (logits(merged) - answers).abs().max() <= 1e-3
+    for name in held:  # of the model as it was loaded at first
+        W = plain.get_submodule(name).weight
+        W.data = nf4_roundtrip(W.data)
+    by_peft = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    found = merged.state_dict()
+    assert found.keys() == by_peft.state_dict().keys()
+    different = [n for n, W in by_peft.state_dict().items() if not torch.equal(found[n], W)]
+    assert not different
+
+
+def test_lora_that_leaves_an_expert_out_is_refused(place, monkeypatch):
+    "A list of names that serves attention alone, as peft's own rules make it"
+    folder, _ = saved("qwen2_moe", place)
+    model = load_model(folder, dtype="float32")
+    monkeypatch.setattr("cmixtral_nb.qlora._lora_targets", lambda model: ["q_proj", "gate_proj"])
+    with pytest.raises(StageError, match="LoRA is missing on 26 matrices, such as"):
+        add_lora(model, rank=2, rows="none")
 
 
 def test_peft_alone_leaves_experts_out(place):
