@@ -620,7 +620,7 @@ def test_all_faults_at_once(here):
         "script 'Elvish' is unknown",
         "n_pieces is 0, expected 1 to 1,000,000",
         "n_chars is -1, expected at least 0",
-        "gone: no such file, expected jieba, wordfreq or a lexicon",
+        "gone: no such file, expected jieba, wordfreq, snownlp or a lexicon",
         "opencc: 's2x' is no conversion",
         "method is 'magic', expected bpe or continued",
     ):
