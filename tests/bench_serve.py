@@ -8,6 +8,8 @@
         200 conversations: the same ids, and the same greedy answers in float32
     python tests/bench_serve.py hostile MODEL ENGINE FILE PYTHON [N]
         10,000 hostile messages: control tokens that the template did not write
+    python tests/bench_serve.py rule MODEL RULE FILE PYTHON [N]
+        a byte-level model: 10,000 strings, llama.cpp's ids against those of its rule, and ours
     python tests/bench_serve.py server MODEL FILE PYTHON
         `cmixtral serve` and the real openai client, 16 requests at once for a minute
     python tests/bench_serve.py speed BEFORE AFTER GGUF_BEFORE GGUF_AFTER PYTHON
@@ -37,8 +39,15 @@ from typing import Any
 from cmixtral_nb.certificate import hostile_texts
 from cmixtral_nb.chat_tokenizer import form_of
 from cmixtral_nb.conversations import read_conversations, translations
-from cmixtral_nb.engines import ask_engine, our_answers
+from cmixtral_nb.engines import ask_engine, ask_ids, our_answers
 from cmixtral_nb.generate import encode_prompt, generate_text
+from cmixtral_nb.llama_rules import (
+    RULES,
+    byte_level_config,
+    last_pieces,
+    rule_texts,
+    rule_tokenizer,
+)
 from cmixtral_nb.loading import load_model
 from cmixtral_nb.sft import dropout_encoder, encode_chat, load_bpe
 from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, processor
@@ -214,6 +223,23 @@ def hostile(model, engine, file, python, n=10_000):
         f"{n_forged:,} hold one as text; {time.time() - start:.0f} s",
         *bad[:3],
     )
+
+
+def rule(model, name, file, python, n=10_000):
+    "Strings of which llama.cpp makes other ids than a tokenizer with its rule, and than ours"
+    config = byte_level_config(model)
+    ours, theirs = rule_tokenizer(config), rule_tokenizer(config, RULES[name])
+    normal = ours.normalizer
+    texts = rule_texts(config)
+    texts += hostile_texts(int(n) - len(texts), last_pieces(config), 1, texts)
+    texts = [normal.normalize_str(text) if normal else text for text in texts]
+    start = time.time()
+    got = ask_ids(file, texts, python)
+    for what, tok in (("its rule", theirs), ("ours", ours)):
+        want = [found.ids for found in tok.encode_batch_fast(texts, add_special_tokens=False)]
+        other = [text for text, a, b in zip(texts, want, got, strict=True) if a != b]
+        print(f"{name}: {len(other)} of {len(texts):,} strings differ from {what}", *other[:2])
+    print(f"{time.time() - start:.0f} s")
 
 
 @contextlib.contextmanager
@@ -440,6 +466,7 @@ COMMANDS: dict[str, Callable] = {
     "dropout": dropout,
     "ids": ids,
     "hostile": hostile,
+    "rule": rule,
     "server": server,
     "speed": speed,
 }
