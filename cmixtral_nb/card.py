@@ -89,6 +89,7 @@ class ModelFacts:
     ids_changed: dict[str, dict] = field(default_factory=dict)  # language -> `unchanged` counted
     speed: dict[str, list[dict]] = field(default_factory=dict)  # folder -> rows of speed.jsonl
     commands: list[str] = field(default_factory=list)  # that repeat the evaluation
+    kind: str = "mixtral"  # model_type of its config.json
 
     @property
     def measured(self) -> list[dict]:
@@ -122,7 +123,7 @@ def _card_head(facts: ModelFacts) -> str:
         base_model=facts.base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["mixtral", "vocabulary-extension", "cmixtral_nb"],
+        tags=[facts.kind, "vocabulary-extension", "cmixtral_nb"],
         model_name=facts.name,
         eval_results=results or None,
     ).to_yaml()
@@ -420,6 +421,7 @@ def card(
         ids_changed=data["vocabulary"].get("ids_changed", {}),
         speed={folder: speed_rows(run / folder) for folder in TRAINED},
         commands=_commands(run, model),
+        kind=read_shaped(run / model / "config.json", {"model_type": TEXT})["model_type"],
     )
     file = Path(out or run / "cards" / f"{model}.md")
     file.parent.mkdir(parents=True, exist_ok=True)
