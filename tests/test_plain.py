@@ -118,7 +118,17 @@ def fault(outcome):
 
 
 def test_what_only_an_extra_brings_is_not_there(plain, tmp_path):
-    absent = ["lm_eval", "jieba", "wordfreq", "opencc", "datatrove", "pytest", "nbdev", "ruff"]
+    absent = [
+        "lm_eval",
+        "jieba",
+        "wordfreq",
+        "snownlp",
+        "opencc",
+        "datatrove",
+        "pytest",
+        "nbdev",
+        "ruff",
+    ]
     found = f"import importlib.util as u; print([p for p in {absent!r} if u.find_spec(p)])"
     out = plain.script("python", "-c", found, cwd=tmp_path)
     assert out.stdout.strip() == "[]", out
