@@ -42,11 +42,6 @@ def _faults(config: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _special(found: dict[str, Any]) -> Any:
-    "Example: _special({'__float__': 'Infinity'}) -> inf, as transformers writes it"
-    return float(found["__float__"]) if found.keys() == {"__float__"} else found
-
-
 def built(
     config: dict[str, Any],  # config.json as read, with a model_type
 ) -> PreTrainedModel:  # on the device `meta`
@@ -56,9 +51,8 @@ def built(
 
     refuse(f"config.json: {fault}" for fault in _faults(config))
     left_out = ("model_type", "auto_map", "quantization_config")
-    text = json.dumps({k: v for k, v in config.items() if k not in left_out}, default=str)
+    values = {name: value for name, value in config.items() if name not in left_out}
     try:
-        values = json.loads(text, object_hook=_special)
         with quiet(), torch.device("meta"):
             asked = AutoConfig.for_model(config["model_type"], **values)
             return AutoModelForCausalLM.from_config(
