@@ -33,7 +33,6 @@ __all__ = [
     "choose",
     "plot_search",
     "default_grid",
-    "Tried",
     "byte_steps",
     "byte_table",
     "search",
@@ -682,7 +681,7 @@ def _with_the_script(read: dict[str, _Text], missing: str) -> dict[str, _Text]:
     return texts
 
 
-class Tried(NamedTuple):
+class _Tried(NamedTuple):
     "Vocabularies of one base, measured"
 
     rows: list[dict]  # of `search_table` or `byte_table`
@@ -702,7 +701,7 @@ def _try_pieces(
     chars: list[str] | None,
     width: int,
     missing: str,  # what to say where no text has the script
-) -> Tried:
+) -> _Tried:
     "Vocabularies of a sentencepiece base"
     base_file = base_tokenizer_model(base)
     candidates = read_pieces(pieces, script)
@@ -710,7 +709,7 @@ def _try_pieces(
     read = {domain: read_heldout(texts, base_file, script) for domain, texts in docs.items()}
     texts = _with_the_script(read, missing.format(script))
     rows = search_table(candidates, have, texts, *_grid(candidates, have, totals, chars), width)
-    return Tried(rows, measure_base(have, texts), texts, len(candidates), script, 0)
+    return _Tried(rows, measure_base(have, texts), texts, len(candidates), script, 0)
 
 
 # %% ../nbs/03_search.ipynb #337b6fa7
@@ -743,7 +742,7 @@ def _try_merges(
     totals: list[str] | None,
     width: int,
     missing: str,  # what to say where no text has the script
-) -> Tried:
+) -> _Tried:
     "Vocabularies of a byte-level base"
     found = read_merges(pieces, base)
     script = found.params["script"]
@@ -759,7 +758,7 @@ def _try_merges(
     base_rows = byte_table(found, texts, [0], width)
     before = next(row for row in base_rows if row["domain"] == "mean")
     floor = sum(text.floor for text in texts.values()) / len(texts)
-    return Tried(byte_table(found, texts, sizes, width), before, texts, n, script, floor)
+    return _Tried(byte_table(found, texts, sizes, width), before, texts, n, script, floor)
 
 
 def _near(chars_per_token: float, floor: float) -> str:
