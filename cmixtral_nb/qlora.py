@@ -325,17 +325,19 @@ def add_lora(
 # %% ../nbs/08_qlora.ipynb #599389cb
 _PARTS = {  # what the name of a parameter holds -> the part of the model
     ".experts.": "experts",
+    ".gate.": "router",
+    ".mlp.": "feed-forward",
     "_proj": "attention",
     "embed_tokens": "embedding",
     "lm_head": "head",
-    ".gate.": "router",
 }
 
 
 def _part_of(name: str) -> str:
     "Example: _part_of('model.layers.0.self_attn.q_proj.weight') -> 'attention'"
     if "lora_" in name:
-        return "LoRA experts" if ".experts." in name else "LoRA attention"
+        parts = (part for key, part in _PARTS.items() if key in name)
+        return f"LoRA {next(parts, 'attention')}"
     for key, part in _PARTS.items():
         if key in name:
             copied = "modules_to_save" in name or "trainable_tokens" in name
