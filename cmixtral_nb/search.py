@@ -714,7 +714,7 @@ def _try_pieces(
 
 # %% ../nbs/03_search.ipynb #337b6fa7
 def byte_steps(
-    found: BytePieces,
+    found: BytePieces,  # of `read_merges`
 ) -> list[Step]:
     "The merges as steps; pieces and parts in the letters of the table"
     rows = enumerate(found.merges)
@@ -722,7 +722,7 @@ def byte_steps(
 
 
 def byte_table(
-    found: BytePieces,
+    found: BytePieces,  # of `read_merges`
     texts: dict[str, ByteText],  # domain -> held-out text, cut with all merges
     totals: list[int],  # merges to append; 0: none
     width: int = 4096,  # hidden size of the model
