@@ -489,9 +489,7 @@ def export(
     python: str | None = None,  # Python that has the engine; None: this one
     check: str | None = None,  # answers, ids or none; None: answers where memory allows, else ids
     n_tokens: int = 24,  # of an answer
-    # of gguf: llama.cpp's rule that cuts words of a byte-level tokenizer; None: the one that
-    # cuts as the tokenizer does
-    pre: str | None = None,
+    pre: str | None = None,  # of gguf: llama.cpp's rule that cuts words; None: the tokenizer's own
 ):
     "Write a chat model for an engine, and see that it makes the same ids and words of it"
     folder = resolve_model(model)
