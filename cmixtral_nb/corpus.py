@@ -43,12 +43,15 @@ from .stages import stage
 _JUNK = re.compile(
     "["
     "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # control characters, but not tab, \n and \r
-    "\u200b\u2060\ufeff"  # of no width: space, joiner, byte order mark
+    "\u2060\ufeff"  # of no width: joiner, byte order mark
     "\u200e\u200f\u202a-\u202e"  # marks of the direction of writing
     "\ufffe\uffff"  # not characters
     "\ud800-\udfff"  # halves of surrogate pairs, which UTF-8 cannot hold
     "]"
 )
+# a space of no width, but between words of Thai, Lao, Burmese and Khmer, which have no other blank
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+_NO_WIDTH = re.compile(f"(?<![{_UNSPACED}])\u200b(?![{_UNSPACED}])")
 _TRAILING_BLANKS = re.compile(r"[ \t\u3000]+\n")
 _EMPTY_LINES = re.compile(r"\n{3,}")
 
@@ -62,6 +65,7 @@ def clean(
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = _JUNK.sub("", text)
+    text = _NO_WIDTH.sub("", text)
     text = unicodedata.normalize("NFC", text)
     text = _TRAILING_BLANKS.sub("\n", text + "\n")
     text = _EMPTY_LINES.sub("\n\n", text)  # at most one empty line
