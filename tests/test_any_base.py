@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,7 +181,7 @@ def real_tokenizer(name, out):
         pytest.skip(f"needs {name}/tokenizer.json in the folder CMIXTRAL_TOKENIZERS")
 
 
-KINDS = {
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "tekken": (Qwen3ForCausalLM, Qwen3Config, dict(tie_word_embeddings=True, head_dim=8)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, dict(tie_word_embeddings=True, head_dim=8)),
     "smollm2": (LlamaForCausalLM, LlamaConfig, dict(tie_word_embeddings=True)),

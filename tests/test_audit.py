@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import cmixtral
@@ -17,7 +18,8 @@ from cmixtral_nb.tokenizer_files import write_tokenizer
 from cmixtral_nb.vocab import extend_model
 
 TOKENIZERS = Path(os.environ.get("CMIXTRAL_DATA", "/nowhere")) / "tokenizers"
-FEW = dict(limit_chars=20_000, n_hostile=1000)
+LLAMA_2 = TOKENIZERS / "llama-2.tokenizer.model"
+FEW: dict[str, Any] = dict(limit_chars=20_000, n_hostile=1000)
 WORDS = ["人工", "智能", "人工智能", "软件", "本书", "选项"]
 
 
@@ -168,10 +170,10 @@ def test_hostile_input_is_one_line_each(cli, ours, tmp_path):
 def test_a_release(capsys):
     "hfl's Chinese-LLaMA-2 against Llama-2: 657 of its 23,296 pieces are dead"
     with pytest.raises(StageError, match="expected an extension"):
-        audit(TOKENIZERS / "llama-2.tokenizer.model", TOKENIZERS / "llama-2.tokenizer.model")
+        audit(LLAMA_2, str(LLAMA_2))
     found = audit(
         TOKENIZERS / "chinese-llama-2.tokenizer.model",
-        TOKENIZERS / "llama-2.tokenizer.model",
+        str(LLAMA_2),
         **FEW,
     )
     by_name = {line.get("check") or line["counted"]: line for line in found}

@@ -46,7 +46,7 @@ def one_pair(seed, family):
     arms = family(rng, 2.3, 3.2), family(rng, 1.6, 2.2)
     sigma = rng.choice([0.003, 0.01, 0.03])
     fits = [fit_curves(READ, arm(READ) + sigma * rng.standard_normal(11), 1000) for arm in arms]
-    return judge(crossings(*fits, budget=1e6)), true_crossing(*arms)
+    return judge(crossings(fits[0], fits[1], budget=1e6)), true_crossing(*arms)
 
 
 def test_the_interval_covers():

@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ QWEN = (
 )
 SCRIPTS = ["Khmer", "Thai", "Georgian", "Hangul", "Kana"]
 ENGLISH = "the other thing that we want is to keep the text as it is, and not to change it"
-FEW = dict(limit_chars=10_000, n_hostile=1000)
+FEW: dict[str, Any] = dict(limit_chars=10_000, n_hostile=1000)
 ROWS = 512  # of the model; its tokenizer has fewer ids
 
 

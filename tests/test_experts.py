@@ -9,6 +9,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -44,7 +45,7 @@ from cmixtral_nb.placement import without_memory
 from cmixtral_nb.qlora import add_lora, expert_bytes, quantised
 from cmixtral_nb.stages import StageError
 
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     vocab_size=96,
     hidden_size=64,
     num_hidden_layers=2,
@@ -83,7 +84,7 @@ LATENT = dict(
     qk_nope_head_dim=16,
     v_head_dim=16,
 )
-NEMOTRON = dict(
+NEMOTRON: dict[str, Any] = dict(
     intermediate_size=128,
     moe_intermediate_size=64,
     moe_shared_expert_intermediate_size=64,
@@ -96,7 +97,7 @@ NEMOTRON = dict(
     mamba_head_dim=32,
     layers_block_type=["mamba", "moe", "attention", "moe"],
 )
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": dict(intermediate_size=128, num_local_experts=4),
     "phimoe": dict(intermediate_size=128, num_local_experts=4),
     "qwen2_moe": dict(intermediate_size=128, **SHARED),
@@ -432,6 +433,7 @@ def test_gate_and_up_in_a_tensor_each(monkeypatch):
     assert len(sources) == 24
     found = sources["model.layers.1.block_sparse_moe.experts.3.up_proj.weight"]
     assert found.tensor == "model.layers.1.block_sparse_moe.up.weight"
+    assert found.place is not None
     assert found.place.at == (3, slice(None)) and not found.place.transposed
 
 

@@ -15,6 +15,8 @@ def load(converter):
     "The converter as a module, and all that it imports"
     sys.path.insert(0, str(Path(converter).parent))
     spec = importlib.util.spec_from_file_location("convert_hf_to_gguf", converter)
+    if spec is None or spec.loader is None:
+        sys.exit(f"{converter} is no file of Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
