@@ -101,8 +101,8 @@ def fit_curves(
 
 # %% ../nbs/a27b_breakeven.ipynb #fc216d1b
 def crossings(
-    extended: Curves,
-    control: Curves,
+    extended: Curves,  # of the model with new pieces
+    control: Curves,  # of the same model without
     budget: float,  # bytes that were read
     times: float = 10,  # how far to look, in budgets
 ) -> np.ndarray:  # (draws,) bytes; infinite where the extended model is not better by then

@@ -252,7 +252,7 @@ def base_sha256(
 
 
 @functools.lru_cache(2)
-def _read_once(ref: str, sha256: str) -> ByteBase:
+def _read_once(ref: str, size: int, changed: int) -> ByteBase:
     "A base that was read, as long as its file stays the same"
     return read_byte_base(ref)
 
@@ -261,9 +261,10 @@ def known_base(
     ref: str | Path,  # of a byte-level base
 ) -> ByteBase:
     "The base; read once by a stage and its checks"
-    if str(ref) not in TEKKEN and not base_file(ref).is_file():
-        return read_byte_base(ref)  # which says so
-    return _read_once(str(ref), base_sha256(ref))
+    if str(ref) in TEKKEN or not base_file(ref).is_file():
+        return read_byte_base(ref)  # which remembers the one, and refuses the other
+    status = base_file(ref).stat()
+    return _read_once(str(ref), status.st_size, status.st_mtime_ns)
 
 
 def write_merges(

@@ -32,7 +32,7 @@ from .machine import say
 from .options import above, faults_of, named_refs, range_faults, refuse
 from .pieces import base_tokenizer_model
 from .results import markdown_table
-from .samples import PROMPTS
+from .samples import PROMPTS, read_prompts
 from .stages import stage, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, processor
 
@@ -225,9 +225,9 @@ def _writing_markdown(models: dict[str, dict]) -> str:
 
 
 # %% ../nbs/a25_efficiency.ipynb #b3443ec4
-def _option_faults(tokenizers=None, models=None, domains=None, **others):
+def _option_faults(tokenizers=None, models=None, domains=None, prompts=None, **others):
     "What is wrong with options, before there are models"
-    faults = range_faults(others, seconds=above(0))
+    faults = range_faults(others, seconds=above(0)) + faults_of(read_prompts, prompts)
     if not tokenizers and not models:
         faults.append("nothing to measure; give --tokenizers NAME=REF or --models NAME=FOLDER")
     if tokenizers:
@@ -260,11 +260,13 @@ def efficiency(
     n_chars: int = 200_000,  # characters of each language; 0: all
     seconds: float = 1.0,  # for each measurement of speed
     new_tokens: int = 48,  # that a model writes for each prompt; 0: do not measure
+    prompts: list[str] | None = None,  # texts to continue, or files of them; none: six short ones
     load_in_4bit: bool = False,  # NF4
     device: str = None,  # None: the GPU if there is one
 ):
     "Tokens for the same text (against the first tokenizer), speed of tokenizers and of models"
     found = named_models(models) if models else {}
+    beginnings = read_prompts(prompts)
     toks = named(
         [*(tokenizers or []), *(f"{name}={resolve_model(ref)}" for name, ref in found.items())]
     )
@@ -281,7 +283,7 @@ def efficiency(
         for name, ref in found.items():
             lm = load_model(ref, load_in_4bit=load_in_4bit, device=device)
             writing[name] = dict(
-                writing_speed(lm, load_tokenizer(toks[name]), n_tokens=new_tokens),
+                writing_speed(lm, load_tokenizer(toks[name]), beginnings, new_tokens),
                 device=lm.device.type,
                 dtype=str(lm.dtype).removeprefix("torch."),
             )

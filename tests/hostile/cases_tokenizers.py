@@ -185,7 +185,7 @@ NO_MODEL = [
         make=lambda here, run: bad_base(
             here, lambda path: write(path / "tokenizer.json", '{"decoder": {"type": "ByteLevel"}}')
         ),
-        says="bad.model is a byte-level BPE tokenizer",
+        says="bad.model/tokenizer.json: the whole has no 'model'",
     ),
     Case(
         "a base with a tokenizer.json of 40 GB",
@@ -193,7 +193,7 @@ NO_MODEL = [
         make=lambda here, run: bad_base(
             here, lambda path: sparse(path / "tokenizer.json", 40 * 10**9)
         ),
-        says="tokenizer.json is larger than 256 MB",
+        says="tokenizer.json has 40.0 GB, expected at most",
     ),
     Case(
         "a base that leads to itself",
