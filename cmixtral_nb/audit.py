@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
+    "SHIPPED_LANGS",
     "read_view",
     "Audited",
     "char_script",
@@ -53,13 +54,13 @@ from cmixtral_nb.certificate import (
     dead_pieces,
     hostile_texts,
     no_control_from_text,
+    shipped_docs,
     smallest,
     text_comes_back,
 )
 
 from .byte_vocab import BpeView, ByteExtension, byte_checks, neighbours
 from .bytelevel import OwnBytes, own_characters
-from .documents import read_docs, up_to
 from .folders import place_fault
 from .heldout import eval_docs, text_faults
 from .languages import SCRIPTS, lang_script, language_name, script_pattern, script_ranges
@@ -232,7 +233,7 @@ def main_script(
 
 
 # %% ../nbs/a10e_audit.ipynb #edc6b1af
-_SHIPPED = ("en", "zh", "km")  # languages of the text that comes with the package
+SHIPPED_LANGS = ("en", "zh", "km")  # languages of the text that comes with the package
 _WORD = 20  # characters of the longest word that is shown
 _PART = 500  # characters of a document in which an example is looked for at once
 
@@ -245,12 +246,7 @@ def audit_texts(
     if corpus:
         found = eval_docs(Path(corpus), n_chars)
         return {lang: [doc["text"] for doc in docs] for lang, docs in found.items()}
-    return {lang: _shipped(lang, n_chars) for lang in _SHIPPED}
-
-
-def _shipped(lang: str, n_chars: int) -> list[str]:
-    docs = (row["text"] for row in read_docs(f"builtin:{lang}"))
-    return list(up_to(docs, n_chars))
+    return {lang: shipped_docs(lang, n_chars) for lang in SHIPPED_LANGS}
 
 
 def _that_change(before: TokenizerView, after: TokenizerView, docs: list[str]) -> list[str]:

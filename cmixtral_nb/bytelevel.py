@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
+    "GPT2_CUT",
     "own_characters",
     "code_points",
     "OwnBytes",
@@ -260,7 +261,7 @@ _WORDS = {
     r"| ?\p{L}+": r"| ?\p{L}[\p{L}MARKS]*",  # GPT-2 and its kin
 }
 # what "ByteLevel" cuts by where it cuts by itself
-_GPT2_CUT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_CUT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def own_marks(
@@ -283,7 +284,7 @@ def _split_open(step: dict[str, Any]) -> list[dict[str, Any]]:
     "ByteLevel that cuts by itself, as a cut and a ByteLevel that does not"
     if step.get("type") != "ByteLevel" or not step.get("use_regex", True):
         return [step]
-    cut = dict(type="Split", pattern={"Regex": _GPT2_CUT}, behavior="Isolated", invert=False)
+    cut = dict(type="Split", pattern={"Regex": GPT2_CUT}, behavior="Isolated", invert=False)
     return [cut, dict(step, use_regex=False)]
 
 

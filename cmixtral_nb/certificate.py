@@ -12,6 +12,7 @@ __all__ = [
     "FOLDER_CHECKS",
     "CERTIFICATE_RANGES",
     "hostile_texts",
+    "shipped_docs",
     "certificate_texts",
     "smallest",
     "certificate_line",
@@ -156,7 +157,10 @@ def hostile_texts(
 _SHIPPED_LANGS = ("en", "zh")  # of the text that comes with the package
 
 
-def _shipped(lang: str, limit_chars: int) -> list[str]:
+def shipped_docs(
+    lang: str,  # en, zh or km
+    limit_chars: int,  # at most, but for the last document
+) -> list[str]:
     "Documents that come with the package"
     docs = (row["text"] for row in read_docs(f"builtin:{lang}"))
     return list(up_to(docs, limit_chars))
@@ -186,7 +190,7 @@ def certificate_texts(
     list[str], list[str]
 ]:  # lines to certify with; documents of the language to measure with
     "Real text; the documents to measure with are held out where there are any"
-    shipped = {lang: _shipped(lang, limit_chars) for lang in _SHIPPED_LANGS}
+    shipped = {lang: shipped_docs(lang, limit_chars) for lang in _SHIPPED_LANGS}
     held = _held_out(corpus, limit_chars)
     lines: list[str] = []
     for docs in [*shipped.values(), *held.values()]:

@@ -26,8 +26,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .audit import main_script, piece_scripts
+from .audit import SHIPPED_LANGS, main_script, piece_scripts
 from .byte_bases import BYTE_OF, base_file, is_byte_base, pre_tokenizers, to_bytes
+from .bytelevel import GPT2_CUT
 from .certificate import hostile_texts
 from .documents import read_docs
 from .languages import script_pattern
@@ -43,7 +44,6 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_GPT2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+|{_SIGNS}|\s+(?!\S)|\s+"
 
 
 def _cased(letter: str, contraction: str, digits: str) -> str:
@@ -62,8 +62,8 @@ class Rule(NamedTuple):
 
 
 RULES = {  # name in `tokenizer.ggml.pre` -> what it does
-    "gpt-2": Rule((_GPT2,)),
-    "smollm": Rule((r"\p{N}", _GPT2)),
+    "gpt-2": Rule((GPT2_CUT,)),
+    "smollm": Rule((r"\p{N}", GPT2_CUT)),
     "llama-bpe": Rule(
         (rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}[\r\n]*|{_BLANKS}",), ignore_merges=True
     ),
@@ -137,7 +137,6 @@ _CASED = (  # of large and small letters: one piece of many vocabularies, cut by
     "TypeScript MySQL DevOps eBay LaTeX NumPy PyTorch TensorFlow StackOverflow iOS macOS "
     "IPv6 WiFi DNA McDonald getElementById toString HashMap IOException XMLHttpRequest"
 )
-_SHIPPED = ("en", "zh", "km")
 _LINES = 600  # of each language
 _HOSTILE = 800
 _LAST_PIECES = 1000  # woven into hostile strings
@@ -156,7 +155,7 @@ def last_pieces(
 
 def _shipped_lines() -> Iterable[str]:
     "The first lines of the text that comes with the package"
-    for lang in _SHIPPED:
+    for lang in SHIPPED_LANGS:
         lines = (x for row in read_docs(f"builtin:{lang}") for x in row["text"].split("\n") if x)
         yield from islice(lines, _LINES)
 

@@ -474,20 +474,28 @@ def test_the_engines_command_runs_and_its_end_is_told(chat, tmp_path, capsys):
     assert words[words.index("--n_ctx") + 1] == "0"
 
 
-@pytest.mark.skipif(
+needs_llama_cpp = pytest.mark.skipif(
     not os.environ.get("LLAMA_CPP_PYTHON"),
     reason="LLAMA_CPP_PYTHON names no Python with llama_cpp, LLAMA_CPP no source of llama.cpp",
 )
-def test_llama_cpp_reads_what_we_write(chat, tmp_path):
-    a = v.export(
-        chat,
-        out=tmp_path / "o",
+
+
+def exported_to_llama_cpp(model, out):
+    "A GGUF of a model, checked by llama.cpp itself"
+    return v.export(
+        model,
+        out=out,
         to="gguf",
         outtype="f32",
         llama_cpp=os.environ["LLAMA_CPP"],
         python=os.environ["LLAMA_CPP_PYTHON"],
         n_tokens=4,
     )
+
+
+@needs_llama_cpp
+def test_llama_cpp_reads_what_we_write(chat, tmp_path):
+    a = exported_to_llama_cpp(chat, tmp_path / "o")
     assert a.stats["ids_equal"] == 8 and not a.stats["obeys"] and a.stats["answers_equal"] >= 0.98
 
 
@@ -676,20 +684,9 @@ def test_gguf_of_other_kinds_of_tokenizer(chat, byte_chat, tmp_path):
         model_rule(tmp_path)
 
 
-@pytest.mark.skipif(
-    not os.environ.get("LLAMA_CPP_PYTHON"),
-    reason="LLAMA_CPP_PYTHON names no Python with llama_cpp, LLAMA_CPP no source of llama.cpp",
-)
+@needs_llama_cpp
 def test_llama_cpp_reads_a_byte_level_model(byte_chat, tmp_path):
-    a = v.export(
-        byte_chat,
-        out=tmp_path / "o",
-        to="gguf",
-        outtype="f32",
-        llama_cpp=os.environ["LLAMA_CPP"],
-        python=os.environ["LLAMA_CPP_PYTHON"],
-        n_tokens=4,
-    )
+    a = exported_to_llama_cpp(byte_chat, tmp_path / "o")
     assert a.stats["ids_equal"] == 8 and a.stats["pre"] == "qwen2"
     assert a.stats["ids_read_back"] > 400 and a.stats["answers_equal"] >= 0.98
 
