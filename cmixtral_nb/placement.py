@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["without_memory", "spread", "device_of", "device_map"]
 
 # %% ../nbs/a17b_placement.ipynb #9100f415
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,17 +38,27 @@ def without_memory(
 
 
 # %% ../nbs/a17b_placement.ipynb #5b3af1ad
-def _sizes(net: PreTrainedModel, load_in_4bit: bool, dtype: torch.dtype) -> dict[str, Any]:
-    "What accelerate needs to know: what may not be cut, and how large a value is"
-    from accelerate.utils import CustomDtype
+_NF4_BITS = 4.127  # of a weight, with the constants of its block
+
+
+def _in_4bit(net: PreTrainedModel) -> Iterator[str]:
+    "Weights that 4 bits reach: of each `nn.Linear` but the head, and of experts in a stack"
     from torch import nn
 
     head = net.get_output_embeddings()
-    four = {
-        f"{name}.weight": CustomDtype.INT4
-        for name, module in net.named_modules()
-        if load_in_4bit and isinstance(module, nn.Linear) and module is not head
-    }
+    for name, module in net.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.Linear) and module is not head:
+            yield f"{name}.weight"
+        elif "down_proj" in own:
+            yield from (f"{name}.{leaf}" for leaf, p in own.items() if p.ndim == 3)
+
+
+def _sizes(net: PreTrainedModel, load_in_4bit: bool, dtype: torch.dtype) -> dict[str, Any]:
+    "What accelerate needs to know: what may not be cut, and how large a value is"
+    from accelerate.utils import CustomDtype
+
+    four = dict.fromkeys(_in_4bit(net) if load_in_4bit else (), CustomDtype.INT4)
     whole = list(net._no_split_modules or [])
     return dict(no_split_module_classes=whole, dtype=dtype, special_dtypes=four)
 
@@ -55,7 +66,7 @@ def _sizes(net: PreTrainedModel, load_in_4bit: bool, dtype: torch.dtype) -> dict
 def spread(
     config: PretrainedConfig,  # of a causal language model
     have: list[int],  # bytes of each GPU
-    load_in_4bit: bool,  # every nn.Linear but the head
+    load_in_4bit: bool,  # every nn.Linear but the head, every expert
     dtype: torch.dtype,  # of all else
     share: float = 0.9,  # of a GPU that weights may take; the rest is for hidden states
 ) -> dict[str, int]:  # module -> number of its GPU, in the order in which they are used
@@ -65,16 +76,18 @@ def spread(
 
     net = without_memory(config, dtype)
     sizes = _sizes(net, load_in_4bit, dtype)
-    most = {number: int(share * n_bytes) for number, n_bytes in enumerate(have)}
+    larger = _NF4_BITS / 4 if load_in_4bit else 1  # than accelerate counts
+    most = {number: int(share * n_bytes / larger) for number, n_bytes in enumerate(have)}
     even = get_balanced_memory(net, dict(most), **sizes)
     places = infer_auto_device_map(net, even, **sizes)
     if set(places.values()) <= set(most):
         return places
     values = dict(dtype=sizes["dtype"], special_dtypes=sizes["special_dtypes"])
-    need = compute_module_sizes(net, **values)[""]
+    need = compute_module_sizes(net, **values)[""] * larger
+    room = share * sum(have)
     raise StageError(
         f"the weights take {need / 1e9:.1f} GB in {'4 bits' if load_in_4bit else f'{dtype}'[6:]} "
-        f"and layers are not cut, {len(have)} GPUs have {sum(most.values()) / 1e9:.1f} GB for "
+        f"and layers are not cut, {len(have)} GPUs have {room / 1e9:.1f} GB for "
         f"them; {'take more GPUs' if load_in_4bit else 'use load_in_4bit=True or more GPUs'}"
     )
 
