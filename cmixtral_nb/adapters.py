@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
-    "FUSED_PARAMETERS",
+    "STACKED_PARAMETERS",
     "plain_name",
     "is_linear",
     "pattern_fault",
@@ -19,20 +19,17 @@ __all__ = [
     "trained_in_4bit",
     "model_faults",
     "save_adapter",
-    "Place",
-    "fused_place",
-    "fused_matrices",
-    "half_of",
+    "plain_stacked",
     "expert_pair",
     "AdapterTensors",
     "sort_tensors",
     "Pair",
     "Adapter",
-    "both_layouts",
+    "plain_shapes",
+    "is_embedding",
     "adapter_faults",
     "is_finite",
     "merge_faults",
-    "plain_shapes",
     "merge_option_faults",
     "merge_target",
     "check_merge",
@@ -41,17 +38,18 @@ __all__ = [
 # %% ../nbs/a18_adapters.ipynb #82021442
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoints import load_tensor, read_header, resolve_model, tensor_files
-from .experts import OnDisk, mixture_on_disk
+from .checkpoints import read_header, resolve_model, tensor_files
 from .manifests import read_manifest
-from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
+from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import Range, as_list, faults_of, one_of, range_faults, refuse
 from .shapes import TEXT, TRUTH, number, read_shaped, visible, whole
 from .stages import StageError, input_fingerprint, read_json, require, write_json
+from .stored_experts import OnDisk, Stacked, mixture_on_disk
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -327,75 +325,48 @@ def save_adapter(
 
 
 # %% ../nbs/a18_adapters.ipynb #cd9f03c6
-# gate_up_proj and down_proj, in the order in which peft wraps them
-FUSED_PARAMETERS = list(dict.fromkeys(place.tensor for place in EXPERT_MATRICES.values()))
-_EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(EXPERT_MATRICES)})\.weight")
+STACKED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # as peft wraps them: innermost first
 
 
-class Place(NamedTuple):
-    "Where a matrix of one expert lies among the fused parameters of its layer"
-
-    parameter: str  # plain name, such as "model.layers.0.mlp.experts.gate_up_proj"
-    expert: int
-    half: int | None  # which half of the output rows; None: all of them
-
-
-def fused_place(
-    name: str,  # plain name of any weight
-) -> Place | None:  # None: the weight is no matrix of an expert
-    "Example: 'experts.2.w3.weight' of layer 0 -> ('…layers.0.mlp.experts.gate_up_proj', 2, 1)"
-    m = _EXPERT.fullmatch(name)
-    if m is None:
-        return None
-    experts, number, matrix = m.groups()
-    parameter, half = EXPERT_MATRICES[matrix]
-    return Place(f"{experts}.{parameter}", int(number), half)
+def plain_stacked(
+    disk: OnDisk | None,  # from `mixture_on_disk`
+) -> dict[str, Stacked]:  # plain name of a matrix of one expert -> where it is in the stock model
+    "Where the matrices of a mixture are in stacked parameters, by plain names"
+    found = disk.stacked if disk else {}
+    return {
+        plain_name(name): stacked._replace(parameter=plain_name(stacked.parameter))
+        for name, stacked in found.items()
+    }
 
 
-def fused_matrices(
-    parameter: str,  # plain name of a fused parameter
-    n_experts: int,  # its first dimension
-) -> Iterator[tuple[str, int, int | None]]:  # (plain name, expert, half)
-    "Every matrix that a fused parameter holds"
-    experts, _, fused = parameter.rpartition(".")
-    for matrix, (holder, half) in EXPERT_MATRICES.items():
-        if holder == fused:
-            for e in range(n_experts):
-                yield f"{experts}.{e}.{matrix}.weight", e, half
-
-
-def half_of(
-    W: Tensor,  # (out, in)
-    half: int | None,  # 0 or 1; None: all of it
-) -> Tensor:  # (out / 2, in) or (out, in); a view
-    "The rows of a fused expert that belong to one matrix"
-    return W if half is None else W.chunk(2)[half]
-
-
-# %% ../nbs/a18_adapters.ipynb #9211cccb
 def expert_pair(
-    A: Tensor,  # (experts * r, in) of a fused parameter
+    A: Tensor,  # (experts * r, in) of a stacked parameter
     B: Tensor,  # (out, r * experts)
     rank: int,  # r
-    expert: int,  # which expert
-    half: int | None,  # which half of the output rows; None: all
-) -> tuple[Tensor, Tensor]:  # A (r, in) and B (out, r) or (out / 2, r) of one matrix
-    "The part of a fused LoRA pair that belongs to one matrix of one expert"
+    stacked: Stacked,  # where one matrix of one expert is
+) -> tuple[Tensor, Tensor]:  # A (r, in) and B (out, r) of the matrix
+    "The part of a stacked LoRA pair that belongs to one matrix of one expert"
+    expert, *rows, own = stacked.place.at
     n_experts = len(A) // rank
-    return A[expert * rank : (expert + 1) * rank], half_of(B[:, expert::n_experts], half)
+    left, right = B[:, expert::n_experts], A[expert * rank : (expert + 1) * rank]
+    if stacked.across:  # peft adds the transposed product
+        left, right = right.T, left.T
+    if stacked.place.transposed:  # the matrix is some columns of the parameter
+        return left.T, right[:, own].T
+    return right, left[own]
 
 
 # %% ../nbs/a18_adapters.ipynb #732b59e5
 class AdapterTensors(NamedTuple):
     "Names of an adapter's tensors, sorted by what they do to a weight (given by its plain name)"
 
-    lora: dict[str, dict[str, str]]  # weight or fused parameter -> {"A": tensor, "B": tensor}
+    lora: dict[str, dict[str, str]]  # weight or stacked parameter -> {"A": tensor, "B": tensor}
     whole: dict[str, str]  # weight that the adapter brings whole -> tensor
     rows: dict[str, str]  # weight of which it brings rows -> tensor
     strange: list[str]  # tensors that cannot be merged
 
 
-_FUSED_LORA = re.compile(r"(.*\.experts)\.lora_([AB])\.weight")
+_STACKED_LORA = re.compile(r"(.*\.experts)\.lora_([AB])\.weight")
 _LORA = re.compile(r"(.*)\.lora_([AB])\.weight")
 
 
@@ -408,7 +379,7 @@ def sort_tensors(
     wrapped: dict[str, dict[int, dict[str, str]]] = {}  # experts -> depth -> {"A": tensor, ...}
     for tensor in tensors:
         name = plain_name(tensor)
-        if m := _FUSED_LORA.fullmatch(name):
+        if m := _STACKED_LORA.fullmatch(name):
             depth = tensor.count(".base_layer")
             wrapped.setdefault(m[1], {}).setdefault(depth, {})[m[2]] = tensor
         elif m := _LORA.fullmatch(name):
@@ -431,7 +402,7 @@ def _name_wrappers(
 ) -> None:
     "Name the nested wrappers of one layer's experts: the innermost is the first target"
     leaves = {target.rpartition(".")[2] for target in targets}
-    parameters = [p for p in FUSED_PARAMETERS if p in leaves]
+    parameters = [p for p in STACKED_PARAMETERS if p in leaves]
     if len(parameters) != len(by_depth):
         for pair in by_depth.values():
             found.strange.extend(pair.values())
@@ -465,10 +436,24 @@ class Adapter:
         self.targets = list(self.config.get("target_parameters") or [])
         found = sort_tensors(list(self.head), self.targets)
         self.lora, self.whole, self.rows, self.strange = found
+        self._of_parameter = lru_cache(maxsize=2)(self._matrices)  # one after the other, by experts
+
+    @cached_property
+    def _file(self) -> Any:
+        "The open file: an adapter on many small experts has a header of megabytes"
+        from safetensors import safe_open
+
+        return safe_open(self.path / ADAPTER_WEIGHTS, "pt", backend="pread")
 
     def tensor(self, name: str) -> Tensor:
         "One tensor, by its name in the file"
-        return load_tensor({name: self.path / ADAPTER_WEIGHTS}, name)
+        from safetensors import SafetensorError
+
+        try:
+            return self._file.get_tensor(name)
+        except SafetensorError as e:  # changed since its header was read, or no JSON to Rust
+            path = self.path / ADAPTER_WEIGHTS
+            raise StageError(f"{path}: {visible(name)} cannot be read ({e})") from None
 
     def shape(self, name: str) -> list[int]:
         "Shape of one tensor, by its name in the file"
@@ -486,24 +471,21 @@ class Adapter:
         rank, alpha = self.rank_alpha(name)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
-    def has_pair(self, name: str) -> bool:
-        "Whether LoRA changes a weight, by a pair of its own or by that of a fused parameter"
-        place = fused_place(name)
-        return name in self.lora or (place is not None and place.parameter in self.lora)
+    def has_pair(self, name: str, stacked: Stacked | None = None) -> bool:
+        "Whether LoRA changes a weight, by a pair of its own or by that of a stacked parameter"
+        return name in self.lora or (stacked is not None and stacked.parameter in self.lora)
 
-    def pair(self, name: str) -> Pair | None:
-        "What is added to one 2-D weight; None: nothing"
+    def pair(self, name: str, stacked: Stacked | None = None) -> Pair | None:
+        "What is added to a matrix, which may be one of a stacked parameter; None: nothing"
         if name in self.lora:
             A, B = self._matrices(name)
             rounded = any(f".{name}".endswith(f".{target}") for target in self.targets)
             return Pair(A, B, self.scale(name), rounded)
-        place = fused_place(name)
-        if place is None or place.parameter not in self.lora:
+        if stacked is None or stacked.parameter not in self.lora:
             return None
-        A, B = self._matrices(place.parameter)
-        rank, _ = self.rank_alpha(place.parameter)
-        A, B = expert_pair(A, B, rank, place.expert, place.half)
-        return Pair(A, B, self.scale(place.parameter), True)
+        rank, _ = self.rank_alpha(stacked.parameter)
+        A, B = expert_pair(*self._of_parameter(stacked.parameter), rank, stacked)
+        return Pair(A, B, self.scale(stacked.parameter), True)
 
     def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
         "A and B under one name of `lora`"
@@ -522,21 +504,15 @@ class Adapter:
 
 
 # %% ../nbs/a18_adapters.ipynb #c92e75ad
-def both_layouts(
-    shapes: dict[str, list[int]],  # plain name -> shape, of a model
-) -> dict[str, list[int]]:  # the experts both as single matrices and as fused parameters
-    "Shapes of a Mixtral under the names of both layouts"
-    out = dict(shapes)
-    for name, shape in shapes.items():
-        if place := fused_place(name):
-            seen = out.get(place.parameter, [0])[0]
-            n_rows = shape[0] if place.half is None else 2 * shape[0]
-            out[place.parameter] = [max(place.expert + 1, seen), n_rows, shape[1]]
-        elif len(shape) == 3 and ".experts." in name:
-            for matrix, _, half in fused_matrices(name, shape[0]):
-                n_rows = shape[1] if half is None else shape[1] // 2
-                out[matrix] = [n_rows, shape[2]]
-    return out
+def plain_shapes(
+    head: dict[str, dict],  # tensor of a model -> dtype, shape
+    disk: OnDisk | None,  # from `mixture_on_disk`
+) -> dict[str, list[int]]:  # plain name -> shape
+    "Shapes of a model's weights; of a mixture single matrices and stacked parameters, both"
+    in_memory = disk.names if disk else {name: name for name in head}
+    shapes = {plain_name(name): head[tensor]["shape"] for name, tensor in in_memory.items()}
+    of_experts = disk.shapes | disk.parameters if disk else {}
+    return shapes | {plain_name(name): list(shape) for name, shape in of_experts.items()}
 
 
 # %% ../nbs/a18_adapters.ipynb #4d874e73
@@ -580,9 +556,19 @@ def _row_faults(a: Adapter, name: str, size: list[int], shape: list[int] | None)
 
 
 # %% ../nbs/a18_adapters.ipynb #4f1abd06
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embeddings)\.weight$")
+
+
+def is_embedding(
+    name: str,  # plain name of a weight
+) -> bool:
+    "Whether a weight is the table with one row for each token"
+    return bool(_EMBEDDING.search(name))
+
+
 def _has_vocabulary(name: str) -> bool:
     "Whether a weight has one row for each token: embedding and head"
-    return name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    return is_embedding(name) or name.endswith("lm_head.weight")
 
 
 def _whole_faults(a: Adapter, shapes: dict[str, list[int]]) -> list[str]:
@@ -633,7 +619,6 @@ def adapter_faults(
 ) -> list[str]:  # at most five lines
     "Everything that keeps an adapter from being merged into this model"
     config, path = adapter.config, adapter.path
-    shapes = both_layouts(shapes)
     faults = model_faults(path, fingerprint)
     if (kind := config.get("peft_type") or "LORA") != "LORA":
         faults.append(f"{path} is a {visible(kind, 40)} adapter, expected LORA")
@@ -690,17 +675,6 @@ def merge_faults(
     return faults
 
 
-def plain_shapes(
-    head: dict[str, dict],  # tensor of a model -> dtype, shape
-    disk: OnDisk | None,  # from `mixture_on_disk`
-) -> dict[str, list[int]]:  # plain name -> shape
-    "Shapes of a model's weights; of a mixture each matrix of each expert by itself, too"
-    in_memory = disk.names if disk else {name: name for name in head}
-    shapes = {plain_name(name): head[tensor]["shape"] for name, tensor in in_memory.items()}
-    parts = disk.shapes if disk else {}
-    return shapes | {plain_name(name): list(shape) for name, shape in parts.items()}
-
-
 def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     "Where a model and adapters that are each sound do not fit together"
     faults = []
@@ -708,7 +682,7 @@ def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     head = {name: entry for shard in shards for name, entry in read_header(shard).items()}
     stored = [name for name in head if ".absmax" in name or ".quant_state" in name]
     if stored:
-        faults.append(f"{model} is stored in 4 bits ({stored[0]}); give the model it was made from")
+        return [f"{model} is stored in 4 bits ({stored[0]}); give the model it was made from"]
     shapes = plain_shapes(head, mixture_on_disk(resolve_model(model)))
     fingerprint = input_fingerprint(model)
     for a in adapters:

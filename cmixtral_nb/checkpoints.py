@@ -45,7 +45,7 @@ import re
 import shutil
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -333,11 +333,26 @@ def _bytes_of(tensor: Tensor, spec: tuple) -> memoryview:
 
 
 # %% ../nbs/a11_checkpoints.ipynb #2fe2a980
+def _itself(name: str) -> list[str]:
+    "A tensor that is made in one"
+    return [name]
+
+
+def _jobs(spec: tuple, parts: Sequence) -> list[tuple[Any, tuple]]:
+    "What makes a tensor or its parts, and the spec of each"
+    name, dtype, shape = spec
+    if len(parts) == 1:
+        return [(parts[0], spec)]
+    return [(part, (name, dtype, [shape[0] // len(parts), *shape[1:]])) for part in parts]
+
+
 def write_tensors(
     path: str | Path,  # file to write; it has this name only when it is complete
     specs: list[tuple],  # (name, dtype such as "BF16", shape) in the order of the file
-    tensor: Callable[[str], Any],  # name -> tensor; called once for each, by threads
+    tensor: Callable[[Any], Any],  # name -> tensor; called once for each, by threads
     progress: Callable[[int], Any] | None = None,  # called with the bytes of each written tensor
+    parts: Callable[[str], Sequence] = _itself,  # name -> what `tensor` is called with: the name,
+    # or one for each equal part of the tensor along its first dimension, which follow each other
 ) -> str:  # SHA-256 of the file, 64 hexadecimal digits
     "A safetensors file written tensor by tensor; few are in memory at a time"
     path = Path(path)
@@ -349,8 +364,9 @@ def write_tensors(
     with open(part, "wb") as f, ThreadPoolExecutor(2) as pool:
         _reserve(f, len(head) + n_bytes(specs))
         f.write(head)
-        tensors = ahead(pool, tensor, [name for name, *_ in specs])
-        for spec, made in zip(specs, tensors, strict=True):
+        asked = [job for spec in specs for job in _jobs(spec, parts(spec[0]))]
+        tensors = ahead(pool, tensor, [part for part, _ in asked])
+        for (_, spec), made in zip(asked, tensors, strict=True):
             data = _bytes_of(made, spec)
             for i in range(0, len(data), block):
                 digest.update(data[i : i + block])

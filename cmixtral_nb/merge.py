@@ -7,16 +7,19 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
-    "EMBEDDING",
     "merge_weight",
     "nf4_roundtrip",
     "Sources",
     "open_sources",
+    "embedding_of",
     "weight_dtype",
     "read_weight",
     "start_of",
     "adapters_of",
+    "pair_of",
     "add_adapter",
+    "ExpertOf",
+    "in_parts",
     "merged_tensor",
     "merged_specs",
     "logit_difference",
@@ -29,21 +32,20 @@ __all__ = [
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cmixtral_nb.adapters import (
-    FUSED_PARAMETERS,
     Adapter,
+    Pair,
     check_merge,
-    fused_matrices,
-    fused_place,
-    half_of,
+    is_embedding,
     is_finite,
     is_linear,
     merge_option_faults,
     merge_target,
     plain_name,
     plain_shapes,
+    plain_stacked,
     trained_in_4bit,
 )
 from cmixtral_nb.checkpoints import (
@@ -62,11 +64,12 @@ from cmixtral_nb.checkpoints import (
     write_tensors,
 )
 
-from .experts import OnDisk, Place, Source, StackedFile, mixture_on_disk
+from .experts import Place, Source, StackedFile
 from .loading import one_tensor_at_a_time, streamed
 from .machine import say
 from .options import as_list
 from .stages import require, stage
+from .stored_experts import OnDisk, Stacked, mixture_on_disk
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
 if TYPE_CHECKING:
@@ -120,7 +123,6 @@ def nf4_roundtrip(
 
 
 # %% ../nbs/10_merge.ipynb #7644d18f
-EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
 
@@ -133,6 +135,8 @@ class Sources:
     names: dict[str, str]  # plain name -> name of the tensor
     plain: dict[str, str]  # name of a tensor -> plain name
     parts: dict[str, Source]  # matrix of one expert -> where it is in a stacked tensor
+    held: dict[str, dict[int, list[str]]]  # stacked tensor -> number of an expert -> its matrices
+    stacked: dict[str, Stacked]  # matrix of one expert -> where it is in the stock model
     adapters: list[Adapter]  # in the order in which they are added
     into: str  # dequantised or original
     rounding: str  # peft or once
@@ -162,8 +166,29 @@ def open_sources(
             _leave_tied(a)
     in_4bit, computed_in = _held_in_4bit(plain_shapes(head, disk), disk, adapters)
     return Sources(
-        files, head, names, plain, parts, adapters, into, rounding, device, in_4bit, computed_in
+        files=files,
+        head=head,
+        names=names,
+        plain=plain,
+        parts=parts,
+        held=_held(parts),
+        stacked=plain_stacked(disk),
+        adapters=adapters,
+        into=into,
+        rounding=rounding,
+        device=device,
+        in_4bit=in_4bit,
+        computed_in=computed_in,
     )
+
+
+def _held(parts: dict[str, Source]) -> dict[str, dict[int, list[str]]]:
+    "Stacked tensor -> number of an expert -> its matrices"
+    held: dict[str, dict[int, list[str]]] = {}
+    for name, (tensor, place) in parts.items():
+        if place and name.endswith(".weight"):
+            held.setdefault(tensor, {}).setdefault(place.at[0], []).append(name)
+    return held
 
 
 def _leave_tied(a: Adapter) -> None:
@@ -181,15 +206,24 @@ def _held_in_4bit(
         if stats.get("quantised") is not None:
             modules = {plain_name(f"{module}.weight") for module in stats["quantised"]}
             return frozenset(modules & shapes.keys()), stats.get("quantised_dtype", "")
-    if disk:
-        return frozenset(map(plain_name, disk.in_4bit)), ""
-    lora = [name for a in adapters for name in a.lora]
-    fused = any(name.rpartition(".")[2] in FUSED_PARAMETERS for name in lora)
-    linear = {name for name, shape in shapes.items() if is_linear(name, shape)}
-    return frozenset(n for n in linear if not (fused and ".experts." in n)), ""
+    if disk is None:
+        return frozenset(name for name, shape in shapes.items() if is_linear(name, shape)), ""
+    in_4bit = frozenset(map(plain_name, disk.in_4bit))
+    stacked = plain_stacked(disk)
+    with_lora = {name for a in adapters for name in a.lora}
+    if any(parameter in with_lora for parameter, *_ in stacked.values()):
+        in_4bit -= stacked.keys()
+    return in_4bit, ""
 
 
 # %% ../nbs/10_merge.ipynb #b7e4461f
+def embedding_of(
+    src: Sources,  # model and adapters
+) -> str:  # plain name
+    "Name of the table with a row for each token"
+    return next(name for name in src.names if is_embedding(name))
+
+
 def weight_dtype(
     src: Sources,  # model and adapters
     name: str,  # plain name
@@ -198,27 +232,8 @@ def weight_dtype(
     import torch
 
     part = src.parts.get(name)
-    tensor = part.tensor if part else src.names.get(name) or src.names[EMBEDDING]
+    tensor = part.tensor if part else src.names.get(name) or src.names[embedding_of(src)]
     return getattr(torch, DTYPES[src.head[tensor]["dtype"]])
-
-
-def _as_trained(src: Sources, name: str, W: Tensor) -> Tensor:
-    "A weight as training saw it; of a stacked tensor each matrix of an expert by itself"
-    if src.into != "dequantised":
-        return W
-    if name in src.in_4bit:
-        return nf4_roundtrip(W, src.computed_in, src.device)
-    for part, place in _held_by(src, name):
-        if part in src.in_4bit:
-            matrix = place.of(W)
-            matrix.copy_(nf4_roundtrip(matrix, src.computed_in, src.device))
-    return W
-
-
-def _held_by(src: Sources, name: str) -> list[tuple[str, Place]]:
-    "The matrices of single experts that a stacked tensor holds, and where"
-    tensor = src.names.get(name)
-    return [(part, at.place) for part, at in src.parts.items() if at.tensor == tensor and at.place]
 
 
 def read_weight(
@@ -227,14 +242,14 @@ def read_weight(
 ) -> Tensor:
     "A weight of the model before any adapter, dequantised where it was in 4 bits"
     if tensor := src.names.get(name):
-        return _as_trained(src, name, load_tensor(src.files, tensor))
-    part = src.parts.get(name)
-    if part and part.place:
+        W = load_tensor(src.files, tensor)
+    elif (part := src.parts.get(name)) and part.place:
         W = StackedFile(src.files[part.tensor]).part(part.tensor, part.place)
-        return _as_trained(src, name, W)
-    if place := fused_place(name):
-        return half_of(read_weight(src, place.parameter)[place.expert], place.half)
-    return read_weight(src, EMBEDDING)  # the head of a model that ties it
+    else:  # the head of a model that ties it
+        return read_weight(src, embedding_of(src))
+    if src.into == "dequantised" and name in src.in_4bit:
+        return nf4_roundtrip(W, src.computed_in, src.device)
+    return W
 
 
 # %% ../nbs/10_merge.ipynb #e41da435
@@ -271,6 +286,15 @@ def _set_rows(a: Adapter, name: str, W: Tensor) -> Tensor:
     return W
 
 
+def pair_of(
+    src: Sources,  # model and adapters
+    a: Adapter,  # one of them
+    name: str,  # plain name
+) -> Pair | None:  # None: it leaves the weight alone
+    "What an adapter adds to a weight, which may be a matrix of a stacked parameter"
+    return a.pair(name, src.stacked.get(name))
+
+
 def add_adapter(
     src: Sources,  # model and adapters
     a: Adapter,  # the one to add
@@ -279,42 +303,43 @@ def add_adapter(
     dtype: torch.dtype,  # of the result
 ) -> Tensor:
     "One adapter added to one weight"
-    if W.ndim == 3:
-        return _add_to_fused(src, a, name, W, dtype)
-    if pair := a.pair(name):
+    if pair := pair_of(src, a, name):
         twice = pair.rounded and src.rounding == "peft"
         W = merge_weight(W, pair.A, pair.B, pair.scale, dtype, twice)
     return _set_rows(a, name, W.to(dtype)) if name in a.rows else W
 
 
-def _add_to_fused(src: Sources, a: Adapter, name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
-    "The same for a checkpoint with fused experts, matrix by matrix"
-    if not any(a.has_pair(matrix) for matrix, _ in _parts_of(src, name, W)):
-        return W
-    W = W.to(dtype, copy=True)
-    for matrix, part in _parts_of(src, name, W):
-        if a.has_pair(matrix):
-            part.copy_(add_adapter(src, a, matrix, part, dtype))
-    return W
-
-
-def _parts_of(src: Sources, name: str, W: Tensor) -> list[tuple[str, Tensor]]:
-    "Each matrix of each expert in a stacked tensor, a view"
-    if held := _held_by(src, name):
-        return [(matrix, place.of(W)) for matrix, place in held]
-    fused = fused_matrices(name, len(W))
-    return [(matrix, half_of(W[expert], half)) for matrix, expert, half in fused]
-
-
 # %% ../nbs/10_merge.ipynb #04658a14
-def merged_tensor(
+class ExpertOf(NamedTuple):
+    "One expert of a tensor that stacks those of a layer"
+
+    tensor: str  # its name in the checkpoint
+    number: int  # of the expert
+
+
+def in_parts(
     src: Sources,  # model and adapters
     tensor: str,  # its name in the checkpoint
+) -> list[str] | list[ExpertOf]:  # for `merged_tensor`, one after another
+    "What a tensor is made of: itself, or its experts"
+    experts = src.held.get(tensor)
+    return [ExpertOf(tensor, number) for number in sorted(experts)] if experts else [tensor]
+
+
+def merged_tensor(
+    src: Sources,  # model and adapters
+    part: str | ExpertOf,  # a tensor's name in the checkpoint, or one expert of a tensor
 ) -> Tensor:
     "One tensor of the merged model"
+    if isinstance(part, ExpertOf):
+        return _merged_expert(src, *part)
+    return _merged(src, src.plain.get(part, part), part)
+
+
+def _merged(src: Sources, name: str, tensor: str) -> Tensor:
+    "One weight of the merged model"
     import torch
 
-    name = src.plain.get(tensor, tensor)
     dtype = weight_dtype(src, name)
     at_work = torch.promote_types(dtype, torch.float32) if src.rounding == "once" else dtype
     W = start_of(src, name)
@@ -328,6 +353,17 @@ def merged_tensor(
     return W
 
 
+def _merged_expert(src: Sources, tensor: str, number: int) -> Tensor:
+    "One expert of a stacked tensor: (1, out, in), or as the file has it"
+    expert = StackedFile(src.files[tensor]).rows(tensor, number, slice(None))
+    for name in src.held[tensor][number]:
+        place = src.parts[name].place
+        assert place is not None
+        within = Place(place.at[1:], place.transposed)
+        within.of(expert).copy_(_merged(src, name, tensor))
+    return expert[None]
+
+
 def merged_specs(
     src: Sources,  # model and adapters
 ) -> list[tuple[str, str, list[int]]]:  # (name, dtype, shape), in the order of the model's shards
@@ -338,7 +374,8 @@ def merged_specs(
         for tensor, entry in src.head.items()
     ]
     new = [name for name in whole if name not in src.names]
-    return specs + [(name, src.head[src.names[EMBEDDING]]["dtype"], whole[name]) for name in new]
+    dtype = src.head[src.names[embedding_of(src)]]["dtype"]
+    return specs + [(name, dtype, whole[name]) for name in new]
 
 
 # %% ../nbs/10_merge.ipynb #1aedb17d
@@ -378,7 +415,7 @@ def without_lora_added(
 ) -> Tensor:
     "A weight before LoRA, with the rows that adapters bring"
     if name == _HEAD and _is_tied(src):
-        name = EMBEDDING
+        name = embedding_of(src)
     W = start_of(src, name)
     for a in adapters_of(src, name):
         if name in a.rows:
@@ -391,7 +428,7 @@ def lora_beside(
     name: str,  # plain name
 ) -> list[tuple[Tensor, Tensor, float]]:  # (A, B, scale) of each adapter
     "LoRA of a weight, not yet added to it"
-    pairs = [a.pair(name) for a in adapters_of(src, name)]
+    pairs = [pair_of(src, a, name) for a in adapters_of(src, name)]
     return [(pair.A, pair.B, pair.scale) for pair in pairs if pair]
 
 
@@ -487,7 +524,7 @@ def merge(
     shard_bytes: int = 5_000_000_000,  # most bytes in a file
     device: str | None = None,  # where to quantise; None: the GPU if there is one
 ):
-    "Add adapters to their model, one tensor in memory at a time"
+    "Add adapters to their model, one tensor in memory at a time, or one expert of a stacked one"
     import torch
     from tqdm import tqdm
 
@@ -503,11 +540,12 @@ def merge(
     require_space(out, total)
     sums: dict[str, str] = {}
     bar = tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=None)
+    made, parts = partial(merged_tensor, src), partial(in_parts, src)
     with one_tensor_at_a_time(), bar:
         for file, held in missing.items():
-            sums[file] = write_tensors(out / file, held, partial(merged_tensor, src), bar.update)
-    embeddings = ("embed_tokens.weight", "wte.weight", "embeddings.weight")
-    n_rows = next(shape[0] for name, _, shape in specs if name.endswith(embeddings))
+            sums[file] = write_tensors(out / file, held, made, bar.update, parts)
+    embedding = src.names[embedding_of(src)]
+    n_rows = next(shape[0] for name, _, shape in specs if name == embedding)
     files = _write_rest(src, folder, out, n_rows)
     stats = dict(
         into=target,

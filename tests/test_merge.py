@@ -358,11 +358,11 @@ def test_rounded_once_at_the_end(typed, tmp_path):
         tensors(run(model, adapters, tmp_path, into="original", rounding="once").path),
         tensors(model),
     )
-    A, B = Adapter(adapters[0]), Adapter(adapters[1])
+    src = open_sources(model, [Adapter(a) for a in adapters], into="original")
     for n in "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.experts.3.w3.weight":
-        want = W[n].double() + sum(
-            s * b.double() @ a.double() for x in (A, B) if (p := x.pair(n)) for a, b, s in [p[:3]]
-        )
+        want = W[n].double()
+        for a, b, scale in lora_beside(src, n):
+            want += scale * b.double() @ a.double()
         ulp = torch.finfo(got[n].dtype).eps
         assert ((got[n].double() - want).abs() <= want.abs() * ulp / 2 + 1e-7).all()
     again = tensors(run(model, adapters, tmp_path, "peft", into="original").path)
