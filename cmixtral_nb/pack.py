@@ -32,6 +32,7 @@ from cmixtral_nb.packing import (
     as_fraction,
     check_pack,
     encode_part,
+    even_rows,
     gather,
     ids_dtype,
     pack_option_faults,
@@ -101,12 +102,13 @@ def positions(
     ids: ndarray,  # (n, length) examples
     bos: int,  # id with which each document starts
     eos: int | None = None,  # id with which each ends, for `document_starts`
+    begins: ndarray | bool = False,  # (n, length) where something else begins within a row
 ) -> ndarray:  # (n, length) int64; 0 at the start of each document and of each example
     "Position of each token in its document. Example: [[7, 1, 8, 9]], bos=1 -> [[0, 0, 1, 2]]"
     import numpy as np
 
     index = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    starts = np.where(document_starts(ids, bos, eos), index, 0)
+    starts = np.where(document_starts(ids, bos, eos) | begins, index, 0)
     return index - np.maximum.accumulate(starts, axis=1)
 
 
@@ -124,7 +126,7 @@ def document_ends(
 
 
 def collate(
-    examples: list[dict],  # with `input_ids`
+    examples: list[dict],  # with `input_ids`; of several lengths: joined, and cut into even rows
     bos: int,  # id with which each document starts
     flash: bool = False,  # for Flash Attention, which does not read positions: add `document_ends`
     eos: int | None = None,  # id with which each ends, for `document_starts`
@@ -133,11 +135,11 @@ def collate(
     import numpy as np
     import torch
 
-    ids = np.stack([np.asarray(e["input_ids"]) for e in examples]).astype(np.int64)
+    ids, begins = even_rows([np.asarray(e["input_ids"]) for e in examples], fill=bos)
     batch = dict(
         input_ids=ids,
-        position_ids=positions(ids, bos, eos),
-        labels=np.where(document_starts(ids, bos, eos), -100, ids),  # the loss leaves out -100
+        position_ids=positions(ids, bos, eos, begins),
+        labels=np.where(document_starts(ids, bos, eos) | begins, -100, ids),  # -100: left out
     )
     made: dict = {name: torch.from_numpy(array) for name, array in batch.items()}
     if flash:

@@ -28,6 +28,7 @@ __all__ = [
     "pack_option_faults",
     "check_pack",
     "ExampleWriter",
+    "even_rows",
 ]
 
 # %% ../nbs/a15_packing.ipynb #90f1f503
@@ -569,13 +570,13 @@ class ExampleWriter:
     def __init__(
         self,
         out: Path,  # folder to make
-        length: int,  # tokens in an example
+        length: int,  # tokens in an example; 0: as many as each has
         dtype: str = "uint16",  # or uint32
         shard_examples: int = 500_000,  # examples in a file, about
     ):
         import pyarrow as pa
 
-        ids_type = pa.list_(getattr(pa, dtype)(), length)
+        ids_type = pa.list_(getattr(pa, dtype)(), length or -1)
         self.out = Path(out)
         self.length = length
         self.dtype = dtype
@@ -592,15 +593,32 @@ class ExampleWriter:
         source: int,  # number of their source
     ) -> None:
         "Add examples of one source"
+        import pyarrow as pa
+
+        self._write(pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), self.length), source)
+
+    def write_uneven(
+        self,
+        examples: list[ndarray],  # of any lengths
+        source: int,  # number of their source
+    ) -> None:
+        "Add examples of one source to a writer without a length"
+        import numpy as np
+        import pyarrow as pa
+
+        ends = np.cumsum([0, *map(len, examples)], dtype=np.int32)
+        flat = np.concatenate(examples).astype(self.dtype)
+        self._write(pa.ListArray.from_arrays(ends, pa.array(flat)), source)
+
+    def _write(self, ids, source: int) -> None:
         import numpy as np
         import pyarrow as pa
 
         if self.n_examples >= self.shard_examples * len(self.files):
             self._next_file()
-        ids = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), self.length)
-        sources = pa.array(np.full(len(block), source, np.uint8))
+        sources = pa.array(np.full(len(ids), source, np.uint8))
         self._file.write_batch(pa.record_batch([ids, sources], schema=self.schema))
-        self.n_examples += len(block)
+        self.n_examples += len(ids)
 
     def _next_file(self) -> None:
         import pyarrow as pa
@@ -621,9 +639,8 @@ class ExampleWriter:
         from datasets import Features, List, Value
 
         self._close()
-        features = Features(
-            input_ids=List(Value(self.dtype), length=self.length), source=Value("uint8")
-        )
+        ids = List(Value(self.dtype), length=self.length or -1)
+        features = Features(input_ids=ids, source=Value("uint8"))
         state: dict[str, Any] = dict(
             _data_files=[dict(filename=name) for name in self.files],
             _fingerprint=key,
@@ -635,3 +652,23 @@ class ExampleWriter:
         )
         write_json(self.out / "dataset_info.json", dict(features=features.to_dict()))
         write_json(self.out / "state.json", state)
+
+
+# %% ../nbs/a15_packing.ipynb #75029abc
+def even_rows(
+    examples: list[ndarray],  # (tokens,) each
+    fill: int,  # id that fills the end
+) -> tuple[ndarray, ndarray]:  # (examples, length) ids; where within a row something else begins
+    "Examples as rows of one length. Example: [1 2 3], [4], fill 0 -> [1 2], [3 4]"
+    import numpy as np
+
+    sizes = [len(ids) for ids in examples]
+    length = -(-sum(sizes) // len(sizes))
+    n_fill = length * len(sizes) - sum(sizes)
+    flat = np.concatenate([*examples, np.full(n_fill, fill)]).astype(np.int64)
+    begins = np.zeros(flat.shape, bool)
+    begins[np.cumsum(sizes)[:-1]] = True
+    begins[sum(sizes) :] = True  # each filling token is alone
+    rows = begins.reshape(-1, length)
+    rows[:, 0] = False  # a row begins there anyway
+    return flat.reshape(-1, length), rows

@@ -220,7 +220,8 @@ def bytes_per_step(
     n_rows = sum(source["n_rows"] for source in sources.values())
     found = {}
     for lang, source in sources.items():
-        n_tokens = n_step * packed["length"] * source["n_rows"] / max(1, n_rows)
+        row_tokens = source.get("row_tokens", packed["length"])  # those of a control are uneven
+        n_tokens = n_step * row_tokens * source["n_rows"] / max(1, n_rows)
         found[lang] = round(n_tokens * source["n_bytes"] / max(1, source["n_tokens"]), 1)
     return found
 

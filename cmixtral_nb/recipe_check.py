@@ -216,7 +216,28 @@ def _idle_faults(recipe: dict) -> list[str]:
         for name in ("pretrain", "sft")
         if recipe.get(name, {}).get("steps") and "epochs" in recipe[name]
     ]
-    return faults
+    return faults + _control_faults(recipe, set(made))
+
+
+def _control_faults(
+    recipe: dict,
+    made: set[str],  # folders of its steps
+) -> list[str]:
+    "Why there can be no control beside the training of a recipe"
+    if "control" not in recipe:
+        return []
+    if "control_adapter" not in made or "adapter" not in made:
+        return [
+            "[control] has no effect: it trains the model from before [init] on the text of "
+            "[pack]; add [base] or [init] model, [init], [pack] and [pretrain], or leave it out"
+        ]
+    chosen = settings("pretrain", recipe)
+    if chosen["rows"] == "new" and not chosen["rank"]:
+        return [
+            '[control] has nothing to train: the model has no new rows, and [pretrain] rows = "new"'
+            ", rank = 0; give a rank, or leave out [control]"
+        ]
+    return []
 
 
 # %% ../nbs/a30b_recipe_check.ipynb #cfac1573

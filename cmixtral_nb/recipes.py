@@ -8,6 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "CHAIN",
+    "CONTROL",
     "STEPS",
     "STAGES",
     "SEVERAL",
@@ -65,24 +66,28 @@ class Step:
     inputs: dict[str, str | list[str]] = field(default_factory=dict)  # parameter -> earlier folders
     fixed: dict[str, Any] = field(default_factory=dict)  # parameter -> value that this place needs
     named: bool = False  # of several steps of a command, the one for a model that its table names
+    also: str = ""  # a second table without which a recipe has no such step
+    unless: str = ""  # a table with which it has none
 
 
 CHAIN = ("base", "model", "adapter", "merged", "chat")  # the models of a run, in order of birth
+CONTROL = "control"  # and the one that is trained on the same text without new pieces
 
 STEPS = [
     # text and tokenizer
+    Step("convert", "convert", "dense"),  # before all that reads the base's tokenizer
     Step("corpus", "corpus", "corpus"),
-    Step("tokenizer", "tokenizer", "pieces", {"corpus": "corpus"}),
-    Step("search", "search", "search", {"pieces": "pieces", "corpus": "corpus"}),
+    Step("tokenizer", "tokenizer", "pieces", {"corpus": "corpus", "base": "dense"}),
+    Step("search", "search", "search", {"pieces": "pieces", "corpus": "corpus", "base": "dense"}),
     Step(
         "vocab",
         "vocab",
         "tokenizer",
-        {"pieces": "pieces", "search": "search", "corpus": "corpus"},
+        {"pieces": "pieces", "search": "search", "corpus": "corpus", "base": "dense"},
     ),
     # a model that knows the new pieces
     Step("base", "base", "base", {"corpus": "corpus"}),
-    Step("upcycle", "upcycle", "base"),
+    Step("upcycle", "upcycle", "base", {"model": "dense"}),
     Step("init", "init", "model", {"model": "base", "tokenizer": "tokenizer"}),
     Step("pack", "pack", "tokens", {"corpus": "corpus", "tokenizer": "tokenizer"}),
     Step(
@@ -90,12 +95,34 @@ STEPS = [
         "pretrain",
         "adapter",
         {"model": "model", "tokens": "tokens", "corpus": "corpus"},
+        named=True,
     ),
     Step("merge", "merge", "merged", {"model": "model", "adapter": "adapter"}, named=True),
+    # the same text without new pieces
+    Step(
+        "control",
+        "control",
+        "control_tokens",
+        {"tokens": "tokens", "tokenizer": "model", "model": "base"},
+    ),
+    Step(
+        "control",
+        "pretrain",
+        "control_adapter",
+        {"model": "base", "tokens": "control_tokens", "corpus": "corpus"},
+        also="control",
+    ),
+    Step(
+        "control",
+        "merge",
+        "control",
+        {"model": "base", "adapter": "control_adapter"},
+        also="control",
+    ),
     # a model that answers
     Step("sft", "sft", "sft", {"model": "merged"}),
     Step("chat", "merge", "chat", {"model": "merged", "adapter": "sft"}),
-    Step("generate", "generate", "samples", {"models": ["base", "merged", "chat"]}),
+    Step("generate", "generate", "samples", {"models": ["base", "merged", "control", "chat"]}),
     # what was gained and what was lost
     Step("evaluate", "evaluate", "evaluation/base", {"model": "base", "corpus": "corpus"}),
     Step(
@@ -113,19 +140,35 @@ STEPS = [
         fixed={"load_in_4bit": True, "tasks": ["bpb"]},
     ),
     Step("evaluate", "evaluate", "evaluation/merged", {"model": "merged", "corpus": "corpus"}),
+    Step(
+        "evaluate",
+        "evaluate",
+        "evaluation/control",
+        {"model": "control", "corpus": "corpus"},
+        also="control",
+    ),
+    Step(
+        "evaluate",
+        "evaluate",
+        "evaluation/control",
+        {"model": "base", "adapter": "control_adapter", "corpus": "corpus"},
+        fixed={"load_in_4bit": True, "tasks": ["bpb"]},
+        also="control",
+        unless="merge",
+    ),
     Step("evaluate", "evaluate", "evaluation/chat", {"model": "chat", "corpus": "corpus"}),
     Step(
         "efficiency",
         "efficiency",
         "efficiency",
-        {"models": ["base", "merged"], "corpus": "corpus"},
+        {"models": ["base", "merged", "control"], "corpus": "corpus"},
     ),
 ]
 
 STAGES = [*dict.fromkeys(step.stage for step in STEPS), "report"]
 
 # commands that stand at several places
-SEVERAL = ("merge", "evaluate")
+SEVERAL = ("pretrain", "merge", "evaluate")
 # a model of the chain -> the table whose key `model` may name one from elsewhere in its place
 ELSEWHERE = {"base": "init", "model": "pretrain", "merged": "sft"}
 
@@ -137,12 +180,14 @@ MODULES = {  # command -> module of the function with its name
     "search": "search",
     "vocab": "vocab",
     "base": "base",
+    "convert": "gguf_models",
     "upcycle": "upcycle",
     "init": "init",
     "pack": "pack",
     "pretrain": "pretrain",
     "merge": "merge",
     "sft": "sft",
+    "control": "control",
     "generate": "generate",
     "evaluate": "evaluate",
     "efficiency": "efficiency",
@@ -357,9 +402,12 @@ def recipe_steps(
     made = set(_models_from_elsewhere(recipe))
     steps = []
     for step in STEPS:
-        if step.command not in recipe:
+        if step.command not in recipe or step.unless in recipe:
             continue
-        if step.command in SEVERAL and not _has_models(step, recipe[step.command], made):
+        if step.also and step.also not in recipe:
+            continue
+        several = step.command in SEVERAL or step.command == "control"
+        if several and not _has_models(step, recipe[step.command], made):
             continue
         steps.append(step)
         made.add(step.folder)
@@ -459,7 +507,16 @@ def arguments(
     known = inspect.signature(command(step.command)).parameters
     derived = _of_languages(step.command, recipe) | _of_model(step.command, recipe)
     given = {**derived, **wired, **table, **step.fixed}
+    if step.also == "control" and step.command == "pretrain":
+        given |= _without_new_rows(given)
     return {name: value for name, value in given.items() if name in known}
+
+
+def _without_new_rows(given: dict[str, Any]) -> dict[str, Any]:
+    "What is different where a model has no new rows: none of them can be trained"
+    if given.get("rows") != "new":
+        return {}
+    return dict(rows="none", n_old=0, rows_steps=0)
 
 
 def settings(
