@@ -15,8 +15,13 @@ extras = {
     if k.endswith("_requirements")
 }
 extras["dev"] = sorted(
-    {req for name, reqs in extras.items() if name not in ("gpu", "flash", "serve") for req in reqs}
-)  # no use without GPUs; compiled for minutes
+    {
+        req
+        for name, reqs in extras.items()
+        if name not in ("gpu", "flash", "serve", "demo")
+        for req in reqs
+    }
+)  # no use without GPUs; compiled for minutes; 98 MB
 
 setup(
     name=cfg["lib_name"],

@@ -160,6 +160,7 @@ GROUPS = {
         "search",
         "vocab",
         "base",
+        "convert",
         "upcycle",
         "init",
         "pack",
