@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "MOST_BYTES",
     "StageError",
+    "Stopped",
     "require",
     "write_text",
     "write_json",
@@ -34,6 +35,10 @@ class StageError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
+
+
+class Stopped(StageError):
+    "The same from a stage that stopped itself; what it has made so far is kept, to go on from"
 
 
 def require(

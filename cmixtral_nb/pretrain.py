@@ -14,7 +14,6 @@ __all__ = [
     "two_rates_trainer",
     "trainer",
     "pretrain",
-    "has_router",
     "weigh_balance",
     "run_to_end",
 ]
@@ -27,6 +26,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmixtral_nb.alarms import (
+    Watch,
+    alarm_callback,
+    gains_of_langs,
+    stop_if_alarmed,
+    watched_langs,
+)
 from cmixtral_nb.pretraining import (
     bits_of_langs,
     check_pretrain,
@@ -54,6 +60,7 @@ from .machine import process_rank, say, world_size
 from .pack import collate, load_examples
 from .placement import device_of
 from .qlora import add_lora
+from .routers import balanced_by, counted_choices, has_router
 from .stages import Artifact, stage
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
@@ -65,11 +72,11 @@ if TYPE_CHECKING:
 
 # %% ../nbs/09_pretrain.ipynb #a9434762
 def router_load(
-    model: PreTrainedModel,  # a Mixtral, with or without an adapter
+    model: PreTrainedModel,  # of any family, with or without an adapter
     tok: PreTrainedTokenizerBase,  # its tokenizer
     texts: list[str],  # what to route
     length: int = 256,  # tokens in a window
-) -> list[list[float]]:  # for each layer the share of each expert; a layer sums to 1
+) -> list[list[float]]:  # of each layer with experts their shares of the choices; they sum to 1
     "Where the router sends the tokens of some texts"
     import torch
 
@@ -77,30 +84,17 @@ def router_load(
     ids = [token for text in encode_plain(tok, texts) for token in (start, *text)]
     was_training = model.training
     model.eval()
-    windows = []
-    for start in range(0, len(ids), length):
-        window = torch.tensor([ids[start : start + length]], device=model.device)
-        with torch.no_grad():
-            windows.append(_expert_counts(model, window))
-    model.train(was_training)
-    counts = torch.stack(windows).sum(0)  # (layers, experts)
-    shares = counts / counts.sum(-1, keepdim=True)
-    return [[round(share, 4) for share in layer] for layer in shares.tolist()]
-
-
-def _expert_counts(model, ids):
-    "How often each expert of each layer is chosen for some tokens: (layers, experts)"
-    import torch
-
-    how = dict(output_router_logits=True, use_cache=False, logits_to_keep=1)
     # As in a step of the Trainer: beside weights in 16 bits norms and LoRA are float32
-    in_16_bits = torch.autocast(ids.device.type, model.dtype, model.dtype != torch.float32)
-    with in_16_bits:
-        layers = model(input_ids=ids, **how).router_logits
-    n_chosen = model.config.num_experts_per_tok
-    n_experts = model.config.num_local_experts
-    chosen = [logits.topk(n_chosen, -1).indices.flatten() for logits in layers]
-    return torch.stack([experts.bincount(minlength=n_experts) for experts in chosen]).cpu()
+    in_16_bits = torch.autocast(model.device.type, model.dtype, model.dtype != torch.float32)
+    with counted_choices(model) as counts, torch.no_grad(), in_16_bits:
+        for first in range(0, len(ids), length):
+            window = torch.tensor([ids[first : first + length]], device=model.device)
+            model(input_ids=window, use_cache=False, logits_to_keep=1)
+    model.train(was_training)
+    return [
+        [round(share, 4) for share in (chosen / chosen.sum()).tolist()]
+        for chosen in counts.values()
+    ]
 
 
 # %% ../nbs/09_pretrain.ipynb #97fc6fe8
@@ -230,7 +224,7 @@ def trainer(
 @stage(
     "adapter",
     inputs=("model", "tokens", "corpus"),
-    ignore=("device",),
+    ignore=("device", "kept", "alarm_bits", "alarm_gain", "stop_on_alarm"),
     resumable=True,
     check=check_pretrain,
     options=pretrain_option_faults,
@@ -259,6 +253,10 @@ def pretrain(
     optim: str = "adamw_torch",  # of transformers; paged_adamw_8bit saves memory on a GPU
     eval_every: int = 500,  # steps between evaluations
     eval_chars: int = 100_000,  # held-out characters of each language an evaluation reads
+    kept: list[str] | None = None,  # languages to keep, which the alarms watch; None: en
+    alarm_bits: float = 0.05,  # alarm where their bits per byte rise by more than this share
+    alarm_gain: float = 0.5,  # or where their in-context gain falls by more than this share
+    stop_on_alarm: bool = False,  # stop there; without it the same command goes on
     save_every: int = 500,  # steps between checkpoints
     log_every: int = 10,  # steps between lines of the log
     attn: str = "sdpa",  # sdpa, eager, flash_attention_2
@@ -275,38 +273,30 @@ def pretrain(
     net = add_lora(net, rank, alpha, dropout, rows, old_rows(model, n_old), seed)
     tok = load_tokenizer(resolve_model(model))
     texts = held_out_texts(tokens, corpus, eval_chars)
+    watch = Watch(watched_langs(kept, texts), alarm_bits, alarm_gain, stop_on_alarm)
     done = ready_checkpoints(out / "checkpoints")
     sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
     span = dict(max_steps=steps or -1, num_train_epochs=epochs, warmup_steps=warmup)
     every = dict(logging_steps=log_every, eval_steps=eval_every, save_steps=save_every)
-    args = training_arguments(
-        out / "checkpoints",
-        device,
-        zero,
-        checkpointing,
-        learning_rate=lr,
-        optim=optim,
-        seed=seed,
-        dataloader_drop_last=True,
-        eval_on_start=not done,
-        **sizes,
-        **span,
-        **every,
-    )
+    more = dict(learning_rate=lr, optim=optim, seed=seed, dataloader_drop_last=True)
+    how = dict(**sizes, **span, **every, **more, eval_on_start=not done)
+    args = training_arguments(out / "checkpoints", device, zero, checkpointing, **how)
     run = trainer(
         net,
         load_examples(tokens).select_columns("input_ids").with_format("numpy"),
         args,
         _batches_of(packed, attn),
         rows_lr=rows_lr or lr,
-        measure=partial(bits_of_langs, net, tok, texts, packed.stats["length"], batch),
+        measure=partial(_measured, net, tok, texts, packed.stats["length"], batch, watch),
         log=out / "log.jsonl",
         rows_steps=rows_steps,
     )
+    run.add_callback(alarm_callback(out / "log.jsonl", watch))
     note = partial(_note_loads, out, net, tok, texts)
     if not done:
         note("before")
     run_to_end(run, done, partial(note, "after"))
+    stop_if_alarmed(run.state.log_history, watch)
     return _results(out, run, net, packed, model)
 
 
@@ -316,11 +306,18 @@ def _batches_of(packed: Artifact, attn: str) -> Callable[[list], dict]:
     return partial(collate, **ends, flash=attn.startswith("flash"))
 
 
-def has_router(
-    model: PreTrainedModel,  # any
-) -> bool:
-    "Whether a router sends each token to some of the experts; a dense model has none"
-    return bool(getattr(model.config, "num_local_experts", 0))
+def _measured(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    texts: dict[str, list[str]],
+    length: int,
+    batch: int,
+    watch: Watch,
+) -> dict[str, float]:
+    "An evaluation: bits per byte of all languages, and the in-context gain of those to be kept"
+    watched = {lang: texts[lang] for lang in watch.langs}
+    bits = bits_of_langs(model, tok, texts, length, batch)
+    return bits | gains_of_langs(model, tok, watched, length, batch)
 
 
 def weigh_balance(
@@ -328,13 +325,22 @@ def weigh_balance(
     aux: float,  # weight of the router's balance in the loss of a step
     accumulation: int,  # batches added up to one step
 ) -> None:
-    "The weight of the router's balance in the loss of a batch"
+    "The weight of the router's balance in the loss of a batch, where the family has such a loss"
     if not has_router(model):
         return
-    model.config.output_router_logits = True
-    # The Trainer adds up the batches of a step; each adds its share of the balance.
-    n_batches = accumulation * world_size()
-    model.router_aux_loss_coef = aux / n_batches
+    balance = balanced_by(model)
+    model.config.output_router_logits = balance == "loss"
+    if balance == "loss":
+        # The Trainer adds up the batches of a step; each adds its share of the balance.
+        n_batches = accumulation * world_size()
+        model.router_aux_loss_coef = aux / n_batches
+    elif aux:
+        reason = "has no balancing loss"
+        if balance == "correction":
+            reason = "is balanced by a correction of its scores, which stays as it is"
+        say(
+            "training", f"the router of {type(model.config).model_type} {reason}; --aux is not used"
+        )
 
 
 def _note_loads(

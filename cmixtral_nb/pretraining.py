@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 from .bits import bits_per_byte
 from .checkpoints import resolve_model
 from .corpora import corpus_texts
+from .loading import attention_faults, model_config
 from .machine import gpu_bytes, process_rank, world_size
 from .manifests import read_manifest
-from .options import at_least, faults_of, range_faults, refuse
+from .options import at_least, between, faults_of, range_faults, refuse
 from .pack import valid_texts
 from .packages import package_faults
 from .plan import plan_faults
@@ -51,7 +52,8 @@ def pretrain_option_faults(
     options = dict(others, rows=rows, steps=steps)
     if not steps:  # else they decide
         options["epochs"] = epochs
-    return range_faults(options, rank=at_least(lowest_rank), n_old=at_least(0))
+    narrower = dict(rank=at_least(lowest_rank), n_old=at_least(0))
+    return range_faults(options, alarm_bits=at_least(0), alarm_gain=between(0, 1), **narrower)
 
 
 def check_pretrain(
@@ -73,6 +75,8 @@ def check_pretrain(
     faults = faults_of(same_tokenizer, tokens, owner, remedy)
     faults += _vocabulary_faults(packed, model, folder)
     faults += _example_faults(packed, options)
+    faults += _family_faults(folder, options)
+    faults += _watch_faults(packed, options)
     faults += wrong
     if not faults:
         faults = _memory_faults(packed, model, folder, device, options)
@@ -98,6 +102,26 @@ def _example_faults(packed: Artifact, options: dict[str, Any]) -> list[str]:
     return [
         f"{packed} has {n_examples:,} examples, a step takes {n_step:,} "
         "(batch × accumulation × devices); lower --batch"
+    ]
+
+
+def _family_faults(folder: Path, options: dict[str, Any]) -> list[str]:
+    "What the family of the model cannot do, of what was asked"
+    if not options["attn"].startswith("flash"):
+        return []
+    faults = faults_of(model_config, folder)
+    return faults or attention_faults(model_config(folder), options["attn"])
+
+
+def _watch_faults(packed: Artifact, options: dict[str, Any]) -> list[str]:
+    "An alarm that is to stop the training needs something to watch"
+    kept = options["kept"] or ["en"]
+    there = packed.stats["sources"]
+    if not options["stop_on_alarm"] or set(kept) & set(there):
+        return []
+    return [
+        f"stop_on_alarm watches {', '.join(kept)}, {packed} has {', '.join(there)}; "
+        "name a language of it with --kept, or pack with --mix ... 0.5:en"
     ]
 
 
@@ -247,6 +271,7 @@ def run_stats(
         bytes_per_step=bytes_per_step(packed.stats, n_step),
         loss=dict(first=losses[0], last=losses[-1]),
         bpb=_bpb_changes(log),
+        alarms=[f"step {line['step']:,}: {line['alarm']}" for line in log if "alarm" in line],
         parameters=parameter_table(model),
         quantised=quantised(model),
         quantised_dtype=str(model.dtype).removeprefix("torch."),

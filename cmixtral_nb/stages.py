@@ -36,6 +36,7 @@ from typing import Any
 
 from cmixtral_nb.files import (
     StageError,
+    Stopped,
     fingerprint,
     read_json,
     require,
@@ -514,7 +515,8 @@ def _write(
         meet()
         return Artifact(out, manifest if first else read_manifest(out))
     except BaseException as e:
-        go_on_later = resumable and not isinstance(e, StageError)
+        is_fault = isinstance(e, StageError) and not isinstance(e, Stopped)
+        go_on_later = resumable and not is_fault
         if first and not go_on_later:
             with suppress(OSError):
                 discard(tmp)

@@ -8,6 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "LOGGED",
+    "MEASURED",
     "write_log",
     "read_log",
     "saved_checkpoints",
@@ -44,6 +45,7 @@ from .adapters import ADAPTER_WEIGHTS
 from .machine import default_dtype, meet, peak_bytes, process_rank, say, world_size
 from .plan import peak_flops
 from .qlora import parameter_table
+from .routers import routed_share
 from .shapes import read_shaped_lines
 from .stages import StageError, require, write_json, write_text
 
@@ -53,8 +55,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 # %% ../nbs/a20_training.ipynb #b93b9ced
-# what the Trainer measures -> its name in the log; names that begin with bpb_ are kept too
-LOGGED = dict(step="step", loss="loss", learning_rate="lr", grad_norm="grad_norm")
+# what the Trainer measures, or an alarm says -> its name in the log
+LOGGED = dict(step="step", loss="loss", learning_rate="lr", grad_norm="grad_norm", alarm="alarm")
+MEASURED = ("bpb_", "gain_")  # names that begin so are kept too
 
 
 def write_log(
@@ -64,7 +67,7 @@ def write_log(
     "One line for each logged step: what was measured, without what a clock says"
     lines = []
     for entry in history:
-        measured = [name for name in sorted(entry) if name.startswith("bpb_")]
+        measured = [name for name in sorted(entry) if name.startswith(MEASURED)]
         line = {
             LOGGED.get(name, name): entry[name] for name in [*LOGGED, *measured] if name in entry
         }
@@ -113,9 +116,7 @@ def flops_per_token(
 
     4 for each weight that a token meets, 2 more where the weight is trained. Embeddings are looked
     up; products of attention and activations that are computed twice are not counted."""
-    config = model.config
-    n_experts = getattr(config, "num_local_experts", 0)
-    share = config.num_experts_per_tok / n_experts if n_experts else 1.0
+    share = routed_share(model)
     total = 0.0
     for row in parameter_table(model):
         part = row["part"]
