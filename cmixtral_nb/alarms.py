@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .bits import windows
-from .files import Stopped
+from .files import StoppedError
 from .languages import language_name
 from .machine import process_rank, say, world_size
 from .tokenizer_files import encode_plain, start_id
@@ -136,7 +136,7 @@ class Watch(NamedTuple):
 
 def alarms(
     log: list[dict],  # lines of a log, or of the history of the Trainer
-    watch: Watch,
+    watch: Watch,  # what is watched
 ) -> list[str]:  # one line for each; empty where nothing is lost
     "What the last evaluation has lost against the first"
     evaluated = [line for line in log if any(name.startswith("bpb_") for name in line)]
@@ -176,7 +176,7 @@ def _lost_gain(first: dict, last: dict, lang: str, watch: Watch) -> str:
 # %% ../nbs/a20e_alarms.ipynb #548d5a03
 def alarm_callback(
     log: Path,  # log.jsonl
-    watch: Watch,
+    watch: Watch,  # what is watched
 ) -> TrainerCallback:
     "Looks at each evaluation, says what is being lost, and asks to stop where that is wanted"
     from transformers import TrainerCallback
@@ -203,9 +203,9 @@ def alarm_callback(
 
 def stop_if_alarmed(
     history: list[dict],  # of the Trainer
-    watch: Watch,
+    watch: Watch,  # what is watched
 ) -> None:
-    "`Stopped` where the last evaluation raised an alarm, if that is wanted"
+    "`StoppedError` where the last evaluation raised an alarm, if that is wanted"
     lines = alarms(history, watch) if watch.stop else []
     if not lines:
         return
@@ -215,7 +215,7 @@ def stop_if_alarmed(
         "the same command without --stop-on-alarm goes on from here"
     )
     faults = [f"stopped at step {step:,}: {line}; {remedy}" for line in lines]
-    raise Stopped(*([] if process_rank() else faults))  # the first process says it
+    raise StoppedError(*([] if process_rank() else faults))  # the first process says it
 
 
 # %% ../nbs/a20e_alarms.ipynb #40cfa717

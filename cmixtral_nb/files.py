@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = [
     "MOST_BYTES",
     "StageError",
-    "Stopped",
+    "StoppedError",
     "require",
     "write_text",
     "write_json",
@@ -37,7 +37,7 @@ class StageError(Exception):
         return "\n".join(map(str, self.args))
 
 
-class Stopped(StageError):
+class StoppedError(StageError):
     "The same from a stage that stopped itself; what it has made so far is kept, to go on from"
 
 

@@ -36,7 +36,7 @@ from typing import Any
 
 from cmixtral_nb.files import (
     StageError,
-    Stopped,
+    StoppedError,
     fingerprint,
     read_json,
     require,
@@ -515,7 +515,7 @@ def _write(
         meet()
         return Artifact(out, manifest if first else read_manifest(out))
     except BaseException as e:
-        is_fault = isinstance(e, StageError) and not isinstance(e, Stopped)
+        is_fault = isinstance(e, StageError) and not isinstance(e, StoppedError)
         go_on_later = resumable and not is_fault
         if first and not go_on_later:
             with suppress(OSError):
