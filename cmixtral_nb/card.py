@@ -90,6 +90,7 @@ class ModelFacts:
     speed: dict[str, list[dict]] = field(default_factory=dict)  # folder -> rows of speed.jsonl
     commands: list[str] = field(default_factory=list)  # that repeat the evaluation
     kind: str = "mixtral"  # model_type of its config.json
+    arms: list[str] = field(default_factory=list)  # sentences about it and the control
 
     @property
     def measured(self) -> list[dict]:
@@ -170,6 +171,18 @@ def _result_section(facts: ModelFacts) -> str:
         "In brackets: 95% intervals.",
     ]
     return "\n\n".join(parts)
+
+
+def _arms_section(facts: ModelFacts) -> str:
+    "Whether the new pieces pay, against the same training without them"
+    if not facts.arms:
+        return ""
+    told = (
+        "The control is the same base without new pieces, trained on the same text in the same "
+        "order."
+    )
+    lines = "\n".join(f"- {plain(line)}" for line in facts.arms)
+    return "\n\n".join(["## With and without new pieces", told, lines])
 
 
 def _promise(script: str, ids_changed: dict[str, dict]) -> str:
@@ -312,6 +325,7 @@ def model_card(
         f"# {plain(facts.name)}",
         facts.about,
         _result_section(facts),
+        _arms_section(facts),
         _vocabulary_section(facts.manifests, facts.ids_changed),
         _data_section(facts.manifests, facts.licences),
         _training_section(facts.manifests, facts.speed),
@@ -324,6 +338,8 @@ def model_card(
 
 # %% ../nbs/a29_card.ipynb #8f9bfb9d
 MODELS = [name for name in CHAIN if name != "adapter"]  # that a card can be about
+
+_TAUGHT = ("merged", "chat")  # those that have learned the new language
 
 # what the models of a run are made of, in order of birth
 _BORN = ["corpus", "tokenizer", "base", "model", "adapter", "merged", "sft", "chat"]
@@ -421,6 +437,7 @@ def card(
         ids_changed=data["vocabulary"].get("ids_changed", {}),
         speed={folder: speed_rows(run / folder) for folder in TRAINED},
         commands=_commands(run, model),
+        arms=data["control"]["sentences"] if data["control"] and model in _TAUGHT else [],
         kind=read_shaped(run / model / "config.json", {"model_type": TEXT})["model_type"],
     )
     file = Path(out or run / "cards" / f"{model}.md")

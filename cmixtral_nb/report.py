@@ -106,7 +106,11 @@ def picture(
 
 
 # %% ../nbs/a26_report.ipynb #ece32683
-TRAINED = {"adapter": "pre-training", "sft": "instruction tuning"}  # folder -> what was done
+TRAINED = {  # folder -> what was done
+    "adapter": "pre-training",
+    "control_adapter": "control, pre-training",
+    "sft": "instruction tuning",
+}
 
 
 def _panels(

@@ -58,7 +58,22 @@ _OF_FOLDER: dict[str, Any] = {  # folder of a stage -> what is shown of its mani
             "chars_per_token?": number(0),
         },
     },
+    "tokens": {"stats": {"length": whole(1), "vocab_size": whole(1)}},
     "adapter": {"stats": {"n_trained_tokens?": whole(), "parameters?": [_PART]}},
+    "control_tokens": {
+        "stats": {
+            "length": whole(1),
+            "vocab_size": whole(1),
+            "sources": {str: {"row_tokens": number(1e-9)}},
+        }
+    },
+    "control_adapter": {
+        "stats": {
+            "n_trained_tokens": whole(1),
+            "steps": whole(1),
+            "bytes_per_step": {str: number(0)},
+        }
+    },
     "merged": {"stats": {"into?": TEXT, "logit_difference?": number(0)}},
     "sft": {
         "params": {"n_translations?": whole()},

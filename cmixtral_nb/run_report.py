@@ -36,6 +36,7 @@ from cmixtral_nb.report import (
     verdict_section,
 )
 
+from .arms import arms_of, arms_section
 from .corpora import corpus_texts
 from .gain import changes, percent, too_few, verdicts
 from .languages import language_name
@@ -43,7 +44,7 @@ from .machine import say, versions
 from .options import faults_of
 from .pieces import base_tokenizer_model
 from .pipeline import run_states
-from .recipes import CHAIN, languages, read_recipe, settings
+from .recipes import CHAIN, CONTROL, languages, read_recipe, settings
 from .results import by_language, load_evaluation
 from .run_files import efficiency_of, log_rows, router_of, run_manifests, sample_rows
 from .shapes import TEXT, read_shaped, visible
@@ -71,10 +72,13 @@ def unchanged(
 
 
 # %% ../nbs/a28_run_report.ipynb #77c5b5ed
+_MODELS = (*CHAIN, CONTROL)  # in the order in which they are shown
+
+
 def _evaluations(out: Path) -> dict[str, dict]:  # model -> what `load_evaluation` gives
     "Each evaluation of a run, the models of the chain first and in order of birth"
     there = [file.parent.name for file in sorted((out / "evaluation").glob("*/results.json"))]
-    names = sorted(there, key=lambda name: CHAIN.index(name) if name in CHAIN else len(CHAIN))
+    names = sorted(there, key=lambda name: _MODELS.index(name) if name in _MODELS else 99)
     return {name: load_evaluation(out / "evaluation" / name) for name in names}
 
 
@@ -119,7 +123,7 @@ def _by_language(
 ) -> dict[str, dict[str, float]]:
     "Example: {'base': {'km': 7.437, 'en': 2.213}}, models in order of birth, languages as given"
     found = {}
-    for model in CHAIN:
+    for model in _MODELS:
         if model in evaluations and "bpb" in evaluations[model]["results"]:
             values = by_language(evaluations[model]["results"], measure)
             order = [lang for lang in dict.fromkeys([*langs, *values]) if lang in values]
@@ -167,7 +171,7 @@ def _gain(bits: dict, density: dict, language: str, kept: list[str]) -> dict[str
 
 
 # %% ../nbs/a28_run_report.ipynb #0942c374
-_LOGGED = ("base", "adapter", "sft")  # folders of the stages that train
+_LOGGED = ("base", "adapter", "control_adapter", "sft")  # folders of the stages that train
 
 
 def _files(out: Path) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def _files(out: Path) -> dict[str, Any]:
     return dict(
         manifests=run_manifests(out),
         evaluations=_evaluations(out),
-        losses={stage: log_rows(out / stage) for stage in _LOGGED},
+        losses={stage: log_rows(out / stage) for stage in _LOGGED if (out / stage).is_dir()},
         router_load=router_of(out / "adapter"),
         samples=sample_rows(out / "samples"),
         efficiency=efficiency_of(out / "efficiency"),
@@ -196,7 +200,7 @@ def _gathered(
         _by_language(evaluations, measure, [language, *kept])
         for measure in ("bits_per_byte", "chars_per_token")
     )
-    chain = {model: found for model, found in evaluations.items() if model in CHAIN}
+    chain = {model: found for model, found in evaluations.items() if model in _MODELS}
     rows = changes(chain) if chain else []
     return dict(
         recipe=recipe["name"],
@@ -221,6 +225,7 @@ def _gathered(
         },
         gain=_gain(bits, density, language, kept),
         verdicts=verdicts(rows),
+        control=arms_of(out, language, kept),
     )
 
 
@@ -241,6 +246,7 @@ NAMES = {  # folder of a model -> what to call it
     "adapter": "after pre-training",
     "merged": "after merge",
     "chat": "chat",
+    CONTROL: "control",
 }
 
 
@@ -279,6 +285,19 @@ def _bits_tile(rows: list[dict], lang: str) -> str:
     return ""
 
 
+def _control_tile(data: dict) -> str:
+    "Bits per byte against the same training without new pieces"
+    if not data.get("control"):
+        return ""
+    language = data["language"]
+    found = data["control"]["text"][language]
+    text = f"bits per byte of {language_name(language)} at equal text, against the control"
+    text += span_text(dict(lower_is_better=True), found)
+    if found["verdict"] == "too few":
+        text += f"; {too_few(found['n'])}"
+    return _tile(percent(found["change"]), text, "evaluation/control")
+
+
 def _ids_tile(vocabulary: dict, lang: str) -> str:
     counted = vocabulary.get("ids_changed", {}).get(lang)
     if not counted:
@@ -297,6 +316,7 @@ def tiles(
         _pieces_tile(data["vocabulary"]),
         _density_tile(data["gain"], language),
         *(_bits_tile(data["changes"], lang) for lang in [language, *kept]),
+        _control_tile(data),
         *(_ids_tile(data["vocabulary"], lang) for lang in kept),
     ]
     return element("div", "".join(parts), class_="tiles")
@@ -427,10 +447,11 @@ def render_report(
 ) -> str:  # one HTML page
     "The report as a page: first what was gained and lost, then how, then what made it"
     rows, langs = data["changes"], [data["language"], *data["kept"]]
-    sources = {model: f"evaluation/{model}" for model in CHAIN}
+    sources = {model: f"evaluation/{model}" for model in _MODELS}
     parts = [
         _lead(data),
         verdict_section(rows, NAMES),
+        arms_section(data.get("control")),
         text_section(rows, NAMES, sources),
         exam_section(rows, NAMES, sources),
         efficiency_section(data["efficiency"], "efficiency"),
@@ -449,7 +470,7 @@ def render_report(
 
 
 # %% ../nbs/a28_run_report.ipynb #26305c15
-_SCHEMA = 2  # of page and data
+_SCHEMA = 3  # of page and data
 
 
 def _made_from(data_file: Path) -> str:

@@ -18,14 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from pathlib import Path
 
 from conftest import MICRO
 
 from cmixtral_nb.pipeline import run_states
-from cmixtral_nb.recipes import STEPS, command
+from cmixtral_nb.recipes import command, recipe_steps
 from cmixtral_nb.stages import Artifact
+
+STEPS = recipe_steps(tomllib.loads(MICRO))
 
 STATUS = {"KILL": -signal.SIGKILL, "TERM": 128 + signal.SIGTERM, "INT": 128 + signal.SIGINT}
 RESUMABLE = ("adapter", "sft", "merged", "chat")  # besides evaluations, which keep their answers

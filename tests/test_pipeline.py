@@ -3,16 +3,18 @@
 import json
 import shutil
 import signal
+import tomllib
 
 import pytest
 from conftest import MICRO, cmixtral
 
 from cmixtral_nb.pipeline import run_states
-from cmixtral_nb.recipes import STAGES, STEPS
+from cmixtral_nb.recipes import STAGES, STEPS, recipe_steps
 from cmixtral_nb.run_report import report_data
 from cmixtral_nb.stages import Artifact
 
-N_STEPS = len(STEPS) - 1  # the base is trained, not upcycled
+OWN = recipe_steps(tomllib.loads(MICRO))
+N_STEPS = len(OWN)
 
 
 def read_json(path):
@@ -22,7 +24,7 @@ def read_json(path):
 def test_all_stages_and_the_report(micro):
     out = micro[0]
     assert {row["state"] for row in run_states(out)} == {"up to date"}
-    for step in STEPS:
+    for step in OWN:
         Artifact.load(out / step.folder, verify=True)
     page = (out / "report.html").read_text()
     assert page.count("<svg") >= 3 and page.count('<img src="data:image/svg') == 1  # the search
