@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from forks import python
 from plain_install import Plain, install
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
@@ -100,14 +101,7 @@ new_tokens = 4
 def cmixtral(*args, cwd=None, env=None, code="", timeout=600):
     "Run the command in a process of its own; `code` runs before it (to inject a fault)"
     run = f"{code}\nimport sys\nfrom cmixtral_nb.commands import main\nsys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", run, *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **(env or {})},
-    )
+    return python(run, *args, cwd=cwd, env=env, timeout=timeout)
 
 
 def small_tokenizer(folder, sentence):

@@ -3,14 +3,12 @@ cells, in an empty folder and against the installed wheel, so that nothing of th
 help it. Figures that it draws must have their axes labelled (run_notebook.py).
 """
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import python
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "nbs").glob("*.ipynb"))
 APPENDICES = [p for p in NOTEBOOKS if re.match(r"a\d", p.stem)]  # run by test_appendices.py
@@ -19,13 +17,7 @@ RUN = Path(__file__).with_name("run_notebook.py")
 
 def run(path, site, folder):
     copy = shutil.copy(path, folder)
-    return subprocess.run(
-        [sys.executable, RUN, copy, site],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(site)},
-    )
+    return python(RUN.read_text(encoding="utf-8"), copy, site, cwd=folder, path=[site])
 
 
 STORIES_AND_PAGES = [path for path in NOTEBOOKS if path not in APPENDICES]

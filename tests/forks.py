@@ -1,0 +1,173 @@
+"""`python -c CODE` in a fraction of the time: each is a fork of one process that has imported
+the large libraries, and never the package itself.
+
+    done = python("import torch; print(torch.__version__)", cwd=folder)
+    done.returncode, done.stdout, done.stderr  # as of subprocess.run
+
+It is a process of its own, with its own folder, arguments, search path and `__main__`, and it
+ends as Python ends. What a library reads from the environment while it is imported was read
+before: a call with other variables, or on a GPU, starts Python as usual.
+"""
+
+import gc
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PRELOADED = [
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "execnb.shell",
+    "matplotlib.pyplot",
+    "peft",
+    "sentencepiece",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
+    "transformers.trainer",
+]
+# a process with threads cannot be forked safely: pyarrow's memory would be swept by one
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+
+
+class ForkServer:
+    "The process that imports once; one request at a time"
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            env={**environment, **ONE_THREAD},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def answer(self, timeout: float | None) -> int | None:
+        "The next number that the server writes, or None if there is none in time"
+        assert self.process.stdout
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            return None
+        line = self.process.stdout.readline()
+        assert line, "the server of forks has ended"
+        return int(line)
+
+    def run(self, request: dict, timeout: float | None) -> int:
+        "Exit status of a fork, as subprocess gives it"
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        pid = self.answer(None)
+        status = self.answer(timeout)
+        if pid is not None and status is None:
+            os.kill(pid, 9)
+            self.answer(None)
+            raise subprocess.TimeoutExpired(request["argv"], timeout or 0)
+        assert status is not None
+        return status
+
+
+_server: list[ForkServer] = []  # of this worker, from its first call on
+
+
+def _environment() -> dict[str, str]:
+    "The variables of this process, without pytest's name of the test"
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+def _fork(request: dict, timeout: float | None) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        status = _server[0].run({**request, "out": str(out), "err": str(err)}, timeout)
+        said = [file.read_text(encoding="utf-8", errors="replace") for file in (out, err)]
+    return subprocess.CompletedProcess(request["argv"], status, *said)
+
+
+def python(
+    code: str,
+    *argv: Any,
+    cwd: Path | str | None = None,
+    path: list[Path] | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float | None = None,
+) -> subprocess.CompletedProcess[str]:
+    "What `python -c CODE ARGV...` does; `path` is its PYTHONPATH"
+    words, folder = ["-c", *map(str, argv)], str(cwd or Path.cwd())
+    of_this_process = _environment()
+    environment = {**of_this_process, **(env or {})}
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    on_a_gpu = environment.get("CMIXTRAL_TEST_GPU") == "1"
+    if not _server and not on_a_gpu:
+        _server.append(ForkServer(of_this_process))
+    if on_a_gpu or env or of_this_process != _server[0].environment:
+        return subprocess.run(
+            [sys.executable, "-c", code, *words[1:]],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            cwd=folder,
+            timeout=timeout,
+            env=environment,
+        )
+    return _fork(dict(code=code, argv=words, cwd=folder, environment=environment), timeout)
+
+
+# ---- the server
+
+
+def _become(request: dict) -> None:
+    "In the fork: folder, streams, arguments, search path and `__main__` of a new Python"
+    streams = [
+        os.open(os.devnull, os.O_RDONLY),
+        os.open(request["out"], os.O_WRONLY | os.O_CREAT),
+        os.open(request["err"], os.O_WRONLY | os.O_CREAT),
+    ]
+    for wanted, stream in enumerate(streams):
+        os.dup2(stream, wanted)
+        os.close(stream)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    found_first = os.environ.get("PYTHONPATH", "")
+    sys.path[:0] = ["", *filter(None, found_first.split(os.pathsep))]
+    sys.argv[:] = request["argv"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    import numpy
+    import torch
+
+    numpy.random.seed()  # else all forks would draw what their server would have drawn;
+    torch.seed()  # `random` does the same by itself
+
+
+def serve() -> dict:
+    "Fork for each request; returns in the forks alone"
+    gc.collect()
+    gc.freeze()  # or each fork looks at every object of the libraries again when it ends
+    n_threads = len(os.listdir("/proc/self/task"))
+    assert n_threads == 1, f"{n_threads} threads: a fork would have half of a process"
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing else is an answer
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            answers.close()
+            return json.loads(line)
+        print(pid, file=answers, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    for name in PRELOADED:
+        __import__(name)
+    asked = serve()
+    _become(asked)
+    exec(compile(asked["code"], "<string>", "exec"), sys.modules["__main__"].__dict__)
