@@ -104,10 +104,22 @@ def pattern_fault(
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     "The value of the first pattern that matches the name of a module, as peft looks it up"
+    on_disk, in_memory = BLOCK_ON_DISK.strip("."), BLOCK_IN_MEMORY.strip(".")
     for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({plain_name(pattern)})", module):
+        own = plain_name(pattern).replace(on_disk, in_memory)
+        if re.fullmatch(rf"(.*\.)?({own})", module):
             return value
     return default
+
+
+def _is_parameter(name: str, targets: list[str]) -> bool:
+    "Whether peft has a weight as a parameter (`target_parameters`), not as a module"
+    return any(f".{name}".endswith(f".{plain_name(target)}") for target in targets)
+
+
+def _key(name: str, targets: list[str]) -> str:
+    "What the patterns of a configuration are compared with: a module's name or a parameter's"
+    return name if _is_parameter(name, targets) else name.removesuffix(".weight")
 
 
 # %% ../nbs/a18_adapters.ipynb #094f3294
@@ -208,6 +220,7 @@ def _lora_shapes(header: dict[str, dict]) -> dict[str, list[int]]:
 def _rank_faults(config: dict[str, Any], header: dict[str, dict]) -> list[str]:
     "Matrices that are none, or that have another rank than the configuration says"
     patterns, r = config.get("rank_pattern") or {}, config.get("r")
+    targets = config.get("target_parameters") or []
     matrices = _lora_shapes(header)
     if flat := [name for name, shape in matrices.items() if len(shape) != 2]:
         return [
@@ -219,7 +232,7 @@ def _rank_faults(config: dict[str, Any], header: dict[str, dict]) -> list[str]:
         module, _, side = plain_name(tensor).removesuffix(".weight").rpartition(".lora_")
         found = n_rows if side == "A" else n_columns
         largest = max(largest, found)
-        rank = _by_pattern(patterns, module, r)
+        rank = _by_pattern(patterns, _key(f"{module}.weight", targets), r)
         if module.endswith(".experts"):  # those of a layer in one matrix, named after its module
             wrong = not patterns and bool(rank) and (not found or found % rank > 0)
         else:
@@ -401,8 +414,7 @@ def _name_wrappers(
     found: AdapterTensors, experts: str, by_depth: dict[int, dict[str, str]], targets: list[str]
 ) -> None:
     "Name the nested wrappers of one layer's experts: the innermost is the first target"
-    leaves = {target.rpartition(".")[2] for target in targets}
-    parameters = [p for p in STACKED_PARAMETERS if p in leaves]
+    parameters = [p for p in STACKED_PARAMETERS if _is_parameter(f"{experts}.{p}", targets)]
     if len(parameters) != len(by_depth):
         for pair in by_depth.values():
             found.strange.extend(pair.values())
@@ -461,9 +473,9 @@ class Adapter:
 
     def rank_alpha(self, name: str) -> tuple[int, float]:  # (r, alpha)
         "Rank and alpha of one weight, with peft's patterns"
-        module = name.removesuffix(".weight")
-        rank = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        key = _key(name, self.targets)
+        rank = _by_pattern(self.config.get("rank_pattern"), key, self.config["r"])
+        alpha = _by_pattern(self.config.get("alpha_pattern"), key, self.config["lora_alpha"])
         return rank, alpha
 
     def scale(self, name: str) -> float:
@@ -479,8 +491,7 @@ class Adapter:
         "What is added to a matrix, which may be one of a stacked parameter; None: nothing"
         if name in self.lora:
             A, B = self._matrices(name)
-            rounded = any(f".{name}".endswith(f".{target}") for target in self.targets)
-            return Pair(A, B, self.scale(name), rounded)
+            return Pair(A, B, self.scale(name), _is_parameter(name, self.targets))
         if stacked is None or stacked.parameter not in self.lora:
             return None
         rank, _ = self.rank_alpha(stacked.parameter)

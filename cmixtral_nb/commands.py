@@ -171,7 +171,17 @@ GROUPS = {
         "evaluate",
         "efficiency",
     ],
-    "Use and read": ["chat", "export", "serve", "page", "compare", "breakeven", "audit", "card"],
+    "Use and read": [
+        "chat",
+        "restack",
+        "export",
+        "serve",
+        "page",
+        "compare",
+        "breakeven",
+        "audit",
+        "card",
+    ],
     "The book": ["docs", "prepare"],
 }
 

@@ -186,6 +186,7 @@ MODULES = {  # command -> module of the function with its name
     "pack": "pack",
     "pretrain": "pretrain",
     "merge": "merge",
+    "restack": "restack",
     "sft": "sft",
     "control": "control",
     "generate": "generate",
@@ -508,15 +509,16 @@ def arguments(
     derived = _of_languages(step.command, recipe) | _of_model(step.command, recipe)
     given = {**derived, **wired, **table, **step.fixed}
     if step.also == "control" and step.command == "pretrain":
-        given |= _without_new_rows(given)
+        given |= _of_control(given)
     return {name: value for name, value in given.items() if name in known}
 
 
-def _without_new_rows(given: dict[str, Any]) -> dict[str, Any]:
-    "What is different where a model has no new rows: none of them can be trained"
-    if given.get("rows") != "new":
-        return {}
-    return dict(rows="none", n_old=0, rows_steps=0)
+def _of_control(given: dict[str, Any]) -> dict[str, Any]:
+    "What is different in the training of the control: no new rows, and it reads all of the text"
+    found: dict[str, Any] = dict(stop_on_alarm=False)
+    if given.get("rows") == "new":
+        found |= dict(rows="none", n_old=0, rows_steps=0)
+    return found
 
 
 def settings(

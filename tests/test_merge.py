@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,10 +16,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_experts import FAMILIES
+from test_experts import logits as family_logits
+from test_experts import saved as saved_family
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
+from cmixtral_nb.adapter_forms import single_form, stacked_form, write_form
 from cmixtral_nb.adapters import Adapter, plain_name, save_adapter
 from cmixtral_nb.checkpoints import INDEX, load_tensor, tensor_files, write_tensors
+from cmixtral_nb.experts import lora_matrices, split_experts
 from cmixtral_nb.loading import load_model, streamed
 from cmixtral_nb.merge import (
     add_adapter,
@@ -32,6 +38,7 @@ from cmixtral_nb.merge import (
 from cmixtral_nb.mixtral import small_config
 from cmixtral_nb.qlora import add_lora
 from cmixtral_nb.stages import Artifact, StageError, input_fingerprint, read_json, write_json
+from cmixtral_nb.stored_experts import mixture_on_disk
 
 module = sys.modules["cmixtral_nb.merge"]
 V = 40
@@ -265,7 +272,7 @@ def peft_adapter(path, out, layout, dtype, seed=1):
 
 def unfused(state):
     "Stock Mixtral's parameters under the names of a checkpoint"
-    out = {}
+    out: dict[str, torch.Tensor] = {}
     for k, t in state.items():
         if k.endswith("experts.gate_up_proj"):
             out |= {
@@ -583,6 +590,85 @@ def test_tokenizer_of_the_adapter_wins(model, tmp_path):
     assert (m / "tokenizer.json").read_text() == '{"new": 1}' and (
         m / "chat_template.jinja"
     ).read_text() == "hi"
+
+
+# every family of mixtures, every form of an adapter, every layout of a checkpoint
+
+
+def learner(family, place):
+    "A family's model with single experts and LoRA on every matrix, and what it answers"
+    folder, stock = saved_family(family, place)
+    net = split_experts(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, target_modules=lora_matrices(net))
+    net = get_peft_model(net, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.1)
+    return folder, stock, net
+
+
+def by_place(folder, state):
+    "Matrices of experts in a state of the stock model, by their plain names; others as they are"
+    disk = mixture_on_disk(folder)
+    assert disk is not None
+    parameters = {at.parameter for at in disk.stacked.values()}
+    own = {name: t for name, t in state.items() if name not in parameters}
+    own |= {n: at.place.of(state[at.parameter]) for n, at in disk.stacked.items()}
+    return {plain_name(name): t for name, t in own.items()}
+
+
+def all_weights(folder):
+    "Every matrix of a model folder, whatever its layout"
+    src = open_sources(folder, [], into="original")
+    held = {name for names in src.held.values() for e in names.values() for name in e}
+    names = {n for n, tensor in src.names.items() if tensor not in src.held} | held
+    return {name: read_weight(src, name) for name in names}
+
+
+def different(found, want):
+    common = found.keys() & want.keys()
+    assert len(common) > len(found) * 0.9  # but for what only one of them stores, as biases in part
+    return [name for name in common if not torch.equal(found[name], want[name])]
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_family_in_any_form(family, families, tmp_path):
+    "Ours, stacked on stock peft, and back; each merged with the bits of peft's own merge"
+    folder, stock, net = learner(family, families)
+    save_adapter(net, tmp_path / "ours")
+    want = family_logits(net)
+    assert (want - stock).abs().max() >= 1
+    disk = mixture_on_disk(folder)
+    assert disk is not None
+    for form in ("stacked", "single"):
+        (tmp_path / form).mkdir()
+    write_form(stacked_form(Adapter(tmp_path / "ours"), disk), tmp_path / "stacked")
+    on_stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as said:
+        on_stock = PeftModel.from_pretrained(on_stock, tmp_path / "stacked").eval()
+    assert not [w for w in said if "missing" in str(w.message)]
+    assert (family_logits(on_stock) - want).abs().max() <= 2e-5
+    write_form(single_form(Adapter(tmp_path / "stacked"), disk), tmp_path / "single")
+    again = load_model(folder, tmp_path / "single", dtype="float32", device="cpu")
+    assert (family_logits(again) - want).abs().max() <= 2e-5
+    merged = {"ours": net, "stacked": on_stock}
+    for form, trained in merged.items():
+        how = dict(into="original", device="cpu", check=form == "stacked")
+        m = merge(folder, tmp_path / form, out=tmp_path / f"merged_{form}", **how)
+        state = trained.merge_and_unload().state_dict()
+        own = by_place(folder, state) if form == "stacked" else state
+        by_peft = {plain_name(name): t for name, t in own.items()}
+        assert not different(all_weights(m.path), by_peft), form
+    found = AutoModelForCausalLM.from_pretrained(m.path, dtype=torch.float32)
+    assert (family_logits(found) - want).abs().max() <= 1e-3
+    assert found.config.model_type == family
 
 
 # shards and resuming
