@@ -19,7 +19,10 @@ __all__ = [
 ]
 
 # %% ../nbs/a13c_gguf.ipynb #f8ebefb0
+import io
 import json
+import sys
+from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .byte_bases import ByteBase, write_byte_tokenizer
 from .checkpoints import require_space
 from .llama_rules import RULES, set_rule
-from .machine import available_bytes, say
+from .machine import available_bytes, quiet, say
 from .options import Range, faults_of, one_of, range_faults, refuse
 from .packages import EXTRAS, require_package
 from .shapes import TEXT, TRUTH, shape_fault, whole
@@ -236,13 +239,16 @@ def _load(path: Path, dtype: str) -> PreTrainedModel:
     # Older releases always dequantise; newer ones may keep weights packed on a GPU
     config_class = getattr(transformers, "GgufConfig", None)
     how = dict(quantization_config=config_class(dequantize=True)) if config_class else {}
-    net = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=getattr(torch, dtype),
-        trust_remote_code=False,
-        **how,
-    )
+    # The bar of dequantising has no switch
+    watched = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    with quiet(), watched:
+        net = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            **how,
+        )
     for name in _OF_THE_FILE:
         if hasattr(net.config, name):
             delattr(net.config, name)
@@ -265,7 +271,8 @@ def convert(
     model = read_gguf(file)
     require_space(out, model.n_params * (4 if dtype == "float32" else 2))
     net = _load(model.path, dtype)
-    net.save_pretrained(out)
+    with quiet():
+        net.save_pretrained(out)
     write_byte_tokenizer(gguf_tokenizer(model.metadata), out, **named_tokens(model.metadata))
     name = model.metadata.get("general.name") or model.path.stem
     say("convert", f"{name}: {net.num_parameters() / 1e6:,.1f}M parameters in {dtype}")
