@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["Stacked", "stacked_matrices", "OnDisk", "mixture_on_disk"]
+__all__ = ["Stacked", "stacked_matrices", "OnDisk", "mixture_on_disk", "mixture_in_memory"]
 
 # %% ../nbs/a12d_stored_experts.ipynb #538352e4
 from pathlib import Path
@@ -21,6 +21,7 @@ from cmixtral_nb.experts import (
     lora_matrices,
     mixture_faults,
     not_in_4bit,
+    single_experts,
 )
 
 from .checkpoints import tensor_shapes
@@ -90,11 +91,32 @@ def mixture_on_disk(
         parts[name] = source
         shapes[name] = layouts[module].shapes[leaf][: 2 if kind == "weight" else 1]
     stacked = stacked_matrices(net, layouts)
-    parameters = {}
-    for parameter, _, across in stacked.values():
-        n_experts, *sizes = net.get_parameter(parameter).shape
-        parameters[parameter] = (n_experts, *(reversed(sizes) if across else sizes))
+    parameters = _parameter_shapes(layouts, stacked)
     return OnDisk(names, parts, shapes, _quantised_names(net, layouts), stacked, parameters)
+
+
+def mixture_in_memory(
+    model: PreTrainedModel,  # with single experts
+) -> OnDisk | None:  # without files; None: no mixture
+    "Where the matrices of a loaded model are in the stock model"
+    layouts = {name: module.layout for name, module in single_experts(model).items()}
+    if not layouts:
+        return None
+    stacked = stacked_matrices(model, layouts)
+    names = {name: name for name in model.state_dict() if name.endswith(".weight")}
+    return OnDisk(names, {}, {}, frozenset(), stacked, _parameter_shapes(layouts, stacked))
+
+
+def _parameter_shapes(
+    layouts: dict[str, Layout], stacked: dict[str, Stacked]
+) -> dict[str, tuple[int, ...]]:
+    "Parameter -> (experts, out, in) as peft has them"
+    shapes = {}
+    for parameter, _, across in stacked.values():
+        module, _, own = parameter.rpartition(".")
+        n_experts, *sizes = layouts[module].shape(own)
+        shapes[parameter] = (n_experts, *(reversed(sizes) if across else sizes))
+    return shapes
 
 
 def _net_of(folder: str | Path) -> PreTrainedModel | None:
