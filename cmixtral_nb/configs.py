@@ -6,7 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["size_faults", "kind_faults", "tensor_faults", "refuse_at", "require_config"]
+__all__ = [
+    "OLD_MIXTRAL",
+    "size_faults",
+    "kind_faults",
+    "tensor_faults",
+    "refuse_at",
+    "require_config",
+]
 
 # %% ../nbs/a11b_configs.ipynb #ac73bfb0
 import re
@@ -84,6 +91,9 @@ def _relation_faults(config: dict[str, Any]) -> list[str]:
 
 
 # %% ../nbs/a11b_configs.ipynb #e1f4f279
+OLD_MIXTRAL = "mixtral_linear"  # model_type of Mixtrals that earlier versions saved in 4 bits
+
+
 _METHODS = ("bitsandbytes", "nf4_experts")  # that we read; the second is that of a12b_experts
 
 
@@ -113,7 +123,7 @@ def kind_faults(
 
     faults = []
     kind, act = config["model_type"], config.get("hidden_act")
-    if kind not in KNOWN and kind != "mixtral_linear":
+    if kind not in KNOWN and kind != OLD_MIXTRAL:
         found = visible(repr(kind), 40)
         faults.append(f"model_type is {found}, expected a causal language model of transformers")
     if act is not None and act not in ACT2FN:
@@ -123,7 +133,7 @@ def kind_faults(
 
 # %% ../nbs/a11b_configs.ipynb #2a3c7351
 _DENSE = ("llama", "mistral", "qwen2", "qwen3")
-_MIXTRAL = ("mixtral", "mixtral_linear")
+_MIXTRAL = ("mixtral", OLD_MIXTRAL)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 

@@ -31,9 +31,8 @@ __all__ = [
     "not_in_4bit",
     "width_faults",
     "experts_quantiser",
+    "load_experts",
     "load_experts_4bit",
-    "OnDisk",
-    "mixture_on_disk",
 ]
 
 # %% ../nbs/a12b_experts.ipynb #ad8101a0
@@ -48,7 +47,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoints import DTYPES, read_header, tensor_files, tensor_shapes
-from .machine import trim_memory
+from .machine import Trimmer
 from .options import refuse
 from .placement import without_memory
 from .stages import StageError, require
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 # %% ../nbs/a12b_experts.ipynb #0b5af39a
@@ -388,6 +388,10 @@ def _single_experts() -> type[nn.Module]:
     class SingleExperts(nn.Module):
         layout: Layout
 
+        def __getitem__(self, number: int) -> nn.Module:
+            "One expert: layer.mlp.experts[3].w1"
+            return self._modules[str(number)]
+
         def forward(self, x, chosen=None, weight=None):
             experts = [partial(self.expert, number) for number in range(self.layout.n_experts)]
             if chosen is None:
@@ -676,13 +680,14 @@ class StackedFile:
 class _Part:
     "A tensor, or one expert's part of it; read when it is indexed"
 
-    def __init__(self, file: StackedFile, whole, source: Source):
-        self.file, self.whole, self.source = file, whole, source
+    def __init__(self, file: StackedFile, whole, source: Source, trimmer: Trimmer):
+        self.file, self.whole, self.source, self.trimmer = file, whole, source, trimmer
 
     def __getitem__(self, index):
-        trim_memory()  # what the last matrix took in 16 bits
+        self.trimmer.trim()  # what the last matrices took in 16 bits
         tensor, place = self.source
         found = self.whole.get_tensor(tensor) if place is None else self.file.part(tensor, place)
+        self.trimmer.count(found.nbytes)
         return found[index]
 
 
@@ -700,18 +705,20 @@ def open_experts(
     except StageError as e:
         raise StageError(*(f"{folder}: {line}" for line in str(e).splitlines())) from None
     shards = {path: StackedFile(path) for path in set(files.values())}
+    trimmer = Trimmer()
     with ExitStack() as stack:
         whole = {
             path: stack.enter_context(safe_open(path, "pt", backend="pread")) for path in shards
         }
         yield {
-            name: _Part(shards[files[source.tensor]], whole[files[source.tensor]], source)
+            name: _Part(shards[files[source.tensor]], whole[files[source.tensor]], source, trimmer)
             for name, source in sources.items()
         }
 
 
 # %% ../nbs/a12b_experts.ipynb #8291d576
 _BLOCK = 64  # weights that share one constant in NF4
+_REAL = 512  # weights in a row, at least, of a model that is no toy
 _ROUTER = re.compile(r"(^|\.)(\w*router|\w*gate)(\.|$)")
 
 
@@ -726,6 +733,11 @@ def _read_past(model: nn.Module) -> set[nn.Module]:
     "Matrices whose weight is read by a fused kernel instead of called: those after Mamba's scan"
     modules = model.modules()
     return {m.out_proj for m in modules if "Mamba" in type(m).__name__ and hasattr(m, "out_proj")}
+
+
+def _held_badly(width: int) -> bool:
+    "Whether NF4 loses a quarter of rows of this width, not a tenth; toys may lose it"
+    return width >= _REAL and width % _BLOCK > 0
 
 
 def lora_matrices(
@@ -752,7 +764,7 @@ def not_in_4bit(
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (name not in wanted or module.in_features % _BLOCK)
+        if isinstance(module, nn.Linear) and (name not in wanted or _held_badly(module.in_features))
     ]
 
 
@@ -765,17 +777,34 @@ def width_faults(
         f"matrices of experts have rows of {width:,} weights, expected a multiple of {_BLOCK}: "
         "4 bits would lose a quarter of them; use load_in_4bit=False"
         for width in sorted(widths)
-        if width % _BLOCK
+        if _held_badly(width)
     ]
 
 
 # %% ../nbs/a12b_experts.ipynb #9f09c7de
 METHOD = "nf4_experts"  # quant_method in config.json
+_UNQUANTISED = "single_experts"  # of a load in 16 bits; never saved
+
+
+def _reading_single(conversions: list, model: PreTrainedModel) -> list:
+    "The rules by which a checkpoint is read, without those that would stack what is single now"
+    from transformers.core_model_loading import WeightConverter
+
+    stacked = [
+        f".{name}.{parameter}"
+        for name, module in single_experts(model).items()
+        for parameter in module.layout.parameters
+    ]
+
+    def stacks(rule) -> bool:
+        targets = [f".{_as_name(target)}" for target in rule._original_target_patterns]
+        return any(name.endswith(target) for name in stacked for target in targets)
+
+    return [c for c in conversions if not (isinstance(c, WeightConverter) and stacks(c))]
 
 
 def _quantiser_class() -> type:
     "bitsandbytes' quantiser, after the experts have become single"
-    from transformers.core_model_loading import WeightConverter
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     class ExpertsQuantiser(Bnb4BitHfQuantizer):
@@ -790,25 +819,39 @@ def _quantiser_class() -> type:
             return names + [re.escape(name) for name in not_in_4bit(model)]
 
         def update_weight_conversions(self, conversions, model):
-            "Without the rules that would stack what is single now"
-            stacked = [
-                f".{name}.{parameter}"
-                for name, module in single_experts(model).items()
-                for parameter in module.layout.parameters
-            ]
-
-            def stacks(rule) -> bool:
-                targets = [f".{_as_name(target)}" for target in rule._original_target_patterns]
-                return any(name.endswith(target) for name in stacked for target in targets)
-
-            kept = [c for c in conversions if not (isinstance(c, WeightConverter) and stacks(c))]
-            return super().update_weight_conversions(kept, model)
+            return super().update_weight_conversions(_reading_single(conversions, model), model)
 
         def _process_model_after_weight_loading(self, model, **how):
             _mark(model)
             return super()._process_model_after_weight_loading(model, **how)
 
     return ExpertsQuantiser
+
+
+def _splitter_class() -> type:
+    "A quantiser that quantises nothing: transformers lets it change a model before weights come"
+    from transformers.quantizers.base import HfQuantizer
+
+    class ExpertsSplitter(HfQuantizer):
+        is_trainable = True
+
+        def is_serializable(self):
+            return True
+
+        def _process_model_before_weight_loading(self, model, **how):
+            _split_all(model)
+
+        def update_weight_conversions(self, conversions, model):
+            return super().update_weight_conversions(_reading_single(conversions, model), model)
+
+        def _process_model_after_weight_loading(self, model, **how):
+            self.remove_quantization_config(model)  # or it would be saved as a quantised one
+            for module in model.modules():
+                if hasattr(module, "config"):
+                    module.config.__dict__.pop("_is_quantized", None)
+            _mark(model)
+
+    return ExpertsSplitter
 
 
 @functools.cache
@@ -833,7 +876,44 @@ def experts_quantiser() -> type[BitsAndBytesConfig]:
     return ExpertsConfig
 
 
+@functools.cache
+def _experts_splitter() -> type[QuantizationConfigMixin]:
+    "Configuration that asks for single experts in 16 bits; registered with transformers"
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(_UNQUANTISED)
+    class SplitConfig(QuantizationConfigMixin):
+        pass
+
+    register_quantizer(_UNQUANTISED)(_splitter_class())
+    return SplitConfig
+
+
 # %% ../nbs/a12b_experts.ipynb #ce8dedea
+def load_experts(
+    folder: str | Path,  # model folder
+    config: PretrainedConfig,  # of a mixture
+    dtype: torch.dtype | str,  # of all parameters; auto: as the configuration has it
+    **how,  # for `from_pretrained`, such as device_map
+) -> PreTrainedModel:
+    "A mixture with single experts that are not quantised"
+    import torch
+
+    net = without_memory(config, torch.float32)
+    refuse(f"{folder}: {fault}" for fault in mixture_faults(net))
+    how |= dict(
+        config=config,
+        quantization_config=_experts_splitter()(_UNQUANTISED),
+        trust_remote_code=False,
+    )
+    with open_experts(folder, net) as checkpoint:
+        if not any(part.source.place for part in checkpoint.values()):  # single on disk, too
+            return type(net).from_pretrained(folder, dtype=dtype, **how)
+        dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
+        return type(net).from_pretrained(None, state_dict=checkpoint, dtype=dtype, **how)
+
+
 def load_experts_4bit(
     folder: str | Path,  # model folder
     config: PretrainedConfig,  # of a mixture
@@ -856,53 +936,3 @@ def load_experts_4bit(
             state_dict=checkpoint,
             **how,
         )
-
-
-# %% ../nbs/a12b_experts.ipynb #1d25a5bc
-class OnDisk(NamedTuple):
-    "A checkpoint of a mixture, by the names that its tensors have in memory"
-
-    names: dict[str, str]  # name in memory -> tensor
-    parts: dict[str, Source]  # matrix or bias of one expert -> where it is in a stacked tensor
-    shapes: dict[str, tuple[int, ...]]  # of the parts
-    in_4bit: frozenset[str]  # weights that `load_experts_4bit` quantises
-
-
-def mixture_on_disk(
-    folder: str | Path,  # model folder
-) -> OnDisk | None:  # None: no mixture, or a Mixtral, of which a18_adapters knows the names
-    "Where the matrices of a mixture lie"
-    import torch
-    from transformers import AutoConfig
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.model_type in ("mixtral", "mixtral_linear"):
-            return None
-        net = without_memory(config, torch.float32)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError):
-        return None  # transformers cannot build it; who loads it will say so
-    layouts = {} if mixture_faults(net) else layouts_of(net)
-    if not layouts:
-        return None
-    tensors = tensor_shapes(folder)
-    rules = get_model_conversion_mapping(net)
-    renaming = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    prefix, in_memory = net.base_model_prefix, net.state_dict()
-    names = {rename_source_key(t, renaming, [], prefix, in_memory)[0]: t for t in tensors}
-    parts, shapes = {}, {}
-    for name, source in expert_sources(net, tensors).items():
-        if source.place is None:
-            continue
-        module, number, leaf, kind = name.rsplit(".", 3)
-        parts[name] = source
-        shapes[name] = layouts[module].shapes[leaf][: 2 if kind == "weight" else 1]
-    return OnDisk(names, parts, shapes, _quantised_names(net))
-
-
-def _quantised_names(net: PreTrainedModel) -> frozenset[str]:
-    "Weights that are held in 4 bits once a model is loaded so"
-    kept = {*not_in_4bit(split_experts(net))}
-    return frozenset(f"{name}.weight" for name in lora_matrices(net) if name not in kept)

@@ -10,6 +10,7 @@ __all__ = [
     "model_config",
     "nf4_config",
     "load_model",
+    "attention_faults",
     "save_4bit",
     "save_stock",
     "streamed",
@@ -35,9 +36,11 @@ from cmixtral_nb.adapters import (
     trained_on,
 )
 from cmixtral_nb.experts import (
+    METHOD,
     experts_quantiser,
     is_router,
     join_experts,
+    load_experts,
     load_experts_4bit,
     mixture_faults,
     single_experts,
@@ -46,14 +49,15 @@ from cmixtral_nb.experts import (
 )
 
 from .checkpoints import resolve_model, tensor_files, tensor_shapes
-from .configs import kind_faults, refuse_at, require_config
+from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from .machine import default_dtype, quiet, trim_memory
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import refuse
 from .placement import device_map, device_of, without_memory
-from .qlora import expert_bytes, mixtral_linear, ready_to_train
+from .qlora import expert_bytes, ready_to_train
+from .routers import routers_in_own_precision
 from .shapes import read_shaped, visible
-from .stages import StageError, input_fingerprint, read_json, require, write_json
+from .stages import StageError, input_fingerprint, require
 
 if TYPE_CHECKING:
     import torch
@@ -66,32 +70,41 @@ if TYPE_CHECKING:
 def model_config(
     folder: str | Path,  # model folder
 ) -> PretrainedConfig:
-    "Checked configuration; that of a Mixtral asks for one `nn.Linear` per expert matrix"
-    config_class, model_class = mixtral_linear()  # transformers knows the type from now on
-    experts_quantiser()  # and the way in which a mixture is saved in 4 bits
-    config = _checked_config(Path(folder))
-    if config.model_type != "mixtral":
-        return config
-    changes = dict(model_type="mixtral_linear", architectures=[model_class.__name__])
-    return config_class.from_dict(config.to_dict() | changes)
-
-
-def _checked_config(folder: Path) -> PretrainedConfig:
-    "As transformers reads it, with the values that it adds; compared with the weights beside it"
-    from transformers import AutoConfig
-
-    path = folder / "config.json"
-    shapes = tensor_shapes(folder) if any(folder.glob("*.safetensors")) else {}
+    "Configuration as transformers reads it, with the values that it adds; checked"
+    path = Path(folder) / "config.json"
+    shapes = tensor_shapes(folder) if any(Path(folder).glob("*.safetensors")) else {}
     found = read_shaped(path, {})
     require_config(path, found, {})
     refuse_at(path, kind_faults(found))
+    experts_quantiser()  # transformers knows from now on how mixtures are saved in 4 bits
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _read_config(Path(folder), found)
     except Exception as e:  # of its own checks, whatever they raise
         raise StageError(f"{path}: {_in_short(e, 200)}") from None
     if shapes:
         require_config(path, json.loads(config.to_json_string(use_diff=False)), shapes)
+    if any(_EXPERT_IN_4BIT.search(name) for name in shapes):
+        config.quantization_config = _for_single_experts(config.quantization_config)
     return config
+
+
+_EXPERT_IN_4BIT = re.compile(r"\.experts\.\d+\.\w+\.weight\.absmax$")
+
+
+def _read_config(folder: Path, found: dict) -> PretrainedConfig:
+    "By transformers; one of an earlier version of this package under the name it has now"
+    from transformers import AutoConfig, MixtralConfig
+
+    if found["model_type"] != OLD_MIXTRAL:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    changes = dict(model_type="mixtral", architectures=["MixtralForCausalLM"])
+    return MixtralConfig.from_dict(found | changes)
+
+
+def _for_single_experts(settings: dict) -> dict:
+    "bitsandbytes' settings, for the quantiser that makes experts single"
+    kept = {key: value for key, value in settings.items() if not key.lstrip("_").startswith("load")}
+    return kept | {"quant_method": METHOD}
 
 
 def _in_short(error: Exception, length: int) -> str:
@@ -130,14 +143,10 @@ def _load_quantised(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype, **how
 ) -> PreTrainedModel:
     "A model whose matrices are read and quantised one by one, never two in 16 bits in memory"
-    from transformers import GenerationConfig
-
     net = without_memory(config, dtype)
     mixture = bool(stacked_experts(net) or mixture_faults(net))
     load = load_experts_4bit if mixture else _load_linear_4bit
     model = load(folder, config, dtype, **how)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     trim_memory()
     return model
 
@@ -298,6 +307,7 @@ def _prepare_frozen(model: PreTrainedModel) -> None:
     for name, p in model.named_parameters():
         if p.is_floating_point() and (name.endswith("norm.weight") or is_router(name)):
             p.data = p.data.float()
+    routers_in_own_precision(model)
     model.config.use_cache = False
 
 
@@ -339,23 +349,39 @@ def load_model(
     return model if adapter_folder is None else _put_adapter(model, adapter_folder, trainable)
 
 
+def attention_faults(
+    config: PretrainedConfig,  # of a causal language model
+    asked: str,  # sdpa, eager, flash_attention_2
+) -> list[str]:  # one line, or none
+    "Whether Flash Attention is asked of a family that it cannot serve (gpt-oss, Llama 4)"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    known = kind._compatible_flash_implementations or [asked]  # kernels of its own, on the hub
+    if not asked.startswith("flash") or (kind._supports_flash_attn and asked in known):
+        return []
+    family = type(config).model_type
+    return [f'attn = "{asked}": {family} cannot be computed so; use attn = "sdpa"']
+
+
 def _attention(config: PretrainedConfig, asked: str) -> str:
     "sdpa is the default; a model that cannot (gpt-oss) is computed step by step"
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    refuse(attention_faults(config, asked))
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "eager" if asked == "sdpa" and not kind._supports_sdpa else asked
 
 
 def _built(folder: Path, path: str | Path, load_in_4bit: bool, how: dict) -> PreTrainedModel:
     "The model with its weights; whatever transformers raises on the way is told on one line"
-    from transformers import AutoModelForCausalLM
+    from transformers import GenerationConfig
 
     try:
-        if load_in_4bit:
-            return _load_quantised(folder, **how)
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **how)
-        return model if mixture_faults(model) else split_experts(model)
+        model = _load_quantised(folder, **how) if load_in_4bit else _load_whole(folder, **how)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
     except (StageError, MemoryError):
         raise
     except Exception as e:  # a file that cannot be read, a package that lacks, a key too few, ...
@@ -363,6 +389,27 @@ def _built(folder: Path, path: str | Path, load_in_4bit: bool, how: dict) -> Pre
         if "out of memory" in reason:
             reason = "not enough memory; use load_in_4bit=True, or device auto with several GPUs"
         raise StageError(f"{path} cannot be loaded: {reason}") from e
+
+
+def _load_whole(folder: Path, config: PretrainedConfig, **how) -> PreTrainedModel:
+    "A model as it is stored; the experts of a mixture become single where they can"
+    from transformers import AutoModelForCausalLM
+
+    if _is_stacked(config):
+        return load_experts(folder, config, **how)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, config=config, trust_remote_code=False, **how
+    )
+
+
+def _is_stacked(config: PretrainedConfig) -> bool:
+    "Whether a model has stacked experts that can be made single, and is not stored quantised"
+    import torch
+
+    if getattr(config, "quantization_config", None):
+        return False
+    net = without_memory(config, torch.float32)
+    return bool(stacked_experts(net)) and not mixture_faults(net)
 
 
 def _adapter_for(adapter: str | Path, model: str | Path) -> Path:
@@ -402,11 +449,6 @@ def save_stock(
         model.save_pretrained(str(out))
     if mixture:
         split_experts(model)
-    path = Path(out) / "config.json"
-    config = read_json(path)
-    if config["model_type"] == "mixtral_linear":
-        config.update(model_type="mixtral", architectures=["MixtralForCausalLM"])
-        write_json(path, config)
 
 
 # %% ../nbs/a17_loading.ipynb #097e614b

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
-    "ATTENTION",
     "expert_bytes",
     "quantised",
     "without_lora",
-    "mixtral_linear",
     "ready_to_train",
     "add_lora",
     "parameter_table",
@@ -24,9 +22,8 @@ import weakref
 from typing import TYPE_CHECKING
 
 from .bits import without_logits
-from .experts import cast_once, lora_matrices, route
+from .experts import cast_once, lora_matrices
 from .machine import quiet
-from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK, EXPERT_MATRICES
 from .options import range_faults, refuse
 from .stages import StageError
 
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora.layer import LoraVariant
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 # %% ../nbs/08_qlora.ipynb #f912aef1
@@ -103,72 +100,9 @@ def without_lora(
     return bare + fused
 
 
-# %% ../nbs/08_qlora.ipynb #34758196
-def _experts_class() -> type[nn.ModuleList]:
-    "The experts of one layer, each of three `nn.Linear` named as in the checkpoints"
-    from torch import nn
-    from transformers.activations import ACT2FN
-
-    class Expert(nn.Module):
-        def __init__(self, config):
-            super().__init__()
-            width, inner = config.hidden_size, config.intermediate_size
-            self.w1 = nn.Linear(width, inner, bias=False)  # gate
-            self.w2 = nn.Linear(inner, width, bias=False)  # down
-            self.w3 = nn.Linear(width, inner, bias=False)  # up
-            self.act = ACT2FN[config.hidden_act]
-
-        def forward(self, x):
-            return self.w2(self.act(self.w1(x)) * self.w3(x))
-
-    class Experts(nn.ModuleList):
-        def __init__(self, config):
-            super().__init__(Expert(config) for _ in range(config.num_local_experts))
-
-        def forward(self, x, chosen, weight):
-            return route(self, x, chosen, weight, self.training)
-
-    return Experts
-
-
-# %% ../nbs/08_qlora.ipynb #ca075543
-@functools.cache
-def mixtral_linear() -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    "Classes of configuration and model of a Mixtral with one `nn.Linear` per expert matrix"
-    from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    experts_class = _experts_class()
-
-    class MixtralLinearConfig(MixtralConfig):
-        model_type = "mixtral_linear"
-
-    class MixtralLinearForCausalLM(MixtralForCausalLM):
-        config_class = MixtralLinearConfig
-
-        def __init__(self, config):
-            super().__init__(config)
-            for layer in self.model.layers:
-                layer.mlp.experts = experts_class(config)
-            self.post_init()
-
-    AutoConfig.register("mixtral_linear", MixtralLinearConfig, exist_ok=True)
-    AutoModelForCausalLM.register(MixtralLinearConfig, MixtralLinearForCausalLM, exist_ok=True)
-    register_checkpoint_conversion_mapping(
-        "mixtral_linear", [WeightRenaming(BLOCK_ON_DISK, BLOCK_IN_MEMORY)], overwrite=True
-    )
-    return MixtralLinearConfig, MixtralLinearForCausalLM
-
-
 # %% ../nbs/08_qlora.ipynb #7e094c0f
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
 def _lora_targets(model: PreTrainedModel) -> list[str]:
-    "Attention and every expert matrix; of others every linear layer but head and routers"
-    if model.config.model_type == "mixtral_linear":
-        return [*ATTENTION, *EXPERT_MATRICES]
+    "Last names of every linear layer but head and routers: attention, each expert matrix"
     return sorted({name.rpartition(".")[2] for name in lora_matrices(model)})
 
 

@@ -23,9 +23,8 @@ def load_alone(how: str, folder: str) -> None:
 
     from cmixtral_nb.loading import load_model
     from cmixtral_nb.machine import peak_bytes, reset_peak
-    from cmixtral_nb.qlora import expert_bytes, mixtral_linear
+    from cmixtral_nb.qlora import expert_bytes
 
-    mixtral_linear()
     reset_peak()
     before = peak_bytes()
     if how == "ours":

@@ -444,8 +444,8 @@ def test_gate_and_up_in_a_tensor_each(monkeypatch):
         ("olmoe", dict(num_experts=8), r"the weights lack 24 matrices of experts, such as .*\.4\."),
         ("granitemoe", dict(num_local_experts=8), "is 4 x 64 x 64, the configuration says 8 x"),
         ("gpt_oss", dict(intermediate_size=128), "gate_up_proj is 4 x 64 x 128, the config"),
-        ("qwen3_moe", dict(moe_intermediate_size=96), "rows of 96 weights, expected a multiple"),
-        ("nemotron_h", dict(hidden_size=96), "rows of 96 weights, expected a multiple of 64"),
+        ("qwen3_moe", dict(moe_intermediate_size=600), "rows of 600 weights, expected a multiple"),
+        ("nemotron_h", dict(hidden_size=1000), "rows of 1,000 weights, expected a multiple of"),
     ],
 )
 def test_a_checkpoint_that_contradicts_its_configuration(family, changes, message, place):

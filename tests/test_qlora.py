@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cmixtral_nb.adapters import require_adapter, save_adapter
+from cmixtral_nb.experts import METHOD, experts_quantiser
 from cmixtral_nb.loading import load_model, save_4bit
 from cmixtral_nb.merge import merge
 from cmixtral_nb.mixtral import small_config
@@ -86,16 +87,12 @@ def test_4_bits_read_one_by_one_are_those_of_the_stock_loader(here, tmp_path):
 
     from transformers import AutoModelForCausalLM
 
-    from cmixtral_nb.loading import model_config, nf4_config
-
+    nf4 = experts_quantiser()(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = shutil.copytree(here / "model", tmp_path / "model")
     write_json(model / "generation_config.json", dict(eos_token_id=[2, 7], top_p=0.5))
     got = load_model(model, load_in_4bit=True, dtype="bfloat16")
     want = AutoModelForCausalLM.from_pretrained(
-        model,
-        config=model_config(model),
-        dtype=torch.bfloat16,
-        quantization_config=nf4_config(torch.bfloat16),
+        model, dtype=torch.bfloat16, quantization_config=nf4
     )
     a, b = got.state_dict(), want.state_dict()
     assert a.keys() == b.keys() and all(
@@ -306,6 +303,32 @@ print(expert_bytes(load_model(sys.argv[1], device="cpu"))["bytes"])
     run = [sys.executable, "-c", code, tmp_path / "four"]
     out = subprocess.run(run, capture_output=True, text=True, check=True)
     assert int(out.stdout) == expert_bytes(m)["bytes"]
+
+
+BY_BITSANDBYTES = dict(load_in_4bit=True, _load_in_4bit=True, quant_method="bitsandbytes")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(model_type="mixtral_linear", architectures=["MixtralLinearForCausalLM"]),
+        dict(architectures=["MixtralForCausalLM"]),
+    ],
+    ids=["by an earlier version of this package", "by transformers 4"],
+)
+def test_4bit_checkpoints_of_others_are_read(here, tmp_path, changes):
+    "Their experts are single, too; only the configuration says it in other words"
+    m = load_model(here / "model", load_in_4bit=True)
+    save_4bit(m, tmp_path / "four")
+    config = json.loads((tmp_path / "four/config.json").read_text())
+    assert config["model_type"] == "mixtral"
+    assert config["quantization_config"]["quant_method"] == METHOD
+    config["quantization_config"] |= BY_BITSANDBYTES
+    write_json(tmp_path / "four/config.json", config | changes)
+    again = load_model(tmp_path / "four")
+    assert quantised(again) == quantised(m) and expert_bytes(again) == expert_bytes(m)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, m(IDS).logits)
 
 
 @pytest.mark.parametrize("naming", [".block_sparse_moe.", ".mlp."])
