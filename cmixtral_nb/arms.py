@@ -20,6 +20,7 @@ __all__ = [
     "speed_ratio",
     "arms_of",
     "sentences",
+    "pilot_text",
     "arms_figure",
     "arms_section",
 ]
@@ -29,10 +30,21 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .breakeven import crossings, fit_curves, in_words, judge, pair_faults, read_arm
+from cmixtral_nb.breakeven import (
+    Forecast,
+    crossings,
+    fit_curves,
+    forecast,
+    in_words,
+    judge,
+    megabytes,
+    pair_faults,
+    read_arm,
+)
+
 from .gain import change, percent, too_few, value_of, verdict
 from .languages import language_name
-from .options import faults_of
+from .options import faults_of, refuse
 from .plan import step_flops
 from .report import Cell, element, number_cell, section, svg, table
 from .results import by_language, load_evaluation, measures
@@ -435,6 +447,43 @@ def _writing_sentence(found: dict) -> str:
     return (
         f"the extended model writes {found['extended']:.1f} characters a second, the control "
         f"{found['control']:.1f}: {found['ratio']:.2f} times as many{span}"
+    )
+
+
+# %% ../nbs/a27d_arms.ipynb #ff026bd0
+_FARTHEST = 10  # times the text of the pilot
+
+
+def pilot_text(
+    run: Path,  # folder of a run with a control, and evaluations along its trainings
+    language: str,  # the new one, code
+    n_bytes: float,  # of its text that will be read; 0: not known
+) -> str:  # one line; `StageError` where the pilot cannot say
+    "What a small run says about a large one"
+    folders = [Path(run) / folder for folder in ARMS.values()]
+    arms = [read_arm(folder, language) for folder in folders]
+    refuse(pair_faults(*folders))
+    budget = float(min(arm.read.max() for arm in arms))
+    extended, control = (fit_curves(*arm) for arm in arms)
+    crossing = in_words(judge(crossings(extended, control, budget)), budget)
+    told = f"by the pilot {run}, which read {megabytes(budget)} of {language_name(language)}: "
+    if not n_bytes:
+        return told + crossing
+    if n_bytes > _FARTHEST * budget:
+        return f"{told}{crossing}; {megabytes(n_bytes)} is too far to say more"
+    return f"{told}{_expected(forecast(extended, control, n_bytes), n_bytes)}; {crossing}"
+
+
+def _expected(found: Forecast, n_bytes: float) -> str:
+    word = "it is undecided"
+    if found.high < 0:
+        word = "extension pays"
+    elif found.low > 0:
+        word = "extension costs"
+    low, middle, high = (percent(end, found.middle) for end in found)
+    return (
+        f"{word} at {megabytes(n_bytes)}: {middle} bits per byte against the control "
+        f"(90%: {low} to {high})"
     )
 
 

@@ -13,6 +13,9 @@ __all__ = [
     "Verdict",
     "judge",
     "in_words",
+    "Forecast",
+    "forecast",
+    "megabytes",
     "Arm",
     "read_arm",
     "pair_faults",
@@ -132,11 +135,6 @@ class Verdict(NamedTuple):
     share: float  # of the draws that cross by then
 
 
-def _megabytes(n_bytes: float) -> str:
-    "Example: _megabytes(360_000) -> '0.36 MB'"
-    return f"{n_bytes / 1e6:.3g} MB"
-
-
 def judge(
     found: np.ndarray,  # (draws,) bytes, from `crossings`
 ) -> Verdict:
@@ -155,18 +153,48 @@ def in_words(
     times: float = 10,  # how far was looked, in budgets
 ) -> str:
     "The verdict as one line"
-    end = _megabytes(times * budget)
+    end = megabytes(times * budget)
     if v.verdict == "pays" and v.high == 0:
         return "extension pays: fewer bits per byte from the start"
     if v.verdict == "pays":
-        where = f"(90%: {_megabytes(v.low)} to {_megabytes(v.high)})"
-        return f"extension pays: the curves cross at about {_megabytes(v.middle)} {where}"
+        where = f"(90%: {megabytes(v.low)} to {megabytes(v.high)})"
+        return f"extension pays: the curves cross at about {megabytes(v.middle)} {where}"
     if v.verdict == "does not pay":
         return f"extension does not pay in bits per byte: the curves do not cross within {end}"
     return (
         f"undecided: with a probability of {v.share:.0%} the curves cross within {end}, "
-        f"not before {_megabytes(v.low)} (95%); train longer, or evaluate more often"
+        f"not before {megabytes(v.low)} (95%); train longer, or evaluate more often"
     )
+
+
+# %% ../nbs/a27b_breakeven.ipynb #e8cfb0d6
+class Forecast(NamedTuple):
+    "Bits per byte of the extended arm at a budget, against the control: 0.02 is 2% more"
+
+    low: float  # end of the 90% interval
+    middle: float  # median
+    high: float
+
+
+def forecast(
+    extended: Curves,  # of the model with new pieces
+    control: Curves,  # of the same model without
+    n_bytes: float,  # of text to read
+) -> Forecast:
+    "What to expect after so much text"
+    import numpy as np
+
+    n = min(len(extended.floor), len(control.floor))
+    place = np.array([n_bytes])
+    ratio = extended.at(place)[:n, 0] / control.at(place)[:n, 0] - 1
+    return Forecast(*(float(np.quantile(ratio, q)) for q in (_LOW, 0.5, _HIGH)))
+
+
+def megabytes(
+    n_bytes: float,
+) -> str:
+    "Example: megabytes(360_000) -> '0.36 MB'"
+    return f"{n_bytes / 1e6:.3g} MB"
 
 
 # %% ../nbs/a27b_breakeven.ipynb #9f05bb37
@@ -307,7 +335,7 @@ def breakeven(
         say(
             "breakeven",
             f"{name}: {first:.3f} bits per byte at birth, {last:.3f} after "
-            f"{_megabytes(float(arm.read[-1]))} of {lang}, {len(arm.read)} evaluations",
+            f"{megabytes(float(arm.read[-1]))} of {lang}, {len(arm.read)} evaluations",
         )
     told = in_words(v, budget, times)
     say("breakeven", told)

@@ -6,7 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["is_evaluation", "unlike", "comparison_page", "compare"]
+__all__ = [
+    "is_evaluation",
+    "unlike",
+    "control_rows",
+    "control_section",
+    "comparison_page",
+    "compare",
+]
 
 # %% ../nbs/a27_compare.ipynb #35d7b529
 from collections.abc import Iterable
@@ -21,7 +28,9 @@ from cmixtral_nb.report import (
     page,
     sample_section,
     sampling_text,
+    section,
     text_section,
+    verdict_list,
     verdict_section,
 )
 
@@ -80,8 +89,9 @@ def _refs(models: list[str]) -> dict[str, str]:
 def unlike(
     evaluations: dict[str, str | Path],  # name -> evaluation folder or file
 ) -> list[str]:  # such as "length: base 64, new 32"
-    "What was asked differently"
-    configs = {name: load_evaluation(ref)["config"] for name, ref in evaluations.items()}
+    "What was asked differently, and text that not all have read"
+    loaded = {name: load_evaluation(ref) for name, ref in evaluations.items()}
+    configs = {name: found["config"] for name, found in loaded.items()}
     told = []
     for option in ("shots", "limit", "chat", "length", "n_chars"):
         asked = {
@@ -89,6 +99,28 @@ def unlike(
         }
         if len(set(asked.values())) > 1:
             told.append(f"{option}: " + ", ".join(f"{n} {value}" for n, value in asked.items()))
+    return told + _other_text({name: found["documents"] for name, found in loaded.items()})
+
+
+def _other_text(documents: dict[str, list[dict]]) -> list[str]:
+    "Languages whose documents are not the same, each of the same bytes, in all evaluations"
+    told = []
+    langs = dict.fromkeys(doc["lang"] for docs in documents.values() for doc in docs)
+    for lang in langs:
+        read = {
+            name: {
+                (doc["domain"], doc["id"]): doc["n_bytes"] for doc in docs if doc["lang"] == lang
+            }
+            for name, docs in documents.items()
+        }
+        measured = {name: sizes for name, sizes in read.items() if sizes}
+        first = next(iter(measured.values()))
+        if any(sizes != first for sizes in measured.values()):
+            sizes_text = ", ".join(
+                f"{name} {sum(sizes.values()):,} bytes in {len(sizes):,} documents"
+                for name, sizes in measured.items()
+            )
+            told.append(f"text in {visible(lang)}: {sizes_text}")
     return told
 
 
@@ -111,10 +143,34 @@ def _warnings(evaluations: dict[str, str | Path]) -> str:
     return warning + element("ul", "".join(items))
 
 
+def control_rows(
+    evaluations: dict[str, str | Path],  # name -> evaluation folder or file; the first is the base
+    control: str,  # name of the one that was trained on the same text without new pieces
+) -> list[dict]:  # of `changes`: the others against the control; empty where there is none
+    "The models that were trained, against the one without new pieces"
+    if not control:
+        return []
+    base = next(iter(evaluations))
+    others = {name: ref for name, ref in evaluations.items() if name not in (base, control)}
+    return changes({control: evaluations[control], **others})
+
+
+def control_section(
+    rows: list[dict] | None,  # from `control_rows`
+) -> str:  # HTML; empty where there is no control
+    "What new pieces have brought beyond training alone"
+    if not rows:
+        return ""
+    control = next(iter(rows[0]["models"]))
+    told = f"{control} is the same model trained on the same text without new pieces."
+    return section("Does extension pay?", element("p", escape(told)), verdict_list(rows))
+
+
 def comparison_page(
     evaluations: dict[str, str | Path],  # name -> evaluation folder or file; the first is the base
     rows: list[dict],  # from `changes`
     samples: Path | None = None,  # folder of samples
+    against: list[dict] | None = None,  # from `changes` too, the first is the control
 ) -> str:  # HTML
     "The page of a comparison"
     title, first = " · ".join(evaluations), next(iter(evaluations))
@@ -126,6 +182,7 @@ def comparison_page(
     parts = [
         element("h1", escape(title)) + lead,
         verdict_section(rows, warnings=_warnings(evaluations)),
+        control_section(against),
         text_section(rows, sources=sources),
         exam_section(rows, sources=sources),
     ]
@@ -166,6 +223,47 @@ def _tell(evaluations: dict[str, str | Path], rows: list[dict]) -> None:
             say(name, line)
 
 
+def _control_faults(names: list[str], control: str) -> list[str]:
+    "Why a model cannot be the control of a comparison"
+    if not control:
+        return []
+    if control not in names[1:]:
+        return [f"control is {visible(control)!r}, expected one of {', '.join(names[1:])}"]
+    if len(names) < 3:
+        return ["control needs a third model: the base, the control, the one with new pieces"]
+    return []
+
+
+def _write_comparison(
+    out: Path,
+    refs: dict[str, str],
+    evaluations: dict[str, str | Path],
+    rows: list[dict],
+    control: str,
+    samples: Path | None,
+) -> None:
+    "The page, the numbers, and the verdicts on the screen"
+    against = control_rows(evaluations, control)
+    of_control = verdicts(against) if against else {}
+    found = dict(
+        models=refs,
+        rows=rows,
+        verdicts=verdicts(rows),
+        unlike=unlike(evaluations),
+        control=control,
+        against_control=of_control,
+    )
+    # the page reads the last files that may be wrong
+    html = comparison_page(evaluations, rows, samples, against)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "compare.json", found)
+    write_text(out / "compare.html", html)
+    _tell(evaluations, rows)
+    for name, sentences in of_control.items():
+        for line in sentences:
+            say(name, line)
+
+
 # %% ../nbs/a27_compare.ipynb #9eac7b62
 def compare(
     models: list[str],  # NAME=REF each: an evaluation, a model folder or hub id; first: the base
@@ -180,6 +278,7 @@ def compare(
     n_chars: int = 200_000,  # for models: characters of each language, for bpb; 0: all
     load_in_4bit: bool = False,  # for models: NF4
     samples: bool = False,  # let the models write as well: six prompts, 100 tokens, seed 0
+    control: str = "",  # which of them was trained on the same text without new pieces: its NAME
     device: str | None = None,  # None: the GPU if there is one
 ) -> None:
     "Put models side by side: what was gained and lost against the first, with intervals"
@@ -195,7 +294,10 @@ def compare(
         load_in_4bit=load_in_4bit,
         device=device,
     )
-    refuse([*evaluation_option_faults(**options), *faults_of(_refs, models)])
+    wrong = faults_of(_refs, models)
+    if not wrong:
+        wrong = _control_faults(list(_refs(models)), control)
+    refuse([*evaluation_option_faults(**options), *wrong])
     out, refs = Path(out), _refs(models)
     new = {name: ref for name, ref in refs.items() if not is_evaluation(ref)}
     for name, ref in new.items():  # all faults before the first model is loaded
@@ -210,10 +312,5 @@ def compare(
         any(len(row["models"]) > 1 for row in rows),
         f"nothing to compare: {', '.join(map(str, evaluations.values()))} share no measure",
     )
-    found = dict(models=refs, rows=rows, verdicts=verdicts(rows), unlike=unlike(evaluations))
-    html = comparison_page(evaluations, rows, written)  # reads the last files that may be wrong
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "compare.json", found)
-    write_text(out / "compare.html", html)
-    _tell(evaluations, rows)
+    _write_comparison(out, refs, evaluations, rows, control, written)
     say("compare", f"{out / 'compare.html'}")

@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .documents import UNREADABLE, numbered_lines, open_text, read_whole
+from .intervals import share_ends
 from .machine import package_data
 from .options import nearest
 from .stages import StageError, fingerprint, read_json, require, write_text
@@ -625,9 +626,35 @@ def _by(key: Callable[[dict], str], questions: list[dict]) -> dict[str, list[dic
 def _accuracy(benchmark: str, part: str, metric: str, questions: list[dict]) -> dict:
     "One line of the table"
     n = len(questions)
-    p = sum(q[metric] for q in questions) / n
-    stderr = (p * (1 - p) / n) ** 0.5
-    return dict(benchmark=benchmark, part=part, metric=metric, n=n, value=p, stderr=stderr)
+    n_right = sum(q[metric] for q in questions)
+    p = n_right / n
+    low, high = share_ends(n_right, n)
+    stderr = (p * (1 - p) / n) ** 0.5  # as lm-eval has it: 0 where all are right
+    return dict(
+        benchmark=benchmark,
+        part=part,
+        metric=metric,
+        n=n,
+        value=p,
+        stderr=stderr,
+        low=low,
+        high=high,
+    )
+
+
+def _mean_accuracy(total: dict, subjects: list[dict]) -> dict:
+    "The line of the mean of subjects, whose errors add up"
+    k = len(subjects)
+    value = sum(s["value"] for s in subjects) / k
+    half = sum(((s["high"] - s["low"]) / 2) ** 2 for s in subjects) ** 0.5 / k
+    return dict(
+        total,
+        part="mean of subjects",
+        value=value,
+        stderr=sum(s["stderr"] ** 2 for s in subjects) ** 0.5 / k,
+        low=max(0.0, value - half),
+        high=min(1.0, value + half),
+    )
 
 
 def _benchmark_lines(benchmark: str, metric: str, questions: list[dict]) -> list[dict]:
@@ -639,12 +666,7 @@ def _benchmark_lines(benchmark: str, metric: str, questions: list[dict]) -> list
     subjects = [
         _accuracy(benchmark, _benchmark(task)[1], metric, qs) for task, qs in by_task.items()
     ]
-    mean = dict(
-        total,
-        part="mean of subjects",
-        value=sum(s["value"] for s in subjects) / len(subjects),
-        stderr=sum(s["stderr"] ** 2 for s in subjects) ** 0.5 / len(subjects),
-    )
+    mean = _mean_accuracy(total, subjects)
     parts = []
     for category in CATEGORIES:
         tasks = [task for task in by_task if category in categories(task)]
@@ -656,7 +678,7 @@ def _benchmark_lines(benchmark: str, metric: str, questions: list[dict]) -> list
 
 def subject_table(
     questions: list[dict],  # task, acc, perhaps acc_norm: one for each question
-) -> list[dict]:  # benchmark, part, metric, n, value and stderr, from 0 to 1
+) -> list[dict]:  # benchmark, part, metric, n; value, stderr, low and high, from 0 to 1
     "Accuracy of each benchmark: all questions, mean of the subjects, categories, subjects"
     out = []
     for benchmark, qs in _by(lambda q: _benchmark(q["task"])[0], questions).items():

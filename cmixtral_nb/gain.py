@@ -24,7 +24,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .evaluate import bootstrap
-from .results import EXAMS, load_evaluation, measures
+from .intervals import as_many, difference_ends, share_ends, tail
+from .results import EXAMS, FEWEST, load_evaluation, measures
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -36,14 +37,19 @@ def _spread(
     measure: Callable[[ndarray], ndarray],  # of the sums of each drawing
     n_drawings: int,
 ) -> dict:  # low, high
-    "Where 95% of the drawings lie; of fewer than five rows that is not known"
+    "A 95% interval from the drawings; of fewer than five rows it is not known"
     import numpy as np
 
-    if len(rows) < 5:
+    n = as_many(np.array([row[-1] for row in rows])) if rows else 0  # of equal size
+    if len(rows) < FEWEST or n < 2:
         return dict(low=None, high=None)
     drawn = measure(bootstrap(rows, n_drawings))
-    ends: Any = np.quantile(drawn, [0.025, 0.975])
+    ends: Any = np.quantile(drawn, [tail(n), 1 - tail(n)])
     return dict(low=float(ends[0]), high=float(ends[1]))
+
+
+def _as_ends(ends: tuple[float, float]) -> dict:
+    return dict(low=ends[0], high=ends[1])
 
 
 def value_of(
@@ -53,18 +59,18 @@ def value_of(
     "A measure with its 95% interval; None where nothing is known of the spread"
     if "rows" not in measure:
         value, stderr = measure["value"], measure["stderr"]
-        if not isinstance(stderr, float):
+        if not stderr:  # 0 is the error of a single question, or of a few that are alike
             return dict(value=value, low=None, high=None)
         return dict(value=value, low=value - 1.96 * stderr, high=value + 1.96 * stderr)
     rows = list(measure["rows"].values())
     total = sum(amount for amount, _ in rows)
     size = sum(row_size for _, row_size in rows)
     favourite = {name: measure[name] for name in ("letter", "share", "accuracy") if name in measure}
-    return dict(
-        value=float(total / size),
-        **_spread(rows, lambda sums: sums[:, 0] / sums[:, 1], n_drawings),
-        **favourite,
-    )
+    if measure["lower_is_better"]:
+        ends = _spread(rows, lambda sums: sums[:, 0] / sums[:, 1], n_drawings)
+    else:
+        ends = _as_ends(share_ends(total, len(rows)))
+    return dict(value=float(total / size), **ends, **favourite)
 
 
 # %% ../nbs/13b_gain.ipynb #ade96644
@@ -96,12 +102,20 @@ def change(
     def of_drawings(sums: ndarray) -> ndarray:
         return compare(before=sums[:, 0], after=sums[:, 1], size=sums[:, 2])
 
-    return dict(
-        change=float(compare(before, after, size)),
-        **_spread(rows, of_drawings, n_drawings),
-        n=len(common),
-        paired=True,
-    )
+    if a["lower_is_better"]:
+        ends = _spread(rows, of_drawings, n_drawings)
+    else:
+        ends = _as_ends(_ends_of_difference(rows))
+    found = float(compare(before, after, size))
+    return dict(change=found, **ends, n=len(common), paired=True)
+
+
+def _ends_of_difference(rows: list[tuple]) -> tuple[float, float]:
+    "Of two accuracies on the same questions"
+    import numpy as np
+
+    scores = np.array(rows, float)
+    return difference_ends(scores[:, 0], scores[:, 1])
 
 
 def _change_of_strangers(a: dict, b: dict, n_drawings: int) -> dict:

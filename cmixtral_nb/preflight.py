@@ -6,11 +6,24 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["hub_ids", "plan_inputs", "plan_of", "tokens_of", "disk_of", "preflight", "plan"]
+__all__ = [
+    "hub_ids",
+    "plan_inputs",
+    "plan_of",
+    "tokens_of",
+    "disk_of",
+    "longer_without",
+    "control_inputs",
+    "text_bytes",
+    "preflight",
+    "plan",
+]
 
 # %% ../nbs/a31_preflight.ipynb #00725770
+import math
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cmixtral_nb.plan import (
@@ -29,14 +42,23 @@ from cmixtral_nb.plan import (
     time_text,
     vocab_rows,
 )
+from cmixtral_nb.recipes import (
+    Step,
+    base_model,
+    languages,
+    read_recipe,
+    recipe_steps,
+    settings,
+)
 
+from .arms import pilot_text
 from .dense import mixture_config
 from .exams import hub_datasets, split_tasks, task_faults, task_files
+from .gguf_models import read_gguf
 from .machine import gpu_bytes, world_size
 from .options import as_list, range_faults, refuse
 from .packages import installed_version, package_fault, package_faults
 from .recipe_check import check_recipe
-from .recipes import Step, base_model, read_recipe, recipe_steps, settings
 from .stages import StageError, read_json, require
 
 
@@ -77,9 +99,10 @@ def hub_ids(
 def _model_config(recipe: dict) -> dict[str, Any]:
     "Configuration of the base: of the stand-in, a local folder, the hub's cache, or Mixtral-8x7B"
     model = base_model(recipe)
+    if "convert" in recipe:
+        return _gguf_config(recipe)
     if "upcycle" in recipe and Path(model).is_dir():
-        grown = settings("upcycle", recipe)
-        return mixture_config(model, grown["experts"], grown["top_k"])
+        return _grown_config(recipe, model)
     if not model:
         return config_of_sizes(settings("base", recipe), vocab_size=32000)
     if (Path(model) / "config.json").is_file():
@@ -92,6 +115,25 @@ def _model_config(recipe: dict) -> dict[str, Any]:
         "download it and give its folder",
     )
     return MIXTRAL_8X7B
+
+
+def _grown_config(recipe: dict, dense: str | Path) -> dict[str, Any]:
+    "Configuration of the mixture that [upcycle] makes of a dense model's folder"
+    grown = settings("upcycle", recipe)
+    return mixture_config(dense, grown["experts"], grown["top_k"])
+
+
+def _gguf_config(recipe: dict) -> dict[str, Any]:
+    "Configuration of a model in a GGUF file; of the mixture, where the recipe makes one of it"
+    from transformers import AutoConfig
+
+    path = read_gguf(settings("convert", recipe)["file"]).path
+    how = dict(gguf_file=path.name, trust_remote_code=False)
+    with TemporaryDirectory() as folder:
+        AutoConfig.from_pretrained(path.parent, **how).save_pretrained(folder)
+        if "upcycle" in recipe:
+            return _grown_config(recipe, folder)
+        return read_json(Path(folder) / "config.json")
 
 
 def _cached_config(hub_id: str) -> str:
@@ -188,7 +230,76 @@ def disk_of(
         adapter = plan_of(recipe, "sft")["trainable"]
         disk["sft: adapter"] = 4 * sum(adapter.values())
         disk["chat: model"] = disk["merge: model"]
+    if "control" in recipe:
+        disk |= _control_disk(recipe, disk, n_tokens)
     return disk
+
+
+def _control_disk(recipe: dict, disk: dict[str, int], n_tokens: int) -> dict[str, int]:
+    "Bytes that the control leaves: its tokens, its adapter, its model"
+    asked = control_inputs(recipe)
+    trained = settings_plan(**asked, device="cuda")["trainable"]
+    found = {"control: adapter": 4 * sum(trained.values())}
+    if n_tokens:
+        found["control: tokens"] = round(disk["pack: tokens"] * longer_without(recipe))
+    if "merge" in recipe:
+        found["control: model"] = disk["base checkpoint"]
+    return found
+
+
+# %% ../nbs/a31_preflight.ipynb #fe7ef6a5
+_LONGER = 2.0  # tokens of a text without the new pieces, times those with them: assumed
+
+
+def longer_without(
+    recipe: dict[str, Any],  # as read
+    out: Path | None = None,  # folder of the run, where the vocabulary may have been made
+) -> float:  # times
+    "How many tokens the text of the new language has without new pieces, against with them"
+    made = [out / "control_tokens", out / "tokenizer"] if out else []
+    stats = [
+        read_json(folder / "manifest.json")["stats"]
+        for folder in made
+        if (folder / "manifest.json").is_file()
+    ]
+    for known in stats:
+        if "sources" in known and out:
+            language, _ = languages(recipe)
+            length = read_json(out / "tokens" / "manifest.json")["stats"]["length"]
+            return known["sources"][language]["row_tokens"] / length
+        if known.get("chars_per_token") and known.get("chars_per_token_base"):
+            return known["chars_per_token"] / known["chars_per_token_base"]
+    return _LONGER
+
+
+def control_inputs(
+    recipe: dict[str, Any],  # as read, with [control]
+    out: Path | None = None,  # folder of the run, where the vocabulary may have been made
+) -> dict[str, Any]:  # as `plan_inputs`
+    "What a recipe says about the memory of its control: no new rows, longer examples"
+    asked = plan_inputs(recipe, "pretrain", out)
+    chosen = asked["settings"]
+    if chosen["rows"] == "new":
+        chosen = dict(chosen, rows="none")
+    n_old = vocab_rows(asked["config"])
+    length = math.ceil(asked["length"] * longer_without(recipe, out))
+    return dict(config=asked["config"], settings=chosen, length=length, vocab_size=n_old)
+
+
+def text_bytes(
+    recipe: dict[str, Any],  # as read
+    out: Path | None = None,  # folder of the run, where the tokens may have been packed
+) -> float:  # 0: not known yet
+    "Bytes of the new language that pre-training will read"
+    packed = out / "tokens" / "manifest.json" if out else None
+    if not packed or not packed.is_file():
+        return 0
+    stats = read_json(packed)["stats"]
+    source = stats["sources"].get(languages(recipe)[0])
+    if not source:
+        return 0
+    passes = tokens_of(recipe, out) / stats["n_tokens"]
+    return source["n_bytes"] * passes
 
 
 # %% ../nbs/a31_preflight.ipynb #9d8033d3
@@ -271,7 +382,29 @@ def _memory_faults(recipe: dict, commands: set[str]) -> list[str]:
             stage=stage,
             recipe=recipe["name"],
         )
-    return sorted(faults)
+    return sorted(faults) + _control_memory_faults(recipe, commands, device)
+
+
+def _control_memory_faults(recipe: dict, commands: set[str], device: str) -> list[str]:
+    "Why the control does not fit where the extended model may: its examples are longer"
+    if "control" not in commands:
+        return []
+    try:
+        asked = control_inputs(recipe)
+    except StageError:
+        return []
+    where = asked["settings"].get("device") or device
+    faults = plan_faults(
+        asked["config"],
+        asked["settings"],
+        asked["length"],
+        asked["vocab_size"],
+        where,
+        world_size(),
+        stage="pretrain",
+        recipe=recipe["name"],
+    )
+    return [f"[control] trains on longer examples: {fault}" for fault in faults]
 
 
 def _use_faults(recipe: dict, commands: set[str], device: str) -> list[str]:
@@ -302,11 +435,13 @@ def plan(
     recipe: str = "paper",  # shipped recipe (tiny, paper) or TOML file
     out: Path | None = None,  # folder of the run; default runs/NAME
     utilisation: float = 0.3,  # share of a GPU's peak that training reaches, for the hours
+    pilot: Path | None = None,  # small run with a control: does extension pay at this budget?
 ):
     "Show what a recipe needs: memory by kind, which GPUs, hours, disk, and what is missing here"
     read = read_recipe(recipe)
     refuse(check_recipe(read) + range_faults(dict(utilisation=utilisation)))
     folder = Path(out or f"runs/{read['name']}")
+    pays = _pays_text(read, folder, pilot)
     device = "cpu" if "base" in read and not gpu_bytes() else "cuda"
     asked = plan_inputs(read, "pretrain", folder)
     memory = settings_plan(**asked, device=device)
@@ -315,12 +450,40 @@ def plan(
     print(_gpus_text(asked))
     print(_use_text(read, asked))
     print(_hours_text(asked, n_tokens, utilisation))
+    if "control" in read:
+        print(_control_text(read, folder, n_tokens, utilisation, device))
     print(disk_text(disk_of(read, asked, memory["trainable"], n_tokens)))
     steps = recipe_steps(read)
     stages = list(dict.fromkeys(step.stage for step in steps))
     print(f"\nstages: {', '.join(stages)}, report; folder: {folder}")
+    print(pays)
     for fault in preflight(read, steps):
         print("missing here: " + fault)
+
+
+def _control_text(
+    recipe: dict, folder: Path, n_tokens: int, utilisation: float, device: str
+) -> str:
+    "What the control adds: memory, hours"
+    asked = control_inputs(recipe, folder)
+    memory = settings_plan(**asked, device=device)["bytes"]["total"]
+    longer = longer_without(recipe, folder)
+    hours = _hours_text(asked, round(n_tokens * longer), utilisation)
+    return (
+        f"control, the same text without new pieces: up to {longer:.2f} times the tokens, "
+        f"{memory / 1e9:.1f} GB\n{hours}"
+    )
+
+
+def _pays_text(recipe: dict, folder: Path, pilot: Path | None) -> str:
+    "Whether extension pays at this budget, as far as a small run says it"
+    language, _ = languages(recipe)
+    if pilot:
+        return pilot_text(pilot, language, text_bytes(recipe, folder))
+    return (
+        "does extension pay? Not known before it is measured: run a small recipe with [control] "
+        "and at least five evaluations, then cmixtral plan --pilot RUN"
+    )
 
 
 def _memory_text(asked: dict, memory: dict, device: str) -> str:

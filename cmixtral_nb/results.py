@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
+    "FEWEST",
     "PLACES",
     "EXAMS",
     "write_lines",
@@ -144,6 +145,9 @@ def markdown_table(
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+FEWEST = 5  # documents whose spread is told; of fewer it is not known
+
+
 def _exam_table(table: list[dict]) -> str:
     "Accuracies in per cent"
     rows = [
@@ -152,11 +156,11 @@ def _exam_table(table: list[dict]) -> str:
             line["part"],
             line["metric"],
             line["n"],
-            f"{100 * line['value']:.2f} ± {100 * line['stderr']:.2f}",
+            f"{100 * line['value']:.2f} ({100 * line['low']:.2f}–{100 * line['high']:.2f})",
         ]
         for line in table
     ]
-    head = ["benchmark", "part", "metric", "questions", "accuracy ± standard error"]
+    head = ["benchmark", "part", "metric", "questions", "accuracy (95%)"]
     return markdown_table(head, rows)
 
 
@@ -164,7 +168,7 @@ def _bits_table(domains: dict[str, dict]) -> str:
     "Bits per byte of each domain, and what its text is like"
     rows = []
     for domain, r in domains.items():
-        error = r["bits_per_byte_stderr"]
+        error = r["bits_per_byte_stderr"] if r["n_docs"] >= FEWEST else None
         rows.append(
             [
                 domain,

@@ -124,6 +124,7 @@ def test_whole_documents_are_spelled_as_the_old_tokenizer_spells_them(micro_toke
     assert found.tolist() == [i for text in texts for i in [1, *encode_plain(old, [text])[0], 2]]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), max_size=4).map(sorted))
 def test_cut_ids_cuts_at_the_bytes(micro_tokenizers, offsets):
     _, old = micro_tokenizers
@@ -136,6 +137,7 @@ def test_cut_ids_cuts_at_the_bytes(micro_tokenizers, offsets):
     assert parts == [whole[a:b] for a, b in zip(places, places[1:], strict=False)]
 
 
+@settings(deadline=None)
 @given(
     docs=st.lists(st.lists(st.integers(5, 9), max_size=6), min_size=1, max_size=6),
     same=st.booleans(),
@@ -152,6 +154,7 @@ def test_stream_docs_takes_any_stream_apart(docs, same, block):
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 3))
 def test_even_rows_lose_nothing(sizes, seed):
     rng = np.random.default_rng(seed)
@@ -204,8 +207,9 @@ def test_arms_with_other_ends_are_refused(arms, tmp_path):
     other = tmp_path / "base"
     shutil.copytree(run / "base", other)
     (other / "manifest.json").unlink()
-    file = other / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(bos_token="</s>")))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = other / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(bos_token="</s>")))
     (fault,) = control_faults(run / "tokens", run / "model", other)
     assert "start and end with" in fault and "bos_token" in fault
 
@@ -291,7 +295,8 @@ def test_an_equal_budget_is_between_the_two_ends(seed):
     rng = np.random.default_rng(seed)
     sizes = rng.integers(100, 900, 60)
     hard = rng.normal(1.8, 0.3, 60)
-    control, extended = measured(hard, sizes), measured(hard * 1.01, sizes)
+    control = measured(hard, sizes)
+    extended = measured(hard * 1.01 + rng.normal(0, 0.01, 60), sizes)
     curve = [(0.0, 2.4), (0.5, 1.9), (1.0, 1.8)]
     curves = dict(extended=curve, control=curve)
     for share in (0.5, 0.8, 1.0, 1.3):
@@ -301,7 +306,7 @@ def test_an_equal_budget_is_between_the_two_ends(seed):
         assert found["change_low"] <= found["change"][0] <= found["change"][1]
         assert found["change"][1] <= found["change_high"]
     half = at_equal(extended, control, Budget(0.5, 1.0), curves)
-    assert half["change"][0] == pytest.approx(1.01 * 1.8 / 1.9 - 1)
+    assert half["change"][0] == pytest.approx((1 + end) * 1.8 / 1.9 - 1)
     assert half["verdict"] == "not shown"  # one end below zero, one above
 
 
