@@ -11,11 +11,11 @@ __all__ = [
     "fit_curves",
     "crossings",
     "Verdict",
+    "megabytes",
     "judge",
     "in_words",
     "Forecast",
     "forecast",
-    "megabytes",
     "Arm",
     "read_arm",
     "pair_faults",
@@ -135,6 +135,13 @@ class Verdict(NamedTuple):
     share: float  # of the draws that cross by then
 
 
+def megabytes(
+    n_bytes: float,
+) -> str:
+    "Example: megabytes(360_000) -> '0.36 MB'"
+    return f"{n_bytes / 1e6:.3g} MB"
+
+
 def judge(
     found: np.ndarray,  # (draws,) bytes, from `crossings`
 ) -> Verdict:
@@ -188,13 +195,6 @@ def forecast(
     place = np.array([n_bytes])
     ratio = extended.at(place)[:n, 0] / control.at(place)[:n, 0] - 1
     return Forecast(*(float(np.quantile(ratio, q)) for q in (_LOW, 0.5, _HIGH)))
-
-
-def megabytes(
-    n_bytes: float,
-) -> str:
-    "Example: megabytes(360_000) -> '0.36 MB'"
-    return f"{n_bytes / 1e6:.3g} MB"
 
 
 # %% ../nbs/a27b_breakeven.ipynb #9f05bb37

@@ -165,6 +165,7 @@ GROUPS = {
         "init",
         "pack",
         "pretrain",
+        "control",
         "merge",
         "sft",
         "generate",

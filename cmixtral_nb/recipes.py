@@ -396,6 +396,9 @@ def _has_models(step: Step, table: dict, made: set[str]) -> bool:
     return all(name in given or folder in made for name, folder in needed.items())
 
 
+_WHERE_MODELS_ARE = ("merge", "evaluate", "control")  # commands for models that others make
+
+
 def recipe_steps(
     recipe: dict[str, Any],  # as read
 ) -> list[Step]:  # in the order of work
@@ -407,8 +410,8 @@ def recipe_steps(
             continue
         if step.also and step.also not in recipe:
             continue
-        several = step.command in SEVERAL or step.command == "control"
-        if several and not _has_models(step, recipe[step.command], made):
+        where_models_are = step.also or step.command in _WHERE_MODELS_ARE
+        if where_models_are and not _has_models(step, recipe[step.command], made):
             continue
         steps.append(step)
         made.add(step.folder)
