@@ -10,6 +10,7 @@ __all__ = ["MOST_LAYERS", "PARTS", "built", "Piece", "is_experts", "pieces", "An
 
 # %% ../nbs/a11c_parameters.ipynb #d2221273
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .configs import kind_faults, size_faults
+from .experts import lora_matrices, not_in_4bit
 from .machine import quiet
 from .options import refuse
 from .shapes import visible
@@ -42,6 +44,15 @@ def _faults(config: dict[str, Any]) -> list[str]:
     return faults
 
 
+def _decoded(value: Any) -> Any:
+    "Example: {'__float__': 'Infinity'}, which transformers writes for what JSON lacks -> inf"
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    if isinstance(value, dict):
+        return {name: _decoded(part) for name, part in value.items()}
+    return [_decoded(part) for part in value] if isinstance(value, list) else value
+
+
 def built(
     config: dict[str, Any],  # config.json as read, with a model_type
 ) -> PreTrainedModel:  # on the device `meta`
@@ -54,7 +65,7 @@ def built(
     values = {name: value for name, value in config.items() if name not in left_out}
     try:
         with quiet(), torch.device("meta"):
-            asked = AutoConfig.for_model(config["model_type"], **values)
+            asked = AutoConfig.for_model(config["model_type"], **_decoded(values))
             return AutoModelForCausalLM.from_config(
                 asked, attn_implementation="eager", trust_remote_code=False
             )
@@ -149,7 +160,8 @@ class Anatomy(NamedTuple):
     "The sizes of a model as it would be built"
 
     counts: dict[str, int]  # part -> parameters
-    matrices: tuple[tuple[str, int, int, int], ...]  # part, rows, columns, how many
+    matrices: tuple[tuple[str, int, int, int], ...]  # with LoRA: part, rows, columns, how many
+    in_4bit: tuple[tuple[int, int], ...]  # weights of a matrix, how many
     vocab_size: int  # rows of the embedding
     width: int  # of the hidden state
     n_layers: int
@@ -160,7 +172,7 @@ class Anatomy(NamedTuple):
     query_width: int  # heads x dimensions of a head, in the widest layer
     key_width: int  # the same of keys, and of values
     attending: int  # query widths of all layers that look at each token, together
-    cached: int  # key widths of these layers, together
+    cached: int  # widths of a key that these layers keep, together; of a value as many
     tied: bool  # the head is the embedding
 
 
@@ -173,19 +185,35 @@ def _expert_matrices(experts: nn.Module, width: int) -> tuple[int, int, int]:
     return inner, outer, sum(p.numel() for p in stacked) // (inner * outer)
 
 
-def _matrices(found: list[Piece], width: int) -> Counter:
-    "(part, rows, columns) -> how many"
-    import torch
-
+def _matrices(model: PreTrainedModel, found: list[Piece], width: int) -> Counter:
+    "(part, rows, columns) -> how many have LoRA"
+    reached = {model.get_submodule(name) for name in lora_matrices(model)}
     counted: Counter = Counter()
     for piece in found:
         if piece.leaf == "down_proj":
             inner, outer, n = _expert_matrices(piece.owner, width)
             counted["experts", inner, outer] += n
-        linear = isinstance(piece.owner, torch.nn.Linear) and piece.leaf == "weight"
-        if linear and piece.part in ("attention", "shared", "mlp"):
+        elif piece.leaf == "weight" and piece.owner in reached and piece.layer >= 0:
             counted[piece.part, piece.owner.out_features, piece.owner.in_features] += 1
     return counted
+
+
+def _in_4bit(model: PreTrainedModel, matrices: Counter) -> Counter:
+    "Weights of a matrix -> how many such matrices are held in 4 bits"
+    from torch import nn
+
+    experts = {
+        (rows, columns): n for (part, rows, columns), n in matrices.items() if part == "experts"
+    }
+    kept = not_in_4bit(model) if experts else ["lm_head"]
+    held = Counter(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in kept
+    )
+    for (rows, columns), n in experts.items():
+        held[rows * columns] += n
+    return held
 
 
 def _attention_widths(linears: dict[str, nn.Linear]) -> tuple[int, int]:
@@ -202,6 +230,12 @@ def _attention_widths(linears: dict[str, nn.Linear]) -> tuple[int, int]:
     return query, max(0, sum(rows.values()) - out.out_features - query) // 2
 
 
+def _cached_width(linears: dict[str, nn.Linear], key: int) -> int:
+    "Half of what a layer keeps of each token: its key, or half of a bottleneck (DeepSeek)"
+    narrow = linears.get("kv_a_proj_with_mqa")
+    return math.ceil(narrow.out_features / 2) if narrow else key
+
+
 def _attention(found: list[Piece]) -> dict[str, int]:
     "Widths of attention in all layers"
     import torch
@@ -213,7 +247,7 @@ def _attention(found: list[Piece]) -> dict[str, int]:
         query, key = _attention_widths(linears)
         widest = max(widest, (query, key), key=sum)
         if not any(p.leaf == "A_log" for p in mine):  # linear attention keeps a state of one size
-            attending, cached = attending + query, cached + key
+            attending, cached = attending + query, cached + _cached_width(linears, key)
     query, key = widest
     return dict(query_width=query, key_width=key, attending=attending, cached=cached)
 
@@ -238,7 +272,7 @@ def _anatomy(text: str) -> Anatomy:
     model = built(config)
     sizes = model.config.get_text_config()
     found = list(pieces(model))
-    matrices = _matrices(found, sizes.hidden_size)
+    matrices = _matrices(model, found, sizes.hidden_size)
     stacks = [
         piece.owner for piece in found if piece.leaf == "down_proj" and is_experts(piece.owner)
     ]
@@ -257,6 +291,7 @@ def _anatomy(text: str) -> Anatomy:
     return Anatomy(
         counts={part: sum(p.n for p in found if p.part == part) for part in PARTS},
         matrices=tuple((*kind, times) for kind, times in matrices.items()),
+        in_4bit=tuple(_in_4bit(model, matrices).items()),
         vocab_size=model.get_input_embeddings().weight.shape[0],
         width=sizes.hidden_size,
         n_layers=len(_layers(model)),

@@ -24,6 +24,7 @@ __all__ = [
     "plan_table",
     "gpu_table",
     "settings_plan",
+    "stored_in_4bit",
     "smallest_change",
     "change_text",
     "fit_text",
@@ -53,6 +54,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .bits import BLOCKS, FEW_LOGITS
 from .checkpoints import tensor_files
+from .experts import METHOD
 from .machine import available_bytes, gpu_bytes
 from .options import faults_of, range_faults, refuse
 from .parameters import Anatomy, anatomy
@@ -184,7 +186,7 @@ class _Matrices(NamedTuple):
 
 
 def _matrices(shape: _Shape) -> list[_Matrices]:
-    "The matrices that 4 bits and LoRA reach: all but embedding, head and router"
+    "The matrices that LoRA reaches: all but embedding, head and router"
     if shape.built:
         return [_Matrices(*matrix) for matrix in shape.built.matrices]
     part = "experts" if shape.n_experts else "mlp"
@@ -196,6 +198,13 @@ def _matrices(shape: _Shape) -> list[_Matrices]:
         _Matrices(part, shape.inner_width, shape.width, 2 * n_networks),  # w1, w3
         _Matrices(part, shape.width, shape.inner_width, n_networks),  # w2
     ]
+
+
+def _in_4bit(shape: _Shape) -> list[tuple[int, int]]:
+    "Weights of a matrix that is held in 4 bits, and how many there are"
+    if shape.built:
+        return list(shape.built.in_4bit)
+    return [(matrix.n_out * matrix.n_in, matrix.times) for matrix in _matrices(shape)]
 
 
 def _largest(shape: _Shape) -> int:
@@ -284,12 +293,11 @@ def frozen_bytes(
     counts = count_parameters(config, vocab_size)
     value_bytes = _BYTES[dtype]
     small = counts["router"] + counts["norms"]
-    others = counts["total"] - small  # embedding, head, biases: what no matrix below holds
+    others = counts["total"] - small
     size = 0
-    for _, n_out, n_in, times in _matrices(shape):
-        matrix = nf4_bytes(n_out * n_in) if load_in_4bit else n_out * n_in * value_bytes
-        size += times * matrix
-        others -= times * n_out * n_in
+    for n, times in _in_4bit(shape) if load_in_4bit else ():
+        size += times * nf4_bytes(n)
+        others -= times * n  # embedding, head, biases are left
     return size + others * value_bytes + small * 4
 
 
@@ -634,18 +642,25 @@ def settings_plan(
     sizes = _as_dict(config)
     names = ("rank", "rows", "optim", "batch", "dropout", "zero", "attn")
     same = {name: settings[name] for name in names if name in settings}
-    stored_in_4bit = (sizes.get("quantization_config") or {}).get("load_in_4bit", False)
     return memory_plan(
         sizes,
         vocab_size,
         **same,
         n_old=settings.get("n_old") or vocab_rows(sizes),
-        load_in_4bit=settings.get("load_in_4bit", True) or stored_in_4bit,
+        load_in_4bit=settings.get("load_in_4bit", True) or stored_in_4bit(sizes),
         dtype="float32" if device == "cpu" else "bfloat16",
         length=length,
         checkpointing=_checkpoints(settings, device),
         n_gpus=n_gpus,
     )
+
+
+def stored_in_4bit(
+    config: ModelConfig,  # model folder, or a configuration
+) -> bool:
+    "Whether a checkpoint is in 4 bits, and is loaded so whatever is asked for"
+    how = _as_dict(config).get("quantization_config") or {}
+    return bool(how.get("load_in_4bit")) or how.get("quant_method") == METHOD
 
 
 def _checkpoints(settings: dict[str, Any], device: str) -> bool:
@@ -985,7 +1000,7 @@ def stage_bytes(
     return inference_bytes(
         config,
         vocab_size,
-        bool(settings.get("load_in_4bit")),
+        bool(settings.get("load_in_4bit")) or stored_in_4bit(config),
         dtype if dtype in _BYTES else at_hand,
         max(settings.get("length") or 1024, most_context) if scored else 2048,
         scored,
@@ -1008,7 +1023,7 @@ def cards_text(
             )
             continue
         need = stage_bytes(config, chosen, vocab_size, stage=stage)
-        bits = 4 if chosen.get("load_in_4bit") else 16
+        bits = 4 if chosen.get("load_in_4bit") or stored_in_4bit(config) else 16
         lines.append(f"{stage:<12}{bits:>2} bits{need / 1e9:>9,.1f} GB   {_cards(need)}")
     return "\n".join(lines)
 
@@ -1048,7 +1063,7 @@ def inference_faults(
     if not have or need() <= have:
         return []
     in_4_bits = need(load_in_4bit=True)
-    if not settings.get("load_in_4bit") and in_4_bits <= have:
+    if in_4_bits <= have:  # so it is not in 4 bits yet
         remedy = "set load_in_4bit = true"
     elif device == "cpu":
         remedy = f"no setting makes it fit: {in_4_bits / 1e9:.1f} GB in 4 bits"
