@@ -10,6 +10,7 @@ __all__ = [
     "reset_peak",
     "peak_bytes",
     "trim_memory",
+    "Trimmer",
     "versions",
     "package_data",
     "process_rank",
@@ -67,6 +68,30 @@ def trim_memory() -> None:
 
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+# %% ../nbs/a03_machine.ipynb #14c25af1
+class Trimmer:
+    "Gives freed memory back to the system once in so many bytes that were read"
+
+    def __init__(
+        self,
+        every: int = 2**24,  # bytes; so much freed memory may be kept
+    ):
+        self.every, self.n_bytes = every, 0
+
+    def count(
+        self,
+        n_bytes: int,  # that were read and will be freed
+    ):
+        "What is counted is given back before the next one is read"
+        self.n_bytes += n_bytes
+
+    def trim(self):
+        "To be called before something is read"
+        if self.n_bytes >= self.every:
+            trim_memory()
+            self.n_bytes = 0
 
 
 # %% ../nbs/a03_machine.ipynb #99ea3e99

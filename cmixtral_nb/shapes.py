@@ -48,6 +48,8 @@ def visible(
     shown = str(text)
     if len(shown) > length:
         shown = shown[: length - 1] + "…"
+    if shown.isascii() and shown.isprintable():  # nearly always
+        return shown
     return "".join(map(_spelled, shown))
 
 
