@@ -8,6 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "METHOD",
+    "carry_rows",
     "cast_once",
     "route",
     "Leaves",
@@ -19,27 +20,32 @@ __all__ = [
     "layout_of",
     "layouts_of",
     "mixture_faults",
+    "gated",
+    "single_experts_class",
     "single_experts",
     "split_experts",
     "join_experts",
     "Source",
     "expert_sources",
     "StackedFile",
+    "CheckpointFiles",
     "open_experts",
     "is_router",
     "lora_matrices",
     "not_in_4bit",
     "width_faults",
     "experts_quantiser",
+    "decoded_config",
     "load_experts",
     "load_experts_4bit",
 ]
 
 # %% ../nbs/a12b_experts.ipynb #ad8101a0
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +56,7 @@ from .checkpoints import DTYPES, read_header, tensor_files, tensor_shapes
 from .machine import Trimmer
 from .options import refuse
 from .placement import without_memory
+from .small_floats import DECODED, Code, storage_method, stored_weights
 from .stages import StageError, require
 
 if TYPE_CHECKING:
@@ -61,7 +68,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/a12b_experts.ipynb #0b5af39a
 @functools.cache
-def _carry_rows() -> Callable:
+def carry_rows() -> Callable:
     "A function (x, there, back, k): copy rows of x to their experts, or back"
     import torch
 
@@ -106,7 +113,7 @@ def route(
     "Send each token to its k experts and add what they return (sparse mixture of experts)"
     import torch
 
-    carry = _carry_rows()
+    carry = carry_rows()
     n, k = chosen.shape
     order = chosen.flatten().argsort(stable=True)  # all tokens of expert 0 first
     back = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=order.device))
@@ -366,7 +373,11 @@ def mixture_faults(
 
 
 # %% ../nbs/a12b_experts.ipynb #1aecefde
-def _gated(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+def gated(
+    module: nn.Module,  # of single experts
+    gate: Tensor,  # (n, f) what the gate's matrix returned
+    up: Tensor,  # (n, f) what the other returned
+) -> Tensor:  # (n, f)
     "Gate and up become one in the stock module's own way, which takes both in one tensor"
     import torch
     from transformers.integrations.moe import _default_apply_gate
@@ -380,7 +391,7 @@ def _gated(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 
 @functools.cache
-def _single_experts() -> type[nn.Module]:
+def single_experts_class() -> type[nn.Module]:
     "Class of a module whose experts are single matrices, named 0, 1, 2 ..."
     import torch
     from torch import nn
@@ -402,7 +413,7 @@ def _single_experts() -> type[nn.Module]:
             gate_name, up_name, down_name = self.layout.leaves
             matrices = self._modules[str(number)]._modules
             if self.layout.gated:
-                inside = _gated(self, matrices[gate_name](x), matrices[up_name](x))
+                inside = gated(self, matrices[gate_name](x), matrices[up_name](x))
             else:
                 inside = self.act_fn(matrices[up_name](x))
             y = matrices[down_name](inside)
@@ -439,7 +450,7 @@ def _split(module: nn.Module, layout: Layout) -> None:
         if not p.is_meta:
             _hand_out(module, layout.places(parameter), p)
     module.layout = layout
-    module.__class__ = _single_experts()
+    module.__class__ = single_experts_class()
     module.train(module.training)
 
 
@@ -477,7 +488,7 @@ def single_experts(
     model: nn.Module,  # any
 ) -> dict[str, nn.Module]:  # name -> module with single experts
     "The mixtures of a model that `split_experts` has changed"
-    kind = _single_experts()
+    kind = single_experts_class()
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
@@ -524,6 +535,7 @@ class Source(NamedTuple):
 
     tensor: str  # name in the checkpoint
     place: Place | None = None  # within it; None: all of it
+    code: Code | None = None  # of weights in FP8 or MXFP4; None: its numbers are its values
 
 
 _SEVERAL_TO_A_BYTE = re.compile(r"_blocks$|_scales$|_scale_inv$|\.weight_scale$|\.weight_packed$")
@@ -559,7 +571,13 @@ def _stored(
 
 # %% ../nbs/a12b_experts.ipynb #7e7d4f7d
 def _parts(
-    layout: Layout, parameter: str, rule, pattern: str, tensor: str, shape: tuple
+    layout: Layout,
+    parameter: str,
+    rule,
+    pattern: str,
+    tensor: str,
+    shape: tuple,
+    code: Code | None,
 ) -> dict[str, Place | None]:
     "Single matrices that a tensor of a file holds, such as '3.w1.weight', and where"
     if rule and type(rule.operations[0]).__name__ == "MergeModulelist":  # one matrix of one expert
@@ -572,6 +590,7 @@ def _parts(
         parts: dict[str, Place | None] = {f"{number}.{leaf}.weight": None}
     else:
         rows, across = _stored(layout, parameter, rule, pattern, shape)
+        across &= not (code and code.is_mxfp4)  # whose blocks lie along the rows of a matrix
         wanted = layout.stacked_shape(parameter, list(rows), across)
         parts = dict(places(layout.n_experts, parameter, rows, across))
     require(shape == wanted, f"{tensor} is {_by(shape)}, the configuration says {_by(wanted)}")
@@ -592,22 +611,27 @@ def expert_sources(
     renaming = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     rule_of = {pattern: rule for rule in stacking for pattern in rule.source_patterns}
     in_memory = net.state_dict()
+    weights, codes = stored_weights(shapes, net.config)
     sources, faults = {}, []
-    for tensor, shape in shapes.items():
+    for tensor, shape in weights.items():
+        code = codes.get(tensor)
+        on_disk = code.tensor if code else tensor
         name, pattern = rename_source_key(
             tensor, renaming, stacking, net.base_model_prefix, in_memory
         )
         module, _, parameter = name.rpartition(".")
         layout = layouts.get(module)
         if layout is None or parameter not in layout.parameters:
-            sources[tensor] = Source(tensor)
+            sources[tensor] = Source(on_disk, code=code)
             continue
+        rule = rule_of.get(pattern)
         try:
-            parts = _parts(layout, parameter, rule_of.get(pattern), pattern, tensor, tuple(shape))
+            parts = _parts(layout, parameter, rule, pattern, tensor, tuple(shape), code)
         except StageError as e:
             faults.append(str(e))
         else:
-            sources |= {f"{module}.{part}": Source(tensor, at) for part, at in parts.items()}
+            for part, place in parts.items():
+                sources[f"{module}.{part}"] = Source(on_disk, place, code)
     refuse((faults or _lacking(layouts, sources))[:3])
     return sources
 
@@ -677,43 +701,89 @@ class StackedFile:
         return (found.T if place.transposed else found).contiguous()
 
 
+class CheckpointFiles:
+    "The files of a checkpoint, of which tensors and single experts' parts of them are read"
+
+    def __init__(
+        self,
+        files: dict[str, Path],  # tensor -> the file that holds it
+        dtype: torch.dtype,  # in which weights in FP8 and MXFP4 are given
+        stack: ExitStack,  # which closes the files
+    ):
+        from safetensors import safe_open
+
+        self.files, self.dtype, self.trimmer = files, dtype, Trimmer()
+        self.stacked = {path: StackedFile(path) for path in set(files.values())}
+        self.whole = {
+            path: stack.enter_context(safe_open(path, "pt", backend="pread"))
+            for path in self.stacked
+        }
+
+    def faults(
+        self,
+        sources: Iterable[Source],  # from `expert_sources`
+    ) -> list[str]:  # at most three
+        "Tensors in 8 bits that would be read as if they needed no scales"
+        kinds = {name: e["dtype"] for f in self.stacked.values() for name, e in f.header.items()}
+        bare = {s.tensor for s in sources if not s.code and kinds[s.tensor].startswith("F8")}
+        return [f"{name} is stored in {kinds[name]} and has no scales" for name in sorted(bare)][:3]
+
+    def read(
+        self,
+        source: Source,  # from `expert_sources`
+    ) -> Tensor:
+        "A tensor, or one expert's part of it"
+        tensor, place, code = source
+        if code:
+            return self._decoded(code, place)
+        if place:
+            return self.stacked[self.files[tensor]].part(tensor, place)
+        return self._stored(tensor, None)
+
+    def _stored(self, tensor: str, place: Place | None) -> Tensor:
+        "All numbers of a tensor, or of one expert"
+        path = self.files[tensor]
+        if place is None:
+            return self.whole[path].get_tensor(tensor)
+        return self.stacked[path].rows(tensor, place.at[0], slice(None))
+
+    def _decoded(self, code: Code, place: Place | None) -> Tensor:
+        "A weight in FP8 or MXFP4; of a stacked one all of the expert is read"
+        stored, scales = self._stored(code.tensor, place), self._stored(code.scales, place)
+        found = code.decoded(stored, scales, self.dtype)
+        if place is None:
+            return found
+        part = found[place.at[1:]]
+        return (part.T if place.transposed else part).contiguous()
+
+
 class _Part:
     "A tensor, or one expert's part of it; read when it is indexed"
 
-    def __init__(self, file: StackedFile, whole, source: Source, trimmer: Trimmer):
-        self.file, self.whole, self.source, self.trimmer = file, whole, source, trimmer
+    def __init__(self, files: CheckpointFiles, source: Source):
+        self.files, self.source = files, source
 
     def __getitem__(self, index):
-        self.trimmer.trim()  # what the last matrices took in 16 bits
-        tensor, place = self.source
-        found = self.whole.get_tensor(tensor) if place is None else self.file.part(tensor, place)
-        self.trimmer.count(found.nbytes)
+        self.files.trimmer.trim()  # what the last matrices took in 16 bits
+        found = self.files.read(self.source)
+        self.files.trimmer.count(found.nbytes)
         return found[index]
 
 
 @contextmanager
 def open_experts(
     folder: str | Path,  # model folder
-    net: PreTrainedModel,  # stock, without memory
+    net: PreTrainedModel,  # stock, without memory; weights in FP8 or MXFP4 get its dtype
 ) -> Iterator[dict[str, _Part]]:  # name -> what gives the tensor when it is indexed
-    "A checkpoint as if each matrix of each expert were a tensor of its own"
-    from safetensors import safe_open
-
-    files = tensor_files(folder)
+    "A checkpoint as if each matrix of each expert were a tensor of its own, in 16 bits"
     try:
         sources = expert_sources(net, tensor_shapes(folder))
     except StageError as e:
         raise StageError(*(f"{folder}: {line}" for line in str(e).splitlines())) from None
-    shards = {path: StackedFile(path) for path in set(files.values())}
-    trimmer = Trimmer()
     with ExitStack() as stack:
-        whole = {
-            path: stack.enter_context(safe_open(path, "pt", backend="pread")) for path in shards
-        }
-        yield {
-            name: _Part(shards[files[source.tensor]], whole[files[source.tensor]], source, trimmer)
-            for name, source in sources.items()
-        }
+        files = CheckpointFiles(tensor_files(folder), net.dtype, stack)
+        refuse(f"{folder}: {fault}" for fault in files.faults(sources.values()))
+        yield {name: _Part(files, source) for name, source in sources.items()}
 
 
 # %% ../nbs/a12b_experts.ipynb #8291d576
@@ -891,36 +961,48 @@ def _experts_splitter() -> type[QuantizationConfigMixin]:
 
 
 # %% ../nbs/a12b_experts.ipynb #ce8dedea
+def decoded_config(
+    config: PretrainedConfig,  # as the checkpoint has it
+) -> PretrainedConfig:
+    "Of a checkpoint in FP8 or MXFP4: that of the model in 16 bits"
+    if storage_method(config) not in DECODED:
+        return config
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    return config
+
+
 def load_experts(
     folder: str | Path,  # model folder
-    config: PretrainedConfig,  # of a mixture
+    config: PretrainedConfig,  # of a mixture, or of any model in FP8
     dtype: torch.dtype | str,  # of all parameters; auto: as the configuration has it
     **how,  # for `from_pretrained`, such as device_map
 ) -> PreTrainedModel:
-    "A mixture with single experts that are not quantised"
+    "A model with single experts that are not quantised"
     import torch
 
-    net = without_memory(config, torch.float32)
+    kind = config.dtype or torch.float32 if dtype == "auto" else dtype
+    net = without_memory(config, kind)
     refuse(f"{folder}: {fault}" for fault in mixture_faults(net))
     how |= dict(
-        config=config,
+        config=decoded_config(config),
         quantization_config=_experts_splitter()(_UNQUANTISED),
         trust_remote_code=False,
     )
     with open_experts(folder, net) as checkpoint:
-        if not any(part.source.place for part in checkpoint.values()):  # single on disk, too
+        sources = [part.source for part in checkpoint.values()]
+        if not any(source.place or source.code for source in sources):  # single on disk, too
             return type(net).from_pretrained(folder, dtype=dtype, **how)
-        dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
-        return type(net).from_pretrained(None, state_dict=checkpoint, dtype=dtype, **how)
+        return type(net).from_pretrained(None, state_dict=checkpoint, dtype=kind, **how)
 
 
 def load_experts_4bit(
     folder: str | Path,  # model folder
-    config: PretrainedConfig,  # of a mixture
+    config: PretrainedConfig,  # of any model
     dtype: torch.dtype,  # of what is not in 4 bits, and of products
     **how,  # for `from_pretrained`, such as device_map
 ) -> PreTrainedModel:
-    "A mixture whose matrices are read and quantised one by one, never two in 16 bits in memory"
+    "A model whose matrices are read and quantised one by one, never two in 16 bits in memory"
     net = without_memory(config, dtype)
     refuse(f"{folder}: {fault}" for fault in mixture_faults(net) + width_faults(layouts_of(net)))
     nf4 = experts_quantiser()(
@@ -929,7 +1011,7 @@ def load_experts_4bit(
     with open_experts(folder, net) as checkpoint:
         return type(net).from_pretrained(
             None,
-            config=config,
+            config=decoded_config(config),
             dtype=dtype,
             quantization_config=nf4,
             trust_remote_code=False,
