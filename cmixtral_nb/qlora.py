@@ -163,6 +163,8 @@ def _added_at_once() -> LoraVariant:
     from peft.tuners.lora.layer import LoraVariant
 
     class AddedAtOnce(LoraVariant):
+        is_plain_lora = True  # packed experts may add it for all experts at once
+
         @staticmethod
         def forward(module, active_adapter, x, result, **kwargs):
             dropped = module.lora_dropout[active_adapter](x)
