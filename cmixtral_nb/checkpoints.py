@@ -72,6 +72,8 @@ DTYPES = {  # name in a header -> name in torch
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 
 _MOST_HEADER = 100_000_000  # bytes, as in the library; a header of 100,000 tensors has 15 MB
@@ -84,8 +86,8 @@ _ENTRY = {"dtype": one_of(*DTYPES), "shape": _DIMENSIONS, "data_offsets": [whole
 
 
 def _item_bytes(dtype: str) -> int:
-    "Example: _item_bytes('BF16') -> 2, _item_bytes('BOOL') -> 1"
-    return int(dtype.strip("BFIUOL") or 8) // 8
+    "Example: _item_bytes('BF16') -> 2, _item_bytes('F8_E4M3') -> 1"
+    return int(dtype.partition("_")[0].strip("BFIUOL") or 8) // 8
 
 
 def _entry_fault(header: dict[str, dict]) -> str:

@@ -94,7 +94,8 @@ def _relation_faults(config: dict[str, Any]) -> list[str]:
 OLD_MIXTRAL = "mixtral_linear"  # model_type of Mixtrals that earlier versions saved in 4 bits
 
 
-_METHODS = ("bitsandbytes", "nf4_experts")  # that we read; the second is that of a12b_experts
+# That we read: 4 bits by bitsandbytes, the same by a12b_experts, and two that become 16 bits
+_METHODS = ("bitsandbytes", "nf4_experts", "fp8", "mxfp4")
 
 
 def _storage_faults(config: dict[str, Any]) -> list[str]:

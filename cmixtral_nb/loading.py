@@ -21,7 +21,7 @@ __all__ = [
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,26 +29,31 @@ from typing import TYPE_CHECKING
 from cmixtral_nb.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    Adapter,
     lora_faults,
     model_faults,
     plain_name,
+    plain_stacked,
     require_adapter,
     trained_on,
 )
 from cmixtral_nb.experts import (
     METHOD,
+    decoded_config,
     experts_quantiser,
     is_router,
     join_experts,
     load_experts,
     load_experts_4bit,
     mixture_faults,
+    open_experts,
     single_experts,
     split_experts,
     stacked_experts,
 )
 
-from .checkpoints import resolve_model, tensor_files, tensor_shapes
+from .adapter_forms import single_form
+from .checkpoints import resolve_model, tensor_shapes
 from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from .machine import default_dtype, quiet, trim_memory
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
@@ -57,7 +62,9 @@ from .placement import device_map, device_of, without_memory
 from .qlora import expert_bytes, ready_to_train
 from .routers import routers_in_own_precision
 from .shapes import read_shaped, visible
+from .small_floats import DECODED, storage_method
 from .stages import StageError, input_fingerprint, require
+from .stored_experts import mixture_in_memory
 
 if TYPE_CHECKING:
     import torch
@@ -128,17 +135,6 @@ def nf4_config(
     )
 
 
-class _LazyTensor:
-    "A tensor of a checkpoint, read when transformers indexes it"
-
-    def __init__(self, shard, name: str):
-        self.shard, self.name = shard, name
-
-    def __getitem__(self, index):
-        trim_memory()  # what the last matrix took in 16 bits
-        return self.shard.get_tensor(self.name)[index]
-
-
 def _load_quantised(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype, **how
 ) -> PreTrainedModel:
@@ -155,22 +151,15 @@ def _load_linear_4bit(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype, **how
 ) -> PreTrainedModel:
     "A model whose matrices are all `nn.Linear`"
-    from safetensors import safe_open
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    files = tensor_files(folder)
-    with ExitStack() as stack:
-        shards = {
-            path: stack.enter_context(safe_open(path, "pt", backend="pread"))
-            for path in set(files.values())
-        }
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    net = without_memory(config, dtype)
+    with open_experts(folder, net) as checkpoint:
+        return type(net).from_pretrained(
             None,
-            config=config,
+            config=decoded_config(config),
             dtype=dtype,
             quantization_config=nf4_config(dtype),
             trust_remote_code=False,
-            state_dict={name: _LazyTensor(shards[path], name) for name, path in files.items()},
+            state_dict=checkpoint,
             **how,
         )
 
@@ -202,12 +191,12 @@ def _put_adapter(model: PreTrainedModel, folder: Path, trainable: bool) -> PeftM
     "Put a saved adapter on a loaded model"
     from peft import get_peft_model, set_peft_model_state_dict
 
-    tensors = _adapter_tensors(folder, model)
+    values, tensors = _adapter_parts(folder, model)
     _grow_rows(model, tensors)
     model_name = model.config.name_or_path
     try:
         with quiet():
-            with_lora = get_peft_model(model, _adapter_config(folder, model, trainable))
+            with_lora = get_peft_model(model, _adapter_config(values, model, trainable))
     except (StageError, MemoryError):
         raise
     except Exception as e:  # peft's own checks of a foreign configuration, whatever they raise
@@ -236,21 +225,25 @@ def _has_block_on_disk(model: nn.Module) -> bool:
     return any(BLOCK_ON_DISK in f".{name}." for name, _ in model.named_modules())
 
 
-def _adapter_tensors(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
-    "Tensors of an adapter; older versions of transformers named the experts differently"
+def _adapter_parts(folder: Path, model: PreTrainedModel) -> tuple[dict, dict[str, Tensor]]:
+    "Configuration and tensors of an adapter; of stacked experts each matrix has its own"
     from safetensors.torch import load_file
 
+    a, mixture = Adapter(folder), mixture_in_memory(model)
+    if mixture and any(stacked.parameter in a.lora for stacked in plain_stacked(mixture).values()):
+        form = single_form(a, mixture)
+        return form.config, {name: form.tensor(name) for name, *_ in form.specs}
     tensors = load_file(folder / ADAPTER_WEIGHTS)
-    if _has_block_on_disk(model):
-        return tensors
-    return {name.replace(BLOCK_ON_DISK, BLOCK_IN_MEMORY): t for name, t in tensors.items()}
+    if not _has_block_on_disk(model):  # older versions of transformers named experts differently
+        tensors = {n.replace(BLOCK_ON_DISK, BLOCK_IN_MEMORY): t for n, t in tensors.items()}
+    return a.config, tensors
 
 
-def _adapter_config(folder: Path, model: PreTrainedModel, trainable: bool) -> PeftConfig:
+def _adapter_config(values: dict, model: PreTrainedModel, trainable: bool) -> PeftConfig:
     "Configuration of an adapter, for this model"
     from peft import PeftConfig
 
-    config = PeftConfig.from_pretrained(folder)
+    config = PeftConfig.from_peft_type(**{"peft_type": "LORA"} | values)
     config.inference_mode = not trainable
     config.base_model_name_or_path = model.name_or_path
     is_pattern = isinstance(config.target_modules, str)
@@ -304,8 +297,10 @@ def _require_4bit(model: PreTrainedModel, path: str | Path, most: float = 0.55) 
 def _prepare_frozen(model: PreTrainedModel) -> None:
     "Norms and router in float32, as QLoRA has it, before LoRA is added"
     # Embedding and head wait until `add_lora` copies what is trained of them.
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    small = {p for norm in norms for p in norm.parameters(recurse=False)}
     for name, p in model.named_parameters():
-        if p.is_floating_point() and (name.endswith("norm.weight") or is_router(name)):
+        if p.is_floating_point() and (p in small or is_router(name)):
             p.data = p.data.float()
     routers_in_own_precision(model)
     model.config.use_cache = False
@@ -326,7 +321,7 @@ def load_model(
     adapter_folder = None if adapter is None else _adapter_for(adapter, path)
     place = device_of(device)
     config = model_config(folder)
-    if getattr(config, "quantization_config", None):
+    if storage_method(config) not in ("", *DECODED):
         load_in_4bit = False  # the checkpoint is stored in 4 bits and says so itself
     kind = _dtype_of(dtype, place)
     how = dict(
@@ -392,10 +387,10 @@ def _built(folder: Path, path: str | Path, load_in_4bit: bool, how: dict) -> Pre
 
 
 def _load_whole(folder: Path, config: PretrainedConfig, **how) -> PreTrainedModel:
-    "A model as it is stored; the experts of a mixture become single where they can"
+    "A model in 16 bits; the experts of a mixture become single where they can"
     from transformers import AutoModelForCausalLM
 
-    if _is_stacked(config):
+    if storage_method(config) in DECODED or _is_stacked(config):
         return load_experts(folder, config, **how)
     return AutoModelForCausalLM.from_pretrained(
         folder, config=config, trust_remote_code=False, **how
@@ -403,10 +398,10 @@ def _load_whole(folder: Path, config: PretrainedConfig, **how) -> PreTrainedMode
 
 
 def _is_stacked(config: PretrainedConfig) -> bool:
-    "Whether a model has stacked experts that can be made single, and is not stored quantised"
+    "Whether a model has stacked experts that can be made single, and is not stored in 4 bits"
     import torch
 
-    if getattr(config, "quantization_config", None):
+    if storage_method(config):
         return False
     net = without_memory(config, torch.float32)
     return bool(stacked_experts(net)) and not mixture_faults(net)

@@ -185,7 +185,7 @@ def open_sources(
 def _held(parts: dict[str, Source]) -> dict[str, dict[int, list[str]]]:
     "Stacked tensor -> number of an expert -> its matrices"
     held: dict[str, dict[int, list[str]]] = {}
-    for name, (tensor, place) in parts.items():
+    for name, (tensor, place, _) in parts.items():
         if place and name.endswith(".weight"):
             held.setdefault(tensor, {}).setdefault(place.at[0], []).append(name)
     return held
