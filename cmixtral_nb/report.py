@@ -153,6 +153,11 @@ def loss_figure(
 
 
 # %% ../nbs/a26_report.ipynb #f8d69281
+def _few(n: int, most: int = 16) -> range:
+    "Example: _few(40) -> range(0, 40, 3), which are 14 numbers"
+    return range(0, n, -(-n // most))
+
+
 def router_figure(
     router: dict[str, dict],  # before, after -> language -> layer -> share of tokens of each expert
     langs: list[str] | None = None,  # that come first; others follow
@@ -172,9 +177,9 @@ def router_figure(
         ax.set(
             title=figure_text(title),
             xlabel="expert",
-            ylabel="layer",
-            xticks=range(len(layers[0])),
-            yticks=range(len(layers)),
+            ylabel="layer with experts",
+            xticks=_few(len(layers[0])),
+            yticks=_few(len(layers)),
         )
     if panels:
         fig.colorbar(image, ax=axes, label="share of tokens")

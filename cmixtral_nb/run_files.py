@@ -112,7 +112,7 @@ def run_manifests(
 
 # %% ../nbs/a26b_run_files.ipynb #9ac5e884
 SAMPLE = {"model": TEXT, "prompt": TEXT, "text": TEXT, "stop?": TEXT}
-_LOGGED = {"step": number(0), "loss?": number()}
+_LOGGED = {"step": number(0), "loss?": number(), "alarm?": TEXT}
 _SPEED = {"device?": TEXT}
 _SHARES = {str: [[number(0, 1)]]}
 _TOKENS = {
@@ -140,7 +140,7 @@ _EFFICIENCY = {"tokens": [_TOKENS], "speed": [_CODEC], "writing": {str: _WRITING
 
 def log_rows(
     folder: Path,  # of a stage that trains
-) -> list[dict]:  # step, perhaps loss
+) -> list[dict]:  # step, perhaps loss or alarm
     "What training logged; empty where there is no log"
     return read_lines(folder / "log.jsonl", _LOGGED)
 

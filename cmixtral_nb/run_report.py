@@ -364,7 +364,25 @@ def _parameter_section(parts: list[dict]) -> str:
 def _loss_section(losses: dict[str, list[dict]]) -> str:
     if not any(losses.values()):
         return ""
-    return section("Training", element("figure", loss_figure(losses)))
+    return section("Training", element("figure", loss_figure(losses)), _alarm_list(losses))
+
+
+_MOST_ALARMS = 10  # that are shown; all are in log.jsonl
+
+
+def _alarm_list(losses: dict[str, list[dict]]) -> str:
+    "What training said was being lost; empty where it said nothing"
+    alarms = [
+        f"step {row['step']:,}: {visible(row['alarm'], 300)}"
+        for rows in losses.values()
+        for row in rows
+        if "alarm" in row
+    ]
+    if not alarms:
+        return ""
+    items = [element("li", escape(alarm)) for alarm in alarms[:_MOST_ALARMS]]
+    told = f"Alarms, {len(alarms):,} in all: compared with the evaluation before the first step."
+    return element("p", told) + element("ul", "".join(items))
 
 
 def _router_section(load: dict | None, langs: list[str]) -> str:
