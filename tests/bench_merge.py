@@ -3,6 +3,9 @@ copy; and what a kill -9 leaves.
 
 python tests/bench_merge.py grow DIR        # Mixtrals of 1, 2, 4, 8 GB in DIR: peak memory
                                             # and time of each merge
+python tests/bench_merge.py stacked DIR     # the same for Granite, whose files stack the experts
+                                            # of a layer, and gpt-oss: stacked, transposed, in turns
+python tests/bench_merge.py many DIR        # 48 layers of 128 small experts: seconds of each part
 python tests/bench_merge.py peft DIR        # 2 GB: beside peft's merge_and_unload on the per-expert
                                             # model
 python tests/bench_merge.py kill DIR        # 20 kills at random moments of a small merge
@@ -83,8 +86,58 @@ def specs_of(layers, numbers):
     return out
 
 
-def make(folder, layers, numbers=NUMBERS, shard_bytes=1_000_000_000, rank=RANK):
-    "A Mixtral of random bfloat16 weights and an adapter on attention and all experts"
+def family_of(family, layers, numbers):
+    "Configuration of a family, shapes of its files' tensors, and shapes of LoRA on all matrices"
+    import torch
+    from transformers import AutoConfig
+
+    from cmixtral_nb.experts import lora_matrices, split_experts
+    from cmixtral_nb.placement import without_memory
+
+    config = AutoConfig.for_model(
+        family, num_hidden_layers=layers, tie_word_embeddings=False, **numbers
+    )
+    net = without_memory(config, torch.bfloat16)
+    names = {  # Granite has other names on disk
+        "experts.gate_up_proj": "input_linear.weight",
+        "experts.down_proj": "output_linear.weight",
+    }
+    shapes = {}
+    for name, p in net.state_dict().items():
+        for in_memory, on_disk in names.items() if family == "granitemoe" else ():
+            name = name.replace(in_memory, on_disk)
+        shapes[name] = list(p.shape)
+    config.architectures = [type(net).__name__]
+    matrices = {}
+    single = split_experts(net)
+    for name in lora_matrices(single):
+        module = single.get_submodule(name)
+        matrices[f"{name}.weight"] = [module.out_features, module.in_features]
+    return config.to_dict() | dict(dtype="bfloat16"), shapes, matrices
+
+
+def mixtral_of(layers, numbers):
+    "The same for Mixtral, without transformers"
+    config = dict(
+        numbers,
+        num_hidden_layers=layers,
+        architectures=["MixtralForCausalLM"],
+        model_type="mixtral",
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        max_position_embeddings=4096,
+        hidden_act="silu",
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    shapes = specs_of(layers, numbers)
+    return config, shapes, {n: s for n, s in shapes.items() if "_proj" in n or ".experts." in n}
+
+
+def make(folder, layers, numbers=NUMBERS, shard_bytes=1_000_000_000, rank=RANK, family="mixtral"):
+    "A mixture of random bfloat16 weights and an adapter on attention and all experts"
     import torch
 
     from cmixtral_nb.adapters import plain_name
@@ -94,46 +147,33 @@ def make(folder, layers, numbers=NUMBERS, shard_bytes=1_000_000_000, rank=RANK):
     model, adapter = folder / "model", folder / "adapter"
     model.mkdir(parents=True)
     adapter.mkdir()
-    shapes, g = specs_of(layers, numbers), torch.Generator().manual_seed(0)
+    if family == "mixtral":
+        config, shapes, matrices = mixtral_of(layers, numbers)
+    else:
+        config, shapes, matrices = family_of(family, layers, numbers)
+    g = torch.Generator().manual_seed(0)
 
     def tensor(name):
         if "norm" in name:
             return torch.ones(shapes[name]).bfloat16()
-        return (torch.randn(shapes[name], generator=g) * 0.02).bfloat16()
+        return torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02, generator=g)
 
     for f, specs in plan_shards([(n, "BF16", s) for n, s in shapes.items()], shard_bytes).items():
         write_tensors(model / f, specs, tensor)
     files = tensor_files(model, check_index=False)
     if len(set(files.values())) > 1:
         write_index(model, files)
-    write_json(
-        model / "config.json",
-        dict(
-            numbers,
-            num_hidden_layers=layers,
-            architectures=["MixtralForCausalLM"],
-            model_type="mixtral",
-            rms_norm_eps=1e-5,
-            rope_theta=1e6,
-            max_position_embeddings=4096,
-            hidden_act="silu",
-            tie_word_embeddings=False,
-            dtype="bfloat16",
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-    )
+    write_json(model / "config.json", config)
     lora: dict[str, list[int]] = {}
-    for n, s in shapes.items():
-        if "_proj" in n or ".experts." in n:
-            base = "base_model.model." + plain_name(n).removesuffix("weight")
-            lora |= {base + "lora_A.weight": [rank, s[1]], base + "lora_B.weight": [s[0], rank]}
+    for n, s in matrices.items():
+        base = "base_model.model." + plain_name(n).removesuffix("weight")
+        lora |= {base + "lora_A.weight": [rank, s[1]], base + "lora_B.weight": [s[0], rank]}
     write_tensors(
         adapter / "adapter_model.safetensors",
         [(n, "F32", s) for n, s in lora.items()],
         lambda n: torch.randn(lora[n], generator=g) * 0.01,
     )
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
+    targets = sorted({name.rsplit(".", 2)[1] for name in matrices})
     write_json(
         adapter / "adapter_config.json",
         dict(
@@ -175,18 +215,19 @@ def copy(src, out):
     return plain, time.time() - start
 
 
-def grow(folder, sizes):
+def grow(folder, sizes, family="mixtral"):
     folder, empty = Path(folder), measure(only_import)
     print(f"an empty process that imports torch: {empty[0]:.1f} s, {empty[1] / 1e6:,.0f} MB")
     for size in sizes:
-        here = folder / f"{size}gb"
-        model, adapter = make(here, LAYERS[size])
+        here = folder / f"{family}_{size}gb"
+        model, adapter = make(here, LAYERS[size], family=family)
         n = sum(f.stat().st_size for f in model.glob("*.safetensors"))
         os.sync()
         plain, durable = copy(model, here / "copy")
         seconds, peak = measure(merge_here, model, adapter, here / "out")
         print(
-            f"{n / 1e9:.2f} GB, rank {RANK}: merge {seconds:.1f} s, peak {peak / 1e6:,.0f} MB; "
+            f"{family} {n / 1e9:.2f} GB, rank {RANK}: merge {seconds:.1f} s, "
+            f"peak {peak / 1e6:,.0f} MB; "
             f"cp {plain:.1f} s, with fsync {durable:.1f} s; merge/cp {seconds / plain:.1f}, "
             f"merge/(cp with fsync) {seconds / durable:.2f}",
             flush=True,
@@ -195,6 +236,26 @@ def grow(folder, sizes):
         seconds, peak = measure(merge_here, model, adapter, here / "out", "check")
         print(f"    with the check: {seconds:.1f} s, peak {peak / 1e6:,.0f} MB", flush=True)
         shutil.rmtree(here)
+
+
+def many(folder):
+    "As many small experts as Qwen3-30B has; a matrix is 64 x 64, so that the rest is measured"
+    from cmixtral_nb.adapters import Adapter
+    from cmixtral_nb.stored_experts import mixture_on_disk
+
+    here = Path(folder) / "many"
+    numbers = dict(hidden_size=64, moe_intermediate_size=64, intermediate_size=64, num_experts=128)
+    numbers |= dict(num_experts_per_tok=8, num_attention_heads=4, num_key_value_heads=2)
+    numbers |= dict(head_dim=16, vocab_size=1000)
+    model, adapter = make(here, 48, numbers, rank=4, family="qwen3_moe")
+    for what, job in (("mixture_on_disk", mixture_on_disk), ("Adapter", Adapter)):
+        start = time.process_time()
+        job(model if job is mixture_on_disk else adapter)
+        print(f"{what}: {time.process_time() - start:.1f} s of processor")
+    for check in ("", "check"):
+        seconds, peak = measure(merge_here, model, adapter, here / f"out{check}", check)
+        print(f"merge {check}: {seconds:.1f} s, peak {peak / 1e6:,.0f} MB", flush=True)
+    shutil.rmtree(here)
 
 
 def beside_peft(folder):
@@ -269,6 +330,11 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["grow", where, *sizes]:
             grow(where, [int(size) for size in sizes] or list(LAYERS))
+        case ["stacked", where, *sizes]:
+            for kind in ("granitemoe", "gpt_oss"):
+                grow(where, [int(size) for size in sizes] or [1, 2, 4], kind)
+        case ["many", where]:
+            many(where)
         case ["peft", where]:
             beside_peft(where)
         case ["kill", where]:

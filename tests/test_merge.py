@@ -1060,3 +1060,17 @@ def test_rows_beyond_the_model_and_no_rank(refuses, typed, tmp_path):
     del c["r"], c["lora_alpha"]
     write_json(a / "adapter_config.json", c)
     refuses("adapter_config.json has no r and no lora_alpha; expected a LoRA", model, a)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_stacked_adapter_of_peft_is_loaded(family, families, tmp_path):
+    "peft trains on the stock model; ours, which holds single matrices, answers as it does"
+    folder, _ = saved_family(family, families)
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=targets)
+    net = shake(get_peft_model(net, config)).eval()
+    net.save_pretrained(tmp_path)
+    ours = load_model(folder, tmp_path, dtype="float32", device="cpu")
+    assert (family_logits(ours) - family_logits(net)).abs().max() <= 2e-5
+    assert (family_logits(net) - saved_family(family, families)[1]).abs().max() > 0.1
