@@ -57,7 +57,8 @@ from .checkpoints import resolve_model, tensor_shapes
 from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from .machine import default_dtype, quiet, trim_memory
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
-from .options import refuse
+from .options import faults_of, refuse
+from .packed_experts import pack_experts
 from .placement import device_map, device_of, without_memory
 from .qlora import expert_bytes, ready_to_train
 from .routers import routers_in_own_precision
@@ -334,6 +335,7 @@ def load_model(
         model = _built(folder, path, load_in_4bit, how)
     _avoid_cpu_repacking(model)
     _share_codebooks(model)
+    pack_experts(model)
     if load_in_4bit:
         _require_4bit(model, path)
     model.requires_grad_(False)
@@ -345,10 +347,17 @@ def load_model(
 
 
 def attention_faults(
-    config: PretrainedConfig,  # of a causal language model
+    folder: str | Path,  # model folder
     asked: str,  # sdpa, eager, flash_attention_2
-) -> list[str]:  # one line, or none
+) -> list[str]:  # one line for each
     "Whether Flash Attention is asked of a family that it cannot serve (gpt-oss, Llama 4)"
+    if not asked.startswith("flash"):
+        return []
+    return faults_of(model_config, folder) or _flash_faults(model_config(folder), asked)
+
+
+def _flash_faults(config: PretrainedConfig, asked: str) -> list[str]:
+    "One line, or none"
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -363,7 +372,7 @@ def _attention(config: PretrainedConfig, asked: str) -> str:
     "sdpa is the default; a model that cannot (gpt-oss) is computed step by step"
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    refuse(attention_faults(config, asked))
+    refuse(_flash_faults(config, asked))
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "eager" if asked == "sdpa" and not kind._supports_sdpa else asked
 
@@ -447,12 +456,28 @@ def save_stock(
 
 
 # %% ../nbs/a17_loading.ipynb #097e614b
-def _follow_routes(routes: dict[str, Tensor], name: str, router, inputs, output):
-    "Hook of a router: take the experts that are noted under its name, or note its own"
-    logits, _, own = output
-    chosen = routes.setdefault(name, own)
-    p = logits.float().softmax(-1).gather(-1, chosen)
-    return logits, p / p.sum(-1, keepdim=True), chosen
+def _following(routes: dict[str, Tensor], name: str, n_experts: int, block: nn.Module) -> Callable:
+    "Forward of a block with a mixture: it takes the experts noted under a name, or notes its own"
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Following(TorchFunctionMode):
+        "Within it the choice of the k best of all experts is the one that was noted"
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if func not in (torch.topk, torch.Tensor.topk) or args[0].shape[1:] != (n_experts,):
+                return found
+            chosen = routes.setdefault(name, found.indices)
+            return torch.return_types.topk((args[0].gather(-1, chosen), chosen))
+
+    forward = block.forward
+
+    def followed(*args, **kwargs):
+        with Following():
+            return forward(*args, **kwargs)
+
+    return followed
 
 
 def _streamed_linear(weight: Callable, pairs: Callable, name: str, has_bias: bool, x: Tensor):
@@ -515,8 +540,6 @@ def streamed(
         split_experts(net)
     for path, module in net.named_modules():
         name = plain_name(path)
-        if type(module).__name__ == "MixtralTopKRouter":
-            module.register_forward_hook(partial(_follow_routes, routes, name))
         if type(module) is torch.nn.Linear:
             has_bias = module.bias is not None
             module.forward = partial(_streamed_linear, weight, pairs, name, has_bias)
@@ -525,6 +548,9 @@ def streamed(
             _stand_in(module)
         else:
             _load_small(module, name, weight, pairs)
+    for path, mixture in single_experts(net).items():
+        block = net.get_submodule(path.rpartition(".")[0])  # with router and experts
+        block.forward = _following(routes, plain_name(path), mixture.layout.n_experts, block)
     return net
 
 
