@@ -121,6 +121,7 @@ RANGES = {
     "eval_chars": at_least(0),
     "eval_every": at_least(1),
     "into": one_of("dequantised", "original"),
+    "keep_last": between(1, 1000),
     "length": between(2, 2**20),
     "limit_chars": at_least(0),
     "limit": at_least(0),
