@@ -41,6 +41,7 @@ from cmixtral_nb.conversations import (
 from .chat_tokenizer import FORMS, PAD, template_for
 from .checkpoints import resolve_model
 from .corpus import is_heldout
+from .loading import attention_faults
 from .machine import gpu_bytes, say, world_size
 from .options import at_least, faults_of, one_of, range_faults, refuse
 from .packages import package_faults
@@ -87,6 +88,7 @@ def check_sft(
     if not faults:
         template = options["template"] or template_for(options["lang"])
         faults = faults_of(_require_marks, model, options["rows"], template)
+        faults += attention_faults(resolve_model(model), options["attn"])
         faults += plan_faults(
             resolve_model(model),
             options,

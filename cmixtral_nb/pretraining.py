@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from .bits import bits_per_byte
 from .checkpoints import resolve_model
 from .corpora import corpus_texts
-from .loading import attention_faults, model_config
+from .loading import attention_faults
 from .machine import gpu_bytes, process_rank, world_size
 from .manifests import read_manifest
 from .options import at_least, between, faults_of, range_faults, refuse
@@ -75,7 +75,7 @@ def check_pretrain(
     faults = faults_of(same_tokenizer, tokens, owner, remedy)
     faults += _vocabulary_faults(packed, model, folder)
     faults += _example_faults(packed, options)
-    faults += _family_faults(folder, options)
+    faults += attention_faults(folder, options["attn"])
     faults += _watch_faults(packed, options)
     faults += wrong
     if not faults:
@@ -103,14 +103,6 @@ def _example_faults(packed: Artifact, options: dict[str, Any]) -> list[str]:
         f"{packed} has {n_examples:,} examples, a step takes {n_step:,} "
         "(batch × accumulation × devices); lower --batch"
     ]
-
-
-def _family_faults(folder: Path, options: dict[str, Any]) -> list[str]:
-    "What the family of the model cannot do, of what was asked"
-    if not options["attn"].startswith("flash"):
-        return []
-    faults = faults_of(model_config, folder)
-    return faults or attention_faults(model_config(folder), options["attn"])
 
 
 def _watch_faults(packed: Artifact, options: dict[str, Any]) -> list[str]:
