@@ -83,7 +83,7 @@ def _nats(model, batch: list[tuple], device: device) -> list[float]:
 def _require_rows(model, ids: list[list[int]]):
     "`StageError` where the tokenizer gives an id for which the model has no embedding row"
     top = max((max(document) for document in ids if document), default=0)
-    n_rows = model.config.vocab_size
+    n_rows = model.config.get_text_config().vocab_size
     require(
         top < n_rows,
         f"the tokenizer gives the id {top:,}, the model has {n_rows:,} rows: they do not belong "
@@ -355,7 +355,10 @@ class _HeadLeftOut:
     def before(self, model, args, kwargs):
         labels = kwargs.get("labels")
         module = model.get_output_embeddings()
-        many = labels is not None and labels.numel() * model.config.vocab_size > FEW_LOGITS
+        many = (
+            labels is not None
+            and labels.numel() * model.config.get_text_config().vocab_size > FEW_LOGITS
+        )
         head = _head_of(module) if many and model.training else None
         if head is None:
             return

@@ -813,14 +813,18 @@ def _held_badly(width: int) -> bool:
 def lora_matrices(
     model: PreTrainedModel,  # with single experts, or without a mixture
 ) -> list[str]:  # names of modules
-    "Every `nn.Linear` but head, routers, and what is not called: all experts, shared ones too"
+    "Every `nn.Linear` of the language model but head, routers, and what is not called"
     from torch import nn
 
+    language = {*model.get_decoder().modules()}  # without the vision tower of a Gemma 3
     left = {model.get_output_embeddings(), *_read_past(model)}
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module not in left and not is_router(name)
+        if isinstance(module, nn.Linear)
+        and module in language
+        and module not in left
+        and not is_router(name)
     ]
 
 

@@ -19,10 +19,18 @@ __all__ = [
 import functools
 import re
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from cmixtral_nb.experts import (
+    cast_once,
+    is_router,
+    lora_matrices,
+    single_experts,
+    stacked_experts,
+)
+
 from .bits import without_logits
-from .experts import cast_once, lora_matrices
 from .machine import quiet
 from .options import range_faults, refuse
 from .stages import StageError
@@ -37,16 +45,22 @@ if TYPE_CHECKING:
 
 # %% ../nbs/08_qlora.ipynb #f912aef1
 def expert_bytes(
-    model: nn.Module,  # any model; experts are the matrices whose name holds ".experts."
+    model: nn.Module,  # any model, with or without LoRA; its experts stacked or single
 ) -> dict[str, float]:  # n_params, bytes, bytes_per_param
     "Memory of the experts' frozen matrices and of the constants of their blocks"
     n_params = n_bytes = 0
-    for name, p in model.named_parameters():
-        if ".experts." in name and "lora_" not in name and not name.endswith("bias"):
+    for name, p in _expert_parameters(model):
+        if "lora_" not in name and not name.endswith("bias"):
             n_params += _n_weights(p)
             n_bytes += _bytes_held(p)
     per_param = n_bytes / n_params if n_params else 0.0
     return dict(n_params=n_params, bytes=n_bytes, bytes_per_param=per_param)
+
+
+def _expert_parameters(model: nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    "Name and parameter of all that the experts of a mixture hold"
+    for name, mixture in (single_experts(model) | stacked_experts(model)).items():
+        yield from mixture.named_parameters(prefix=name)
 
 
 def _n_weights(p: torch.nn.Parameter) -> int:
@@ -94,8 +108,8 @@ def without_lora(
     covered = {id(m.get_param()) for m in modules.values() if isinstance(m, ParamWrapper)}
     fused = [
         name
-        for name, p in model.named_parameters()
-        if ".experts." in name and p.ndim == 3 and "lora_" not in name and id(p) not in covered
+        for name, p in _expert_parameters(model)
+        if p.ndim == 3 and "lora_" not in name and id(p) not in covered
     ]
     return bare + fused
 
@@ -259,26 +273,33 @@ def add_lora(
 
 
 # %% ../nbs/08_qlora.ipynb #599389cb
-_PARTS = {  # what the name of a parameter holds -> the part of the model
-    ".experts.": "experts",
-    ".gate.": "router",
-    ".mlp.": "feed-forward",
-    "_proj": "attention",
-    "embed_tokens": "embedding",
-    "lm_head": "head",
+_PARTS = {  # what the name of a parameter holds -> the part of the model; the first that fits
+    r"vision|multi_modal": "vision",
+    r"\.experts\.": "experts",
+    r"embed_tokens|embeddings|\.wte\.|\.wpe\.": "embedding",
+    r"lm_head": "head",
+    r"shared_(expert|mlp)": "shared",  # by all tokens
+    r"\.mlp\.|feed_forward|(gate|up|down)_proj": "feed-forward",
+    r"_proj|attn|mixer": "attention",  # or what stands in its place, such as Mamba
 }
 
 
-def _part_of(name: str) -> str:
-    "Example: _part_of('model.layers.0.self_attn.q_proj.weight') -> 'attention'"
+def _plain_part(name: str, owner: nn.Module) -> str:
+    "Part of a parameter that is neither LoRA nor a trained copy"
+    if "Norm" in type(owner).__name__:
+        return "norms"
+    if is_router(name):
+        return "router"
+    return next((part for pattern, part in _PARTS.items() if re.search(pattern, name)), "other")
+
+
+def _part_of(name: str, owner: nn.Module) -> str:
+    "Example: _part_of('model.layers.0.self_attn.q_proj.weight', q_proj) -> 'attention'"
+    part = _plain_part(name, owner)
     if "lora_" in name:
-        parts = (part for key, part in _PARTS.items() if key in name)
-        return f"LoRA {next(parts, 'attention')}"
-    for key, part in _PARTS.items():
-        if key in name:
-            copied = "modules_to_save" in name or "trainable_tokens" in name
-            return f"{part} (trained copy)" if copied else part
-    return "norms"
+        return f"LoRA {part}"
+    copied = "modules_to_save" in name or "trainable_tokens" in name
+    return f"{part} (trained copy)" if copied else part
 
 
 def parameter_table(
@@ -287,7 +308,7 @@ def parameter_table(
     "Parameters of a model by part: how many, how many are trained, how much memory they hold"
     parts: dict[str, dict] = {}
     for name, p in model.named_parameters():
-        part = _part_of(name)
+        part = _part_of(name, model.get_submodule(name.rpartition(".")[0]))
         row = parts.setdefault(part, dict(part=part, n_params=0, trainable=0, bytes=0))
         row["n_params"] += _n_weights(p)
         row["bytes"] += _bytes_held(p)

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cmixtral_nb.adapters import save_adapter
+from cmixtral_nb.adapters import plain_name, save_adapter
 from cmixtral_nb.checkpoints import tensor_shapes
 from cmixtral_nb.experts import (
     METHOD,
@@ -39,11 +39,12 @@ from cmixtral_nb.experts import (
     split_experts,
     stacked_experts,
 )
-from cmixtral_nb.loading import load_model, save_4bit, save_stock
+from cmixtral_nb.loading import load_model, save_4bit, save_stock, streamed
 from cmixtral_nb.merge import merge, nf4_roundtrip
+from cmixtral_nb.parameters import anatomy
 from cmixtral_nb.placement import without_memory
-from cmixtral_nb.qlora import add_lora, expert_bytes, quantised
-from cmixtral_nb.stages import StageError
+from cmixtral_nb.qlora import add_lora, expert_bytes, parameter_table, quantised
+from cmixtral_nb.stages import StageError, read_json
 
 SIZES: dict[str, Any] = dict(
     vocab_size=96,
@@ -333,6 +334,51 @@ def test_from_loading_to_merge(family, place, tmp_path):
     assert not different
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_of_a_model_are_those_of_its_plan(family, place):
+    "Counted on the loaded model by names, in the plan on a stock one by modules"
+    folder, _ = saved(family, place)
+    planned = anatomy(read_json(folder / "config.json")).counts
+    table = parameter_table(load_model(folder, dtype="float32"))
+    found = {row["part"]: row["n_params"] for row in table}
+    if "feed-forward" in found:
+        found["mlp"] = found.pop("feed-forward")
+    assert found == {part: n for part, n in planned.items() if n}
+    assert expert_bytes(load_model(folder, dtype="float32"))["n_params"] == sum(
+        n for part, n in found.items() if part == "experts"
+    ) - n_biases(family)
+
+
+def n_biases(family):
+    "Of the experts, which are counted with them and never in 4 bits"
+    return 2 * 4 * (2 * 64 + 64) if family == "gpt_oss" else 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_streamed_model_answers_and_follows_routes(family, place):
+    folder, stock = saved(family, place)
+    weights = {
+        plain_name(n): W for n, W in load_model(folder, dtype="float32").state_dict().items()
+    }
+    routes: dict[str, torch.Tensor] = {}
+    net = streamed(folder, weights.__getitem__, routes=routes)
+    assert torch.equal(logits(net), stock)
+    own = {plain_name(name) for name in single_experts(net)}
+    assert routes.keys() == (set() if family == "phimoe" else own)  # which takes no topk
+    assert torch.equal(logits(streamed(folder, weights.__getitem__, routes=routes)), stock)
+    routes = {name: (chosen + 1) % 4 for name, chosen in routes.items()}
+    net = streamed(folder, weights.__getitem__, routes=routes)
+    seen = {}
+    for name, mixture in single_experts(net).items():
+        see = partial(lambda name, module, inputs: seen.update({name: inputs}), plain_name(name))
+        mixture.register_forward_pre_hook(see)
+    changed = logits(net)
+    for name, chosen in routes.items():
+        assert (changed - stock).abs().max() > 1
+        if len(seen[name]) > 1:  # not Llama 4, which scales tokens
+            assert torch.equal(seen[name][1].sort(-1).values, chosen.sort(-1).values)
+
+
 def test_lora_that_leaves_an_expert_out_is_refused(place, monkeypatch):
     "A list of names that serves attention alone, as peft's own rules make it"
     folder, _ = saved("qwen2_moe", place)
@@ -419,13 +465,13 @@ def test_gate_and_up_in_a_tensor_each(monkeypatch):
 
     net = without_memory(random_model("granitemoe").config, torch.float32)
     rules = conversion_mapping.get_checkpoint_conversion_mapping("granitemoe")
-    sources = ["block_sparse_moe.gate.weight", "block_sparse_moe.up.weight"]
+    halves = ["block_sparse_moe.gate.weight", "block_sparse_moe.up.weight"]
     target = "block_sparse_moe.experts.gate_up_proj"
-    rules.append(WeightConverter(sources, target, [Concatenate(dim=1)]))
+    rules.append(WeightConverter(halves, target, [Concatenate(dim=1)]))
     monkeypatch.setitem(
         conversion_mapping._checkpoint_conversion_mapping_cache, "granitemoe", rules
     )
-    shapes = {}
+    shapes: dict[str, tuple] = {}
     for layer in ("model.layers.0.block_sparse_moe", "model.layers.1.block_sparse_moe"):
         shapes |= {f"{layer}.{half}.weight": (4, 64, 64) for half in ("gate", "up")}
         shapes[f"{layer}.output_linear.weight"] = (4, 64, 64)
@@ -565,7 +611,11 @@ def test_every_class_of_experts():
             continue
         layout = layout_of(module)
         x = torch.randn(11, 32)
-        inputs = (x, torch.stack([torch.randperm(5)[:2] for _ in range(11)]), torch.rand(11, 2))
+        inputs: tuple = (
+            x,
+            torch.stack([torch.randperm(5)[:2] for _ in range(11)]),
+            torch.rand(11, 2),
+        )
         if len(inspect.signature(kind.forward).parameters) == 2:  # already scaled
             inputs = (x.repeat(5, 1) * (torch.rand(55, 1) > 0.5),)
         with torch.no_grad():

@@ -243,6 +243,26 @@ def test_other_architecture(tmp_path):
     }
 
 
+def test_a_vision_tower_is_left_alone(tmp_path):
+    "Gemma 3 brings one; LoRA is for the language"
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    text = dict(sizes, vocab_size=100, num_key_value_heads=2, head_dim=16)
+    seen = dict(sizes, image_size=28, patch_size=14)
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=seen)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    m = add_lora(load_model(tmp_path, load_in_4bit=True, trainable=True), 4, 8, 0.0, "none")
+    assert not without_lora(m)
+    lora = [name for name, _ in m.named_parameters() if "lora_A" in name]
+    assert len(lora) == 2 * 7 and all(".language_model.layers." in name for name in lora)
+    table = {row["part"]: row for row in parameter_table(m)}
+    assert table["vision"]["n_params"] and not table["vision"]["trainable"]
+    m.train()(input_ids=IDS, labels=IDS, token_type_ids=torch.zeros_like(IDS)).loss.backward()
+    assert all(p.grad is not None for p in m.parameters() if p.requires_grad)
+
+
 def dequantised(m, path):
     "The same model in float32, its weights those that 4 bits stand for"
     from bitsandbytes.functional import dequantize_4bit
@@ -477,7 +497,7 @@ def test_auto_gives_layers_to_devices_and_moves_what_goes_between(tmp_path, monk
     config = small_config(hidden=64, layers=4, intermediate=64, heads=2, vocab_size=100)
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     plain = load_model(tmp_path, load_in_4bit=four, device="cpu", dtype="float32")
-    found = {}
+    found: dict[str, int] = {}
 
     def spread(config, have, load_in_4bit, dtype):
         places = placement_spread(config, have, load_in_4bit, dtype)
