@@ -41,6 +41,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .checkpoints import read_header, resolve_model, tensor_files
@@ -48,6 +49,7 @@ from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import Range, as_list, faults_of, one_of, range_faults, refuse
 from .shapes import TEXT, TRUTH, number, read_shaped, visible, whole
+from .small_floats import storage_method
 from .stages import StageError, input_fingerprint, read_json, require, write_json
 from .stored_experts import OnDisk, Stacked, mixture_on_disk
 
@@ -694,6 +696,13 @@ def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     stored = [name for name in head if ".absmax" in name or ".quant_state" in name]
     if stored:
         return [f"{model} is stored in 4 bits ({stored[0]}); give the model it was made from"]
+    config = read_shaped(resolve_model(model) / "config.json", {})
+    settings = SimpleNamespace(quantization_config=config.get("quantization_config"))
+    if method := storage_method(settings):
+        return [
+            f"{model} is stored in {visible(method, 20)}; adapters are merged into 16 bits: "
+            'save_stock(load_model(MODEL, dtype="bfloat16"), NEW) of cmixtral_nb.loading makes them'
+        ]
     shapes = plain_shapes(head, mixture_on_disk(resolve_model(model)))
     fingerprint = input_fingerprint(model)
     for a in adapters:

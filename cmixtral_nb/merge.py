@@ -37,7 +37,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from cmixtral_nb.adapters import (
     Adapter,
     Pair,
-    check_merge,
     is_embedding,
     is_finite,
     is_linear,
@@ -64,6 +63,7 @@ from cmixtral_nb.checkpoints import (
     write_tensors,
 )
 
+from .averages import check_average, mean_of
 from .experts import Place, Source, StackedFile
 from .loading import one_tensor_at_a_time, streamed
 from .machine import say
@@ -497,6 +497,8 @@ def _say(stats: dict, is_guess: bool) -> None:
         f"{stats['n_lora']} LoRA pairs and {stats['n_whole']} whole matrices "
         f"into the {stats['into']} weights"
     )
+    if stats["average"]:
+        text = f"the mean of {stats['n_adapters']} adapters: {text}"
     if "logit_difference" in stats:
         text += f"; logits differ by {stats['logit_difference']:.0e}"
     if is_guess:
@@ -510,7 +512,7 @@ def _say(stats: dict, is_guess: bool) -> None:
     inputs=("model", "adapter"),
     ignore=("device",),
     resumable=True,
-    check=check_merge,
+    check=check_average,
     options=merge_option_faults,
     found=merge_target,  # the manifest holds what `into` came to
 )
@@ -518,6 +520,7 @@ def merge(
     model: Path,  # model the adapter was trained on: HF folder, artifact or hub id
     adapter: list[str],  # PEFT adapter, ours or another tool's; several are added in their order
     out: Path,  # folder to write
+    average: bool = False,  # add their mean, and that of those `pretrain` kept beside them
     into: str | None = None,  # dequantised, original; None: as the adapter's manifest says
     rounding: str = "peft",  # peft: to the model's type as often as peft does; once: at the end
     check: bool = True,  # compare logits with those of model + adapter, one matrix at a time
@@ -529,7 +532,8 @@ def merge(
     from tqdm import tqdm
 
     folder = resolve_model(model)
-    adapters = [Adapter(ref) for ref in as_list(adapter)]
+    refs = as_list(adapter)
+    adapters = [mean_of(refs)] if average else [Adapter(ref) for ref in refs]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = merge_target(adapter, into)["into"]
     src = open_sources(folder, adapters, target, rounding, device)
@@ -549,7 +553,8 @@ def merge(
     files = _write_rest(src, folder, out, n_rows)
     stats = dict(
         into=target,
-        n_adapters=len(adapters),
+        n_adapters=len(adapters[0].members) if average else len(adapters),
+        average=average,
         n_lora=sum(len(a.lora) for a in adapters),
         n_whole=sum(len(a.whole) for a in adapters),
         n_rows=n_rows,

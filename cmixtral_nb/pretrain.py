@@ -54,6 +54,7 @@ from cmixtral_nb.training import (
 )
 
 from .adapters import save_adapter
+from .averages import forget, keep_last_callback
 from .checkpoints import resolve_model
 from .loading import load_model
 from .machine import process_rank, say, world_size
@@ -258,6 +259,7 @@ def pretrain(
     alarm_gain: float = 0.5,  # or where their in-context gain falls by more than this share
     stop_on_alarm: bool = False,  # stop there; without it the same command goes on
     save_every: int = 500,  # steps between checkpoints
+    keep_last: int = 1,  # adapters kept: the last, and those of the checkpoints before it
     log_every: int = 10,  # steps between lines of the log
     attn: str = "sdpa",  # sdpa, eager, flash_attention_2
     zero: int = 0,  # with torchrun: 2 divides gradients and optimiser among GPUs (DeepSpeed)
@@ -292,12 +294,13 @@ def pretrain(
         rows_steps=rows_steps,
     )
     run.add_callback(alarm_callback(out / "log.jsonl", watch))
+    run.add_callback(keep_last_callback(net, out, keep_last))
     note = partial(_note_loads, out, net, tok, texts)
     if not done:
         note("before")
     run_to_end(run, done, partial(note, "after"))
     stop_if_alarmed(run.state.log_history, watch)
-    return _results(out, run, net, packed, model)
+    return _results(out, run, net, packed, model, keep_last)
 
 
 def _batches_of(packed: Artifact, attn: str) -> Callable[[list], dict]:
@@ -381,12 +384,14 @@ def _results(
     model: PreTrainedModel,
     packed: Artifact,
     base: str | Path,  # that the adapter belongs to
+    keep_last: int,  # adapters, the last included
 ) -> dict:
     "Write the adapter and what came of the run; the first process does"
     if process_rank():
         return {}
     save_adapter(model, out, Path(base).name if Path(base).exists() else str(base))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    forget(out, keep_last - 1, run.state.global_step)
     stats = run_stats(run, model, packed, resolve_model(base), read_log(out))
     say("pretrain", in_one_line(stats))
     return stats
