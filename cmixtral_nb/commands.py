@@ -106,6 +106,7 @@ POSITIONAL = {  # command -> parameter that is given without a dash
     "card": "run",
     "compare": "models",
     "audit": "tokenizer",
+    "health": "model",
 }
 FORCE_DOC = "make it anew even where it is up to date"  # `stage` adds this parameter
 
@@ -180,6 +181,7 @@ GROUPS = {
         "page",
         "compare",
         "breakeven",
+        "health",
         "audit",
         "card",
     ],

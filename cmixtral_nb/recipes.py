@@ -204,6 +204,7 @@ MODULES = {  # command -> module of the function with its name
     "page": "serve",
     "compare": "compare",
     "breakeven": "breakeven",
+    "health": "health",
     "audit": "audit",
     "card": "card",
     "docs": "site",
