@@ -26,6 +26,7 @@ from cmixtral_nb.experts import (
     cast_once,
     is_router,
     lora_matrices,
+    mixture_faults,
     single_experts,
     stacked_experts,
 )
@@ -260,6 +261,7 @@ def add_lora(
         from peft import get_peft_model
     from transformers import set_seed
 
+    refuse(mixture_faults(model) if rank else ())
     config = _lora_config(model, rank, alpha, dropout, rows, n_old)
     set_seed(seed)
     with quiet():

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import re
+import shutil
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from cmixtral_nb.merge import merge, nf4_roundtrip
 from cmixtral_nb.parameters import anatomy
 from cmixtral_nb.placement import without_memory
 from cmixtral_nb.qlora import add_lora, expert_bytes, parameter_table, quantised
-from cmixtral_nb.stages import StageError, read_json
+from cmixtral_nb.stages import StageError, read_json, write_json
 
 SIZES: dict[str, Any] = dict(
     vocab_size=96,
@@ -529,6 +530,45 @@ def test_classes_that_cannot_be_read_are_named(family, sizes, message):
     assert re.match(message, fault)
     with pytest.raises(StageError, match=message):
         split_experts(net)
+
+
+UNKNOWN = dict(
+    hidden_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    kv_channels=16,
+    intermediate_size=64,
+    num_local_experts=4,
+    vocab_size=96,
+)
+
+
+def test_no_command_takes_experts_that_it_cannot_reach(tmp_path):
+    "In 16 bits they answer; what would leave them in 16 bits, or without LoRA, stops"
+    config = AutoConfig.for_model("jetmoe", **UNKNOWN)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    message = "JetMoeParallelExperts keeps weight, .* where neither 4 bits nor LoRA reach"
+    with pytest.raises(StageError, match=f"^{tmp_path}: {message}$"):
+        load_model(tmp_path, load_in_4bit=True)
+    model = load_model(tmp_path, dtype="float32")
+    assert logits(model).isfinite().all()
+    with pytest.raises(StageError, match=f"^{message}$"):
+        add_lora(model, rank=2, rows="none")
+
+
+@pytest.mark.parametrize("four", [False, True])
+@pytest.mark.parametrize("family", ["olmoe", "granitemoe"])
+def test_a_layout_that_contradicts_its_configuration_is_not_loaded(family, four, place, tmp_path):
+    folder, _ = saved(family, place)
+    shutil.copytree(folder, tmp_path / family)
+    path = tmp_path / family / "config.json"
+    write_json(path, read_json(path) | dict(intermediate_size=128))
+    with pytest.raises(
+        StageError, match=f"^{tmp_path}/{family}: .*, the configuration says "
+    ) as no:
+        load_model(tmp_path / family, load_in_4bit=four)
+    assert len(str(no.value).splitlines()) <= 3  # of many the first
 
 
 def test_a_class_that_nobody_knows():
