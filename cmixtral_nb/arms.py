@@ -461,6 +461,12 @@ def pilot_text(
 ) -> str:  # one line; `StageError` where the pilot cannot say
     "What a small run says about a large one"
     folders = [Path(run) / folder for folder in ARMS.values()]
+    refuse(
+        f"{folder} does not exist; expected a run with [control] in its recipe; "
+        f"run: cmixtral run RECIPE --out {run}"
+        for folder in folders
+        if not folder.is_dir()
+    )
     arms = [read_arm(folder, language) for folder in folders]
     refuse(pair_faults(*folders))
     budget = float(min(arm.read.max() for arm in arms))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cmixtral_nb.arms import Budget, arms_of, at_equal, same_bytes, speed_ratio
 from cmixtral_nb.bits import document_bits
+from cmixtral_nb.breakeven import fit_curves, forecast
 from cmixtral_nb.control import Respeller, control_faults, cut_ids, id_bytes, stream_docs
 from cmixtral_nb.gain import change
 from cmixtral_nb.pack import collate, load_examples
@@ -176,6 +177,7 @@ def test_even_rows_lose_nothing(sizes, seed):
 def test_both_arms_begin_with_the_same_token_and_pay_for_every_byte(arms):
     "The prefix token and truncation: a uniform model pays log2 of its vocabulary for each token"
     import torch
+    from transformers import PretrainedConfig
 
     run, _ = arms
     texts = ["这个命令显示文件。" * 9, "To install the package, type this. " * 9]
@@ -185,7 +187,7 @@ def test_both_arms_begin_with_the_same_token_and_pay_for_every_byte(arms):
         seen: list = []
 
         class Uniform(torch.nn.Module):
-            config = type("Config", (), dict(vocab_size=50_000))
+            config = PretrainedConfig(vocab_size=50_000)
             device = torch.device("cpu")
 
             def forward(self, input_ids, use_cache=False, seen=seen):
@@ -326,3 +328,27 @@ def test_the_ratio_of_speeds_covers_as_often_as_it_says():
 
 def test_a_folder_without_a_control_has_no_arms(micro):
     assert arms_of(Path(micro[0]), "zh", ["en"]) is None
+
+
+def test_a_forecast_finds_the_ratio_of_known_curves():
+    rng = np.random.default_rng(0)
+    read = np.linspace(0, 1e6, 11)
+    truth = {}
+    for name, (floor, drop) in dict(extended=(1.2, 1.5), control=(1.25, 0.6)).items():
+        shape = 1 + read / 2e5
+        truth[name] = (floor, drop), floor + drop / shape + rng.normal(0, 0.003, 11)
+    extended, control = (fit_curves(read, truth[name][1]) for name in ("extended", "control"))
+    for n_bytes in (1e6, 3e6, 1e7):
+        floors = [truth[name][0] for name in ("extended", "control")]
+        a, b = (floor + drop / (1 + n_bytes / 2e5) for floor, drop in floors)
+        found = forecast(extended, control, n_bytes)
+        assert found.low <= a / b - 1 <= found.high
+        assert found.low <= found.middle <= found.high
+
+
+def test_a_pilot_that_cannot_say_is_refused(arms, tmp_path, cli):
+    run, _ = arms
+    status, err = cli("plan", "tiny", "--pilot", tmp_path / "none")
+    assert status == 2 and len(err) == 2 and "expected a run with [control]" in err[0]
+    status, err = cli("plan", "tiny", "--pilot", run)
+    assert status == 2 and "was evaluated 3 times, expected at least 5" in err[0]
