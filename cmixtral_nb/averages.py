@@ -99,6 +99,8 @@ def average_faults(
 
 # %% ../nbs/a18d_averages.ipynb #ee84ad9b
 _LAST = "last"  # folder within an adapter's: the adapters of steps before its own
+_HALF = "half"  # folder within it: one that is being written
+_STEPS = "[0-9]" * 8  # names of the others
 
 
 def keep_last_callback(
@@ -110,9 +112,20 @@ def keep_last_callback(
     from transformers import TrainerCallback
 
     class KeepLast(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kw):
+            if state.global_step:  # went on from a checkpoint, and died before it was kept
+                self.keep(state)
+
         def on_save(self, args, state, control, **kw):
-            if n > 1 and state.is_world_process_zero:
-                save_adapter(model, _folder_of(out, state.global_step))
+            shutil.rmtree(_folder_of(out, state.global_step), ignore_errors=True)
+            self.keep(state)
+
+        def keep(self, state):
+            folder = _folder_of(out, state.global_step)
+            if n > 1 and state.is_world_process_zero and not folder.exists():
+                shutil.rmtree(out / _LAST / _HALF, ignore_errors=True)
+                save_adapter(model, out / _LAST / _HALF)
+                (out / _LAST / _HALF).rename(folder)
                 forget(out, n)  # the final step may be one of them
 
     return KeepLast()
@@ -130,7 +143,7 @@ def forget(
 ) -> None:
     "Remove the oldest adapters that were kept"
     shutil.rmtree(_folder_of(out, last_step), ignore_errors=True)
-    kept = sorted((out / _LAST).glob("*"))
+    kept = sorted((out / _LAST).glob(_STEPS))
     for folder in kept[: max(0, len(kept) - n)]:
         shutil.rmtree(folder)
     if not n:
@@ -142,7 +155,7 @@ def with_kept(
 ) -> list[Adapter]:  # oldest first, its own the last
     "An adapter with those of earlier steps that lie beside it"
     own = Adapter(ref)
-    folders = sorted((own.path / _LAST).glob("[0-9]" * 8))
+    folders = sorted((own.path / _LAST).glob(_STEPS))
     return [*map(Adapter, folders), own]
 
 

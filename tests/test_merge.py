@@ -671,6 +671,72 @@ def test_any_family_in_any_form(family, families, tmp_path):
     assert found.config.model_type == family
 
 
+# averages
+
+
+def mean_by_hand(sources, name):
+    "The mean of the models that adapters make, one weight in float64"
+    each = []
+    for src in sources:
+        W = without_lora_added(src, name).double()
+        for A, B, scale in lora_beside(src, name):
+            W += scale * B.double() @ A.double()
+        each.append(W)
+    return torch.stack(each).mean(0)
+
+
+def sources_of(model, adapters):
+    return [open_sources(model, [Adapter(a)], into="original") for a in adapters]
+
+
+@pytest.mark.parametrize("layout", ["per expert, rslora", "fused", "modules_to_save", "rows"])
+def test_the_mean_is_that_of_the_merged_models(typed, tmp_path, layout):
+    model, dtype = typed
+    adapters = [peft_adapter(model, tmp_path / f"a{i}", layout, dtype, seed=i) for i in range(3)]
+    m = merge(model, adapters, out=tmp_path / "m", average=True, into="original", device="cpu")
+    assert (m.stats["n_adapters"], m.stats["average"]) == (3, True)
+    assert m.stats["logit_difference"] < (1e-5 if dtype == "float32" else 0.03)
+    half_ulp = torch.finfo(getattr(torch, dtype)).eps / 2
+    before, n_changed = tensors(model), 0
+    sources = sources_of(model, adapters)
+    for name, W in tensors(m.path).items():
+        want = mean_by_hand(sources, name)
+        most = want.abs() * half_ulp + 3e-7
+        if layout == "rows":  # which by hand are rounded one by one
+            most = want.abs().max() * 2 * half_ulp + 3e-7
+        assert ((W.double() - want).abs() <= most).all(), name
+        n_changed += not torch.equal(W, before[name])
+    assert n_changed > 1
+    last = tensors(run(model, adapters[-1], tmp_path, "last", into="original").path)
+    assert not same_bits(tensors(m.path), last)
+
+
+def test_the_mean_of_products_is_no_product_of_means(typed, tmp_path):
+    model, dtype = typed
+    adapters = [peft_adapter(model, tmp_path / f"a{i}", "attention", dtype, i) for i in range(2)]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    sources = sources_of(model, adapters)
+    first, second = (lora_beside(src, name)[0] for src in sources)
+    A, B = ((first[i] + second[i]).double() / 2 for i in range(2))
+    W = read_weight(sources[0], name).double()
+    got = tensors(run(model, adapters, tmp_path, average=True, into="original").path)[name]
+    want = mean_by_hand(sources, name)
+    of_means = W + first[2] * B @ A
+    assert (want - of_means).norm() > 0.3 * (want - W).norm() > 10 * (want - got).norm()
+
+
+def test_no_mean(refuses, model, adapter, tmp_path):
+    refuses("keeps no other adapters to average with; give several", model, adapter, average=True)
+    rows = make_adapter(model, tmp_path / "rows", "all")
+    odd = "rows brings other matrices or rows than .*adapter"
+    refuses(odd, model, [adapter, rows], average=True)
+    kept = shutil.copytree(adapter, adapter / "last" / "00000002")
+    edit(kept, lambda t: next(iter(t.values())).view(-1).__setitem__(3, math.nan))
+    refuses("00000002: .* holds NaN", model, adapter, average=True)
+    faults = refuses("none does not exist", model, [adapter, tmp_path / "none"], average=True)
+    assert len(faults) == 1
+
+
 # shards and resuming
 
 
