@@ -307,15 +307,27 @@ def _leaves(
     return Leaves(gate, up, down)
 
 
+def _stock_rules(model: PreTrainedModel) -> list:
+    "The rules by which transformers loads a checkpoint of a model"
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    config = model.config
+    kind = config.model_type  # another model of the same configuration may have been made single
+    config.model_type = type(config).model_type
+    try:
+        return get_model_conversion_mapping(model)
+    finally:
+        config.model_type = kind
+
+
 def layouts_of(
     model: PreTrainedModel,  # stock
 ) -> dict[str, Layout]:  # name of a module -> how it stacks its experts
     "Layouts of all mixtures of a model, with the names that its checkpoints use"
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
     found = stacked_experts(model)
-    rules = get_model_conversion_mapping(model) if found else []
+    rules = _stock_rules(model) if found else []
     stacking = [rule for rule in rules if isinstance(rule, WeightConverter)]
     return {name: layout_of(module, _leaves(name, stacking)) for name, module in found.items()}
 
@@ -602,11 +614,10 @@ def expert_sources(
     shapes: dict[str, tuple],  # tensor of a checkpoint -> shape
 ) -> dict[str, Source]:  # name -> where it is; names of other tensors stay as they are
     "Where each matrix of each expert lies in a checkpoint; `StageError` with all that is wrong"
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     layouts = layouts_of(net)
-    rules = get_model_conversion_mapping(net)
+    rules = _stock_rules(net)
     stacking = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renaming = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     rule_of = {pattern: rule for rule in stacking for pattern in rule.source_patterns}

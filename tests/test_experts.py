@@ -380,6 +380,19 @@ def test_a_streamed_model_answers_and_follows_routes(family, place):
             assert torch.equal(seen[name][1].sort(-1).values, chosen.sort(-1).values)
 
 
+def test_two_models_of_one_configuration():
+    "The first is marked for peft, in the configuration that both have"
+    config = random_model("mixtral").config
+    names = [
+        [
+            name
+            for name, _ in split_experts(AutoModelForCausalLM.from_config(config)).named_modules()
+        ]
+        for _ in range(2)
+    ]
+    assert names[0] == names[1] and "model.layers.1.mlp.experts.3.w2" in names[0]
+
+
 def test_lora_that_leaves_an_expert_out_is_refused(place, monkeypatch):
     "A list of names that serves attention alone, as peft's own rules make it"
     folder, _ = saved("qwen2_moe", place)
