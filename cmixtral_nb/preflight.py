@@ -442,7 +442,8 @@ def plan(
     refuse(check_recipe(read) + range_faults(dict(utilisation=utilisation)))
     folder = Path(out or f"runs/{read['name']}")
     pays = _pays_text(read, folder, pilot)
-    device = "cpu" if "base" in read and not gpu_bytes() else "cuda"
+    is_small = {"base", "convert"} & set(read)  # made here, so perhaps for no GPU
+    device = "cpu" if is_small and not gpu_bytes() else "cuda"
     asked = plan_inputs(read, "pretrain", folder)
     memory = settings_plan(**asked, device=device)
     n_tokens = tokens_of(read, folder)

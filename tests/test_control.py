@@ -11,6 +11,7 @@ from conftest import MICRO, cmixtral
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cmixtral_nb.pretrain as pretrain_module
 from cmixtral_nb.arms import Budget, arms_of, at_equal, same_bytes, speed_ratio
 from cmixtral_nb.bits import document_bits
 from cmixtral_nb.breakeven import fit_curves, forecast
@@ -59,51 +60,56 @@ def test_each_example_holds_the_bytes_of_its_partner(arms):
     assert total == round(sum(s["n_rows"] * s["row_bytes"] for s in stats.values()))
 
 
-def test_each_step_of_both_arms_reads_the_same_text(arms, tmp_path):
+def test_each_step_of_both_arms_reads_the_same_text(arms, tmp_path, monkeypatch):
     run, _ = arms
+    plain, seen = pretrain_module.collate, []
+
+    def note(examples, **how):
+        seen.append([example["input_ids"].tolist() for example in examples])
+        return plain(examples, **how)
+
+    monkeypatch.setattr(pretrain_module, "collate", note)
     read = {}
     for arm, (model, tokens) in {
         "extended": ("model", "tokens"),
         "control": ("base", "control_tokens"),
     }.items():
-        code = f"""
-import json
-from cmixtral_nb import pretrain as module
-plain, seen = module.collate, []
-def note(examples, **how):
-    seen.append([[int(i) for i in example["input_ids"]] for example in examples])
-    return plain(examples, **how)
-module.collate = note
-module.pretrain({str(run / model)!r}, {str(run / tokens)!r}, {str(tmp_path / arm)!r},
-    rank=2, alpha=4, batch=2, accumulation=2, steps=2, eval_every=9, eval_chars=50, device="cpu",
-    load_in_4bit=False)
-open({str(tmp_path / f"{arm}.json")!r}, "w").write(json.dumps(seen))
-raise SystemExit(0)
-"""
-        done = cmixtral(code=code)
-        assert done.returncode == 0, done.stderr[-2000:]
+        seen.clear()
+        pretrain_module.pretrain(
+            run / model,
+            run / tokens,
+            tmp_path / arm,
+            rank=2,
+            alpha=4,
+            batch=2,
+            accumulation=2,
+            steps=2,
+            eval_every=9,
+            eval_chars=50,
+            load_in_4bit=False,
+            device="cpu",
+        )
         table = id_bytes(load_tokenizer(run / model))
-        batches = json.loads((tmp_path / f"{arm}.json").read_text())
-        read[arm] = [[text_of(ids, table) for ids in batch] for batch in batches]
+        read[arm] = [[text_of(ids, table) for ids in batch] for batch in seen]
     assert len(read["control"]) >= 4
     assert read["extended"] == read["control"]
     stats = [Artifact.load(tmp_path / arm).stats for arm in read]
     assert stats[0]["bytes_per_step"] == pytest.approx(stats[1]["bytes_per_step"], rel=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     texts=st.lists(st.text("ab 中文的是é🙂\n", min_size=0, max_size=30), min_size=1, max_size=8),
     length=st.integers(8, 20),
     cut=st.integers(0, 7),
 )
-def test_any_text_cut_anywhere_keeps_its_bytes(micro_tokenizers, texts, length, cut):
-    new, old = micro_tokenizers
+def test_any_text_cut_anywhere_keeps_its_bytes(respeller, micro_tokenizers, texts, length, cut):
+    new, _ = micro_tokenizers
     docs = [[1, *doc, 2] for doc in encode_plain(new, texts)]
     stream = np.concatenate([np.array(doc) for doc in docs])
     stream = stream[: max(length, len(stream) - cut)]  # the last document may break off
     rows = stream[: len(stream) // length * length].reshape(-1, length)
-    respeller = Respeller(new, old, length)
+    respeller.length = length
     found = [ids for block in respeller.examples(iter([rows[:2], rows[2:]])) for ids in block]
     assert len(found) == len(rows)
     for row, ids in zip(rows, found, strict=True):
@@ -116,6 +122,12 @@ def micro_tokenizers(micro):
     return load_tokenizer(micro[0] / "model"), load_tokenizer(micro[0] / "base")
 
 
+@pytest.fixture(scope="module")
+def respeller(micro_tokenizers):
+    new, old = micro_tokenizers
+    return Respeller(new, old, length=64)
+
+
 def test_whole_documents_are_spelled_as_the_old_tokenizer_spells_them(micro_tokenizers):
     new, old = micro_tokenizers
     texts = ["这个命令显示文件。", "To install it, type this.", "中英 mixed 文本"]
@@ -125,11 +137,10 @@ def test_whole_documents_are_spelled_as_the_old_tokenizer_spells_them(micro_toke
     assert found.tolist() == [i for text in texts for i in [1, *encode_plain(old, [text])[0], 2]]
 
 
-@settings(deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 40), max_size=4).map(sorted))
-def test_cut_ids_cuts_at_the_bytes(micro_tokenizers, offsets):
-    _, old = micro_tokenizers
-    table = id_bytes(old)
+def test_cut_ids_cuts_at_the_bytes(respeller, offsets):
+    old, table = respeller.old, respeller.old_bytes
     (ids,) = encode_plain(old, ["a command line 中文 for 🙂"])
     whole = text_of(ids, table)
     offsets = [min(offset, len(whole)) for offset in offsets]
