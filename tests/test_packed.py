@@ -257,7 +257,7 @@ def test_few_rows_call_the_chosen_experts_alone(folders, calls):
 
 
 def test_what_peft_does_besides_is_left_to_peft(folders, calls):
-    "Merged, switched off, two adapters, DoRA, hooks: the same as with single experts"
+    "Merged, switched off, two adapters, DoRA, some experts alone, hooks: as with single experts"
 
     def results(packed):
         model = learner_of(folders["qwen3_moe"], packed)
@@ -286,6 +286,14 @@ def test_what_peft_does_besides_is_left_to_peft(folders, calls):
             target_modules=r".*experts\.\d+\.\w+",
         )
         yield "dora", logits(get_peft_model(loaded(folders["qwen3_moe"], packed), dora))
+        some = LoraConfig(
+            r=8,
+            rank_pattern={r".*experts\.3\.\w+": 16},
+            init_lora_weights=False,
+            target_modules=r".*experts\.\d\.\w+",  # not the six last
+        )
+        torch.manual_seed(3)
+        yield "some", logits(get_peft_model(loaded(folders["qwen3_moe"], packed), some))
 
     wanted = dict(results(False))
     assert calls["groups"] == 0
@@ -301,7 +309,7 @@ def test_what_peft_does_besides_is_left_to_peft(folders, calls):
     for name in wanted:
         assert torch.equal(found[name], wanted[name]), name
     assert {"one", "none"} <= at_once
-    assert not {"merged", "unmerged", "dora"} & at_once
+    assert not {"merged", "unmerged", "dora", "some"} & at_once
 
 
 def test_sizes_decide():
