@@ -109,8 +109,8 @@ def _storage_faults(config: dict[str, Any]) -> list[str]:
         )
     if method not in _METHODS:
         faults.append(
-            f"quantised by {visible(repr(method), 40)}, expected bitsandbytes or nothing; save it "
-            "in 16 bits with transformers first (dequantize=True of Mxfp4Config and others)"
+            f"quantised by {visible(repr(method), 40)}, expected bitsandbytes, fp8, mxfp4 or "
+            "nothing; save it in 16 bits with transformers first"
         )
     return faults
 
