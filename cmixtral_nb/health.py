@@ -219,7 +219,7 @@ def plot_health(
     ends = np.array([share.min(), share.max()])
     axes.plot(ends, ends, "--", color="0.4", lw=1, label="a table of frequencies")
     axes.set(xscale="log", yscale="log", xlabel="share of the text", ylabel="mass at its places")
-    axes.legend()
+    figure.legend(loc="outside upper right", frameon=False)  # clear of the points
     return figure
 
 
