@@ -47,6 +47,7 @@ from cmixtral_nb.llama_rules import (
 )
 
 from .checkpoints import link_file, resolve_model, tensor_files
+from .experts import METHOD
 from .generate import encode_prompt, stop_ids
 from .loading import load_model
 from .machine import available_bytes, package_data, say
@@ -354,18 +355,29 @@ def link_model(
 
 
 # %% ../nbs/a22_engines.ipynb #4352e95f
+def _stored_faults(folder: Path, to: str) -> list[str]:
+    "Why an engine does not read the weights as they are stored"
+    stored = read_json(folder / "config.json").get("quantization_config") or {}
+    method = stored.get("quant_method")
+    if method == METHOD:
+        form = "4 bits with single experts, which this package alone reads"
+    elif (method == "bitsandbytes" or stored.get("load_in_4bit")) and to != "hf":
+        form = "4 bits"
+    else:
+        return []
+    return [
+        f"{folder} is stored in {form}, expected the merged model in 16 or 32; run: cmixtral merge"
+    ]
+
+
 def check_model(
     folder: Path,  # of a model
     to: str,  # form that it shall have: hf, vllm, gguf
+    tokenizer: Path | None = None,  # folder of another tokenizer; None: the model's own
 ) -> None:
     "Refuse a model that an engine could not talk with"
-    faults = []
-    if read_json(folder / "config.json").get("quantization_config") and to != "hf":
-        faults.append(
-            f"{folder} is stored in 4 bits, expected the merged model in 16 or 32; "
-            "run: cmixtral merge"
-        )
-    tok = load_tokenizer(folder)
+    faults = _stored_faults(folder, to)
+    tok = load_tokenizer(tokenizer or folder)
     if tok.chat_template:
         faults += faults_of(encode_prompt, tok, [dict(role="user", content="x")])
     else:

