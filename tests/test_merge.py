@@ -717,7 +717,7 @@ def test_the_mean_of_products_is_no_product_of_means(typed, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     sources = sources_of(model, adapters)
     first, second = (lora_beside(src, name)[0] for src in sources)
-    A, B = ((first[i] + second[i]).double() / 2 for i in range(2))
+    A, B = (first[0] + second[0]).double() / 2, (first[1] + second[1]).double() / 2
     W = read_weight(sources[0], name).double()
     got = tensors(run(model, adapters, tmp_path, average=True, into="original").path)[name]
     want = mean_by_hand(sources, name)
