@@ -6,7 +6,7 @@ the large libraries, and never the package itself.
 
 It is a process of its own, with its own folder, arguments, search path and `__main__`, and it
 ends as Python ends. What a library reads from the environment while it is imported was read
-before: a call with other variables, or on a GPU, starts Python as usual.
+before, so a call with variables of its own (`env`), or on a GPU, starts Python as usual.
 """
 
 import gc
@@ -39,14 +39,13 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread
 class ForkServer:
     "The process that imports once; one request at a time"
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = environment
+    def __init__(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-P", __file__],
-            env={**environment, **ONE_THREAD},
+            env={**os.environ, **ONE_THREAD},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            bufsize=0,  # a buffer might hold an answer that select does not see
         )
 
     def answer(self, timeout: float | None) -> int | None:
@@ -61,8 +60,7 @@ class ForkServer:
     def run(self, request: dict, timeout: float | None) -> int:
         "Exit status of a fork, as subprocess gives it"
         assert self.process.stdin
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
         pid = self.answer(None)
         status = self.answer(timeout)
         if pid is not None and status is None:
@@ -74,11 +72,6 @@ class ForkServer:
 
 
 _server: list[ForkServer] = []  # of this worker, from its first call on
-
-
-def _environment() -> dict[str, str]:
-    "The variables of this process, without pytest's name of the test"
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
 
 def _fork(request: dict, timeout: float | None) -> subprocess.CompletedProcess[str]:
@@ -99,14 +92,10 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     "What `python -c CODE ARGV...` does; `path` is its PYTHONPATH"
     words, folder = ["-c", *map(str, argv)], str(cwd or Path.cwd())
-    of_this_process = _environment()
-    environment = {**of_this_process, **(env or {})}
+    environment = {**os.environ, **(env or {})}
     if path:
         environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
-    on_a_gpu = environment.get("CMIXTRAL_TEST_GPU") == "1"
-    if not _server and not on_a_gpu:
-        _server.append(ForkServer(of_this_process))
-    if on_a_gpu or env or of_this_process != _server[0].environment:
+    if env or environment.get("CMIXTRAL_TEST_GPU") == "1":
         return subprocess.run(
             [sys.executable, "-c", code, *words[1:]],
             capture_output=True,
@@ -116,6 +105,8 @@ def python(
             timeout=timeout,
             env=environment,
         )
+    if not _server:
+        _server.append(ForkServer())
     return _fork(dict(code=code, argv=words, cwd=folder, environment=environment), timeout)
 
 
