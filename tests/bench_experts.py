@@ -99,7 +99,7 @@ class Ways:
         from cmixtral_nb import packed_experts
         from cmixtral_nb.experts import single_experts, single_experts_class
 
-        packed_experts.FEWEST = 2
+        packed_experts.FEWEST = packed_experts.IN_A_GROUP = 1
         packed_experts.AT_ONCE[device] = 2**40
         self.device, self.limits = device, packed_experts.AT_ONCE
         with tempfile.TemporaryDirectory() as folder:

@@ -316,12 +316,12 @@ def test_sizes_decide():
     def layout(n_experts, width, inner):
         return Layout(object, Leaves(), n_experts, width, inner, True, False, False, False)
 
-    assert can_pack(layout(128, 2048, 768), "cpu")  # Qwen3-30B: two experts make a group
+    assert not can_pack(layout(128, 2048, 768), "cpu")  # Qwen3-30B: two experts make a group
+    assert can_pack(layout(128, 2048, 768), "cuda")
+    assert can_pack(layout(64, 1536, 512), "cpu")
     assert not can_pack(layout(8, 4096, 14336), "cpu")  # Mixtral
     assert not can_pack(layout(8, 64, 64), "cpu")  # few
     assert can_pack(layout(16, 64, 64), "cpu")
-    assert not can_pack(layout(128, 4096, 1024), "cpu")  # one matrix fills a group
-    assert can_pack(layout(128, 4096, 1024), "cuda")
     assert not pays(layout(128, 64, 64), 127)
     assert pays(layout(128, 64, 64), 128)
 
