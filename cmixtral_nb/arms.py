@@ -519,6 +519,7 @@ def arms_figure(
             shares, bits = zip(*curve, strict=True)
             axes.plot([x * ends[arm] for x in shares], bits, mark, color=colour, ms=4, label=arm)
         axes.set(xlabel=label, ylabel="bits per byte")
+        axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     return figure
@@ -553,6 +554,7 @@ def _arms_table(data: dict, source: str) -> str:
 
 _ABOUT = (
     "The control is the same model without new pieces, trained on the same text in the same order. "
+    "Both are evaluated in windows of as many tokens, which hold more text with new pieces. "
     "At equal compute and time the truth lies between two points of its training, so there the "
     "interval spans both; in brackets the share of the text that the control could afford."
 )

@@ -180,13 +180,15 @@ def status(
     run: Path,  # folder of a run
 ) -> None:
     "Show which stages of a run are up to date, stale, interrupted or missing"
-    head = f"{'stage':11}{'folder':20}{'MB':>9}{'seconds':>9}{'peak GB':>9}"
+    rows = run_states(run)
+    width = max([11, *(len(row["stage"]) + 2 for row in rows)])
+    head = f"{'stage':{width}}{'folder':20}{'MB':>9}{'seconds':>9}{'peak GB':>9}"
     print(f"{head}  {'fingerprint':18}state")
-    for row in run_states(run):
+    for row in rows:
         megabytes = _number(row["bytes"], 1e6, 1)
         seconds = _number(row["seconds"], 1, 1)
         peak = _number(row["peak_bytes"], 1e9, 2)
         print(
-            f"{row['stage']:11}{row['folder']:20}{megabytes:>9}{seconds:>9}{peak:>9}"
+            f"{row['stage']:{width}}{row['folder']:20}{megabytes:>9}{seconds:>9}{peak:>9}"
             f"  {row['fingerprint']:18}{row['state']}"
         )

@@ -106,14 +106,14 @@ STEPS = [
         {"tokens": "tokens", "tokenizer": "model", "model": "base"},
     ),
     Step(
-        "control",
+        "control_pretrain",  # a stage of its own, for torchrun
         "pretrain",
         "control_adapter",
         {"model": "base", "tokens": "control_tokens", "corpus": "corpus"},
         also="control",
     ),
     Step(
-        "control",
+        "control_merge",
         "merge",
         "control",
         {"model": "base", "adapter": "control_adapter"},
