@@ -2,6 +2,9 @@
 
 python tests/bench_upcycle.py SmolLM2-135M   # a folder with config.json, safetensors and a
                                              # tokenizer; needs the mixture's memory in float32
+python tests/bench_upcycle.py chain SmolLM2-135M OUT [PYTHON]  # the mixture trains in 4 bits, is
+                                             # merged, and is served: by transformers alone, and
+                                             # by the vLLM of PYTHON
 python tests/bench_upcycle.py noise          # a small Llama of bytes: dense and mixture go on
                                              # from the same weights, with and without noise
 """
@@ -22,8 +25,13 @@ from transformers import (
     set_seed,
 )
 
+from cmixtral_nb.adapters import save_adapter
 from cmixtral_nb.documents import read_docs
+from cmixtral_nb.engines import export
+from cmixtral_nb.loading import load_model
 from cmixtral_nb.machine import package_data, peak_bytes, reset_peak
+from cmixtral_nb.merge import merge
+from cmixtral_nb.qlora import add_lora, expert_bytes
 from cmixtral_nb.upcycle import upcycle
 
 SENTENCES = [
@@ -80,6 +88,63 @@ def train(net, batch, steps, first, **balance):
         optimiser.step()
 
 
+def texts_of(tok, n=12, length=128):
+    "Ids of English paragraphs, as many of each"
+    docs = read_docs(package_data("data/en.jsonl.xz"))
+    found = (tok(doc["text"]).input_ids for doc in docs)
+    return torch.tensor([ids[:length] for ids in islice((x for x in found if len(x) > length), n)])
+
+
+def taught(net, ids, n_passes=3):
+    "AdamW on LoRA, two paragraphs at a time; the mean loss of each pass, and seconds a step"
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=3e-4)
+    net.train()
+    means, start = [], time.time()
+    for _ in range(n_passes):
+        losses = []
+        for x in ids.split(2):
+            optimiser.zero_grad()
+            loss = net(input_ids=x, labels=x).loss
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        means.append(sum(losses) / len(losses))
+    return means, (time.time() - start) / (n_passes * len(ids.split(2)))
+
+
+def chain(dense, out, python=None):
+    "An upcycled model trains, merges, serves"
+    out = Path(out)
+    mixture = upcycle(dense, out=out / "mixture").path
+    net = load_model(mixture, load_in_4bit=True, dtype="float32", trainable=True, device="cpu")
+    print(f"experts: {expert_bytes(net)['bytes_per_param']:.4f} bytes a weight")
+    net = add_lora(net, rank=8, alpha=16, dropout=0, rows="none")
+    tok = AutoTokenizer.from_pretrained(mixture)
+    means, seconds = taught(net, texts_of(tok))
+    told = ", ".join(f"{mean:.3f}" for mean in means)
+    print(f"loss of three passes over twelve paragraphs: {told}; {seconds:.1f} s a step")
+    pairs = {
+        name: p for name, p in net.named_parameters() if ".experts." in name and "lora_B" in name
+    }
+    moved = sum(bool(p.abs().max() > 0) for p in pairs.values())
+    print(f"LoRA has moved on {moved} of {len(pairs)} matrices of experts")
+    save_adapter(net, out / "adapter")
+    merged = merge(
+        mixture, out / "adapter", out=out / "merged", into="dequantised", device="cpu"
+    ).path
+    ids = [tok(text, return_tensors="pt").input_ids for text in SENTENCES]
+    plain = load_model(merged, dtype="float32", device="cpu")
+    with torch.no_grad():
+        changes = [
+            (net.eval()(input_ids=x).logits - plain(input_ids=x).logits).abs().max() for x in ids
+        ]
+    print(f"merged and 4 bits with LoRA: logits differ by at most {max(changes):.1e}")
+    for to, its_python in (("hf", None), ("vllm", python)):
+        if to == "hf" or python:
+            print(export(merged, out=out / to, to=to, python=its_python, check="answers").stats)
+
+
 def noise():
     "Held-out loss after 300 steps more, in three orders of the batches"
     set_seed(0)
@@ -118,4 +183,9 @@ def noise():
 
 
 if __name__ == "__main__":
-    noise() if sys.argv[1] == "noise" else main(sys.argv[1])
+    if sys.argv[1] == "noise":
+        noise()
+    elif sys.argv[1] == "chain":
+        chain(*sys.argv[2:])
+    else:
+        main(sys.argv[1])
