@@ -2,8 +2,6 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,7 +34,6 @@ from cmixtral_nb.mixtral import (
     small_config,
     use_by_expert,
 )
-from cmixtral_nb.notebooks import cells
 from cmixtral_nb.stages import StageError, read_json, sha256_file, write_json
 
 CONFIG = dict(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab_size=60)
@@ -300,64 +297,6 @@ def test_by_expert_equals_the_library_for_another_family():
         assert torch.allclose(net(ids).logits, want, atol=1e-6)
         net.model.layers[1].mlp.experts.down_proj[:, 0] += 0.1
         assert not torch.allclose(net(ids).logits, want, atol=1e-3)
-
-
-@pytest.fixture(scope="module")
-def exercises():
-    "What the notebook's cell of exercises defines, after the cells that it needs"
-    notebook = Path(__file__).parents[1] / "nbs" / "05_mixtral.ipynb"
-    sources = [cell["source"] for cell in cells(notebook) if cell["cell_type"] == "code"]
-    needed = ("def random_model", "def balancing_loss", "def check_exchange")
-    defined: dict[str, Any] = {}
-    exec("from fastcore.test import test_close, test_eq", defined)
-    exec("from cmixtral_nb.mixtral import *", defined)
-    for source in sources:
-        imports = source.startswith(("import torch", "from transformers"))
-        if imports or any(name in source for name in needed):
-            exec(source, defined)
-    return defined
-
-
-def exchange(moe, one, other):
-    both, swapped = [one, other], [other, one]
-    for p in (moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj):
-        p[both] = p[swapped].clone()
-
-
-def exchange_without_the_router(moe, one, other):
-    for p in (moe.experts.gate_up_proj, moe.experts.down_proj):
-        p[[one, other]] = p[[other, one]].clone()
-
-
-def plain_weights(logits, k):
-    return logits.softmax(-1).topk(k).values
-
-
-def balance_of_layers(all_logits, k):
-    losses = []
-    for logits in all_logits:
-        n_experts = logits.shape[1]
-        chosen = logits.topk(k).indices
-        load = torch.bincount(chosen.flatten(), minlength=n_experts) / len(logits)
-        losses.append(n_experts * (load * logits.softmax(-1).mean(0)).sum())
-    return sum(losses) / len(losses)
-
-
-@pytest.mark.parametrize(
-    "solution,wrong",
-    [
-        (exchange, exchange_without_the_router),
-        (plain_weights, lambda logits, k: logits.topk(k).values.softmax(-1)),
-        (balance_of_layers, lambda all_logits, k: balance_of_layers((torch.cat(all_logits),), k)),
-    ],
-    ids=["exchange", "plain_weights", "balance_of_layers"],
-)
-def test_exercises_can_be_solved_and_their_checks_fail(exercises, solution, wrong):
-    check = exercises[f"check_{solution.__name__}"]
-    check(solution)
-    for attempt in (exercises[solution.__name__], wrong):
-        with pytest.raises((AssertionError, TypeError, AttributeError)):
-            check(attempt)
 
 
 @pytest.mark.parametrize("name", EXPERT_MATRICES)
