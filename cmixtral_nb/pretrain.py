@@ -46,6 +46,7 @@ from cmixtral_nb.pretraining import (
 from cmixtral_nb.training import (
     embeddings_in_32_bits,
     full_precision,
+    keep_documents_apart,
     read_log,
     ready_checkpoints,
     say_inexact,
@@ -271,6 +272,7 @@ def pretrain(
     device = device_of(device)
     packed = Artifact.load(tokens, "tokens")
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
+    keep_documents_apart(net)
     weigh_balance(net, aux, accumulation)
     net = add_lora(net, rank, alpha, dropout, rows, old_rows(model, n_old), seed)
     tok = load_tokenizer(resolve_model(model))

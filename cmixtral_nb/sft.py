@@ -48,6 +48,12 @@ from cmixtral_nb.finetuning import (
     request_faults,
     select_talks,
 )
+from cmixtral_nb.training import (
+    keep_documents_apart,
+    read_log,
+    ready_checkpoints,
+    training_arguments,
+)
 
 from .adapters import save_adapter
 from .checkpoints import resolve_model
@@ -59,7 +65,6 @@ from .pretrain import run_to_end, trainer, weigh_balance
 from .qlora import add_lora
 from .stages import require, stage
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
-from .training import read_log, ready_checkpoints, training_arguments
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -477,6 +482,7 @@ def sft(
     )
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
     _grow_marks(net, tok, load_tokenizer(folder))
+    keep_documents_apart(net)
     weigh_balance(net, aux, accumulation)
     net = add_lora(net, rank, alpha, dropout, rows, seed=seed)
     n_step = batch * accumulation * world_size()  # conversations of a step

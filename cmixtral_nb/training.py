@@ -27,6 +27,8 @@ __all__ = [
     "ready_checkpoints",
     "embeddings_in_32_bits",
     "full_precision",
+    "leak_between_documents",
+    "keep_documents_apart",
 ]
 
 # %% ../nbs/a20_training.ipynb #01fe9982
@@ -42,6 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import ADAPTER_WEIGHTS
+from .experts import cast_once
 from .machine import default_dtype, meet, peak_bytes, process_rank, say, world_size
 from .plan import peak_flops
 from .qlora import parameter_table
@@ -514,3 +517,82 @@ def full_precision(
 
     for p in trained:
         p.data = safe_get_full_fp32_param(p).to(p.device)
+
+
+# %% ../nbs/a20_training.ipynb #77842536
+_LEAK = 0.05  # standard deviations; the last bit moves a logit by far less
+
+
+def leak_between_documents(
+    model: PreTrainedModel,  # a causal language model
+    n: int = 16,  # tokens of each document
+) -> float:  # in standard deviations of the logits; of half of the tokens it is less
+    "How much another first document of an example moves the logits of the second"
+    import torch
+
+    was_training = model.training
+    model.eval()
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 2 * n + 1)[None] % n_rows
+    other = torch.cat([ids[:, :n].flip(1), ids[:, n:]], 1)
+    positions = (torch.arange(2 * n)[None] % n).to(model.device)
+    in_16_bits = torch.autocast(model.device.type, model.dtype, model.dtype != torch.float32)
+    with torch.no_grad(), in_16_bits:
+        one, two = (
+            model(input_ids=x.to(model.device), position_ids=positions, use_cache=False)
+            .logits[0, n:]
+            .float()
+            for x in (ids, other)
+        )
+    model.train(was_training)
+    return ((one - two).abs().amax(-1).median() / one.std().clamp(min=1e-9)).item()
+
+
+def keep_documents_apart(
+    model: PreTrainedModel,  # without peft's wrapper
+) -> bool:  # whether they are apart
+    "Masks that know where documents begin, for a decoder that needs them (gpt-oss); or a line"
+    if leak_between_documents(model) < _LEAK:
+        return True
+    decoder = model.base_model
+    if {"full_attention", "sliding_attention"}.issuperset(_kinds(decoder) or ["unknown"]):
+        hook = decoder.register_forward_pre_hook(_with_masks, with_kwargs=True)
+        if leak_between_documents(model) < _LEAK:
+            return True
+        hook.remove()
+    say(
+        "training",
+        f"documents of one example are not kept apart: {type(model.config).model_type} carries a "
+        "state from one to the next",
+    )
+    return False
+
+
+def _kinds(decoder: PreTrainedModel) -> set[str]:
+    "Kinds of layers, as the configuration calls them"
+    return set(getattr(decoder.config, "layer_types", None) or ())
+
+
+def _with_masks(decoder: PreTrainedModel, args: tuple, given: dict) -> tuple | None:
+    "Hook of a decoder: masks of each kind of layer, unless there are any"
+    import torch
+    from transformers import masking_utils
+
+    positions = given.get("position_ids")
+    if positions is None or given.get("attention_mask") is not None or given.get("use_cache"):
+        return None
+    n_examples, length = given["input_ids"].shape
+    like = torch.empty(n_examples, length, 1, device=positions.device, dtype=decoder.dtype)
+    how: dict[str, Any] = dict(
+        config=decoder.config,
+        inputs_embeds=cast_once(like),  # for its shape and dtype
+        attention_mask=None,
+        cache=None,
+        position_ids=positions,
+    )
+    make = dict(
+        full_attention=masking_utils.create_causal_mask,
+        sliding_attention=masking_utils.create_sliding_window_causal_mask,
+    )
+    masks = {kind: make[kind](**how) for kind in _kinds(decoder)}
+    return args, {**given, "attention_mask": masks}

@@ -167,6 +167,76 @@ def model_folder(bench, sizes, **changes):
     return out
 
 
+FAMILIES: dict[str, dict[str, int]] = {  # other mixtures, as wide as they are
+    "qwen3_moe": dict(  # Qwen3-30B-A3B: many small experts
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+    ),
+    "gpt_oss": dict(  # gpt-oss-20b: transposed, interleaved, with biases
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+    ),
+    "glm4_moe": dict(  # GLM-4.5-Air: a router in float32, balanced by a correction
+        hidden_size=4096,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        n_routed_experts=128,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        num_attention_heads=96,
+        num_key_value_heads=8,
+        head_dim=128,
+        first_k_dense_replace=1,
+    ),
+}
+TINY = dict(  # the same keys, small
+    hidden_size=64,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_experts=8,
+    num_local_experts=8,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+)
+
+
+def family_folder(bench, family, vocab, small):
+    "A model of another family with random weights and two layers"
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cmixtral_nb.machine import default_dtype
+
+    out = bench.folder / f"{family}-{vocab}-{small}"
+    if out.is_dir():
+        return out
+    sizes = dict(FAMILIES[family])
+    if small:
+        sizes |= {name: value for name, value in TINY.items() if name in sizes}
+    config = AutoConfig.for_model(family, num_hidden_layers=2, vocab_size=vocab, **sizes)
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        kind = getattr(torch, default_dtype(bench.device))
+        net = AutoModelForCausalLM.from_config(config, dtype=kind)
+    part = out.with_name(out.name + ".part")
+    net.save_pretrained(part)
+    part.rename(out)
+    return out
+
+
 def packed(sizes, n_examples, document=400):
     "Examples of random tokens, a new document (token 1) every `document` tokens or so"
     import numpy as np
@@ -434,6 +504,35 @@ def whole_stage(bench):
     return found
 
 
+@scenario("families", seconds=150)
+def whole_stage_of_families(bench):
+    "Does the stage run for other mixtures, in 4 and 16 bits, and are all experts met?"
+    import shutil
+
+    from cmixtral_nb.pretrain import pretrain
+    from cmixtral_nb.stages import read_json
+    from cmixtral_nb.tokenizer_files import load_tokenizer
+
+    here = chain(bench)
+    n_rows = len(load_tokenizer(here / "model"))
+    few = dict(rank=4, alpha=8, lr=1e-3, batch=2, steps=6, eval_every=3, log_every=1)
+    found = {}
+    for family in FAMILIES:
+        model = family_folder(bench, family, n_rows, small=True)
+        for file in (here / "model").glob("tokenizer*"):
+            shutil.copy(file, model)
+        for bits, rows in ((4, "all"), (16, "none")):
+            out = bench.folder / f"{family}-{bits}"
+            how = dict(few, rows=rows, load_in_4bit=bits == 4, eval_chars=1000)
+            made = pretrain(model, here / "tokens", out, device=bench.device, **how)
+            loads = read_json(made / "router.json")["after"]["zh"]
+            found[f"{family} {bits} bits"] = dict(
+                loss=last_loss(made),
+                idle=sum(share == 0 for layer in loads for share in layer),
+            )
+    return found
+
+
 def last_loss(made):
     from cmixtral_nb.training import read_log
 
@@ -611,9 +710,8 @@ def step_arguments(bench, out, batch, steps):
 def our_steps(bench, net, attn, batch, steps, out):
     "Seconds of each step of our Trainer"
     from cmixtral_nb.pack import collate
-    from cmixtral_nb.pretrain import trainer, weigh_balance
+    from cmixtral_nb.pretrain import trainer
 
-    weigh_balance(net, 0.02, 1)
     run = trainer(
         net,
         packed(bench.sizes, batch * steps),
@@ -631,12 +729,14 @@ def our_steps(bench, net, attn, batch, steps, out):
 
 def our_model(bench, sizes, rows="all", load_in_4bit=True, attn="sdpa"):
     from cmixtral_nb.loading import load_model
+    from cmixtral_nb.pretrain import weigh_balance
     from cmixtral_nb.qlora import add_lora
 
     folder = model_folder(bench, sizes)
     net = load_model(
         folder, load_in_4bit=load_in_4bit, attn=attn, device=bench.device, trainable=True
     )
+    weigh_balance(net, 0.02, 1)
     n_old = sizes.vocab * 32 // 57
     return folder, add_lora(net, sizes.rank, 2 * sizes.rank, 0.05, rows, n_old)
 
@@ -719,6 +819,52 @@ def step_stock(bench):
     bench.fresh_peak()
     run.train()
     return speed(bench, seconds, net)
+
+
+def step_of_family(bench, family):
+    "Four steps at a quarter of the recipe's batch"
+    from cmixtral_nb.loading import load_model
+    from cmixtral_nb.pretrain import weigh_balance
+    from cmixtral_nb.qlora import add_lora, expert_bytes
+
+    sizes = bench.sizes
+    here = replace(bench, sizes=replace(sizes, batch=max(1, sizes.batch // 4)))
+    folder = family_folder(here, family, sizes.vocab, small=sizes is SMALL)
+    start = time.perf_counter()
+    net = load_model(folder, load_in_4bit=True, device=bench.device, trainable=True)
+    bench.wait()
+    loading = time.perf_counter() - start
+    weigh_balance(net, 0.02, 1)
+    start = time.perf_counter()
+    net = add_lora(net, sizes.rank, 2 * sizes.rank, 0.0, "none")
+    lora = time.perf_counter() - start
+    bench.fresh_peak()
+    out = bench.folder / f"step-{family}"
+    seconds = our_steps(here, net, "sdpa", here.sizes.batch, 4, out)
+    return dict(
+        speed(here, seconds, net),
+        loading_seconds=round(loading, 1),
+        lora_seconds=round(lora, 1),
+        expert_bytes=round(expert_bytes(net)["bytes_per_param"], 4),
+    )
+
+
+@scenario("step-qwen3", seconds=150)
+def step_qwen3(bench):
+    "A step of QLoRA on two layers of Qwen3-30B-A3B: 128 experts each"
+    return step_of_family(bench, "qwen3_moe")
+
+
+@scenario("step-gpt-oss", seconds=150)
+def step_gpt_oss(bench):
+    "A step of QLoRA on two layers of gpt-oss-20b: 32 experts with biases"
+    return step_of_family(bench, "gpt_oss")
+
+
+@scenario("step-glm4", seconds=150)
+def step_glm4(bench):
+    "A step of QLoRA on two layers of GLM-4.5-Air, the first one dense"
+    return step_of_family(bench, "glm4_moe")
 
 
 @scenario("peaks", seconds=240)

@@ -10,7 +10,15 @@ import torch
 from as_gpu import as_deepspeed, as_gpu
 from conftest import SHORT_TRAINING, small_tokenizer
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, Trainer
+from test_experts import FAMILIES, SIZES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralForCausalLM,
+    Trainer,
+)
 
 from cmixtral_nb import bits
 from cmixtral_nb import pretrain as pretrain_module
@@ -21,9 +29,9 @@ from cmixtral_nb.pack import collate, load_examples, pack
 from cmixtral_nb.pretrain import pretrain
 from cmixtral_nb.qlora import add_lora
 from cmixtral_nb.sft import sft
-from cmixtral_nb.stages import Artifact, read_json
+from cmixtral_nb.stages import Artifact, StageError, read_json
 from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
-from cmixtral_nb.training import read_log
+from cmixtral_nb.training import keep_documents_apart, read_log
 
 ARGS = dict(SHORT_TRAINING, steps=2)
 DETERMINISTIC = {"FLASH_ATTENTION_DETERMINISTIC": "1"}
@@ -56,11 +64,11 @@ def train(here):
     "`pretrain` of the small model; each call has a folder of its own"
     n = iter(range(1000))
 
-    def run(out=None, **kw):
+    def run(out=None, model=None, **kw):
         out = out or here / f"run {next(n)}"
         n_old = Artifact.load(here / "tokens").stats["vocab_size"] - 20
         args = {**ARGS, "n_old": n_old, "device": "cuda:0", **kw}
-        return pretrain(here / "model", here / "tokens", out, **args)
+        return pretrain(model or here / "model", here / "tokens", out, **args)
 
     return run
 
@@ -93,6 +101,97 @@ def test_every_way_to_train(train, on_cpu, rows, in_4bit, zero):
     assert any((t != t.bfloat16()).any() for t in trained)  # not rounded on the way
 
 
+# --- other families of mixtures
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
+def other(request, here):
+    "A model of another family with the same tokenizer: 64 wide, four experts"
+    folder = here / request.param
+    folder.mkdir()
+    write_tokenizer(here / "small.model", folder)
+    torch.manual_seed(0)
+    n_rows = len(load_tokenizer(folder))
+    config = AutoConfig.for_model(
+        request.param, **{**SIZES, **FAMILIES[request.param], "vocab_size": n_rows}
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for name, p in model.named_parameters():
+        if "self_attn" in name and p.ndim == 2:
+            p.data *= 8
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_on_cpu(train, other):
+    "The same run in float32 on the CPU, in 4 bits or not"
+    how = dict(model=other, dropout=0, device="cpu")
+    return {in_4bit: train(load_in_4bit=in_4bit, **how) for in_4bit in (True, False)}
+
+
+@pytest.mark.parametrize(
+    "rows, in_4bit, zero, native_bf16",
+    [
+        ("all", True, False, True),
+        ("all", False, True, True),
+        ("new", True, True, True),
+        ("none", False, False, True),
+        ("all", True, False, False),
+    ],
+    ids=["4-bit", "16-bit ZeRO-2", "new rows ZeRO-2", "no rows 16-bit", "T4"],
+)
+def test_other_families_train(train, other, other_on_cpu, rows, in_4bit, zero, native_bf16):
+    with as_gpu(native_bf16=native_bf16), as_deepspeed() if zero else nullcontext():
+        adapter = train(model=other, rows=rows, load_in_4bit=in_4bit, dropout=0)
+    dtype = "bfloat16" if native_bf16 else "float16"
+    assert adapter.stats["quantised_dtype"] == dtype
+    loss, exact = adapter.stats["loss"], other_on_cpu[in_4bit].stats["loss"]
+    assert abs(loss["first"] - exact["first"]) < 0.01  # 16 bits against float32
+    if rows == "all":
+        assert abs(loss["last"] - exact["last"]) < 0.01
+    in_4_bits = [name for name in adapter.stats["quantised"] if ".experts." in name]
+    n_layers = 1 if other.name == "qwen3_moe" else 2  # the first one is dense
+    assert len(in_4_bits) == (n_layers * 4 * 3 if in_4bit else 0)
+    loads = read_json(adapter / "router.json")
+    for when in ("before", "after"):
+        assert [round(sum(layer), 2) for layer in loads[when]["zh"]] == [1] * n_layers
+    weights = load_file(adapter / "adapter_model.safetensors")
+    moved = {name: t for name, t in weights.items() if name.endswith("lora_B.weight")}
+    assert sum(".experts." in name for name in moved) == n_layers * 4 * 3
+    assert all(t.any() and t.dtype == torch.float32 for t in moved.values())
+
+
+def test_documents_stay_apart_in_other_families(here, other):
+    examples, bos, document = examples_of(here, 2)
+    batch = collate(examples, bos)
+    found, _ = logits(other, batch, "sdpa")
+    first = document == document[0, 0]
+    batch["input_ids"] = torch.where(first & (batch["input_ids"] != bos), 3, batch["input_ids"])
+    changed, _ = logits(other, batch, "sdpa")
+    assert found.std() > 0.1
+    assert (changed[first] - found[first]).abs().max() > 0.1
+    assert (changed[~first] - found[~first]).abs().max() < 0.01  # an expert adds in another order
+
+
+def test_other_families_under_flash_attention(train, other, monkeypatch):
+    one = dict(model=other, batch=2, steps=1, dropout=0)
+    if other.name == "gpt_oss":  # it has sinks, for which transformers would fetch a kernel
+        monkeypatch.setattr(pretrain_module, "load_model", lambda *a, **kw: pytest.fail("loaded"))
+        words = 'attn = "flash_attention_2": gpt_oss cannot be computed so; use attn = "sdpa"'
+        with as_gpu(), pytest.raises(StageError, match=f"^{words}$"):
+            train(attn="flash_attention_2", **one)
+        return
+    with as_gpu() as gpu:
+        flash, sdpa = (train(attn=attn, **one) for attn in ("flash_attention_2", "sdpa"))
+    assert "varlen" in gpu.flash
+    (found,), (expected,) = (
+        [line for line in read_log(run) if "loss" in line] for run in (flash, sdpa)
+    )
+    assert abs(found["loss"] - expected["loss"]) < 2e-3
+    assert abs(found["grad_norm"] - expected["grad_norm"]) < 0.02 * expected["grad_norm"]
+
+
 # --- Flash Attention
 
 
@@ -105,9 +204,10 @@ def examples_of(here, n):
     return examples, bos, (positions == 0).flatten().cumsum(0).view(positions.shape)
 
 
-def logits(here, batch, attn):
+def logits(model, batch, attn):
     with as_gpu() as gpu, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        net = load_model(here / "model", attn=attn, device="cuda:0")
+        net = load_model(model, attn=attn, device="cuda:0")
+        keep_documents_apart(net)
         inputs = {name: x for name, x in batch.items() if name != "labels"}
         return net(**inputs, use_cache=False).logits.float(), gpu
 
@@ -116,15 +216,15 @@ def logits(here, batch, attn):
 def test_documents_stay_apart_under_flash_attention(here, n):
     examples, bos, document = examples_of(here, n)
     batch = collate(examples, bos, flash=True)
-    found, gpu = logits(here, batch, "flash_attention_2")
+    found, gpu = logits(here / "model", batch, "flash_attention_2")
     assert set(gpu.flash) == {"varlen"}
-    expected, _ = logits(here, collate(examples, bos), "sdpa")
+    expected, _ = logits(here / "model", collate(examples, bos), "sdpa")
     assert found.std() > 0.1
     assert (found - expected).abs().max() <= 0.005
     # another first document changes no logit of the others
     first = document == document[0, 0]
     batch["input_ids"] = torch.where(first & (batch["input_ids"] != bos), 3, batch["input_ids"])
-    changed, _ = logits(here, batch, "flash_attention_2")
+    changed, _ = logits(here / "model", batch, "flash_attention_2")
     assert not torch.equal(changed[first], found[first])
     assert torch.equal(changed[~first], found[~first])
 

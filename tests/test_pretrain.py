@@ -4,6 +4,7 @@ A real kill -9, half a checkpoint, and requests that cannot be met."""
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,9 @@ import torch
 from conftest import SHORT_TRAINING
 from safetensors.torch import load_file
 
+from cmixtral_nb.averages import with_kept
+from cmixtral_nb.corpus import corpus
+from cmixtral_nb.merge import merge
 from cmixtral_nb.mixtral import small_config
 from cmixtral_nb.pack import pack
 from cmixtral_nb.pieces import base_tokenizer_model
@@ -250,6 +254,62 @@ def test_rows_first(here):
     assert not any("lora_" in name for name in load_file(only / "adapter_model.safetensors"))
 
 
+def test_an_alarm_stops_a_run_and_the_same_command_goes_on(here, capsys):
+    "Random weights that read Chinese, and nearly nothing else, lose English"
+    words = ["river", "stone", "light", "morning", "window", "garden", "letter", "winter"]
+    rng = random.Random(0)
+    texts = {
+        "zh": [f"第{i}篇，词表扩充，读第{i * 7}页。" * 20 for i in range(40)],
+        "en": [" ".join(rng.choices(words, k=200)) for _ in range(40)],
+    }
+    for lang, documents in texts.items():
+        lines = [json.dumps({"text": text}) for text in documents]
+        (here / f"{lang}.long.jsonl").write_text("\n".join(lines))
+    sources = [f"{lang}={here}/{lang}.long.jsonl" for lang in texts]
+    text = corpus(sources, here / "text", valid_share=0.3)
+    mix = ["1:zh", "0.04:en"]
+    tokens = pack(text, here / "model", here / "long", mix=mix, length=64)
+    how = {**ARGS, "lr": 0.1, "steps": 6, "batch": 4, "eval_chars": 20_000, "save_every": 9}
+    how["alarm_bits"] = 0.01
+    whole = pretrain(here / "model", tokens, here / "alarmed", **how)
+    log = read_log(whole)
+    measured = [line for line in log if "bpb_en" in line]
+    assert [line["step"] for line in measured] == [0, 2, 4, 6]
+    assert all({"gain_en", "gain_error_en"} <= line.keys() for line in measured)
+    assert not any("gain_zh" in line for line in measured)  # nobody watches it
+    assert measured[-1]["bpb_zh"] < measured[0]["bpb_zh"] - 1
+    alarms = [line for line in log if "alarm" in line]
+    assert [line["step"] for line in alarms] == [4, 6]
+    before, now = measured[0]["bpb_en"], measured[2]["bpb_en"]
+    told = f"English: bits per byte {before:.3f} → {now:.3f}, {now / before - 1:+.1%}"
+    told += ", expected at most +1.0%"
+    assert alarms[0]["alarm"] == told
+    assert whole.stats["alarms"][0] == f"step 4: {told}"
+    assert f"training: alarm at step 4: {told}\n" in capsys.readouterr().out
+
+    with pytest.raises(StageError) as e:
+        pretrain(here / "model", tokens, here / "stopped", stop_on_alarm=True, **how)
+    assert str(e.value) == (
+        f"stopped at step 4: {told}; train anew with more of it in --mix or with lower rates; "
+        "the same command without --stop-on-alarm goes on from here"
+    )
+    kept = saved_checkpoints(here / "stopped.tmp/checkpoints")
+    assert [c.name for c in kept] == ["checkpoint-4"]
+    again = pretrain(here / "model", tokens, here / "stopped", **how)
+    assert again.fingerprint == whole.fingerprint
+
+    other = {**how, "alarm_bits": 10, "stop_on_alarm": True}
+    wide = pretrain(here / "model", tokens, here / "wide", **other)
+    assert not wide.stats["alarms"]
+    with pytest.raises(StageError, match="^stop_on_alarm watches de, .* has zh, en; name a lang"):
+        pretrain(here / "model", tokens, here / "none", **other, kept=["de"])
+    assert not pretrain.option_faults(**{**how, "alarm_gain": 0.2})
+    assert pretrain.option_faults(**{**how, "alarm_gain": 2, "alarm_bits": -1}) == [
+        "alarm_bits is -1, expected at least 0",
+        "alarm_gain is 2, expected 0 to 1",
+    ]
+
+
 def test_a_bad_batch_is_named(here, tmp_path, monkeypatch):
     from transformers import Trainer
 
@@ -270,3 +330,25 @@ def test_stages_of_one_process_refuse_torchrun(here, tmp_path, monkeypatch):
     with pytest.raises(StageError) as e:
         pretrain(here / "model", here / "nothing", tmp_path / "out", **ARGS)
     assert str(e.value) == ""  # the first process says it
+
+
+def test_the_last_adapters_are_kept_and_averaged(here, whole, tmp_path):
+    "The final adapter of four steps, and those of the two checkpoints before it"
+    how = {**ARGS, "save_every": 1, "keep_last": 3}
+    a = pretrain(here / "model", here / "tokens", tmp_path / "a", **how)
+    members = with_kept(a)
+    assert [m.path.name for m in members] == ["00000002", "00000003", "a"]
+    assert not a.damage(verify=True)
+    weights = "adapter_model.safetensors"
+    assert (a / weights).read_bytes() == (whole / weights).read_bytes()
+    merged = merge(here / "model", a, out=tmp_path / "m", average=True, device="cpu")
+    how = dict(into=merged.stats["into"], check=False, device="cpu")
+    each = []
+    for i, member in enumerate(members):
+        one = merge(here / "model", member.path, out=tmp_path / f"m{i}", **how)
+        each.append(load_file(one / "model.safetensors"))
+    found = load_file(merged / "model.safetensors")
+    for name, W in found.items():
+        mean = torch.stack([t[name].double() for t in each]).mean(0)
+        assert (W.double() - mean).abs().max() <= 3e-7
+    assert any(not torch.equal(found[name], W) for name, W in each[-1].items())

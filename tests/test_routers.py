@@ -11,6 +11,7 @@ from cmixtral_nb.loading import attention_faults, load_model
 from cmixtral_nb.pretrain import weigh_balance
 from cmixtral_nb.qlora import quantised
 from cmixtral_nb.routers import balanced_by, counted_choices, has_router, routed_share
+from cmixtral_nb.training import keep_documents_apart, leak_between_documents
 
 BY_CORRECTION = ["deepseek_v3", "glm4_moe", "nemotron_h"]
 BY_NOTHING = ["deepseek_v2", "llama4_text"]
@@ -177,12 +178,27 @@ def test_routers_compute_in_their_own_precision(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flash_attention_only_where_the_family_has_it(nets, family):
-    config = nets(family).config
-    faults = attention_faults(config, "flash_attention_2")
+def test_packed_documents_are_apart_or_it_is_said(family, capsys):
+    net = split_experts(random_model(family))
+    carries = family in ("qwen3_next", "qwen3_5_moe_text", "nemotron_h")  # layers with a state
+    assert (leak_between_documents(net) > 0.1) == (carries or family == "gpt_oss")
+    assert keep_documents_apart(net) != carries
+    line = "training: documents of one example are not kept apart: " if carries else ""
+    assert capsys.readouterr().out.startswith(line)
+    positions = torch.cat([torch.arange(12), torch.arange(20)]).expand(4, -1)
+    with torch.no_grad():
+        packed = net(input_ids=IDS, position_ids=positions, use_cache=False).logits[:, 12:]
+        alone = net(input_ids=IDS[:, 12:], use_cache=False).logits
+    assert ((packed - alone).abs().max() < 1e-4) != carries
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_attention_only_where_the_family_has_it(nets, family, tmp_path):
+    type(nets(family).config)().save_pretrained(tmp_path)
+    faults = attention_faults(tmp_path, "flash_attention_2")
     if family in ("gpt_oss", "llama4_text"):
         line = f'attn = "flash_attention_2": {family} cannot be computed so; use attn = "sdpa"'
         assert faults == [line]
     else:
         assert not faults
-    assert not attention_faults(config, "sdpa") + attention_faults(config, "eager")
+    assert not attention_faults(tmp_path, "sdpa") + attention_faults(tmp_path, "eager")
