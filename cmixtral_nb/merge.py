@@ -533,7 +533,8 @@ def merge(
 
     folder = resolve_model(model)
     refs = as_list(adapter)
-    adapters = [mean_of(refs)] if average else [Adapter(ref) for ref in refs]
+    mean = mean_of(refs) if average else None
+    adapters: list[Adapter] = [mean] if mean else [Adapter(ref) for ref in refs]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = merge_target(adapter, into)["into"]
     src = open_sources(folder, adapters, target, rounding, device)
@@ -553,7 +554,7 @@ def merge(
     files = _write_rest(src, folder, out, n_rows)
     stats = dict(
         into=target,
-        n_adapters=len(adapters[0].members) if average else len(adapters),
+        n_adapters=len(mean.members if mean else adapters),
         average=average,
         n_lora=sum(len(a.lora) for a in adapters),
         n_whole=sum(len(a.whole) for a in adapters),
