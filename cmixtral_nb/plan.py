@@ -57,6 +57,7 @@ from .checkpoints import tensor_files
 from .experts import METHOD
 from .machine import available_bytes, gpu_bytes
 from .options import faults_of, range_faults, refuse
+from .packed_experts import AT_ONCE, FEWEST, IN_A_GROUP
 from .parameters import Anatomy, anatomy
 from .stages import read_json, require
 
@@ -210,6 +211,15 @@ def _in_4bit(shape: _Shape) -> list[tuple[int, int]]:
 def _largest(shape: _Shape) -> int:
     "Numbers in the largest matrix but embedding and head"
     return max(n_out * n_in for _, n_out, n_in, _ in _matrices(shape))
+
+
+def _unpacked(shape: _Shape, value_bytes: int) -> int:
+    "Weights that leave 4 bits together: a matrix, or a group of many small experts"
+    one = shape.width * shape.inner_width
+    in_a_group = AT_ONCE["cuda" if value_bytes == 2 else "cpu"] // one
+    if shape.n_experts < FEWEST or in_a_group < IN_A_GROUP:
+        return _largest(shape)
+    return max(_largest(shape), min(in_a_group, shape.n_experts) * one)
 
 
 def config_of_sizes(
@@ -470,7 +480,6 @@ def _step_bytes(
     if rows == "new":
         cast += n_head * value_bytes  # the embedding's
     last = (4 + value_bytes) * shape.width * n_tokens  # what the last norm keeps
-    largest_matrix = _largest(shape)
     of_layer = 2 * trainable["lora"] // shape.n_layers if short else 0
     sizes = dict(
         casts=cast,
@@ -478,7 +487,7 @@ def _step_bytes(
         loss=_loss_bytes(n_tokens, vocab_size, shape.width, n_head, rows, value_bytes) + last,
         layer=kept
         + activations["passing"] * n_tokens
-        + largest_matrix * value_bytes  # one at a time is 16 bits wide again
+        + _unpacked(shape, value_bytes) * value_bytes  # 16 bits wide again
         + of_layer,
         activations=shape.n_layers * each_layer + pairs,
     )
@@ -964,7 +973,7 @@ def inference_bytes(
     value_bytes = _BYTES[dtype]
     n_logits = (length if scored else 1) * (vocab_size or shape.vocab_size)
     passing = activation_bytes(config, 0, 0.0, dtype)["kept"] * length
-    matrix = _largest(shape) * value_bytes
+    matrix = _unpacked(shape, value_bytes) * value_bytes
     sizes = dict(
         weights=frozen_bytes(config, vocab_size, load_in_4bit, dtype),
         cache=2 * shape.cached * value_bytes * length,

@@ -292,6 +292,18 @@ def test_gpus_are_filled_by_what_is_planned(name):
     assert set(spread(config, [int(0.7 * planned)] * 2, True, torch.bfloat16).values()) == {0, 1}
 
 
+def test_many_small_experts_are_unpacked_together():
+    "All 128 of a layer of Qwen3-30B, in 16 bits on a GPU; of Mixtral one matrix at a time"
+    qwen = dict(model_type="qwen3_moe", num_experts_per_tok=8, num_hidden_layers=2, head_dim=128)
+    layers = [
+        memory_plan(dict(qwen, num_experts=n), rank=0, batch=1, length=1)["bytes"]["layer"]
+        for n in (15, 128)
+    ]
+    matrix = 2048 * 768
+    assert layers[1] - layers[0] == pytest.approx(2 * 128 * matrix - 2 * 2048 * 4096, rel=0.02)
+    assert planning._unpacked(planning._shape("mixtral"), 2) == 4096 * 14336
+
+
 def test_a_mixture_that_is_stored_in_4_bits_stays_so(tmp_path):
     stock = test_experts.random_model("qwen3_moe")
     stock.save_pretrained(tmp_path / "stock")
