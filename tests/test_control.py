@@ -49,10 +49,10 @@ def test_each_example_holds_the_bytes_of_its_partner(arms):
     run, said = arms
     assert said.count("is up to date") == 16 and said.count("control") >= 2
     tables = [id_bytes(load_tokenizer(run / name)) for name in ("model", "base")]
-    sets = [load_examples(run / name).with_format("numpy") for name in ("tokens", "control_tokens")]
+    sets = [load_examples(run / name)[:]["input_ids"] for name in ("tokens", "control_tokens")]
     assert len(sets[0]) == len(sets[1])
     total = 0
-    for a, b in zip(sets[0]["input_ids"], sets[1]["input_ids"], strict=True):
+    for a, b in zip(*sets, strict=True):
         texts = [text_of(ids, table) for ids, table in zip((a, b), tables, strict=True)]
         assert texts[0] == texts[1]
         total += len(texts[0])
