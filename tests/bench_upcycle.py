@@ -88,7 +88,7 @@ def train(net, batch, steps, first, **balance):
         optimiser.step()
 
 
-def texts_of(tok, n=12, length=128):
+def texts_of(tok, n=8, length=64):
     "Ids of English paragraphs, as many of each"
     docs = read_docs(package_data("data/en.jsonl.xz"))
     found = (tok(doc["text"]).input_ids for doc in docs)
@@ -123,7 +123,7 @@ def chain(dense, out, python=None):
     tok = AutoTokenizer.from_pretrained(mixture)
     means, seconds = taught(net, texts_of(tok))
     told = ", ".join(f"{mean:.3f}" for mean in means)
-    print(f"loss of three passes over twelve paragraphs: {told}; {seconds:.1f} s a step")
+    print(f"loss of three passes over eight paragraphs: {told}; {seconds:.1f} s a step")
     pairs = {
         name: p for name, p in net.named_parameters() if ".experts." in name and "lora_B" in name
     }
