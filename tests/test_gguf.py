@@ -121,7 +121,7 @@ def test_each_rule_cuts_as_llama_cpp_does(rule, net, tmp_path):
     metadata = read_gguf(write_gguf(tmp_path / "small.gguf", net, pre=rule)).metadata
     words = gguf_tokenizer(metadata).tok.pre_tokenizer.pre_tokenize_str("ab 12 Ab")
     digits_are_single = rule in ("smollm", "qwen2", "qwen35", "tekken")
-    assert (("1" in [word for word, _ in words])) == digits_are_single
+    assert ("1" in [word for word, _ in words]) == digits_are_single
 
 
 def test_the_beginning_is_added_where_the_file_says_so(net, tmp_path):
