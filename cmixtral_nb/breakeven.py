@@ -136,7 +136,7 @@ class Verdict(NamedTuple):
 
 
 def megabytes(
-    n_bytes: float,
+    n_bytes: float,  # of text
 ) -> str:
     "Example: megabytes(360_000) -> '0.36 MB'"
     return f"{n_bytes / 1e6:.3g} MB"

@@ -15,7 +15,6 @@ __all__ = [
     "health_rows",
     "health_summary",
     "plot_health",
-    "health_told",
     "health_text",
     "base_of",
     "new_pieces",
@@ -233,7 +232,7 @@ def _shown(row: dict) -> list[str]:
     return [row["piece"].replace("|", "\\|"), str(row["id"]), *cells]
 
 
-def health_told(
+def _told(
     summary: dict,  # of `health_summary`
 ) -> str:
     "One line"
@@ -252,7 +251,7 @@ def health_text(
     "The sickest pieces, and the most suspicious ones of those that the text does not have"
     met = [row for row in rows if row["places"]]
     unmet = [row for row in rows if not row["places"]]
-    parts = [health_told(health_summary(rows)) + "."]
+    parts = [_told(health_summary(rows)) + "."]
     for title, part in (("The worst", met), ("Not in the text", unmet)):
         if part:
             parts += [f"## {title}", markdown_table(_HEAD, [*map(_shown, part[:worst])])]
@@ -391,5 +390,5 @@ def health(
     write_text(out / "health.md", health_text(rows, worst))
     if summary["n_met"]:
         plot_health(rows, n_tokens).savefig(out / "health.svg")
-    say("health", health_told(summary))
+    say("health", _told(summary))
     return dict(summary, lang=lang, n_tokens=n_tokens, worst=[row["piece"] for row in rows[:worst]])

