@@ -76,7 +76,7 @@ class Trimmer:
 
     def __init__(
         self,
-        every: int = 2**24,  # bytes; so much freed memory may be kept
+        every: int = 2**22,  # bytes; so much freed memory may be kept
     ):
         self.every, self.n_bytes = every, 0
 
