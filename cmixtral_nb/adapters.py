@@ -41,7 +41,6 @@ import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .checkpoints import read_header, resolve_model, tensor_files
@@ -697,8 +696,7 @@ def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     if stored:
         return [f"{model} is stored in 4 bits ({stored[0]}); give the model it was made from"]
     config = read_shaped(resolve_model(model) / "config.json", {})
-    settings = SimpleNamespace(quantization_config=config.get("quantization_config"))
-    if method := storage_method(settings):
+    if method := storage_method(config):
         return [
             f"{model} is stored in {visible(method, 20)}; adapters are merged into 16 bits: "
             'save_stock(load_model(MODEL, dtype="bfloat16"), NEW) of cmixtral_nb.loading makes them'

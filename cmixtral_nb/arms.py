@@ -32,22 +32,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cmixtral_nb.breakeven import (
     Forecast,
-    crossings,
-    fit_curves,
+    fit_pair,
     forecast,
     in_words,
-    judge,
     megabytes,
     pair_faults,
-    read_arm,
+)
+from cmixtral_nb.results import (
+    by_language,
+    document_bytes,
+    load_evaluation,
+    measures,
+    total_bytes,
 )
 
 from .gain import change, percent, too_few, value_of, verdict
 from .languages import language_name
-from .options import faults_of, refuse
+from .options import refuse
 from .plan import step_flops
 from .report import Cell, element, number_cell, section, svg, table
-from .results import by_language, load_evaluation, measures
 from .run_files import efficiency_of, log_rows, run_manifests, speed_rows
 from .shapes import number, read_shaped, whole
 from .stages import StageError, read_json
@@ -280,13 +283,10 @@ def same_bytes(
     control: dict,  # likewise
 ) -> str:  # what is wrong; empty where both were measured on the same bytes
     "Whether two arms were measured on the same documents, each whole"
-    sizes = [
-        {(doc["domain"], doc["id"]): doc["n_bytes"] for doc in evaluation["documents"]}
-        for evaluation in (extended, control)
-    ]
+    sizes = [document_bytes(evaluation["documents"]) for evaluation in (extended, control)]
     if sizes[0] == sizes[1]:
         return ""
-    totals = [f"{sum(size.values()):,} bytes in {len(size):,} documents" for size in sizes]
+    totals = [total_bytes(size) for size in sizes]
     return (
         f"the arms were evaluated on different text: {totals[0]} with new pieces, {totals[1]} "
         "without; run: cmixtral evaluate --force, with the same --n-chars and --corpus for both"
@@ -349,9 +349,7 @@ def arms_of(
     run: Path,  # folder of a run
     language: str,  # the new one, code
     kept: list[str],  # those to keep, codes
-) -> (
-    dict | None
-):  # languages, budgets, saved, writing, context, curves, sentences; None: no control
+) -> dict | None:  # what `arms_section` and the card show; None: no control
     "What a run says about extension against the same training without"
     run = Path(run)
     manifests = run_manifests(run)
@@ -397,13 +395,12 @@ def _bytes_read(manifests: dict) -> dict[str, float]:
 def _breakeven(run: Path, language: str) -> str:
     "Where the curves of the arms cross; empty where there are too few evaluations along the way"
     folders = [run / folder for folder in ARMS.values()]
-    faults = [line for folder in folders for line in faults_of(read_arm, folder, language)]
-    if faults or faults_of(pair_faults, *folders) or pair_faults(*folders):
+    try:
+        refuse(pair_faults(*folders))
+        pair = fit_pair(folders[0], folders[1], language)
+    except StageError:
         return ""
-    arms = [read_arm(folder, language) for folder in folders]
-    budget = float(min(arm.read.max() for arm in arms))
-    extended, control = (fit_curves(*arm) for arm in arms)
-    return in_words(judge(crossings(extended, control, budget)), budget)
+    return in_words(pair.crossing(), pair.budget)
 
 
 def sentences(
@@ -467,17 +464,17 @@ def pilot_text(
         for folder in folders
         if not folder.is_dir()
     )
-    arms = [read_arm(folder, language) for folder in folders]
+    pair = fit_pair(folders[0], folders[1], language)
     refuse(pair_faults(*folders))
-    budget = float(min(arm.read.max() for arm in arms))
-    extended, control = (fit_curves(*arm) for arm in arms)
-    crossing = in_words(judge(crossings(extended, control, budget)), budget)
-    told = f"by the pilot {run}, which read {megabytes(budget)} of {language_name(language)}: "
+    crossing = in_words(pair.crossing(), pair.budget)
+    read = f"{megabytes(pair.budget)} of {language_name(language)}"
+    told = f"by the pilot {run}, which read {read}: "
     if not n_bytes:
         return told + crossing
-    if n_bytes > _FARTHEST * budget:
+    if n_bytes > _FARTHEST * pair.budget:
         return f"{told}{crossing}; {megabytes(n_bytes)} is too far to say more"
-    return f"{told}{_expected(forecast(extended, control, n_bytes), n_bytes)}; {crossing}"
+    expected = forecast(pair.curves["extended"], pair.curves["control"], n_bytes)
+    return f"{told}{_expected(expected, n_bytes)}; {crossing}"
 
 
 def _expected(found: Forecast, n_bytes: float) -> str:

@@ -19,6 +19,8 @@ __all__ = [
     "Arm",
     "read_arm",
     "pair_faults",
+    "FittedPair",
+    "fit_pair",
     "plot_arms",
     "breakeven",
 ]
@@ -283,6 +285,37 @@ def pair_faults(
     return faults
 
 
+# %% ../nbs/a27b_breakeven.ipynb #c68c80c9
+class FittedPair(NamedTuple):
+    "Two trainings on the same text, and the curves that fit them"
+
+    arms: dict[str, Arm]  # "extended", "control"
+    curves: dict[str, Curves]  # likewise
+    budget: float  # bytes that both have read
+
+    def crossing(
+        self,
+        times: float = 10,  # how far to look, in budgets
+    ) -> Verdict:
+        "Whether and where the curves cross"
+        found = crossings(self.curves["extended"], self.curves["control"], self.budget, times)
+        return judge(found)
+
+
+def fit_pair(
+    extended: Path,  # adapter of the model with new pieces
+    control: Path,  # adapter of the model without
+    lang: str,  # code of the new language
+    seed: int = 0,  # of the draws
+) -> FittedPair:
+    "The curves of two trainings; `StageError` where one was evaluated too rarely"
+    adapters = dict(extended=extended, control=control)
+    refuse([line for ref in adapters.values() for line in faults_of(read_arm, ref, lang)])
+    arms = {name: read_arm(ref, lang) for name, ref in adapters.items()}
+    curves = {name: fit_curves(*arm, seed=seed) for name, arm in arms.items()}
+    return FittedPair(arms, curves, float(min(arm.read.max() for arm in arms.values())))
+
+
 # %% ../nbs/a27b_breakeven.ipynb #f26b321d
 def plot_arms(
     arms: dict[str, Arm],  # "extended", "control"
@@ -324,12 +357,9 @@ def breakeven(
     faults = range_faults(dict(times=times), times=between(1, 1000))
     refuse(faults or pair_faults(extended, control))
     lang = lang or _new_language(extended)
-    adapters = dict(extended=extended, control=control)
-    refuse([line for ref in adapters.values() for line in faults_of(read_arm, ref, lang)])
-    arms = {name: read_arm(ref, lang) for name, ref in adapters.items()}
-    budget = float(min(arm.read.max() for arm in arms.values()))
-    curves = {name: fit_curves(*arm, seed=seed) for name, arm in arms.items()}
-    v = judge(crossings(curves["extended"], curves["control"], budget, times))
+    pair = fit_pair(extended, control, lang, seed)
+    arms, curves, budget = pair
+    v = pair.crossing(times)
     for name, arm in arms.items():
         first, last = arm.bits[0], arm.bits[-1]
         say(

@@ -419,13 +419,14 @@ def is_written(
 def require_space(
     folder: Path,  # to write into
     need_bytes: int,  # of tensors that are still to be written
+    what: str = "the merged model",  # they are
 ) -> None:
     "Refuse before the first byte what the disk cannot hold"
     need = need_bytes + 10_000_000  # for the files beside the tensors
     free = shutil.disk_usage(folder).free
     require(
         need <= free,
-        f"{folder}: the merged model needs {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
+        f"{folder}: {what} needs {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
         "free some, or choose another --out",
     )
 

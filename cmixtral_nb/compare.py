@@ -33,6 +33,12 @@ from cmixtral_nb.report import (
     verdict_list,
     verdict_section,
 )
+from cmixtral_nb.results import (
+    document_bytes,
+    evaluation_option_faults,
+    load_evaluation,
+    total_bytes,
+)
 
 from .checkpoints import resolve_model
 from .evaluate import evaluate
@@ -40,7 +46,6 @@ from .gain import changes, verdicts
 from .generate import generate
 from .machine import say
 from .options import faults_of, named_refs, refuse
-from .results import evaluation_option_faults, load_evaluation
 from .run_files import manifest_of, sample_rows
 from .shapes import visible
 from .stages import require, write_json, write_text
@@ -108,19 +113,14 @@ def _other_text(documents: dict[str, list[dict]]) -> list[str]:
     langs = dict.fromkeys(doc["lang"] for docs in documents.values() for doc in docs)
     for lang in langs:
         read = {
-            name: {
-                (doc["domain"], doc["id"]): doc["n_bytes"] for doc in docs if doc["lang"] == lang
-            }
+            name: document_bytes([doc for doc in docs if doc["lang"] == lang])
             for name, docs in documents.items()
         }
         measured = {name: sizes for name, sizes in read.items() if sizes}
         first = next(iter(measured.values()))
         if any(sizes != first for sizes in measured.values()):
-            sizes_text = ", ".join(
-                f"{name} {sum(sizes.values()):,} bytes in {len(sizes):,} documents"
-                for name, sizes in measured.items()
-            )
-            told.append(f"text in {visible(lang)}: {sizes_text}")
+            totals = ", ".join(f"{name} {total_bytes(sizes)}" for name, sizes in measured.items())
+            told.append(f"text in {visible(lang)}: {totals}")
     return told
 
 

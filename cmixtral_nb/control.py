@@ -20,7 +20,7 @@ __all__ = [
 
 # %% ../nbs/a20d_control.ipynb #53d4f635
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +35,7 @@ from cmixtral_nb.stages import (
 
 from .checkpoints import resolve_model
 from .growing import old_and_new
-from .init import piece_bytes, pieces_of, spell
+from .init import piece_bytes, pieces_of, speller
 from .machine import say
 from .options import faults_of, refuse
 from .pack import load_examples
@@ -59,16 +59,15 @@ def id_bytes(
 
 
 def spell_bytes(
-    tok: PreTrainedTokenizerBase,  # of any kind
+    spell: Callable[[str], list[int]],  # from `speller`
     raw: bytes,  # part of a text; it may break off within a character
 ) -> list[int]:
     "Ids that stand for some bytes, whether or not they are whole characters"
     try:
         text = raw.decode()
     except UnicodeDecodeError:
-        alone = spell(tok, [f"<0x{byte:02X}>" for byte in raw])
-        return [i for ids in alone for i in ids]
-    return spell(tok, [text.replace(" ", "▁")])[0]
+        return [i for byte in raw for i in spell(f"<0x{byte:02X}>")]
+    return spell(text.replace(" ", "▁"))
 
 
 # %% ../nbs/a20d_control.ipynb #d7428a19
@@ -76,7 +75,7 @@ def cut_ids(
     ids: list[int],  # of a text
     offsets: list[int],  # bytes before each cut, in order
     table: list[bytes],  # from `id_bytes`
-    tok: PreTrainedTokenizerBase,  # that the ids are of
+    spell: Callable[[str], list[int]],  # from `speller`, of the tokenizer that the ids are of
 ) -> list[list[int]]:  # one part more than there are cuts
     "Ids cut at some bytes; a token that lies across a cut is spelled in parts"
     import numpy as np
@@ -89,7 +88,7 @@ def cut_ids(
         if k < len(ids) and begin < offset:
             raw = table[ids[k]]
             halves = raw[: offset - begin], raw[offset - begin :]
-            ids[k : k + 1] = [i for half in halves for i in spell_bytes(tok, half)]
+            ids[k : k + 1] = [i for half in halves for i in spell_bytes(spell, half)]
             ends = np.cumsum([len(table[i]) for i in ids], dtype=np.int64)
     within = [int(np.searchsorted(ends, offset, "right")) for offset in offsets]
     places = [0, *within, len(ids)]
@@ -137,6 +136,7 @@ class Respeller:
         length: int,  # tokens in an example
     ):
         self.old = old
+        self.spell = speller(old)
         self.length = length
         self.new_bytes = id_bytes(new)
         self.old_bytes = id_bytes(old)
@@ -154,7 +154,7 @@ class Respeller:
                 ids.clear()
                 known = b""
             if len(raw) > len(known):
-                ids += spell_bytes(self.old, raw[len(known) :])
+                ids += spell_bytes(self.spell, raw[len(known) :])
         return found
 
     def parts(
@@ -169,7 +169,7 @@ class Respeller:
             ends = np.cumsum([len(self.new_bytes[i]) for i in doc.ids])  # BOS is the first
             first = self.length - doc.begin % self.length  # its tokens in its first example
             offsets = [int(ends[k - 1]) for k in range(first, len(doc.ids), self.length)]
-            parts = cut_ids(ids, offsets, self.old_bytes, self.old)
+            parts = cut_ids(ids, offsets, self.old_bytes, self.spell)
             parts[0].insert(0, self.special["bos"])
             if len(doc.ids) > 1 and not self.new_bytes[doc.ids[-1]]:
                 parts[-1].append(self.special["eos"])

@@ -18,6 +18,8 @@ __all__ = [
     "Layout",
     "stacked_experts",
     "layout_of",
+    "StockRules",
+    "stock_rules",
     "layouts_of",
     "mixture_faults",
     "gated",
@@ -307,28 +309,39 @@ def _leaves(
     return Leaves(gate, up, down)
 
 
-def _stock_rules(model: PreTrainedModel) -> list:
+class StockRules(NamedTuple):
     "The rules by which transformers loads a checkpoint of a model"
+
+    stacking: list  # single matrices become one tensor
+    renaming: list  # a tensor gets another name
+
+
+def stock_rules(
+    model: PreTrainedModel,  # stock, with or without memory
+) -> StockRules:
+    "The rules of a model's own class, also where another of its configuration was made single"
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
 
     config = model.config
-    kind = config.model_type  # another model of the same configuration may have been made single
+    kind = config.model_type
     config.model_type = type(config).model_type
     try:
-        return get_model_conversion_mapping(model)
+        rules = get_model_conversion_mapping(model)
     finally:
         config.model_type = kind
+    found = StockRules([], [])
+    for rule in rules:
+        (found.stacking if isinstance(rule, WeightConverter) else found.renaming).append(rule)
+    return found
 
 
 def layouts_of(
     model: PreTrainedModel,  # stock
 ) -> dict[str, Layout]:  # name of a module -> how it stacks its experts
     "Layouts of all mixtures of a model, with the names that its checkpoints use"
-    from transformers.core_model_loading import WeightConverter
-
     found = stacked_experts(model)
-    rules = _stock_rules(model) if found else []
-    stacking = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    stacking = stock_rules(model).stacking if found else []
     return {name: layout_of(module, _leaves(name, stacking)) for name, module in found.items()}
 
 
@@ -614,12 +627,10 @@ def expert_sources(
     shapes: dict[str, tuple],  # tensor of a checkpoint -> shape
 ) -> dict[str, Source]:  # name -> where it is; names of other tensors stay as they are
     "Where each matrix of each expert lies in a checkpoint; `StageError` with all that is wrong"
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
     layouts = layouts_of(net)
-    rules = _stock_rules(net)
-    stacking = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renaming = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    stacking, renaming = stock_rules(net)
     rule_of = {pattern: rule for rule in stacking for pattern in rule.source_patterns}
     in_memory = net.state_dict()
     weights, codes = stored_weights(shapes, net.config)

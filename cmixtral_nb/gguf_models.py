@@ -31,7 +31,7 @@ from .byte_bases import ByteBase, write_byte_tokenizer
 from .checkpoints import require_space
 from .llama_rules import RULES, set_rule
 from .machine import available_bytes, quiet, say
-from .options import Range, faults_of, one_of, range_faults, refuse
+from .options import Range, one_of, range_faults, refuse
 from .packages import EXTRAS, require_package
 from .shapes import TEXT, TRUTH, shape_fault, whole
 from .stages import StageError, input_fingerprint, require, stage
@@ -109,12 +109,13 @@ _MERGE = Range(
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
-def _parts(n_tokens: int) -> dict[str, Any]:
-    "The shape of what a GGUF file says of its tokenizer"
+_LISTS = {"tokenizer.ggml.tokens": [TEXT], "tokenizer.ggml.merges": [_MERGE], _TYPES: [whole()]}
+
+
+def _details(n_tokens: int) -> dict[str, Any]:
+    "The shape of what a GGUF file may say of its tokenizer beside the lists"
     ids = {f"tokenizer.ggml.{key}_token_id?": whole(0, n_tokens - 1) for key in _ROLES.values()}
-    lists = {"tokenizer.ggml.tokens": [TEXT], "tokenizer.ggml.merges": [_MERGE], _TYPES: [whole()]}
-    rest = {"tokenizer.ggml.add_bos_token?": TRUTH, "tokenizer.chat_template?": TEXT}
-    return {**ids, **lists, **rest}
+    return {**ids, "tokenizer.ggml.add_bos_token?": TRUTH, "tokenizer.chat_template?": TEXT}
 
 
 def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
@@ -137,10 +138,12 @@ def tokenizer_faults(
         return [f"its tokenizer is of type {kind!r}, expected gpt2 (byte-level BPE); {remedy}"]
     if rule not in RULES:
         return [f"{_RULE} is {rule!r}, expected one of {', '.join(RULES)}; {remedy}"]
-    fault = shape_fault(metadata, _parts(len(metadata.get("tokenizer.ggml.tokens") or [])))
-    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get(_TYPES)
-    if not fault and len(tokens or []) != len(types or []):
-        fault = f"{_TYPES} has {len(types or []):,} entries, expected one for each token"
+    fault = shape_fault(metadata, _LISTS)
+    if not fault:
+        n_tokens, n_types = len(metadata["tokenizer.ggml.tokens"]), len(metadata[_TYPES])
+        fault = shape_fault(metadata, _details(n_tokens))
+        if n_types != n_tokens:
+            fault = f"{_TYPES} has {n_types:,} entries, expected {n_tokens:,}: one for each token"
     return [f"{fault}; {remedy}"] if fault else []
 
 
@@ -207,24 +210,27 @@ def gguf_option_faults(
     return range_faults(dict(dtype=dtype), dtype=one_of("bfloat16", "float16", "float32"))
 
 
+def _kind_faults(metadata: dict[str, Any]) -> list[str]:
+    "Whether transformers has the class of a model"
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    kind, known = metadata.get("general.architecture"), sorted(GGUF_SUPPORTED_ARCHITECTURES)
+    return [] if kind in known else [f"architecture {kind!r}, expected one of {', '.join(known)}"]
+
+
 def check_gguf(
     file: str | Path,  # .gguf file, or package:NAME
     dtype: str,  # of the weights
 ) -> None:
     "Refuse a file that cannot become a model folder, with every fault at once"
     faults = gguf_option_faults(dtype)
-    broken = faults_of(read_gguf, file)
-    if not broken:
-        from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
+    try:
         model = read_gguf(file)
-        kind = model.metadata.get("general.architecture")
-        known = sorted(GGUF_SUPPORTED_ARCHITECTURES)
-        if kind not in known:
-            broken = [f"{model.path}: architecture {kind!r}, expected one of {', '.join(known)}"]
-        broken += [f"{model.path}: {fault}" for fault in tokenizer_faults(model.metadata)]
-        broken += _memory_faults(model, dtype)
-    refuse(faults + broken)
+    except StageError as e:
+        raise StageError(*faults, *e.args) from None
+    for fault in [*_kind_faults(model.metadata), *tokenizer_faults(model.metadata)]:
+        faults.append(f"{model.path}: {fault}")
+    refuse(faults + _memory_faults(model, dtype))
 
 
 # %% ../nbs/a13c_gguf.ipynb #aab852ad
@@ -269,7 +275,7 @@ def convert(
 ):
     "Make a model folder from a GGUF file: weights, configuration, tokenizer"
     model = read_gguf(file)
-    require_space(out, model.n_params * (4 if dtype == "float32" else 2))
+    require_space(out, model.n_params * (4 if dtype == "float32" else 2), "the model")
     net = _load(model.path, dtype)
     with quiet():
         net.save_pretrained(out)

@@ -11,6 +11,7 @@ __all__ = [
     "piece_bytes",
     "pieces_of",
     "spell",
+    "speller",
     "weighted_mean",
     "Matrix",
     "script_of",
@@ -107,6 +108,13 @@ def spell(
     "Spell new tokens with old ones"
     if method == "seed":
         return _spell_as_the_seed(tok, pieces)
+    return list(map(speller(tok), pieces))
+
+
+def speller(
+    tok: PreTrainedTokenizerBase,  # the old tokenizer, of any kind
+) -> Callable[[str], list[int]]:  # a token in sentencepiece's writing -> its old ids
+    "What spells a token with old ones; the vocabulary is read once"
     bpe = tok.backend_tokenizer.model  # below the normaliser, which would put ▁ in front
     vocab = tok.get_vocab()
     in_letters = _is_byte_level(tok)
@@ -120,7 +128,7 @@ def spell(
             return [vocab[byte[0]] for byte in _BYTE.finditer(name) if byte[0] in vocab]
         return [token.id for token in bpe.tokenize(name)]
 
-    return [ids_of(piece) or [unknown] for piece in pieces]
+    return lambda piece: ids_of(piece) or [unknown]
 
 
 # %% ../nbs/06_init.ipynb #682e256a

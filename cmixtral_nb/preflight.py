@@ -258,20 +258,20 @@ def longer_without(
     out: Path | None = None,  # folder of the run, where the vocabulary may have been made
 ) -> float:  # times
     "How many tokens the text of the new language has without new pieces, against with them"
-    made = [out / "control_tokens", out / "tokenizer"] if out else []
-    stats = [
-        read_json(folder / "manifest.json")["stats"]
-        for folder in made
-        if (folder / "manifest.json").is_file()
-    ]
-    for known in stats:
-        if "sources" in known and out:
-            language, _ = languages(recipe)
-            length = read_json(out / "tokens" / "manifest.json")["stats"]["length"]
-            return known["sources"][language]["row_tokens"] / length
-        if known.get("chars_per_token") and known.get("chars_per_token_base"):
-            return known["chars_per_token"] / known["chars_per_token_base"]
+    spelled, packed = _stats(out, "control_tokens"), _stats(out, "tokens")
+    if spelled and packed:
+        language, _ = languages(recipe)
+        return spelled["sources"][language]["row_tokens"] / packed["length"]
+    density = _stats(out, "tokenizer")
+    if density.get("chars_per_token") and density.get("chars_per_token_base"):
+        return density["chars_per_token"] / density["chars_per_token_base"]
     return _LONGER
+
+
+def _stats(out: Path | None, name: str) -> dict[str, Any]:
+    "What the manifest of a run's folder counts; empty where it is not made yet"
+    manifest = out / name / "manifest.json" if out else None
+    return read_json(manifest)["stats"] if manifest and manifest.is_file() else {}
 
 
 def control_inputs(
@@ -293,11 +293,8 @@ def text_bytes(
     out: Path | None = None,  # folder of the run, where the tokens may have been packed
 ) -> float:  # 0: not known yet
     "Bytes of the new language that pre-training will read"
-    packed = out / "tokens" / "manifest.json" if out else None
-    if not packed or not packed.is_file():
-        return 0
-    stats = read_json(packed)["stats"]
-    source = stats["sources"].get(languages(recipe)[0])
+    stats = _stats(out, "tokens")
+    source = stats["sources"].get(languages(recipe)[0]) if stats else None
     if not source:
         return 0
     passes = tokens_of(recipe, out) / stats["n_tokens"]

@@ -269,6 +269,7 @@ def pretrain(
     device: str = None,  # None: the GPU if there is one
 ):
     "Continue pre-training with QLoRA; after an interruption it continues from its last checkpoint"
+    # Long: the options of the Trainer stand one a line.
     device = device_of(device)
     packed = Artifact.load(tokens, "tokens")
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
@@ -279,12 +280,25 @@ def pretrain(
     texts = held_out_texts(tokens, corpus, eval_chars)
     watch = Watch(watched_langs(kept, texts), alarm_bits, alarm_gain, stop_on_alarm)
     done = ready_checkpoints(out / "checkpoints")
-    sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
-    span = dict(max_steps=steps or -1, num_train_epochs=epochs, warmup_steps=warmup)
-    every = dict(logging_steps=log_every, eval_steps=eval_every, save_steps=save_every)
-    more = dict(learning_rate=lr, optim=optim, seed=seed, dataloader_drop_last=True)
-    how = dict(**sizes, **span, **every, **more, eval_on_start=not done)
-    args = training_arguments(out / "checkpoints", device, zero, checkpointing, **how)
+    args = training_arguments(
+        out / "checkpoints",
+        device,
+        zero,
+        checkpointing,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps or -1,
+        num_train_epochs=epochs,
+        warmup_steps=warmup,
+        learning_rate=lr,
+        optim=optim,
+        seed=seed,
+        dataloader_drop_last=True,
+        logging_steps=log_every,
+        save_steps=save_every,
+        eval_steps=eval_every,
+        eval_on_start=not done,
+    )
     run = trainer(
         net,
         load_examples(tokens).select_columns("input_ids").with_format("numpy"),

@@ -59,7 +59,7 @@ def restack(
         made = stacked_form(a, disk)
     else:
         made = single_form(a, disk, in_files=form == "files")
-    require_space(out, n_bytes(made.specs))
+    require_space(out, n_bytes(made.specs), "the adapter")
     sha256 = write_form(made, out)
     if (a.path / "tokenizer.json").is_file():
         copy_tokenizer(a.path, out)

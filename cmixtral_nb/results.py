@@ -27,6 +27,8 @@ __all__ = [
     "load_evaluation",
     "by_language",
     "measures",
+    "document_bytes",
+    "total_bytes",
 ]
 
 # %% ../nbs/a24b_results.ipynb #719b71de
@@ -580,3 +582,18 @@ def measures(
     for key, measure in _bare_measures(evaluation["results"]).items():
         out.setdefault(key, measure)
     return out
+
+
+# %% ../nbs/a24b_results.ipynb #3c0ab7f9
+def document_bytes(
+    documents: list[dict],  # of an evaluation
+) -> dict[tuple[str, str], int]:  # (domain, id) -> bytes
+    "How much text each document of an evaluation has"
+    return {(doc["domain"], doc["id"]): doc["n_bytes"] for doc in documents}
+
+
+def total_bytes(
+    sizes: dict[tuple[str, str], int],  # from `document_bytes`
+) -> str:
+    "Example: total_bytes({('news', 'a'): 1200}) -> '1,200 bytes in 1 documents'"
+    return f"{sum(sizes.values()):,} bytes in {len(sizes):,} documents"

@@ -78,7 +78,7 @@ _MODELS = (*CHAIN, CONTROL)  # in the order in which they are shown
 def _evaluations(out: Path) -> dict[str, dict]:  # model -> what `load_evaluation` gives
     "Each evaluation of a run, the models of the chain first and in order of birth"
     there = [file.parent.name for file in sorted((out / "evaluation").glob("*/results.json"))]
-    names = sorted(there, key=lambda name: _MODELS.index(name) if name in _MODELS else 99)
+    names = sorted(there, key=lambda name: _MODELS.index(name) if name in _MODELS else len(_MODELS))
     return {name: load_evaluation(out / "evaluation" / name) for name in names}
 
 

@@ -93,23 +93,29 @@ _BLOCKS, _SCALES, _SCALE_INV = "_blocks", "_scales", "_scale_inv"
 _OTHERS = re.compile(r"\.weight_(scale|packed|zero_point)$|\.(qweight|qzeros)$")
 
 
+def _settings(config: Any) -> dict[str, Any]:
+    "What a configuration, of transformers or read from a file, says of the storage of weights"
+    if isinstance(config, dict):
+        settings = config.get("quantization_config")
+    else:
+        settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict):
+        return settings
+    return dict(vars(settings)) if settings else {}
+
+
 def storage_method(
-    config: Any,  # of transformers
+    config: Any,  # of transformers, or a config.json as read
 ) -> str:  # such as "fp8"; empty: as they are
     "How a configuration says that the weights are stored"
-    settings = getattr(config, "quantization_config", None)
-    if not settings:
-        return ""
-    of = settings if isinstance(settings, dict) else vars(settings)
-    method = of.get("quant_method", "bitsandbytes")
+    settings = _settings(config)
+    method = settings.get("quant_method", "bitsandbytes") if settings else ""
     return str(getattr(method, "value", method))
 
 
 def _block(config: Any) -> tuple[int, int]:
     "Rows and columns that share a scale in FP8"
-    settings = getattr(config, "quantization_config", None) or {}
-    get = settings.get if isinstance(settings, dict) else vars(settings).get
-    sizes = get("weight_block_size") or (128, 128)
+    sizes = _settings(config).get("weight_block_size") or (128, 128)
     ok = len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
     require(ok, f"weight_block_size is {sizes!r}, expected two numbers, such as [128, 128]")
     return tuple(sizes)

@@ -22,6 +22,7 @@ from cmixtral_nb.experts import (
     mixture_faults,
     not_in_4bit,
     single_experts,
+    stock_rules,
 )
 
 from .checkpoints import tensor_shapes
@@ -71,16 +72,14 @@ def mixture_on_disk(
     folder: str | Path,  # model folder
 ) -> OnDisk | None:  # None: no mixture, or one that cannot be read
     "Where the matrices of a mixture lie"
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
     net = _net_of(folder)
     layouts = {} if net is None or mixture_faults(net) else layouts_of(net)
     if net is None or not layouts:
         return None
     tensors = tensor_shapes(folder)
-    rules = get_model_conversion_mapping(net)
-    renaming = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    renaming = stock_rules(net).renaming
     prefix, in_memory = net.base_model_prefix, net.state_dict()
     names = {rename_source_key(t, renaming, [], prefix, in_memory)[0]: t for t in tensors}
     parts, shapes = {}, {}

@@ -555,7 +555,8 @@ def keep_documents_apart(
     if leak_between_documents(model) < _LEAK:
         return True
     decoder = model.base_model
-    if {"full_attention", "sliding_attention"}.issuperset(_kinds(decoder) or ["unknown"]):
+    kinds = _kinds(decoder)
+    if kinds and kinds <= {"full_attention", "sliding_attention"}:
         hook = decoder.register_forward_pre_hook(_with_masks, with_kwargs=True)
         if leak_between_documents(model) < _LEAK:
             return True

@@ -154,7 +154,7 @@ def _write_weights(
     plan = plan_shards(specs, shard_bytes)
     missing = {file: held for file, held in plan.items() if not is_written(out / file, held)}
     total = sum(map(n_bytes, missing.values()))
-    require_space(out, total)
+    require_space(out, total, "the mixture")
     bar = tqdm(total=total, desc="upcycle", unit="B", unit_scale=True, disable=None)
     with one_tensor_at_a_time(), bar:
         return {

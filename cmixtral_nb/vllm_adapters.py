@@ -69,11 +69,11 @@ def _form_faults(a: Adapter, model: str | Path, merge: str) -> list[str]:
         return [f"{a.path}: vLLM wants LoRA on the experts of {family} stacked; {restack} stacked"]
     disk = mixture_on_disk(folder)
     wanted = {name for name, *_ in single_form(a, disk, in_files=True).specs} if disk else set()
-    if wanted == a.head.keys():
+    left_out = sorted(a.head.keys() - wanted)
+    if not left_out:
         return []
-    other = min(a.head.keys() - wanted)
     return [
-        f"{a.path}: vLLM would leave out {other} and {len(a.head.keys() - wanted) - 1} more, "
+        f"{a.path}: vLLM would leave out {left_out[0]} and {len(left_out) - 1} more, "
         f"as the files of {model} name the experts otherwise; {restack} files"
     ]
 

@@ -17,6 +17,7 @@ from cmixtral_nb.bits import document_bits
 from cmixtral_nb.breakeven import fit_curves, forecast
 from cmixtral_nb.control import Respeller, control_faults, cut_ids, id_bytes, stream_docs
 from cmixtral_nb.gain import change
+from cmixtral_nb.init import speller
 from cmixtral_nb.pack import collate, load_examples
 from cmixtral_nb.packing import even_rows
 from cmixtral_nb.pipeline import run_states
@@ -144,7 +145,7 @@ def test_cut_ids_cuts_at_the_bytes(respeller, offsets):
     (ids,) = encode_plain(old, ["a command line 中文 for 🙂"])
     whole = text_of(ids, table)
     offsets = [min(offset, len(whole)) for offset in offsets]
-    parts = [text_of(part, table) for part in cut_ids(ids, offsets, table, old)]
+    parts = [text_of(part, table) for part in cut_ids(ids, offsets, table, speller(old))]
     places = [0, *offsets, len(whole)]
     assert parts == [whole[a:b] for a, b in zip(places, places[1:], strict=False)]
 

@@ -1,6 +1,5 @@
 """a12c_packed_experts: many experts at once compute, learn and are saved as one by one"""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_experts import FAMILIES, SIZES
+from test_experts import FAMILIES, SIZES, random_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cmixtral_nb import machine, packed_experts
@@ -43,16 +42,7 @@ def folders(tmp_path_factory):
     "A checkpoint of each family, with 16 experts"
     place, made = tmp_path_factory.mktemp("many"), {}
     for family, changes in MANY.items():
-        sizes = SIZES | FAMILIES[family] | changes | {"num_experts_per_tok": 4}
-        if family == "nemotron_h":  # counts its layers itself
-            del sizes["num_hidden_layers"]
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **sizes)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if not re.search(r"norm|A_log|dt_bias|\.D$", name):
-                    p.normal_(std=0.2)
+        model = random_model(family, **changes, num_experts_per_tok=4)
         model.save_pretrained(place / family)
         made[family] = place / family
     return made
