@@ -70,6 +70,7 @@ def request_faults(
         checked,
         length=at_least(16),
         rows=one_of("all", "none"),
+        loss_on=one_of("answers", "all"),
         template=one_of(*FORMS),
     )
     if kept and lang is None:
@@ -159,7 +160,7 @@ class Selection:
     dropped: Faults = field(default_factory=Faults)
     sources: dict[str, dict[str, int]] = field(default_factory=dict)  # source -> form -> how many
     n_tokens: int = 0  # of `train`
-    n_answer_tokens: int = 0  # of them under the loss
+    n_answer_tokens: int = 0  # of them in answers
     seen: set[bytes] = field(default_factory=set, repr=False)  # a hash of each conversation
 
     def add(
@@ -279,10 +280,12 @@ def chat_stats(
 
 def in_two_lines(
     stats: dict[str, Any],  # from `chat_stats`
+    loss_on: str = "answers",  # answers, all
 ) -> list[str]:
     "What was read, and what came of it, as the stage says them at its end"
     talks = f"{stats['n_conversations']:,} conversations"
-    share = stats["n_answer_tokens"] / stats["n_tokens"]
+    n_learned = stats["n_tokens" if loss_on == "all" else "n_answer_tokens"]
+    share = n_learned / stats["n_tokens"]
     loss = stats["loss"]
     bits = ""
     if stats["bpb"]:
@@ -292,7 +295,6 @@ def in_two_lines(
             f"{change['before']:.3f} → {change['after']:.3f}"
         )
     return [
-        f"{talks}, {stats['n_tokens']:,} tokens, "
-        f"the loss on {stats['n_answer_tokens']:,} of them ({share:.0%})",
+        f"{talks}, {stats['n_tokens']:,} tokens, the loss on {n_learned:,} of them ({share:.0%})",
         f"{stats['steps']:,} steps on {talks}, loss {loss['first']:.3f} → {loss['last']:.3f}{bits}",
     ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 __all__ = [
     "has_router",
     "counted_choices",
+    "expert_choices",
+    "router_flips",
     "routed_share",
     "balanced_by",
     "routers_in_own_precision",
@@ -61,13 +63,69 @@ def counted_choices(
 
 def _count(counts: Tensor, module: nn.Module, inputs: tuple) -> None:
     "Hook of a mixture: add the choices of its tokens"
+    counts += _chosen(inputs, len(counts)).sum(0)
+
+
+def _chosen(inputs: tuple, n_experts: int) -> Tensor:
+    "(tokens, experts) which experts the tokens of a forward pass are sent to"
+    import torch
+
     x, *routed = inputs
-    n_experts = len(counts)
-    if routed:
-        chosen = routed[0].flatten().bincount(minlength=n_experts)
-    else:  # all tokens for expert 0, for 1, ..., zero where not chosen (Llama 4)
-        chosen = x.view(n_experts, -1, x.shape[-1]).ne(0).any(-1).sum(1)
-    counts += chosen.cpu()
+    if not routed:  # all tokens for expert 0, for 1, ..., zero where not chosen (Llama 4)
+        return x.view(n_experts, -1, x.shape[-1]).ne(0).any(-1).T.cpu()
+    numbers = routed[0].reshape(-1, routed[0].shape[-1]).cpu()
+    chosen = torch.zeros(len(numbers), n_experts, dtype=torch.bool)
+    return chosen.scatter_(1, numbers.long(), True)
+
+
+# %% ../nbs/a20c_routers.ipynb #e637e020
+def expert_choices(
+    model: PreTrainedModel,  # with single experts, with or without an adapter
+    windows: list[list[int]],  # ids of tokens; each is read by itself
+) -> dict[str, Tensor]:  # name of a mixture -> (tokens, experts) bool
+    "Which experts each token is sent to"
+    import torch
+
+    mixtures = {_without_adapter(name): m for name, m in single_experts(model).items()}
+    found: dict[str, list[Tensor]] = {name: [] for name in mixtures}
+    hooks = [
+        module.register_forward_pre_hook(partial(_note, found[name]))
+        for name, module in mixtures.items()
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        # As in a step of the Trainer: beside weights in 16 bits norms and LoRA are float32
+        in_16_bits = torch.autocast(model.device.type, model.dtype, model.dtype != torch.float32)
+        with torch.no_grad(), in_16_bits:
+            for ids in windows:
+                x = torch.tensor([ids], device=model.device)
+                model(input_ids=x, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _without_adapter(name: str) -> str:
+    "Example: 'base_model.model.model.layers.0.mlp.experts' -> 'model.layers.0.mlp.experts'"
+    return name.removeprefix("base_model.model.")
+
+
+def _note(found: list[Tensor], module: nn.Module, inputs: tuple) -> None:
+    "Hook of a mixture: keep the choices of its tokens"
+    found.append(_chosen(inputs, module.layout.n_experts))
+
+
+def router_flips(
+    one: dict[str, Tensor],  # from `expert_choices`
+    other: dict[str, Tensor],  # of another model, on the same texts
+) -> dict[str, float]:  # name of a mixture -> share of the tokens, 0 to 1
+    "How many tokens meet at least one other expert in the second model"
+    return {
+        name: (chosen != other[name]).any(-1).float().mean().item() for name, chosen in one.items()
+    }
 
 
 # %% ../nbs/a20c_routers.ipynb #d4771cb2

@@ -331,6 +331,7 @@ class Rounds:
         n: int,  # how many are read in all
         bpe_dropout: float = 0,  # of `dropout_encoder`
         seed: int = 0,  # of the orders and of BPE-dropout
+        loss_on: str = "answers",  # tokens under the loss: answers, all
     ):
         self.talks = talks
         self.tok = tok
@@ -338,6 +339,7 @@ class Rounds:
         self.n = n
         self.bpe_dropout = bpe_dropout
         self.seed = seed
+        self.loss_on = loss_on
         self.orders: dict[int, list[int]] = {}  # the round that was asked for last
 
     def __len__(self) -> int:
@@ -348,7 +350,8 @@ class Rounds:
             raise IndexError(k)
         lap, place = divmod(k, len(self.talks))
         talk = self.talks[self.order(lap)[place]]
-        return encode_chat(self.tok, talk, encode=self._encoder(k))
+        ids, mask = encode_chat(self.tok, talk, encode=self._encoder(k))
+        return ids, [1] * len(ids) if self.loss_on == "all" else mask
 
     def _encoder(self, k: int) -> Callable[[str], list[int]] | None:
         if self.bpe is None or not self.bpe_dropout:
@@ -455,6 +458,7 @@ def sft(
     accumulation: int = 20,  # batches added up to one step
     steps: int = 0,  # optimiser steps; 0: by epochs
     epochs: float = 2,  # times each conversation is read
+    loss_on: str = "answers",  # tokens under the loss: answers (with their end marks), all
     length: int = 4096,  # tokens; longer conversations are cut
     warmup: float = 0.05,  # of the steps, until the highest learning rate
     neftune: float = 5.0,  # NEFTune's alpha, noise on the embeddings; 0: none
@@ -507,7 +511,7 @@ def sft(
     )
     run = trainer(
         net,
-        Rounds(talks.train, tok, bpe, n_steps * n_step, bpe_dropout, seed),
+        Rounds(talks.train, tok, bpe, n_steps * n_step, bpe_dropout, seed, loss_on),
         args,
         partial(collate_chat, length=length),
         rows_lr=rows_lr or lr,
@@ -516,7 +520,7 @@ def sft(
         ordered=True,
     )
     run_to_end(run, done)
-    return _results(net, talks, run, folder, out)
+    return _results(net, talks, run, folder, out, loss_on)
 
 
 def _written_tokenizer(folder: Path, out: Path, template: str) -> PreTrainedTokenizerBase:
@@ -533,7 +537,7 @@ def _neftune_alpha(alpha: float, batch: int) -> float | None:
 
 
 def _results(
-    model: PreTrainedModel, talks: Selection, run: Trainer, folder: Path, out: Path
+    model: PreTrainedModel, talks: Selection, run: Trainer, folder: Path, out: Path, loss_on: str
 ) -> dict:
     "Write the adapter and what came of the run; the first process does"
     if process_rank():
@@ -541,6 +545,6 @@ def _results(
     save_adapter(model, out)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     stats = chat_stats(model, talks, run.state.global_step, folder, out, read_log(out))
-    for line in in_two_lines(stats):
+    for line in in_two_lines(stats, loss_on):
         say("sft", line)
     return stats
