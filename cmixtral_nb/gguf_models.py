@@ -13,6 +13,7 @@ __all__ = [
     "tokenizer_faults",
     "gguf_tokenizer",
     "named_tokens",
+    "write_gguf_tokenizer",
     "gguf_option_faults",
     "check_gguf",
     "convert",
@@ -189,6 +190,14 @@ def named_tokens(
     return found | (dict(model_max_length=length) if length else {})
 
 
+def write_gguf_tokenizer(
+    metadata: dict[str, Any],  # of a GGUF file, without faults
+    out: str | Path,  # folder, made where it is missing
+) -> Path:  # out
+    "tokenizer.json and tokenizer_config.json"
+    return write_byte_tokenizer(gguf_tokenizer(metadata), out, **named_tokens(metadata))
+
+
 # %% ../nbs/a13c_gguf.ipynb #0e72bcfa
 def _memory_faults(model: Gguf, dtype: str) -> list[str]:
     "Whether the dequantised model fits into memory: in float32, and once more as it is written"
@@ -279,7 +288,7 @@ def convert(
     net = _load(model.path, dtype)
     with quiet():
         net.save_pretrained(out)
-    write_byte_tokenizer(gguf_tokenizer(model.metadata), out, **named_tokens(model.metadata))
+    write_gguf_tokenizer(model.metadata, out)
     name = model.metadata.get("general.name") or model.path.stem
     say("convert", f"{name}: {net.num_parameters() / 1e6:,.1f}M parameters in {dtype}")
     return dict(n_params=net.num_parameters(), name=name)

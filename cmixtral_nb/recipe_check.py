@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cmixtral_nb.recipes import (
@@ -36,6 +37,7 @@ from cmixtral_nb.recipes import (
 
 from .byte_bases import is_byte_base
 from .checkpoints import HUB_ID
+from .gguf_models import check_gguf, read_gguf, write_gguf_tokenizer
 from .languages import lang_script
 from .options import above, as_list, faults_of, nearest, range_faults
 from .packing import parse_mix
@@ -274,11 +276,18 @@ _PLACES = {  # of a table: what lies there
 }
 
 
+def _is_place(name: str, key: str) -> bool:
+    "Whether a key names a place: it is a path by its type, or an earlier step's folder may be it"
+    param = inspect.signature(command(name)).parameters.get(key)
+    wired = any(key in step.inputs for step in STEPS if step.command == name)
+    return wired or (param is not None and "Path" in str(param.annotation))
+
+
 def _place_faults(name: str, table: dict) -> list[str]:
     "Files and folders that a table names and that are not there; hub ids are asked for later"
     faults = []
     for key, what in _PLACES.items():
-        for ref in as_list(table.get(key, [])):
+        for ref in as_list(table.get(key, [])) if _is_place(name, key) else ():
             hub_id = HUB_ID.fullmatch(ref) and not ref.startswith(".")
             elsewhere = hub_id or ref.startswith(("hub:", "builtin:"))
             if not elsewhere and not os.path.exists(ref):
@@ -286,7 +295,34 @@ def _place_faults(name: str, table: dict) -> list[str]:
     return faults
 
 
-def _step_faults(step: Step, recipe: dict, here: bool) -> list[str]:
+def _convert_faults(recipe: dict) -> list[str]:
+    "What is wrong with the file that [convert] reads, if that can be asked"
+    table = recipe.get("convert", {})
+    if "file" not in table or _table_faults("convert", table):
+        return []
+    return faults_of(check_gguf, table["file"], settings("convert", recipe)["dtype"])
+
+
+def _dense_tokenizer(recipe: dict, folder: Path) -> Path | None:
+    "The tokenizer that [convert] will make, made now: options are judged by its kind"
+    table = recipe["convert"]
+    if "file" not in table or _table_faults("convert", table):
+        return None
+    return write_gguf_tokenizer(read_gguf(table["file"]).metadata, folder)
+
+
+def _of_dense(step: Step, recipe: dict) -> bool:
+    "Whether a step reads the tokenizer that [convert] will have made"
+    wired = step.inputs.get("base") == "dense" and "convert" in recipe
+    return wired and "base" not in recipe[step.command]
+
+
+def _step_faults(
+    step: Step,
+    recipe: dict,
+    here: bool,
+    dense: Path | None,  # the tokenizer that [convert] will make; None: it cannot
+) -> list[str]:
     "What is wrong with a step: inputs and languages that are missing, and what its stage says"
     name, table = step.command, recipe[step.command]
     missing = _missing_inputs(step, recipe)
@@ -295,10 +331,11 @@ def _step_faults(step: Step, recipe: dict, here: bool) -> list[str]:
         return faults  # a stage relies on types
     given = arguments(step, recipe, Path())
     faults += _place_faults(name, table)
+    if _of_dense(step, recipe):
+        if dense is None:
+            return faults
+        given["base"] = str(dense)
     found = command(name).option_faults(**given)
-    if "convert" in recipe and "base" in step.inputs and "base" not in table:
-        missing_yet = f"{step.inputs['base']}: no such tokenizer"  # an earlier step makes it
-        found = [fault for fault in found if not fault.startswith(missing_yet)]
     return faults + [f"[{name}] {fault}" for fault in found]
 
 
@@ -330,6 +367,12 @@ def check_recipe(
     if not faults and not commands & set(sound):
         return ["the recipe has no table, so there is nothing to do; it may begin with [corpus]"]
     faults += _language_faults(sound) + _base_faults(sound)
-    for step in _steps_to_check(sound):
-        faults += _step_faults(step, sound, here)
+    unreadable = _convert_faults(sound) if here else []
+    faults += [f"[convert] {fault}" for fault in unreadable]
+    with TemporaryDirectory() as folder:
+        dense = None
+        if here and "convert" in sound and not unreadable:
+            dense = _dense_tokenizer(sound, Path(folder))
+        for step in _steps_to_check(sound):
+            faults += _step_faults(step, sound, here, dense)
     return list(dict.fromkeys(faults + _idle_faults(sound)))
