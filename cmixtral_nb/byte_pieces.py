@@ -29,6 +29,9 @@ __all__ = [
     "floor_of",
     "reach",
     "companion_hint",
+    "word_finder",
+    "word_chars",
+    "words_within",
     "count_within",
     "kept_lines",
     "changed_lines",
@@ -46,6 +49,9 @@ __all__ = [
     "check_byte_tokenizer",
     "byte_script_faults",
     "learn_byte_pieces",
+    "counting_of",
+    "thinning_of",
+    "parts_faults",
 ]
 
 # %% ../nbs/a10c_byte_pieces.ipynb #e9017313
@@ -53,10 +59,10 @@ import functools
 import math
 import re
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from cmixtral_nb.byte_bases import (
@@ -64,6 +70,7 @@ from cmixtral_nb.byte_bases import (
     ByteBase,
     base_file,
     cut_is_lost,
+    is_byte_base,
     read_byte_base,
     to_bytes,
     to_letters,
@@ -80,13 +87,23 @@ from cmixtral_nb.bytelevel import (
     own_marks,
     repaired,
 )
+from cmixtral_nb.counted import (
+    Counting,
+    count_buckets,
+    counted_faults,
+    counted_source,
+    join_buckets,
+    merge_bucket,
+)
 
 from .corpora import corpus_langs, corpus_texts, lang_faults
 from .documents import read_docs, read_whole, text_batches, up_to
 from .languages import script_pattern
+from .lexicons import Source, largest_factor, mix_runs, parse_shares
 from .machine import say
 from .options import Range, faults_of, one_of, range_faults, refuse
 from .pieces import Piece, package_file
+from .runs import run_finder
 from .shapes import visible
 from .stages import Artifact, StageError, require, sha256_file, write_text
 
@@ -508,43 +525,47 @@ def companion_hint(
 
 
 # %% ../nbs/a10c_byte_pieces.ipynb #9c0ae73f
-def _halved(counts: Counter, salt: str) -> Counter:
-    "Half of each count; what is odd goes up or down as a number from word and salt says"
-    halves: Counter = Counter()
-    for word, n in counts.items():
-        if half := (n + (zlib.crc32(f"{salt}{word}".encode()) & 1)) // 2:
-            halves[word] = half
-    return halves
+def word_finder(
+    base: ByteBase,  # that cuts
+    own: OwnBytes,  # of the new language
+) -> Callable[[list[str]], Counter[str]]:  # documents -> words, as numbers of tokens
+    "What finds the words of documents in which a merge may be found"
+
+    def find(texts: list[str]) -> Counter[str]:
+        counts = count_words(base, texts, own)
+        return Counter({" ".join(map(str, word)): n for word, n in counts.items()})
+
+    return find
 
 
-class _Words:
-    "Words with their counts; where they are too many, all counts are halved"
+def word_chars(
+    base: ByteBase,  # that cuts
+) -> Callable[[str], int]:  # word, as numbers of tokens -> its characters
+    "What measures the words of `word_finder`"
 
-    def __init__(self, bytes_of: dict[int, bytes], memory_chars: int):
-        self.bytes_of = bytes_of
-        self.memory_chars = memory_chars
-        self.same: dict[int, int] = {}  # one object for each id saves memory
-        self.counts: Counter = Counter()
-        self.n_chars = 0  # of the different words
-        self.n_added = self.n_halved = 0
+    def size(word: str) -> int:
+        return _n_begun(b"".join(base.bytes_of.get(int(i), b"?") for i in word.split()))
 
-    def _chars(self, word: tuple[int, ...]) -> int:
-        return _n_begun(b"".join(self.bytes_of.get(i, b"?") for i in word))
+    return size
 
-    def add(self, found: Counter) -> None:
-        "Words of a batch; after n halvings, 1 in 2 to the n of them"
-        self.n_added += 1
-        for turn in range(self.n_halved):
-            found = _halved(found, f"{self.n_added} {turn} ")
-        for word, n in found.items():
-            if word not in self.counts:
-                self.n_chars += self._chars(word)
-                word = tuple(self.same.setdefault(i, i) for i in word)
-            self.counts[word] += n
-        while self.n_chars > self.memory_chars:
-            self.counts = _halved(self.counts, f"{self.n_added} {self.n_halved} ")
-            self.n_chars = sum(map(self._chars, self.counts))
-            self.n_halved += 1
+
+_SPARE = 0.05  # of the characters, because which words stay is drawn
+
+
+def words_within(
+    words: Source,  # of `word_finder`, counted
+    memory_chars: int = 24_000_000,  # of different words
+) -> tuple[Counter, float]:  # ids of a word -> count; share of each count that is left
+    "Words to learn from, thinned where they are too many"
+    sizes = words.sizes or {}
+    limit = memory_chars
+    if sum(sizes.values()) > memory_chars:
+        limit = int((1 - _SPARE) * memory_chars)
+    counts: Counter = Counter()
+    same: dict[str, int] = {}  # one object for each id saves memory
+    for word, n in mix_runs([words], limit).items():
+        counts[tuple(same.setdefault(i, int(i)) for i in word.split())] = n
+    return counts, largest_factor(sizes, limit, 1.0) if sizes else 1.0
 
 
 def count_within(
@@ -552,12 +573,14 @@ def count_within(
     texts: Iterable[str],  # documents
     own: OwnBytes,  # of the new language
     memory_chars: int = 24_000_000,  # of different words
-) -> tuple[Counter, int]:  # ids of a word -> count; how often all counts were halved
+    folder: Path | None = None,  # for files in the meantime; None: a temporary one
+) -> tuple[Counter, float]:  # ids of a word -> count; share of each count that is left
     "The words in which a merge may be found, in bounded memory"
-    words = _Words(base.bytes_of, memory_chars)
-    for batch in text_batches(texts):
-        words.add(count_words(base, batch, own))
-    return words.counts, words.n_halved
+    with TemporaryDirectory(dir=folder) as place:
+        stem = Path(place) / "words"
+        files = count_buckets(texts, word_finder(base, own), stem, 1)
+        bucket = merge_bucket(files, stem, memory_chars, size=word_chars(base))
+        return words_within(join_buckets([stem], [bucket]), memory_chars)
 
 
 # %% ../nbs/a10c_byte_pieces.ipynb #a7ed6246
@@ -869,6 +892,7 @@ def learn_byte_pieces(
     max_chars: int = 16,  # longest piece, in characters
     limit_chars: int = 0,  # characters of text to read; 0: all
     memory_chars: int = 24_000_000,  # of different words
+    parts: Path | None = None,  # folder of finished counts; None: count here
 ) -> dict[str, Any]:  # statistics for the manifest
     "Learn merges of one language on top of a base's"
     whole, chosen = known_base(base), letters or ("exclusive" if is_shared(script) else "")
@@ -884,8 +908,11 @@ def learn_byte_pieces(
         sample = corpus_texts(corpus, lang, limit_chars=n_chars)
         trials = try_letters(whole, working, owns, sample, learn, judge, lines)
         _say_trials(trials, chosen, bool(letters), len(lines))
-    texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
-    counts, n_halved = count_within(working, texts, own, memory_chars)
+    if parts:
+        counts, share = words_within(counted_source(parts, lang), memory_chars)
+    else:
+        texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
+        counts, share = count_within(working, texts, own, memory_chars, out)
     merges = learn(counts, own)
     require(merges, f"{corpus} holds no {script} characters to join; {_OTHER_TEXT}")
 
@@ -898,7 +925,7 @@ def learn_byte_pieces(
     return dict(
         n_pieces=len(merges),
         n_words=len(counts),
-        n_halved=n_halved,
+        share_of_counts=share,
         base_sha256=base_sha256(base),
         letters=chosen,
         own_letters=exclusive if chosen == "exclusive" else "",
@@ -907,3 +934,53 @@ def learn_byte_pieces(
         n_changed_lines=len(changed),
         **far._asdict(),
     )
+
+
+# %% ../nbs/a10c_byte_pieces.ipynb #6e38a7f6
+def counting_of(
+    corpus: str | Path,  # made by `corpus`
+    lang: str,  # language to learn from
+    script: str,  # of the pieces
+    base: str,  # base tokenizer
+    marks: bool = True,  # a run may begin with one mark
+    letters: str = "",  # of `LETTERS`
+    companions: str = "",  # further own characters
+    repair: bool = False,  # let own marks join the letter before them
+    **others: Any,  # the other options of `tokenizer`
+) -> Counting:
+    "What `tokenizer` counts: runs for a sentencepiece base, words for a byte-level base"
+    path = Path(getattr(corpus, "path", corpus))
+    if not is_byte_base(base):
+        return Counting(path, lang, run_finder(script, marks), len, (script, marks))
+    chosen = letters or ("exclusive" if is_shared(script) else "")
+    own = _owns(path, lang, script, chosen, companions, 0)[0][chosen]
+    working = working_base(known_base(base), own, repair)
+    how = (base_sha256(base), script, chosen, companions, repair)
+    return Counting(path, lang, word_finder(working, own), word_chars(working), how)
+
+
+def thinning_of(
+    memory_chars: int,  # of different runs or words
+    opencc: list[str] | None = None,  # "SHARE:CONVERSION" each
+    rake: str | None = None,  # a word list
+    **others: Any,  # the other options of `tokenizer`
+) -> tuple[int, tuple[str, ...]]:  # characters, 0: drop nothing; salts of the random numbers
+    "What may be dropped while counts are merged, and the training will still draw the same"
+    salts = ("", *(name for _, name in parse_shares(opencc, "opencc")))
+    return (0 if rake else memory_chars), salts
+
+
+def parts_faults(
+    parts: str | Path | None,  # folder of finished counts; None: none are given
+    limit_chars: int = 0,  # characters of text to read
+    **options: Any,  # the others of `tokenizer`
+) -> list[str]:  # one line for each fault
+    "Why finished counts are not the ones asked for"
+    if not parts:
+        return []
+    if limit_chars:
+        return [
+            f"limit_chars is {limit_chars:,}, but {parts} counts a whole corpus; "
+            "leave --limit-chars out"
+        ]
+    return counted_faults(counting_of(**options), parts, *thinning_of(**options))

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["EXECUTORS", "executor_class", "pack_job"]
+__all__ = ["EXECUTORS", "executor_class", "whole_path", "job_chain", "pack_job"]
 
 # %% ../nbs/a16_cluster.ipynb #c314710b
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -54,6 +54,35 @@ def _pack_step(_, part: int, n_parts: int, how: dict[str, Any]) -> None:
     pack(**how)
 
 
+# %% ../nbs/a16_cluster.ipynb #840faff4
+def whole_path(
+    folder: str | Path,  # or an artifact
+) -> Path:
+    "A path that is the same on every machine"
+    return Path(getattr(folder, "path", folder)).resolve()
+
+
+def job_chain(
+    executor: str,  # of datatrove: local, slurm, ray
+    steps: Sequence[tuple[str, Callable, int]],  # name, function (documents, task, tasks), tasks
+    logs: Path,  # folder for the logs of each
+    where: dict | None = None,  # what the executor wants to know: workers, partition, time, ...
+) -> PipelineExecutor:  # of the last job; its `run()` starts all
+    "Jobs, each of which begins when the one before has ended; every task may be run again"
+    start = executor_class(executor)
+    options = dict(where or {}, skip_completed=False)
+    try:
+        for name, step, tasks in steps:
+            job = start([step], tasks=tasks, logging_dir=str(logs / name), **options)
+            options["depends"] = job
+    except TypeError as e:
+        raise StageError(
+            f"executor {executor}: {e}; give it in where, "
+            'such as where=dict(partition="cpu", time="08:00:00")'
+        ) from None
+    return job
+
+
 # %% ../nbs/a16_cluster.ipynb #efd3a55c
 def pack_job(
     corpus: str | Path,  # made by `corpus`, on a disk that all machines see
@@ -67,15 +96,15 @@ def pack_job(
     **how,  # length, valid_chars
 ) -> PipelineExecutor:  # its `run()` does it all
     "The work of `pack` as two jobs of datatrove: encode in parts, then join; same artifact"
-    start = executor_class(executor)
+    executor_class(executor)  # refuses what there is not
     refuse(range_faults(dict(tasks=tasks)))
     require(
         corpus_langs(corpus),
         f"{corpus} is no corpus and cannot be encoded in parts; "
         f"run: cmixtral corpus --sources zh={corpus} --out DIR",
     )
-    inputs = dict(corpus=_whole_path(corpus), tokenizer=_whole_path(tokenizer), seed=seed)
-    target = _whole_path(out)
+    inputs = dict(corpus=whole_path(corpus), tokenizer=whole_path(tokenizer), seed=seed)
+    target = whole_path(out)
     parts = target.with_name(target.name + ".parts")
     pack_how = dict(inputs, out=target, parts=parts, mix=mix, **how)
     signature(pack).bind(**pack_how)  # raises TypeError for a misspelt parameter
@@ -83,21 +112,5 @@ def pack_job(
     encode_how = dict(inputs, out=parts)
     encode_step = partial(_encode_step, ratios=parse_mix(mix), how=encode_how)
     pack_step = partial(_pack_step, how=pack_how)
-    options = dict(where or {}, skip_completed=False)
-    try:
-        encode = _job(start, encode_step, tasks, parts / "logs/encode", options)
-        return _job(start, pack_step, 1, parts / "logs/join", dict(options, depends=encode))
-    except TypeError as e:
-        raise StageError(
-            f"executor {executor}: {e}; give it in where, "
-            'such as where=dict(partition="cpu", time="08:00:00")'
-        ) from None
-
-
-def _whole_path(folder: str | Path) -> Path:
-    "A path that is the same on every machine"
-    return Path(getattr(folder, "path", folder)).resolve()
-
-
-def _job(start: type, step: Callable, tasks: int, logs: Path, options: dict) -> PipelineExecutor:
-    return start([step], tasks=tasks, logging_dir=str(logs), **options)
+    steps = [("encode", encode_step, tasks), ("join", pack_step, 1)]
+    return job_chain(executor, steps, parts / "logs", where)

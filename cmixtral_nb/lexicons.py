@@ -18,17 +18,22 @@ __all__ = [
     "tokenizer_option_faults",
     "check_tokenizer",
     "Source",
+    "count_sizes",
+    "kept_chars",
+    "largest_factor",
+    "chance_of",
     "mix_runs",
+    "file_source",
     "run_sources",
 ]
 
 # %% ../nbs/a07_lexicons.ipynb #0a78f8d4
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .corpora import lang_faults
 from .documents import UNREADABLE, numbered_lines, open_text
@@ -39,6 +44,9 @@ from .pieces import base_tokenizer_model, package_file
 from .runs import find_runs, mass, read_runs, run_pattern
 from .stages import Artifact, StageError, require
 from .tokenizer_files import read_bpe
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # %% ../nbs/a07_lexicons.ipynb #83b0bc32
 _EXAMPLES = {"lexicons": "0.25:jieba", "opencc": "0.1:s2t"}
@@ -319,37 +327,73 @@ class Source(NamedTuple):
     n_chars: int  # all of them, repeats included
     convert: Callable[[str], str] | None = None  # to other characters
     salt: str = ""  # other random numbers for the same runs
+    # count -> characters of the runs that occur so often; None: counted from the rows
+    sizes: dict[int, int] | None = None
 
 
-def _fitting_factor(sources: list[Source], limit_chars: int) -> float:
+def count_sizes(
+    rows: Iterable[tuple[str, int]],  # run, count
+) -> dict[int, int]:
+    "Example: count_sizes([('中国', 1), ('人', 1), ('人民', 3)]) -> {1: 3, 3: 2}"
+    sizes: Counter[int] = Counter()
+    for run, count in rows:
+        sizes[count] += len(run)
+    return dict(sizes)
+
+
+def kept_chars(
+    counts: np.ndarray,  # (n,) weighted counts
+    chars: np.ndarray,  # (n,) characters of the runs that have them
+    factor: float,  # that all counts are multiplied by
+) -> float:
+    "Characters that stay: a run whose count is below 1 stays with that probability"
+    import numpy as np
+
+    return float((chars * np.minimum(1, counts * factor)).sum())
+
+
+def largest_factor(
+    sizes: Mapping[Any, int],  # weighted count -> characters of the runs that have it
+    limit_chars: int,  # characters of different runs
+    high: float,  # no larger one than this
+) -> float:
     "The factor with which `limit_chars` characters of different runs stay on average"
     import numpy as np
 
-    chars_of: Counter[float] = Counter()  # weighted count -> characters of the runs that have it
-    for source in sources:
-        for run, count in source.rows():
-            chars_of[count * source.share / source.n_chars] += len(run)
-    weighted = np.array(list(chars_of))
-    chars = np.array(list(chars_of.values()))
-
-    def n_kept(factor: float) -> float:
-        "A run whose count is below 1 stays with that probability"
-        return float((chars * np.minimum(1, weighted * factor)).sum())
-
-    low = 0.0
-    high = sources[0].n_chars / sources[0].share  # the first source keeps its own counts
-    if n_kept(high) <= limit_chars:
+    counts = np.array(sorted(sizes))
+    chars = np.array([sizes[count] for count in sorted(sizes)])
+    if kept_chars(counts, chars, high) <= limit_chars:
         return high
+    low = 0.0
     for _ in range(40):  # each halves the interval
         middle = (low + high) / 2
-        if n_kept(middle) < limit_chars:
+        if kept_chars(counts, chars, middle) < limit_chars:
             low = middle
         else:
             high = middle
     return middle
 
 
+def _fitting_factor(sources: list[Source], limit_chars: int) -> float:
+    "The factor with which the runs of all sources fit"
+    sizes: Counter[float] = Counter()
+    for source in sources:
+        own = count_sizes(source.rows()) if source.sizes is None else source.sizes
+        for count, n_chars in own.items():
+            sizes[count * source.share / source.n_chars] += n_chars
+    # the first source keeps its own counts where all fits
+    return largest_factor(sizes, limit_chars, sources[0].n_chars / sources[0].share)
+
+
 # %% ../nbs/a07_lexicons.ipynb #cfaeb396
+def chance_of(
+    run: str,
+    salt: str = "",  # gives other numbers
+) -> float:  # from 0 to below 1
+    "A random number that a run always has"
+    return zlib.crc32((salt + run).encode()) / 2**32
+
+
 def mix_runs(
     sources: list[Source],  # their shares add up to 1
     limit_chars: int = 24_000_000,  # characters of different runs
@@ -362,15 +406,21 @@ def mix_runs(
     for source in sources:
         weight = factor * source.share / source.n_chars
         for run, count in source.rows():
-            chance = zlib.crc32((source.salt + run).encode()) / 2**32  # from 0 to below 1
-            if rounded := int(count * weight + chance):
+            if rounded := int(count * weight + chance_of(run, source.salt)):
                 mixed[source.convert(run) if source.convert else run] += rounded
     return mixed
 
 
 # %% ../nbs/a07_lexicons.ipynb #f9ffa4a2
+def file_source(
+    runs: Path,  # file of runs
+) -> Source:
+    "The runs of a file, all there are"
+    return Source(1.0, partial(read_runs, runs), mass(read_runs(runs)))
+
+
 def run_sources(
-    runs: Path,  # file of runs: the corpus
+    runs: Path | Source,  # the corpus: a file of runs, or runs that were counted elsewhere
     lexicons: list[str] | None = None,  # "SHARE:NAME" each
     opencc: list[str] | None = None,  # "SHARE:CONVERSION" each
     script: str = "Han",  # of the words
@@ -380,7 +430,9 @@ def run_sources(
     "The corpus, the lexicons, and all of these once more for each conversion"
     words, conversions = parse_shares(lexicons), parse_shares(opencc, "opencc")
     rest = 1 - sum(share for share, _ in words)
-    plain = [Source(rest, partial(read_runs, runs), mass(read_runs(runs)))]
+    if not isinstance(runs, Source):
+        runs = file_source(runs)
+    plain = [runs._replace(share=rest)]
     for share, name in words:
         counts = read_lexicon(name, script, lang, marks)
         plain.append(Source(share, counts.items, mass(counts.items())))

@@ -20,6 +20,7 @@ __all__ = [
     "source_texts",
     "encoding_jobs",
     "encoded",
+    "job_texts",
     "encode_part",
     "Parts",
     "gather",
@@ -309,10 +310,13 @@ def encoded(
         yield from _encoded_by_workers(jobs, tok, workers, how)
         return
     for job in jobs:
-        yield encode_docs(tok, _job_texts(job), **how)
+        yield encode_docs(tok, job_texts(job), **how)
 
 
-def _job_texts(job: Span | list[str]) -> list[str]:
+def job_texts(
+    job: Span | list[str],  # of `encoding_jobs`
+) -> list[str]:
+    "The documents of a job"
     return job if isinstance(job, list) else span_texts(job)
 
 
@@ -342,7 +346,7 @@ def _start_worker(tokenizer: str, **how) -> None:
 
 
 def _encode_job(job: Span | list[str]) -> tuple[ndarray, ndarray]:
-    return encode_docs(texts=_job_texts(job), **_worker)
+    return encode_docs(texts=job_texts(job), **_worker)
 
 
 # %% ../nbs/a15_packing.ipynb #ac704bc8

@@ -10,11 +10,14 @@ __all__ = [
     "mark_pattern",
     "run_pattern",
     "find_runs",
+    "run_finder",
     "write_runs",
     "read_runs",
     "run_batches",
     "mass",
     "weighted_totals",
+    "merged_runs",
+    "merge_runs",
     "count_runs",
 ]
 
@@ -26,7 +29,7 @@ import multiprocessing
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import Full
@@ -65,6 +68,15 @@ def find_runs(
 ) -> list[str]:  # blanks as ▁, one of which begins the text, as in sentencepiece
     "The runs of a document in their order"
     return pattern.findall("▁" + text.replace(" ", "▁"))
+
+
+def run_finder(
+    script: str = "Han",  # names of scripts, with blanks between them
+    marks: bool = True,  # a run may begin with one mark
+) -> Callable[[list[str]], Iterator[str]]:  # documents -> their runs
+    "What finds the runs of many documents"
+    pattern = run_pattern(script, marks)
+    return lambda texts: itertools.chain.from_iterable(find_runs(t, pattern) for t in texts)
 
 
 # %% ../nbs/a06_runs.ipynb #20cb2b54
@@ -129,13 +141,12 @@ def _spill(counts: Counter, path: Path) -> Path:
     return path
 
 
-def _count(batches: Iterable[list[str]], pattern: re.Pattern, stem: Path, most: int) -> list[Path]:
+def _count(batches: Iterable[list[str]], find: Callable, stem: Path, most: int) -> list[Path]:
     "Count documents into sorted files STEM-0.tsv, STEM-1.tsv, ... of about `most` runs each"
     counts: Counter[str] = Counter()
     files: list[Path] = []
     for texts in batches:
-        for text in texts:
-            counts.update(find_runs(text, pattern))
+        counts.update(find(texts))
         if len(counts) >= most:
             files.append(_spill(counts, stem.with_name(f"{stem.name}-{len(files)}.tsv")))
     if counts:
@@ -162,12 +173,33 @@ def _add_equal(rows: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
         yield current, total
 
 
-def _merge(files: list[Path], out: Path) -> Path:
-    "Sorted files into one, the counts of equal runs added"
+def merged_runs(
+    files: list[Path],  # each sorted by run
+    folder: Path,  # for files between, where there are too many to open at once; made and emptied
+) -> Iterator[tuple[str, int]]:  # sorted
+    "The runs of sorted files, the counts of equal ones added; one line of each file in memory"
+    made: list[Path] = []
     while len(files) > _MOST_OPEN:
-        first, rest = files[:_MOST_OPEN], files[_MOST_OPEN:]
-        files = [*rest, _merge(first, first[0].with_name(f"m{len(files)}.tsv"))]
-    write_runs(out, _add_equal(heapq.merge(*map(read_runs, files))))
+        folder.mkdir(exist_ok=True)
+        groups = [files[i : i + _MOST_OPEN] for i in range(0, len(files), _MOST_OPEN)]
+        files = []
+        for group in groups:  # one floor of the tree
+            path = folder / f"{len(made)}.tsv"
+            files.append(write_runs(path, _add_equal(heapq.merge(*map(read_runs, group)))))
+            made.append(path)
+    yield from _add_equal(heapq.merge(*map(read_runs, files)))
+    for path in made:
+        path.unlink()
+    if made:
+        folder.rmdir()
+
+
+def merge_runs(
+    files: list[Path],  # each sorted by run; deleted when they are merged
+    out: Path,  # file to write
+) -> Path:  # out
+    "Sorted files into one, the counts of equal runs added"
+    write_runs(out, merged_runs(files, out.with_name(out.name + ".tree")))
     for file in files:
         file.unlink()
     return out
@@ -176,7 +208,7 @@ def _merge(files: list[Path], out: Path) -> Path:
 # %% ../nbs/a06_runs.ipynb #26dde917
 def _count_from(queue, script: str, marks: bool, stem: Path, most: int):
     "What each process does: count the batches of the queue until there is a None"
-    _count(iter(queue.get, None), run_pattern(script, marks), stem, most)
+    _count(iter(queue.get, None), run_finder(script, marks), stem, most)
 
 
 def _feed(queue, processes: list, batch: list[str] | None):
@@ -237,10 +269,10 @@ def count_runs(
     folder.mkdir(parents=True, exist_ok=True)
     batches = text_batches(texts)
     here = itertools.islice(batches, _FIRST) if workers > 1 else batches
-    files = _count(here, run_pattern(script, marks), folder / "a", most)
+    files = _count(here, run_finder(script, marks), folder / "a", most)
     if more := next(batches, None):
         rest = itertools.chain([more], batches)
         files += _count_parallel(rest, script, marks, folder, workers, most)
-    _merge(files, out)
+    merge_runs(files, out)
     folder.rmdir()
     return out

@@ -35,10 +35,13 @@ from cmixtral_nb.byte_pieces import (
     byte_tokenizer_faults,
     check_byte_tokenizer,
     learn_byte_pieces,
+    parts_faults,
     sentencepiece_faults,
 )
 from cmixtral_nb.lexicons import (
+    Source,
     check_tokenizer,
+    file_source,
     mix_runs,
     read_lexicon,
     run_sources,
@@ -66,6 +69,7 @@ from cmixtral_nb.runs import (
 
 from .byte_bases import is_byte_base
 from .corpora import corpus_texts
+from .counted import counted_source
 from .languages import lang_script, script_pattern
 from .machine import say
 from .options import faults_of, refuse
@@ -349,12 +353,28 @@ def _check(**options: Any) -> None:
         check_byte_tokenizer(**options)
     else:
         refuse([*sentencepiece_faults(**options), *faults_of(check_tokenizer, **options)])
+    refuse(parts_faults(**options))
+
+
+def _corpus_runs(
+    corpus: Path, out: Path, lang: str, parts: Path | None, limit_chars: int, *how: Any
+) -> Source:
+    "The runs of a corpus, counted into a file unless a cluster has counted them"
+    if parts:
+        return counted_source(parts, lang)
+    texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
+    return file_source(count_runs(texts, out / "corpus.runs", *how))
+
+
+def _raked(runs: Source, words: Counter, file: Path) -> Source:
+    "The same runs, weighed so that words come as often as in a list"
+    return file_source(rake_runs(write_runs(file, runs.rows()), words))
 
 
 @stage(
     "pieces",
     inputs=("corpus", "lexicons", "rake", "base"),
-    ignore=("workers",),
+    ignore=("workers", "parts"),
     check=_check,
     options=_option_faults,
     schema=2,
@@ -387,19 +407,20 @@ def tokenizer(
     repair: bool = False,  # of a byte-level base: keep own marks with the letter before them
     memory_chars: int = 24_000_000,  # of different runs, some 70 bytes each; more are thinned
     workers: int = 2,  # processes that count
+    parts: Path = None,  # folder of finished counts, from `tokenizer_job`; None: count here
 ):
     "Train candidate pieces on the runs of one script, or merges for a byte-level base"
     if is_byte_base(base):
         rules = (letters, companions, rule, repair)
         sizes = (n_pieces, max_chars, limit_chars, memory_chars)
-        return learn_byte_pieces(corpus, out, base, lang, script, *rules, *sizes)
-    texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
-    counted = count_runs(texts, out / "corpus.runs", script, marks, workers)
-    n_run_chars = mass(read_runs(counted))
+        return learn_byte_pieces(corpus, out, base, lang, script, *rules, *sizes, parts)
+    counted = _corpus_runs(corpus, out, lang, parts, limit_chars, script, marks, workers)
+    n_run_chars = counted.n_chars
     if rake:
-        rake_runs(counted, read_lexicon(rake, script, lang))
+        counted = _raked(counted, read_lexicon(rake, script, lang), out / "raked.runs")
     runs = mix_runs(run_sources(counted, lexicons, opencc, script, lang, marks), memory_chars)
-    counted.unlink()
+    for file in out.glob("*.runs"):
+        file.unlink()
     require(runs, _no_runs(corpus, script, lang_script(lang)))
     stats = dict(
         n_run_chars=n_run_chars,

@@ -400,7 +400,7 @@ def one_cost(data: Path, bases: Path, lang: str, name: str, n: str, mb: str = ""
     case = Case(lang, name, int(n))
     own, _, before = case.own(), base.tok, peak()
     start = time.process_time()
-    counts, n_halved = count_within(base, texts, own)
+    counts, share = count_within(base, texts, own)
     counted = time.process_time()
     merges = learn_merges(counts, base.bytes_of, merge_rule(own), case.n)
     done = time.process_time()
@@ -412,7 +412,7 @@ def one_cost(data: Path, bases: Path, lang: str, name: str, n: str, mb: str = ""
                 merges=len(merges),
                 count=counted - start,
                 learn=done - counted,
-                halved=n_halved,
+                share=share,
                 before=before,
                 peak=peak(),
             )
@@ -451,7 +451,7 @@ def cost(data: Path, bases: Path) -> None:
             f"{lang} {name} {found['chars']:,} {found['mb']:.1f} {found['merges']:,} "
             f"{found['count']:.1f} {found['learn']:.1f} {found['count'] + found['learn']:.1f} "
             f"{found['peak']:.2f} {found['before']:.2f}"
-            + (f" (counts halved {found['halved']} times)" if found["halved"] else ""),
+            + (f" (counts multiplied by {found['share']:.3f})" if found["share"] < 1 else ""),
             flush=True,
         )
 
