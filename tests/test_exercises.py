@@ -1,19 +1,22 @@
 "Exercises of the chapters: each check passes on a solution, and fails on the stub and on a mistake"
 
 import ast
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 
 from cmixtral_nb.notebooks import cells
 
 NBS = Path(__file__).parents[1] / "nbs"
-IMPORTS = ("import torch", "from contextlib", "from transformers")
-NEEDED = {  # notebook -> what its checks use of other cells
+IMPORTS = ("import ", "from ")  # imports have cells of their own
+NEEDED: dict[str, set[str]] = {  # notebook -> what its checks use of other cells
+    "04_vocab": set(),
     "05_mixtral": {"random_model", "MIXTRAL", "QWEN3_MOE", "logits", "to_first_two", "to_last_two"},
     "08_qlora": {"WithLoRA"},
 }
@@ -45,6 +48,43 @@ def exercises(chapter: str) -> dict[str, Any]:
             exec(definitions(source, NEEDED[chapter]), defined)
     exec(own, defined)
     return defined
+
+
+# 04_vocab
+
+
+def dead(pieces, score):
+    "Joins each piece from its characters, as the chapter does"
+    found = []
+    for piece in pieces:
+        parts = list(piece)
+        while joined := [left + right for left, right in itertools.pairwise(parts)]:
+            ranked = [(-score[part], i) for i, part in enumerate(joined) if part in score]
+            if not ranked:
+                break
+            _, i = min(ranked)
+            parts[i : i + 2] = [joined[i]]
+        if parts != [piece]:
+            found.append(piece)
+    return found
+
+
+def without_two_parts(pieces, score):
+    "Does not see that another piece may come first"
+
+    def has_parts(piece):
+        return any(piece[:i] in score and piece[i:] in score for i in range(1, len(piece)))
+
+    return [piece for piece in pieces if not has_parts(piece)]
+
+
+def falling_scores(lowest, n):
+    step = float(np.spacing(np.float32(2 * lowest))) if abs(lowest) > 2**23 else 1.0
+    return [lowest - abs(step) * i for i in range(1, n + 1)]
+
+
+def scores_in_ones(lowest, n):
+    return [lowest - i for i in range(1, n + 1)]
 
 
 # 05_mixtral
@@ -113,6 +153,8 @@ def merged_without_the_rank(W, A, B, alpha):
 @pytest.mark.parametrize(
     "chapter,solution,mistake",
     [
+        ("04_vocab", dead, without_two_parts),
+        ("04_vocab", falling_scores, scores_in_ones),
         ("05_mixtral", exchange, exchange_without_the_router),
         ("05_mixtral", plain_weights, weights_that_sum_to_one),
         ("05_mixtral", balance_of_layers, balance_of_all_layers_together),
