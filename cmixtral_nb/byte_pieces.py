@@ -52,6 +52,7 @@ __all__ = [
     "counting_of",
     "thinning_of",
     "parts_faults",
+    "limited_faults",
 ]
 
 # %% ../nbs/a10c_byte_pieces.ipynb #e9017313
@@ -978,9 +979,15 @@ def parts_faults(
     "Why finished counts are not the ones asked for"
     if not parts:
         return []
-    if limit_chars:
-        return [
-            f"limit_chars is {limit_chars:,}, but {parts} counts a whole corpus; "
-            "leave --limit-chars out"
-        ]
+    if faults := limited_faults(limit_chars):
+        return faults
     return counted_faults(counting_of(**options), parts, *thinning_of(**options))
+
+
+def limited_faults(
+    limit_chars: int,  # characters of text to read
+) -> list[str]:  # one line, or none
+    "Why the beginning of a text cannot be counted in parts"
+    if not limit_chars:
+        return []
+    return [f"limit_chars is {limit_chars:,}, but tasks count a whole corpus; leave it out"]
