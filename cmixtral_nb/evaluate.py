@@ -190,7 +190,7 @@ def evaluate(
     domains: list[str] = None,  # bpb on more text, "LANG/NAME=REF" each, such as zh/news=news.jsonl
     adapter: Path = None,  # PEFT adapter to put on the model
     load_in_4bit: bool = False,  # NF4
-    dtype: str = None,  # float32, bfloat16, float16, auto; None: bfloat16 on a GPU, else float32
+    dtype: str = None,  # float32, bfloat16, float16, auto, native: 16 bits if fast; None: by device
     shots: int = 0,  # solved examples before each question
     limit: int = 0,  # questions of each task; 0: all
     chat: bool = False,  # ask through the model's chat template
@@ -238,5 +238,6 @@ def evaluate(
     return dict(
         results={name: results[name] for name in names if name in results},
         n_asked=answers.n_asked,
+        dtype=config["dtype"],  # whichever was chosen
         tokenizer=tokenizer_fingerprint(home),
     )

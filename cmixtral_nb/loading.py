@@ -55,7 +55,7 @@ from cmixtral_nb.experts import (
 from .adapter_forms import single_form
 from .checkpoints import resolve_model, tensor_shapes
 from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
-from .machine import default_dtype, quiet, trim_memory
+from .machine import default_dtype, native_dtype, quiet, trim_memory
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import faults_of, refuse
 from .packed_experts import pack_experts
@@ -281,6 +281,8 @@ def _dtype_of(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype
     import torch
 
     dtype = dtype or default_dtype(device)
+    if dtype == "native":
+        dtype = native_dtype(device)
     return dtype if dtype == "auto" or not isinstance(dtype, str) else getattr(torch, dtype)
 
 
@@ -312,7 +314,7 @@ def load_model(
     path: str | Path,  # model folder (ours or any other), artifact, or hub id
     adapter: str | Path | None = None,  # PEFT adapter folder to put on it
     load_in_4bit: bool = False,  # NF4 with double quantisation: every nn.Linear but the head
-    dtype: str | None = None,  # of what is not in 4 bits; None: `default_dtype` of the device
+    dtype: str | None = None,  # of what is not in 4 bits; None: `default_dtype`; native: as it says
     attn: str = "sdpa",  # sdpa, eager, flash_attention_2
     device: str | None = None,  # None: the GPU if there is one; auto: spread over all GPUs
     trainable: bool = False,  # ready for training: small frozen parts in float32, adapter trainable

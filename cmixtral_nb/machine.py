@@ -24,6 +24,7 @@ __all__ = [
     "default_device",
     "device_faults",
     "default_dtype",
+    "native_dtype",
     "quiet",
 ]
 
@@ -248,6 +249,28 @@ def default_dtype(
         return "bfloat16"
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if native else "float16"
+
+
+_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names it: Intel and AMD, Intel, Arm
+
+
+def _processor_flags() -> set[str]:
+    "What the processor can do, in the words of Linux; empty elsewhere"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    listed = [line for line in lines if line.startswith(("flags", "Features"))]
+    return set(listed[0].partition(":")[2].split()) if listed else set()
+
+
+def native_dtype(
+    device: str,  # "cpu", or a GPU such as "cuda:0"
+) -> str:  # of weights and products: float32, bfloat16, float16
+    "bfloat16 on a CPU that multiplies it itself, where it is faster; else as `default_dtype`"
+    if device == "cpu" and _processor_flags() & _BF16:
+        return "bfloat16"
+    return default_dtype(device)
 
 
 # %% ../nbs/a03_machine.ipynb #becdaa1d

@@ -116,7 +116,7 @@ RANGES = {
     "batch": between(1, 2**16),
     "bpe_dropout": between(0, 1, below=True),
     "dropout": between(0, 1, below=True),
-    "dtype": one_of("auto", "float32", "bfloat16", "float16"),
+    "dtype": one_of("auto", "float32", "bfloat16", "float16", "native"),
     "epochs": above(0),
     "eval_chars": at_least(0),
     "eval_every": at_least(1),

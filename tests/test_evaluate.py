@@ -283,6 +283,24 @@ def test_more_shots_than_examples_and_no_template(bench, tmp_path, model):
     assert "length is 1, expected 2 to" in faults(model, length=1, out=tmp_path / "o")
 
 
+@pytest.mark.parametrize(
+    "flags, dtype", [({"avx2"}, "float32"), ({"avx2", "avx512_bf16"}, "bfloat16")]
+)
+def test_native_is_what_the_processor_multiplies(flags, dtype, tmp_path, model, monkeypatch):
+    "The manifest and the results say which type it was; the bits are nearly the same"
+    monkeypatch.setattr("cmixtral_nb.machine._processor_flags", lambda: flags)
+    how = dict(n_chars=400, length=64, device="cpu")
+    native = ev.evaluate(model, out=tmp_path / "native", dtype="native", **how)
+    named = ev.evaluate(model, out=tmp_path / "named", dtype=dtype, **how)
+    config = json.loads((tmp_path / "native" / "results.json").read_text())["config"]
+    assert (native.stats["dtype"], config["dtype"], native.params["dtype"]) == (
+        dtype,
+        dtype,
+        "native",
+    )
+    assert native.stats["results"] == named.stats["results"]
+
+
 def copy_of(model, folder, **config):
     shutil.copytree(model, folder)
     stock = json.loads((folder / "config.json").read_text())
