@@ -18,6 +18,7 @@ from typing import Any
 from .corpora import corpus_langs
 from .documents import read_docs
 from .gain import verdicts
+from .health import health_line, worst_pieces
 from .languages import language_name
 from .machine import package_data, say
 from .options import nearest
@@ -91,6 +92,7 @@ class ModelFacts:
     commands: list[str] = field(default_factory=list)  # that repeat the evaluation
     kind: str = "mixtral"  # model_type of its config.json
     arms: list[str] = field(default_factory=list)  # sentences about it and the control
+    health: dict | None = None  # of its new pieces, as report.json has it
 
     @property
     def measured(self) -> list[dict]:
@@ -196,7 +198,9 @@ def _promise(script: str, ids_changed: dict[str, dict]) -> str:
     return told
 
 
-def _vocabulary_section(manifests: dict[str, dict], ids_changed: dict[str, dict]) -> str:
+def _vocabulary_section(
+    manifests: dict[str, dict], ids_changed: dict[str, dict], health: dict | None = None
+) -> str:
     "How many pieces were appended, and what they do to the length of a text"
     if "tokenizer" not in manifests:
         return ""
@@ -209,7 +213,17 @@ def _vocabulary_section(manifests: dict[str, dict], ids_changed: dict[str, dict]
         before, after = stats.get("chars_per_token_base") or 0, stats["chars_per_token"]
         told += f"; {before:.3f} to {after:.3f} characters per token"
     promise = _promise(plain(params.get("script") or "new"), ids_changed)
-    return f"## Vocabulary\n\n{told}. {promise}"
+    return f"## Vocabulary\n\n{told}. {promise}{_health_text(health)}"
+
+
+def _health_text(health: dict | None) -> str:
+    "Which new pieces the merged model has not learned, the sickest named"
+    if not health:
+        return ""
+    told = f"\n\nAfter merging, {plain(health_line(health))}."
+    if named := [plain(row["piece"]) for row in worst_pieces(health, 5)]:
+        told += f" The least learned: {' '.join(named)}."
+    return told
 
 
 def _data_section(manifests: dict[str, dict], licences: dict[str, str]) -> str:
@@ -326,7 +340,7 @@ def model_card(
         facts.about,
         _result_section(facts),
         _arms_section(facts),
-        _vocabulary_section(facts.manifests, facts.ids_changed),
+        _vocabulary_section(facts.manifests, facts.ids_changed, facts.health),
         _data_section(facts.manifests, facts.licences),
         _training_section(facts.manifests, facts.speed),
         _evaluation_section(facts.commands),
@@ -438,6 +452,7 @@ def card(
         speed={folder: speed_rows(run / folder) for folder in TRAINED},
         commands=_commands(run, model),
         arms=data["control"]["sentences"] if data["control"] and model in _TAUGHT else [],
+        health=data["health"] if model in _TAUGHT else None,
         kind=read_shaped(run / model / "config.json", {"model_type": TEXT})["model_type"],
     )
     file = Path(out or run / "cards" / f"{model}.md")

@@ -10,6 +10,7 @@ __all__ = [
     "gguf_file",
     "Gguf",
     "read_gguf",
+    "gguf_config",
     "tokenizer_faults",
     "gguf_tokenizer",
     "named_tokens",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a13c_gguf.ipynb #f8ebefb0
+import functools
 import io
 import json
 import sys
@@ -85,9 +87,21 @@ def read_gguf(
 ) -> Gguf:
     "Metadata and size of a GGUF file; the tensors stay on disk"
     require_package("gguf")
+    path = gguf_file(source)
+    return _read_once(path, _identity(path))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    "Changes whenever a file is written"
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=2)  # a vocabulary takes seconds, and a run's checks ask several times
+def _read_once(path: Path, identity: tuple[int, int]) -> Gguf:
+    "Metadata and size of a file that has not changed since"
     from gguf import GGUFReader
 
-    path = gguf_file(source)
     try:
         reader = GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -98,6 +112,23 @@ def read_gguf(
         words = " ".join(str(e).split())[:100]
         raise StageError(f"{path} is no whole GGUF file ({words}); download it again") from None
     return Gguf(path, metadata, n_params)
+
+
+def gguf_config(
+    source: str | Path,  # a .gguf file, or package:NAME
+) -> dict[str, Any]:  # as in config.json
+    "Configuration of a GGUF file's model, as transformers reads it"
+    path = read_gguf(source).path
+    return json.loads(_config_once(path, _identity(path)))
+
+
+@functools.lru_cache(maxsize=2)
+def _config_once(path: Path, identity: tuple[int, int]) -> str:
+    "Configuration of a file that has not changed since, as JSON"
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    return config.to_json_string()
 
 
 # %% ../nbs/a13c_gguf.ipynb #b3fe02a4

@@ -15,13 +15,18 @@ __all__ = [
     "health_rows",
     "health_summary",
     "plot_health",
+    "plot_lifts",
+    "health_line",
     "health_text",
+    "worst_pieces",
+    "health_section",
     "base_of",
     "new_pieces",
     "health",
 ]
 
 # %% ../nbs/a27c_health.ipynb #538352e4
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,12 +35,14 @@ from .bits import windows
 from .byte_bases import LETTER_OF
 from .certificate import Extension, TokenizerView
 from .checkpoints import resolve_model
+from .figures import BLUE, GREY, in_style, legend_above, panels
 from .heldout import eval_docs, text_faults
 from .loading import load_model
 from .machine import say
 from .manifests import read_manifest
 from .options import at_least, faults_of, range_faults, refuse
 from .pack import load_examples
+from .report import element, number_cell, section, svg, table
 from .results import markdown_table, tokenizer_faults
 from .shapes import visible
 from .stages import require, same_tokenizer, stage, write_json, write_text
@@ -201,24 +208,40 @@ def health_summary(
 
 
 # %% ../nbs/a27c_health.ipynb #4a424916
+@in_style
 def plot_health(
     rows: list[dict],  # of `health_rows`
     n_tokens: float,  # of the text
 ) -> Figure:
     "Mass of each new piece against its share of the text; below the line it is sick"
     import numpy as np
-    from matplotlib.figure import Figure
 
     met = [row for row in rows if row["places"]]
     share = np.array([row["places"] / n_tokens for row in met])
     mass = np.array([row["mass"] for row in met])
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(share, np.maximum(mass, 1e-12), "o", color="C0", ms=2.5, alpha=0.5, mew=0)
+    figure, (axes,) = panels(1, height=3.4)
+    axes.plot(share, np.maximum(mass, 1e-12), "o", color=BLUE, ms=2.5, alpha=0.5, mew=0)
     ends = np.array([share.min(), share.max()])
-    axes.plot(ends, ends, "--", color="0.4", lw=1, label="a table of frequencies")
+    axes.plot(ends, ends, "--", color=GREY, lw=1, label="a table of frequencies")
     axes.set(xscale="log", yscale="log", xlabel="share of the text", ylabel="mass at its places")
-    figure.legend(loc="outside upper right", frameon=False)  # clear of the points
+    legend_above(figure)
+    return figure
+
+
+@in_style
+def plot_lifts(
+    rows: list[dict],  # of `health_rows`
+) -> Figure:
+    "How many new pieces have which lift; those left of 1 are sick"
+    import numpy as np
+
+    lifts = np.array([max(row["lift"], 1e-6) for row in rows if row["places"]])
+    figure, (axes,) = panels(1)
+    ends = np.log10([min(lifts.min(), 0.5), max(lifts.max(), 2)])
+    axes.hist(lifts, bins=np.logspace(ends[0], ends[1], 40), color=BLUE)
+    axes.axvline(1, color=GREY, ls="--", lw=1, label="a table of frequencies")
+    axes.set(xscale="log", xlabel="lift", ylabel="new pieces")
+    legend_above(figure)
     return figure
 
 
@@ -232,7 +255,7 @@ def _shown(row: dict) -> list[str]:
     return [row["piece"].replace("|", "\\|"), str(row["id"]), *cells]
 
 
-def _told(
+def health_line(
     summary: dict,  # of `health_summary`
 ) -> str:
     "One line"
@@ -251,11 +274,52 @@ def health_text(
     "The sickest pieces, and the most suspicious ones of those that the text does not have"
     met = [row for row in rows if row["places"]]
     unmet = [row for row in rows if not row["places"]]
-    parts = [_told(health_summary(rows)) + "."]
+    parts = [health_line(health_summary(rows)) + "."]
     for title, part in (("The worst", met), ("Not in the text", unmet)):
         if part:
             parts += [f"## {title}", markdown_table(_HEAD, [*map(_shown, part[:worst])])]
     return "\n\n".join(parts) + "\n"
+
+
+# %% ../nbs/a27c_health.ipynb #e2a7f54e
+_WHAT = """<p>What the merged model gives the new pieces where held-out text has them. The lift of a
+piece is its probability there divided by its share of the text: below 1, the model would do better
+with a table of frequencies, and the piece is sick.</p>"""
+
+
+def _piece_line(row: dict, source: str) -> list[Any]:
+    "A row of the table of the page"
+    formats = dict(targets=",d", places=",d", mass=".2e", greedy=".0%", lift=".3g", distance=".2f")
+    cells = [
+        "" if row.get(name) is None else number_cell(row[name], how, source)
+        for name, how in formats.items()
+    ]
+    return [visible(row["piece"]), *cells]
+
+
+def worst_pieces(
+    found: dict,  # of `health_of`
+    worst: int = 20,  # pieces that are named
+) -> list[dict]:  # rows, the sickest first
+    "The sickest of the pieces that the text has"
+    return [row for row in found["pieces"] if row["places"]][:worst]
+
+
+def health_section(
+    found: dict | None,  # of `health_of`
+    source: str = "health",  # its folder
+    worst: int = 20,  # pieces that are named
+) -> str:  # empty where there is none
+    "The health of new pieces, for the report of a run: the sickest are named"
+    if not found:
+        return ""
+    parts = [_WHAT, element("p", escape(health_line(found)) + ".")]
+    if named := worst_pieces(found, worst):
+        parts.append(element("figure", svg(plot_lifts(found["pieces"]))))
+        head = ["piece", *(f"#{name}" for name in _HEAD[2:])]
+        lines = [_piece_line(row, source) for row in named]
+        parts.append(table(head, lines, f"the {len(lines)} sickest of {found['n_met']:,}"))
+    return section("Health of new pieces", *parts)
 
 
 # %% ../nbs/a27c_health.ipynb #23cce30d
@@ -390,5 +454,5 @@ def health(
     write_text(out / "health.md", health_text(rows, worst))
     if summary["n_met"]:
         plot_health(rows, n_tokens).savefig(out / "health.svg")
-    say("health", _told(summary))
+    say("health", health_line(summary))
     return dict(summary, lang=lang, n_tokens=n_tokens, worst=[row["piece"] for row in rows[:worst]])

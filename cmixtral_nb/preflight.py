@@ -54,12 +54,12 @@ from cmixtral_nb.recipes import (
 from .arms import pilot_text
 from .dense import mixture_config
 from .exams import hub_datasets, split_tasks, task_faults, task_files
-from .gguf_models import read_gguf
+from .gguf_models import gguf_config
 from .machine import gpu_bytes, world_size
 from .options import as_list, range_faults, refuse
 from .packages import installed_version, package_fault, package_faults
 from .recipe_check import check_recipe
-from .stages import StageError, read_json, require
+from .stages import StageError, read_json, require, write_json
 
 
 # %% ../nbs/a31_preflight.ipynb #7a10fd09
@@ -125,17 +125,12 @@ def _grown_config(recipe: dict, dense: str | Path) -> dict[str, Any]:
 
 def _gguf_config(recipe: dict) -> dict[str, Any]:
     "Configuration of a model in a GGUF file; of the mixture, where the recipe makes one of it"
-    from transformers import AutoConfig
-
-    path = read_gguf(settings("convert", recipe)["file"]).path
+    config = gguf_config(settings("convert", recipe)["file"])
+    if "upcycle" not in recipe:
+        return config
     with TemporaryDirectory() as folder:
-        config = AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False
-        )
-        config.save_pretrained(folder)
-        if "upcycle" in recipe:
-            return _grown_config(recipe, folder)
-        return read_json(Path(folder) / "config.json")
+        write_json(Path(folder) / "config.json", config)
+        return _grown_config(recipe, folder)
 
 
 def _cached_config(hub_id: str) -> str:
@@ -431,7 +426,7 @@ def _use_faults(recipe: dict, commands: set[str], device: str) -> list[str]:
 
 # %% ../nbs/a31_preflight.ipynb #b70a4b4d
 def plan(
-    recipe: str = "paper",  # shipped recipe (tiny, paper) or TOML file
+    recipe: str = "paper",  # shipped recipe (tiny, laptop, paper) or TOML file
     out: Path | None = None,  # folder of the run; default runs/NAME
     utilisation: float = 0.3,  # share of a GPU's peak that training reaches, for the hours
     pilot: Path | None = None,  # small run with a control: does extension pay at this budget?

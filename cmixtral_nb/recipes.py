@@ -39,6 +39,7 @@ __all__ = [
 import inspect
 import json
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -162,6 +163,12 @@ STEPS = [
         "efficiency",
         "efficiency",
         {"models": ["base", "merged", "control"], "corpus": "corpus"},
+    ),
+    Step(
+        "health",
+        "health",
+        "health",
+        {"model": "merged", "base": "base", "tokens": "tokens", "corpus": "corpus"},
     ),
 ]
 
@@ -484,6 +491,14 @@ def _side_by_side(folders: list[str], made: dict) -> list[str]:
     return [f"{folder}={made[folder]}" for folder in instead if folder in made]
 
 
+def _tokenizer_before(recipe: dict, made: dict) -> str | Path:
+    "What a recipe extends: the tokenizer of its base, of a model of the hub as [vocab] names it"
+    base = made["base"]
+    if isinstance(base, Path) or os.path.isdir(base):
+        return base
+    return settings("vocab", recipe)["base"]
+
+
 def arguments(
     step: Step,  # where in the chain
     recipe: dict[str, Any],  # as read
@@ -501,6 +516,8 @@ def arguments(
                 wired[name] = found
         elif folders in made:
             wired[name] = made[folders]
+    if step.command == "health" and "base" in made:
+        wired["base"] = _tokenizer_before(recipe, made)
     table = recipe.get(step.command, {})
     if step.command in SEVERAL and not step.named:  # its model is that of its place
         table = {

@@ -14,6 +14,7 @@ __all__ = [
     "speed_rows",
     "sample_rows",
     "efficiency_of",
+    "health_of",
     "router_of",
 ]
 
@@ -165,6 +166,35 @@ def efficiency_of(
     "What efficiency.json holds"
     file = folder / "efficiency.json"
     return read_shaped(file, _EFFICIENCY) if file.is_file() else None
+
+
+_PIECE = {
+    "piece": TEXT,
+    "id": whole(),
+    "targets?": whole(),
+    "places": whole(),
+    "mass?": number(0, 1),
+    "greedy?": number(0, 1),
+    "lift?": number(0),
+    "distance?": number(),
+}
+_HEALTH = {
+    "n_new": whole(),
+    "n_met": whole(),
+    "n_sick": whole(),
+    "n_never?": whole(),
+    "greedy": number(0, 1),
+    "lang": TEXT,
+    "pieces": [_PIECE],
+}
+
+
+def health_of(
+    folder: Path,  # of a health artifact
+) -> dict | None:  # counts, and a row for each new piece; None where none was asked for
+    "What health.json holds"
+    file = folder / "health.json"
+    return read_shaped(file, _HEALTH) if file.is_file() else None
 
 
 def router_of(

@@ -35,10 +35,19 @@ from cmixtral_nb.report import (
     text_section,
     verdict_section,
 )
+from cmixtral_nb.run_files import (
+    efficiency_of,
+    health_of,
+    log_rows,
+    router_of,
+    run_manifests,
+    sample_rows,
+)
 
 from .arms import arms_of, arms_section
 from .corpora import corpus_texts
 from .gain import changes, percent, too_few, verdicts
+from .health import health_section, worst_pieces
 from .languages import language_name
 from .machine import say, versions
 from .options import faults_of
@@ -46,7 +55,6 @@ from .pieces import base_tokenizer_model
 from .pipeline import run_states
 from .recipes import CHAIN, CONTROL, languages, read_recipe, settings
 from .results import by_language, load_evaluation
-from .run_files import efficiency_of, log_rows, router_of, run_manifests, sample_rows
 from .shapes import TEXT, read_shaped, visible
 from .stages import StageError, fingerprint, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, processor
@@ -183,7 +191,15 @@ def _files(out: Path) -> dict[str, Any]:
         router_load=router_of(out / "adapter"),
         samples=sample_rows(out / "samples"),
         efficiency=efficiency_of(out / "efficiency"),
+        health=health_of(out / "health"),
     )
+
+
+def _counted(health: dict | None) -> dict | None:
+    "The health of all new pieces in a few numbers, and the sickest; every row is in health.json"
+    if health is None:
+        return None
+    return dict(health, pieces=worst_pieces(health))
 
 
 def _gathered(
@@ -204,6 +220,7 @@ def _gathered(
     rows = changes(chain) if chain else []
     return dict(
         recipe=recipe["name"],
+        about=" ".join(str(recipe.get("about") or "").split()),
         language=language,
         kept=kept,
         vocabulary=_vocabulary(out, recipe, manifests, kept),
@@ -218,6 +235,7 @@ def _gathered(
         stages=stages,
         versions=versions(),
         efficiency=files["efficiency"],
+        health=_counted(files["health"]),
         changes=rows,
         manifests={
             folder: dict(manifest, files=_short(manifest["files"]))
@@ -335,7 +353,8 @@ def _lead(data: dict) -> str:
             "so nothing is said of forgetting."
         )
     title = marked("h1", visible(data["recipe"]))
-    return title + element("p", escape(told), class_="lead") + tiles(data)
+    about = marked("p", visible(data["about"], 1000)) if data.get("about") else ""
+    return title + about + element("p", escape(told), class_="lead") + tiles(data)
 
 
 def _drawn(manifests: dict[str, dict]) -> str:
@@ -462,6 +481,7 @@ def render_report(
     data: dict,  # from `report_data`
     recipe: str,  # text of the recipe
     search: bytes = b"",  # SVG of the vocabulary search
+    health: dict | None = None,  # what health.json holds
 ) -> str:  # one HTML page
     "The report as a page: first what was gained and lost, then how, then what made it"
     rows, langs = data["changes"], [data["language"], *data["kept"]]
@@ -474,6 +494,7 @@ def render_report(
         exam_section(rows, NAMES, sources),
         efficiency_section(data["efficiency"], "efficiency"),
         sample_section(data["samples"], NAMES, _drawn(data["manifests"]), "samples", langs),
+        health_section(health),
         _parameter_section(data["parameters"]),
         _loss_section(data["losses"]),
         _router_section(data["router_load"], langs),
@@ -488,7 +509,7 @@ def render_report(
 
 
 # %% ../nbs/a28_run_report.ipynb #26305c15
-_SCHEMA = 3  # of page and data
+_SCHEMA = 4  # of page and data
 
 
 def _made_from(data_file: Path) -> str:
@@ -521,7 +542,8 @@ def report(
         say("report", f"{page_file} is up to date")
         return
     data = dict(_gathered(out, files, stages), made_from=made_from)
-    html = render_report(data, recipe.read_text(encoding="utf-8"), _drawing(out / "search"))
+    text, drawing = recipe.read_text(encoding="utf-8"), _drawing(out / "search")
+    html = render_report(data, text, drawing, files["health"])
     write_json(data_file, data)
     write_text(page_file, html)
     say("report", f"{page_file}")

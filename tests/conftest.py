@@ -95,6 +95,11 @@ n_chars = 2000
 n_chars = 2000
 seconds = 0.05
 new_tokens = 4
+
+[health]
+n_chars = 2000
+length = 64
+worst = 5
 """
 
 

