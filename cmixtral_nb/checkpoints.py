@@ -513,6 +513,7 @@ def link_file(
     dst: Path,  # its second name
 ) -> None:
     "The same bytes under another name: a hard link where the disk can, else a copy"
+    dst.unlink(missing_ok=True)  # of an attempt that was interrupted
     try:
         os.link(src.resolve(), dst)
     except OSError:
@@ -520,18 +521,26 @@ def link_file(
 
 
 # %% ../nbs/a11_checkpoints.ipynb #d4709455
+def _dtype_name(tensor: Tensor) -> str:
+    "Example: _dtype_name(torch.zeros(1)) -> 'F32'"
+    of_torch = {in_torch: name for name, in_torch in DTYPES.items()}
+    return of_torch[str(tensor.dtype).removeprefix("torch.")]
+
+
 def rewrite_shard(
     src: Path,  # safetensors file to read
     dst: Path,  # safetensors file to write
-    changed: dict[str, Tensor],  # tensors to put in; they may have other shapes
+    changed: dict[str, Tensor],  # tensors to put in; of other shapes, or new
 ) -> None:
-    "A shard with some tensors replaced; the others pass through one by one"
+    "A shard with some tensors replaced or added; the others pass through one by one"
     header = read_header(src)
     files = dict.fromkeys(header, src)
     specs = [
         (name, dtype, list(changed[name].shape) if name in changed else shape)
         for name, dtype, shape in specs_of(header)
     ]
+    for name in sorted(changed.keys() - header.keys()):
+        specs.append((name, _dtype_name(changed[name]), list(changed[name].shape)))
 
     def tensor(name: str) -> Tensor:
         return changed[name] if name in changed else load_tensor(files, name)
@@ -553,12 +562,15 @@ def _copy_index(
 def copy_weights(
     model: Path,  # folder to copy from
     out: Path,  # folder to copy to
-    changed: dict[str, Tensor],  # tensors to put in; they may have other shapes
+    changed: dict[str, Tensor],  # tensors to put in; of other shapes, or new
 ) -> None:
-    "Shards and index of a model with some tensors replaced; shards without a change are linked"
+    """Shards and index of a model with some tensors replaced; shards without a change are linked
+
+    A new tensor goes to the shard that holds the first of the others."""
     files = tensor_files(model)
+    home = next((files[name] for name in changed if name in files), None)
     for shard in sorted(set(files.values())):
-        mine = {name: tensor for name, tensor in changed.items() if files[name] == shard}
+        mine = {name: tensor for name, tensor in changed.items() if files.get(name, home) == shard}
         if mine:
             rewrite_shard(shard, out / shard.name, mine)
         else:

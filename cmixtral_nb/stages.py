@@ -575,7 +575,7 @@ class _Stage:
     inputs: tuple[str, ...]
     ignore: tuple[str, ...]
     schema: int
-    resumable: bool
+    resumable: bool | Callable[..., bool]
     check: Callable | None
     options: Callable | None
     found: Callable | None
@@ -625,7 +625,8 @@ class _Stage:
         if old:
             say(command, f"{out} is up to date")
             return old
-        return _write(self.function, request, named, out, self.resumable, look)
+        goes_on = self.resumable(**named) if callable(self.resumable) else self.resumable
+        return _write(self.function, request, named, out, goes_on, look)
 
 
 def _with_force(function: Callable) -> inspect.Signature:
@@ -643,7 +644,8 @@ def stage(
     inputs: tuple[str, ...] = (),  # parameters that are files, folders, artifacts or hub ids
     ignore: tuple[str, ...] = (),  # parameters that cannot change the result, such as `workers`
     schema: int = 1,  # raised when the meaning of the files changes
-    resumable: bool = False,  # after an interruption, go on from what lies in `out.tmp`
+    # after an interruption, go on from what lies in `out.tmp`; or `resumable(**args)`: whether to
+    resumable: bool | Callable[..., bool] = False,
     check: Callable | None = None,  # `check(**args)`: raises `StageError` before work begins
     # `options(**args)`: one line for each fault that is known before the inputs have been made
     options: Callable | None = None,
