@@ -14,6 +14,8 @@ __all__ = [
     "GAP",
     "PITCH",
     "TOP",
+    "RUNS",
+    "FRONT",
     "Chapter",
     "Part",
     "read_book",
@@ -25,6 +27,7 @@ __all__ = [
     "write_sidebar",
     "chain_svg",
     "markdown",
+    "write_results",
     "write_front",
 ]
 
@@ -36,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .notebooks import cells, checkout
+from .showcase import cuts_picture, results
 from .stages import read_json, write_text
 
 
@@ -131,15 +135,16 @@ def contents_zh(
 
 # %% ../nbs/a34_book.ipynb #caa9a4b8
 def put_contents(
-    page: Path,  # notebook with a cell of the id "contents"
+    page: Path,  # notebook with such a cell
     text: str,  # markdown
+    cell_id: str = "contents",  # of the cell
 ) -> None:
-    "Replace the text of that cell"
+    "Replace the text of one cell"
     from execnb.nbio import dict2nb, nb2str
 
     notebook = read_json(page)
     for cell in notebook["cells"]:
-        if cell["id"] == "contents":
+        if cell["id"] == cell_id:
             cell["source"] = text.splitlines(keepends=True)
     write_text(page, nb2str(dict2nb(notebook)))
 
@@ -267,16 +272,34 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
+# %% ../nbs/a34_book.ipynb #e3404bbe
+RUNS = ["laptop", "tiny"]  # shown where nbs/NAME.json is there, in this order
+FRONT = {"index": ("en", "cuts.svg"), "zh": ("zh", "cuts_zh.svg")}  # page -> language, picture
+
+
+def write_results(
+    nbs: Path,  # folder of the notebooks
+) -> None:
+    "Put what kept runs have found into the front pages, into their cells with the id `results`"
+    files = [nbs / f"{name}.json" for name in RUNS]
+    runs = [read_json(path) for path in files if path.is_file()]
+    for page, (lang, picture) in FRONT.items() if runs else ():
+        write_text(nbs / picture, cuts_picture(runs[0], lang))
+        put_contents(nbs / f"{page}.ipynb", results(runs, picture, lang), "results")
+
+
+# %% ../nbs/a34_book.ipynb #d6d8df83
 def write_front(
     root: str | Path = ".",  # checkout of the project
 ) -> None:
-    "Sidebar, tables, picture and README.md, from `book.toml` and `index.ipynb`"
+    "Sidebar, tables, pictures and README.md, from `book.toml`, kept runs and `index.ipynb`"
     root = checkout(root)
     nbs, book = root / "nbs", read_book(root)
     write_sidebar(nbs / "_quarto.yml", book)
-    both = [contents(book), "And the appendices, for those who change something:"]
-    put_contents(nbs / "index.ipynb", "\n\n".join([*both, contents(book, appendix=True)]))
+    put_contents(nbs / "index.ipynb", contents(book))
+    put_contents(nbs / "index.ipynb", contents(book, appendix=True), "appendices")
     put_contents(nbs / "zh.ipynb", contents_zh(book))
+    write_results(nbs)
     write_text(nbs / "chain.svg", chain_svg())
     relative = r"\]\((?!https?:|#)([\w.]+\.(?:ipynb|png|svg))"
     text = re.sub(relative, r"](nbs/\1", markdown(nbs / "index.ipynb"))
