@@ -18,10 +18,10 @@ extras["dev"] = sorted(
     {
         req
         for name, reqs in extras.items()
-        if name not in ("gpu", "flash", "serve", "demo")
+        if name not in ("gpu", "flash", "serve", "demo", "ray")
         for req in reqs
     }
-)  # no use without GPUs; compiled for minutes; 98 MB
+)  # no use without GPUs; compiled for minutes; 98 MB; 200 MB
 
 setup(
     name=cfg["lib_name"],

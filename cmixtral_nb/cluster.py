@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["EXECUTORS", "executor_class", "whole_path", "job_chain", "pack_job"]
+__all__ = ["whole_path", "job_chain", "pack_job"]
 
 # %% ../nbs/a16_cluster.ipynb #c314710b
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .corpora import corpus_langs
+from .executors import executor_class
 from .options import range_faults, refuse
 from .pack import pack
 from .packing import check_pack, encode_part, parse_mix
@@ -24,27 +25,8 @@ from .stages import StageError, require
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
 
+
 # %% ../nbs/a16_cluster.ipynb #dcf5643b
-EXECUTORS = dict(
-    local="LocalPipelineExecutor", slurm="SlurmPipelineExecutor", ray="RayPipelineExecutor"
-)
-
-
-def executor_class(
-    name: str,  # local, slurm, ray
-) -> type[PipelineExecutor]:
-    "datatrove's executor of that name; `StageError` where there is none or no datatrove"
-    from importlib import import_module
-
-    require(name in EXECUTORS, f"executor is {name!r}, expected {', '.join(EXECUTORS)}")
-    try:
-        return getattr(import_module(f"datatrove.executor.{name}"), EXECUTORS[name])
-    except ImportError:
-        raise StageError(
-            "datatrove is not installed; run: pip install 'cmixtral_nb[cluster]'"
-        ) from None
-
-
 def _encode_step(_, part: int, n_parts: int, ratios: dict[str, float], how: dict[str, Any]) -> None:
     for lang, ratio in ratios.items():
         encode_part(lang=lang, ratio=ratio, part=part, n_parts=n_parts, **how)

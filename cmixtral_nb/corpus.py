@@ -6,7 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["FEW_CHARS", "clean", "Deduplicator", "is_heldout", "clean_docs", "corpus"]
+__all__ = [
+    "FEW_CHARS",
+    "clean",
+    "Deduplicator",
+    "is_heldout",
+    "checked_docs",
+    "clean_docs",
+    "corpus",
+]
 
 # %% ../nbs/01_corpus.ipynb #40f86d36
 import hashlib
@@ -17,16 +25,25 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from cmixtral_nb.documents import (
-    check_corpus,
-    corpus_option_faults,
     doc_files,
     output_faults,
     parse_sources,
     read_docs,
     text_faults,
+)
+from cmixtral_nb.text_jobs import (
+    TextRules,
+    TextWork,
+    clear_parts,
+    corpus_faults,
+    join_parts,
+    run_text_jobs,
 )
 
 # What reads a corpus can be imported from here too.
@@ -34,9 +51,11 @@ from .corpora import corpus_langs as corpus_langs
 from .corpora import corpus_texts as corpus_texts
 from .corpora import lang_faults as lang_faults
 from .corpora import missing_language as missing_language
+from .executors import PLAIN, Jobs, start_jobs
 from .languages import lang_script, script_share
 from .machine import progress, say
 from .options import refuse
+from .quality import is_unspaced, quality_check
 from .stages import stage
 
 # %% ../nbs/01_corpus.ipynb #ea6fde6e
@@ -138,6 +157,31 @@ def is_heldout(
 
 
 # %% ../nbs/01_corpus.ipynb #623034fb
+def checked_docs(
+    rows: Iterable[dict],  # with 'text' and 'source'
+    counts: Counter,  # receives {reason: documents dropped}
+    lang: str = "",  # language code; '' for any
+    min_chars: int = 10,  # shorter documents are dropped
+    min_share: float = 0.1,  # of letters in the script of the language
+    filters: list[str] | tuple[str, ...] = (),  # quality filters, by name
+    valid_share: float = 0.0,  # of documents held out
+) -> Iterator[dict]:  # rows with 'text', 'source' and 'split'
+    "Clean documents; drop those that are too short, in another script or of low quality"
+    script = lang_script(lang)
+    poor = quality_check(filters, lang)
+    for row in rows:
+        text = clean(row["text"])
+        if len(text) < min_chars:
+            counts["too short"] += 1
+        elif script and script_share(text, script) < min_share:
+            counts["another script"] += 1
+        elif reason := poor(text):
+            counts[reason] += 1
+        else:
+            split = "valid" if is_heldout(text, valid_share) else "train"
+            yield dict(text=text, source=row["source"], split=split)
+
+
 def clean_docs(
     rows: Iterable[dict],  # with 'text' and 'source'
     lang: str = "",  # language code; '' for any
@@ -145,52 +189,96 @@ def clean_docs(
     min_chars: int = 10,  # shorter documents are dropped
     min_share: float = 0.1,  # of letters in the script of the language
     paragraph_chars: int = 40,  # longer paragraphs may occur once; 0: only documents are compared
+    filters: list[str] | tuple[str, ...] = (),  # quality filters, by name
     valid_share: float = 0.0,  # of documents held out
 ) -> Iterator[dict]:  # rows with 'text', 'source' and 'split'
-    "Clean documents; drop what is too short, in another script or repeated, and count the reasons"
+    "Clean documents; drop what fails a check or is repeated, and count the reasons"
     counts = Counter() if counts is None else counts
     seen = Deduplicator(paragraph_chars)
-    script = lang_script(lang)
-    for row in rows:
-        text = clean(row["text"])
-        split = "valid" if is_heldout(text, valid_share) else "train"
-        if len(text) < min_chars:
-            counts["too short"] += 1
-            continue
-        if script and script_share(text, script) < min_share:
-            counts["another script"] += 1
-            continue
-        if not seen.is_new(text):  # from now on it was seen
+    for row in checked_docs(rows, counts, lang, min_chars, min_share, filters, valid_share):
+        if not seen.is_new(row["text"]):  # from now on it was seen
             counts["repeated document"] += 1
             continue
-        text = seen.keep_new(text, counts)
+        text = seen.keep_new(row["text"], counts)
         if len(text) < min_chars:
             counts["only repeated paragraphs"] += 1
             continue
-        yield dict(text=text, source=row["source"], split=split)
+        yield {**row, "text": text}
 
 
 # %% ../nbs/01_corpus.ipynb #55829861
 def _write_parts(
     rows: Iterable[dict],  # of `clean_docs`
-    lang: str,
-    out: Path,
+    files: dict[str, BinaryIO],  # 'train' and 'valid', open for writing
     limit_chars: int,  # of training text; 0: no limit
 ) -> dict[str, Counter]:  # 'train' and 'valid': documents, characters, bytes
-    "Write LANG.train.jsonl and LANG.valid.jsonl, and count what they hold"
-    sizes = {split: Counter(n_docs=0, n_chars=0, n_bytes=0) for split in ("train", "valid")}
-    with (
-        open(out / f"{lang}.train.jsonl", "w", encoding="utf-8") as train,
-        open(out / f"{lang}.valid.jsonl", "w", encoding="utf-8") as valid,
-    ):
-        files = {"train": train, "valid": valid}
-        for row in rows:
-            split, text = row.pop("split"), row["text"]
-            files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
-            sizes[split].update(n_docs=1, n_chars=len(text), n_bytes=len(text.encode()))
-            if limit_chars and sizes["train"]["n_chars"] >= limit_chars:
-                break
+    "Write documents as lines of JSON, and count what they hold"
+    sizes = {split: Counter(n_docs=0, n_chars=0, n_bytes=0) for split in files}
+    for row in rows:
+        split, text = row.pop("split"), row["text"]
+        files[split].write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        sizes[split].update(n_docs=1, n_chars=len(text), n_bytes=len(text.encode()))
+        if limit_chars and sizes["train"]["n_chars"] >= limit_chars:
+            break
     return sizes
+
+
+# %% ../nbs/01_corpus.ipynb #7451c9ef
+@dataclass
+class _Text:
+    "The text of one language, and what is to be done with it"
+
+    lang: str
+    refs: list[str]  # its sources
+    how: dict[str, Any]  # options of `checked_docs`
+    paragraph_chars: int
+    limit_chars: int  # of training text; 0: no limit
+    on_error: str  # as for `read_docs`
+
+    def write(self, files: dict[str, BinaryIO]) -> tuple[dict[str, Counter], Counter, list[str]]:
+        "In this process: sizes by split, drops by reason, the first bad lines"
+        drops: Counter = Counter()
+        places: list[str] = []
+        rows = itertools.chain.from_iterable(
+            read_docs(ref, self.on_error, drops, places) for ref in self.refs
+        )
+        docs = clean_docs(
+            progress(rows, self.lang),
+            self.lang,
+            drops,
+            paragraph_chars=self.paragraph_chars,
+            **self.how,
+        )
+        return _write_parts(docs, files, self.limit_chars), drops, places
+
+    def by_tasks(self, folder: Path, jobs: Jobs, tasks: int, near: bool) -> TextWork:
+        "With the tasks of an engine, which write into a folder"
+        check = partial(checked_docs, lang=self.lang, **self.how)
+        min_chars = self.how["min_chars"]
+        rules = TextRules(check, _hash, clean, min_chars, self.paragraph_chars, self.on_error)
+        unspaced = is_unspaced(self.lang)
+        return run_text_jobs(self.refs, rules, folder, jobs, tasks, near, unspaced)
+
+
+# %% ../nbs/01_corpus.ipynb #a478be48
+def _stats(
+    lang: str,
+    refs: list[str],
+    sizes: dict[str, Counter],  # 'train' and 'valid': documents, characters, bytes
+    drops: Counter,  # by reason
+    places: list[str],  # the first bad lines
+    valid_share: float,
+) -> dict[str, Any]:
+    "What the manifest says of a language; `StageError` where no later stage could use its text"
+    train, valid = sizes["train"], sizes["valid"]
+    refuse(text_faults(lang, refs, train["n_docs"], valid["n_docs"], drops, valid_share))
+    return dict(
+        {name: train[name] + valid[name] for name in ("n_docs", "n_chars", "n_bytes")},
+        train=dict(train),
+        valid=dict(valid),
+        dropped={reason: n for reason, n in sorted(drops.items()) if n},
+        **({"bad_lines": places} if places else {}),
+    )
 
 
 # %% ../nbs/01_corpus.ipynb #761f7cf4
@@ -227,12 +315,18 @@ def _found(sources, **_) -> dict:
 
 
 # %% ../nbs/01_corpus.ipynb #4ac36472
+def _check(**options):
+    "Refuse a request that cannot be, with all its faults"
+    refuse(corpus_faults(**options))
+
+
 @stage(
     "corpus",
     inputs=("files",),
+    ignore=("engine", "tasks", "where"),
     found=_found,
-    check=check_corpus,
-    options=corpus_option_faults,
+    check=_check,
+    options=corpus_faults,
 )
 def corpus(
     # LANG=REF; file, folder, glob, builtin:NAME, hub:ID[:config][@files]; #column
@@ -242,26 +336,36 @@ def corpus(
     min_chars: int = 10,  # shorter documents are dropped
     min_share: float = 0.1,  # of letters in the script of the language; 0 keeps all
     paragraph_chars: int = 40,  # longer paragraphs may occur once; 0: only documents are compared
+    filters: list[str] | tuple[str, ...] = (),  # gopher-quality, gopher-repetition, fineweb
+    near: bool = False,  # drop near-duplicates too (MinHash); with an engine
     limit_chars: int = 0,  # characters of training text for each language; 0: no limit
     on_error: str = "skip",  # a bad line: 'skip' counts it and goes on, 'stop' ends with its number
+    engine: str = PLAIN,  # this process, or tasks of datatrove: local, slurm, ray
+    tasks: int = 1,  # of the engine; they share the text
+    where: list[str] = None,  # NAME=VALUE for the engine, such as partition=cpu time=08:00:00
 ):
     "Read, clean, deduplicate and split text into a corpus"
-    refuse(output_faults(sources, out.with_name(out.name.removesuffix(".tmp"))))
+    final = out.with_name(out.name.removesuffix(".tmp"))
+    refuse(output_faults(sources, final))
+    how = dict(min_chars=min_chars, min_share=min_share, filters=filters, valid_share=valid_share)
+    works: list[TextWork] = []
     stats = {}
-    for lang, refs in parse_sources(sources).items():
-        drops: Counter = Counter()
-        rows = itertools.chain.from_iterable(read_docs(ref, on_error, drops) for ref in refs)
-        docs = clean_docs(
-            progress(rows, lang), lang, drops, min_chars, min_share, paragraph_chars, valid_share
-        )
-        sizes = _write_parts(docs, lang, out, limit_chars)
-        train, valid = sizes["train"], sizes["valid"]
-        refuse(text_faults(lang, refs, train["n_docs"], valid["n_docs"], drops, valid_share))
-        stats[lang] = dict(
-            {name: train[name] + valid[name] for name in ("n_docs", "n_chars", "n_bytes")},
-            train=dict(train),
-            valid=dict(valid),
-            dropped={reason: n for reason, n in sorted(drops.items()) if n},
-        )
-        _report(lang, stats[lang], valid_share)
+    with start_jobs(engine, tasks, where or []) as jobs:
+        for lang, refs in parse_sources(sources).items():
+            text = _Text(lang, refs, how, paragraph_chars, limit_chars, on_error)
+            with (
+                open(out / f"{lang}.train.jsonl", "wb") as train,
+                open(out / f"{lang}.valid.jsonl", "wb") as valid,
+            ):
+                files: dict[str, BinaryIO] = dict(train=train, valid=valid)
+                if engine == PLAIN:
+                    counted = text.write(files)
+                else:
+                    folder = final.with_name(final.name + ".parts") / lang
+                    works.append(text.by_tasks(folder, jobs, tasks, near))
+                    counted = join_parts(works[-1], tasks, files, limit_chars)
+            stats[lang] = _stats(lang, refs, *counted, valid_share)
+            _report(lang, stats[lang], valid_share)
+    for work in works:
+        clear_parts(work)
     return stats

@@ -10,14 +10,19 @@ __all__ = [
     "UNREADABLE",
     "LONGEST",
     "TOO_LONG",
+    "N_PLACES",
     "open_text",
     "numbered_lines",
     "read_whole",
+    "lines_between",
+    "begun_lines",
     "doc_files",
+    "n_hub_files",
     "read_docs",
+    "read_part",
+    "can_cut",
     "parse_sources",
     "corpus_option_faults",
-    "check_corpus",
     "output_faults",
     "text_faults",
     "up_to",
@@ -36,7 +41,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -44,6 +49,8 @@ from .languages import lang_script
 from .machine import package_data
 from .options import faults_of, range_faults, refuse
 from .stages import StageError, require
+
+_T = TypeVar("_T")
 
 
 # %% ../nbs/a04_documents.ipynb #21d7d322
@@ -124,6 +131,53 @@ def read_whole(
     return found
 
 
+# %% ../nbs/a04_documents.ipynb #ae94713c
+class _Part:
+    "The lines of a file that begin between two of its bytes; read like the file itself"
+
+    def __init__(self, file: BinaryIO, start: int, end: int):
+        self.file, self.at, self.end = file, start, end
+        self.new_line = True
+        if start:
+            file.seek(start - 1)
+            self.at, self.new_line = start - 1, False
+            while not self.new_line and self.readline(2**16):
+                pass  # the line that began before
+
+    def readline(self, n_bytes: int) -> bytes:
+        "The next line, or as much of it; empty where the part is over"
+        if self.new_line and self.at >= self.end:
+            return b""
+        line = self.file.readline(n_bytes)
+        self.at += len(line)
+        self.new_line = line.endswith(b"\n")
+        return line
+
+
+def lines_between(
+    file: BinaryIO,  # open for reading bytes, not compressed
+    start: int,  # byte of the file
+    end: int,  # byte after the last; 0: the end of the file
+) -> Any:  # has `readline`, for `numbered_lines`
+    "A file, or the part of it whose lines begin between two bytes"
+    if not start and not end:
+        return file
+    return _Part(file, start, end or 2**63)
+
+
+def begun_lines(
+    path: str | Path,  # a file, not compressed
+    start: int,  # byte of it, above 0
+) -> int:
+    "Lines of a file that begin before a byte"
+    n_lines, left = 1, start - 1  # the first one, and one after each end that lies before
+    with open(path, "rb") as file:
+        while left > 0 and (data := file.read(min(2**20, left))):
+            n_lines += data.count(b"\n")
+            left -= len(data)
+    return n_lines
+
+
 # %% ../nbs/a04_documents.ipynb #402b135b
 def _json_fault(
     error: ValueError | RecursionError,  # what `json.loads` raised
@@ -151,6 +205,7 @@ def _utf8_fault(error: UnicodeDecodeError) -> str:
 
 
 # %% ../nbs/a04_documents.ipynb #de0845b4
+N_PLACES = 20  # bad lines that are named; the others are counted
 _TEXT_FIELDS = ("text", "content", "raw_content", "zh")  # the names that data sets use
 
 
@@ -163,23 +218,32 @@ class _Reader:
     column: str  # the field that holds the text; "": the first of `_TEXT_FIELDS`
     on_error: str  # 'skip' or 'stop'
     counts: Counter  # reason -> number of bad lines
+    places: list[str] = field(default_factory=list)  # the first bad lines, FILE:LINE: reason
+    start: int = 0  # only lines that begin at this byte of the file or after it
+    end: int = 0  # and before this one; 0: up to the end
+    n_before: Callable[[], int] = lambda: 0  # lines of the file before `start`
 
     def bad(self, reason: str, line: int, detail: str):
         "Count a bad line, or stop at it"
+        if self.start:
+            line += self.n_before()
         require(
             self.on_error == "skip",
             f"{self.name}:{line}: {detail}; "
             "correct the line, or go on without it with --on-error skip",
         )
         self.counts[reason] += 1
+        if len(self.places) < N_PLACES:
+            self.places.append(f"{self.name}:{line}: {reason}")
 
     def lines(self, file: BinaryIO) -> Iterator[tuple[int, str]]:
         "The numbered lines of a file, without their ends; too long or not UTF-8, a line is bad"
-        for number, raw in numbered_lines(file):
+        for number, raw in numbered_lines(lines_between(file, self.start, self.end)):
             if raw is None:
                 self.bad(TOO_LONG, number, f"the line is {TOO_LONG}")
                 continue
-            encoding = "utf-8-sig" if number == 1 else "utf-8"  # a file may start with a BOM
+            # a file may start with a byte order mark
+            encoding = "utf-8-sig" if number == 1 and not self.start else "utf-8"
             try:
                 line = raw.rstrip(b"\r\n").decode(encoding)
             except UnicodeDecodeError as e:
@@ -205,8 +269,8 @@ class _Reader:
         "The row of a record; a record without text is bad and gives None"
         text = None
         if isinstance(record, dict):
-            field = self.column or next((f for f in _TEXT_FIELDS if f in record), "")
-            text = record.get(field)
+            name = self.column or next((f for f in _TEXT_FIELDS if f in record), "")
+            text = record.get(name)
         if not isinstance(text, str):
             expected = f'expected an object with a string under "{self.column or "text"}"'
             self.bad("no text", number, expected)
@@ -369,26 +433,49 @@ def _hub_parts(name: str) -> tuple[str, str, str]:
     return dataset, config, files
 
 
-def _hub_rows(name: str, reader: _Reader) -> Iterator[dict]:
-    "Stream the train split of `ID[:config][@files]` from the hub"
+def _hub_records(name: str) -> Any:  # an IterableDataset
+    "The train split of `ID[:config][@files]`, streamed"
     from datasets import load_dataset
 
     dataset, config, files = _hub_parts(name)
+    return load_dataset(
+        dataset, config or None, data_files=files or None, split="train", streaming=True
+    )
+
+
+def _hub_fault(name: str, e: Exception) -> StageError:
+    "What the hub, the network or the data set said"
+    reason = " ".join(str(e).split())[:200]
+    return StageError(
+        f"hub:{name}: {type(e).__name__}: {reason}; check the id, the network and HF_HUB_OFFLINE"
+    )
+
+
+def n_hub_files(
+    ref: str,  # hub:ID[:config][@files][#column]
+) -> int:  # files of a data set, each of which can be streamed alone
+    "How many files a data set of the hub consists of; `StageError` where it cannot be asked"
+    name, _ = _split_ref(ref)
+    name = name.removeprefix("hub:")
     try:
-        records = load_dataset(
-            dataset, config or None, data_files=files or None, split="train", streaming=True
-        )
+        return _hub_records(name).num_shards
+    except Exception as e:
+        raise _hub_fault(name, e) from None
+
+
+def _hub_rows(name: str, reader: _Reader, file: int = 0, n_files: int = 1) -> Iterator[dict]:
+    "Stream a data set of the hub, or one of its files"
+    try:
+        records = _hub_records(name)
+        if n_files > 1:
+            records = records.shard(n_files, file)
         for number, record in enumerate(records, 1):
             if row := reader.row(record, number):
                 yield row
     except StageError:
         raise
-    except Exception as e:  # of the hub, the network or the data set
-        reason = " ".join(str(e).split())[:200]
-        raise StageError(
-            f"hub:{name}: {type(e).__name__}: {reason}; "
-            "check the id, the network and HF_HUB_OFFLINE"
-        ) from None
+    except Exception as e:
+        raise _hub_fault(name, e) from None
 
 
 def _file_rows(path: Path, reader: _Reader) -> Iterator[dict]:
@@ -408,20 +495,63 @@ def read_docs(
     ref: str | Path,  # file, folder, glob, `builtin:zh`, `hub:ID[:config][@files]`; with `#column`
     on_error: str = "skip",  # a bad line: 'skip' counts it and goes on, 'stop' ends with its number
     counts: Counter | None = None,  # receives {reason: bad lines}
+    places: list[str] | None = None,  # receives the first bad lines, FILE:LINE: reason
 ) -> Iterator[dict]:  # rows with 'text', 'source' and what else the record holds
     "Stream documents from jsonl, text or parquet, plain or compressed, local or from the hub"
     ref = str(ref)
-    counts = Counter() if counts is None else counts
     refuse(range_faults({"on_error": on_error}) + _ref_faults(ref))
     name, column = _split_ref(ref)
+    how: dict = dict(column=column, on_error=on_error, counts=_or(counts, Counter()))
+    how |= dict(places=_or(places, []))
     if name.startswith("hub:"):
         hub_name = name.removeprefix("hub:")
         dataset, _, _ = _hub_parts(hub_name)
-        yield from _hub_rows(hub_name, _Reader(name, dataset, column, on_error, counts))
+        yield from _hub_rows(hub_name, _Reader(name, dataset, **how))
         return
     for path in doc_files(ref):
-        source = path.name.split(".")[0]
-        yield from _file_rows(path, _Reader(str(path), source, column, on_error, counts))
+        yield from _file_rows(path, _Reader(str(path), _source(path), **how))
+
+
+def _or(given: _T | None, made: _T) -> _T:
+    "What was given, empty as it may be"
+    return made if given is None else given
+
+
+def _source(path: Path) -> str:
+    "Example: _source(Path('books/novels.jsonl.gz')) -> 'novels'"
+    return path.name.split(".")[0]
+
+
+# %% ../nbs/a04_documents.ipynb #7c96bcb1
+def read_part(
+    ref: str,  # of the file, as for `read_docs`
+    file: str | int,  # its name; of a data set of the hub, its number
+    start: int = 0,  # byte of the file; a line belongs to the part in which it begins
+    end: int = 0,  # byte after the last; of the hub, how many files there are; 0: all
+    on_error: str = "skip",  # as for `read_docs`
+    counts: Counter | None = None,  # likewise
+    places: list[str] | None = None,  # likewise
+) -> Iterator[dict]:
+    "The documents of one file of a reference, or of the lines that begin between two bytes"
+    name, column = _split_ref(ref)
+    how: dict = dict(column=column, on_error=on_error, counts=_or(counts, Counter()))
+    how |= dict(places=_or(places, []))
+    if isinstance(file, int):
+        hub_name = name.removeprefix("hub:")
+        dataset, _, _ = _hub_parts(hub_name)
+        reader = _Reader(f"{name} (file {file + 1} of {end})", dataset, **how)
+        yield from _hub_rows(hub_name, reader, file, end)
+        return
+    path = Path(file)
+    how |= dict(start=start, end=end, n_before=lambda: begun_lines(path, start))
+    yield from _file_rows(path, _Reader(file, _source(path), **how))
+
+
+def can_cut(
+    path: Path,  # a file of text
+) -> bool:  # one document a line, not compressed
+    "Whether tasks may share a file"
+    return path.suffix not in _OPENERS and _form(path) is _jsonl_rows
 
 
 # %% ../nbs/a04_documents.ipynb #18a4e8ea
@@ -450,13 +580,6 @@ def corpus_option_faults(
 ) -> list[str]:  # one line for each
     "What is wrong with sources and options of `corpus`"
     return faults_of(parse_sources, sources) + range_faults(options)
-
-
-def check_corpus(
-    **options: Any,  # of `corpus`
-) -> None:
-    "Refuse sources and options of `corpus` that cannot be, all at once"
-    refuse(corpus_option_faults(**options))
 
 
 # %% ../nbs/a04_documents.ipynb #51d25f01
@@ -529,9 +652,6 @@ def text_faults(
 
 
 # %% ../nbs/a04_documents.ipynb #cff1dab6
-_T = TypeVar("_T")
-
-
 def up_to(
     docs: Iterable[_T],  # texts, or anything that `size` can measure
     limit_chars: int,  # characters that are enough; 0: all documents

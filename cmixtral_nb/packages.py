@@ -46,6 +46,7 @@ EXTRAS = {  # as it is imported -> what to install
     "snownlp": Extra("snownlp", "lexicons"),
     "opencc": Extra("opencc", "lexicons"),
     "datatrove": Extra("datatrove", "cluster"),
+    "ray": Extra("ray", "ray"),
     "llama_cpp": Extra("llama-cpp-python", "serve"),
     "openai": Extra("openai", "serve"),
     "gradio": Extra("gradio", "serve"),
