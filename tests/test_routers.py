@@ -9,8 +9,15 @@ from test_experts import FAMILIES, IDS, random_model
 from cmixtral_nb.experts import is_router, split_experts
 from cmixtral_nb.loading import attention_faults, load_model
 from cmixtral_nb.pretrain import weigh_balance
-from cmixtral_nb.qlora import quantised
-from cmixtral_nb.routers import balanced_by, counted_choices, has_router, routed_share
+from cmixtral_nb.qlora import add_lora, quantised
+from cmixtral_nb.routers import (
+    balanced_by,
+    counted_choices,
+    expert_choices,
+    has_router,
+    routed_share,
+    router_flips,
+)
 from cmixtral_nb.training import keep_documents_apart, leak_between_documents
 
 BY_CORRECTION = ["deepseek_v3", "glm4_moe", "nemotron_h"]
@@ -70,12 +77,42 @@ def test_choices_are_those_of_the_router(nets, family):
             expected = returned[-1].flatten().bincount(minlength=4)
         assert found.tolist() == expected.tolist()
         assert found.sum() == IDS.numel() * n_chosen
+    by_token = expert_choices(net, IDS.tolist())
+    assert set(router_flips(by_token, by_token).values()) == {0.0}
+    for name, found in counts.items():
+        assert by_token[name].sum(0).tolist() == found.tolist()
+        assert set(by_token[name].sum(1).tolist()) == {n_chosen}
     assert routed_share(net) == n_chosen / 4
     again = {name: found.clone() for name, found in counts.items()}
     net(IDS, use_cache=False)  # no longer counted
     assert all(torch.equal(again[name], found) for name, found in counts.items())
     for b in correction:
         b.zero_()
+
+
+def test_flips_are_tokens_with_another_expert():
+    "Whatever the order of the experts, however many of them are others"
+    here = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]).bool()
+    there = here.clone()
+    there[1] = torch.tensor([1, 0, 0, 1])  # both
+    there[3] = torch.tensor([0, 1, 0, 1])  # one
+    assert router_flips({"a": here, "b": here}, {"a": there, "b": here}) == {"a": 0.5, "b": 0.0}
+    assert router_flips({"a": there}, {"a": here}) == {"a": 0.5}
+
+
+def test_an_adapter_changes_no_name():
+    "A model with an adapter is compared with the merged model, and is left in training"
+    net = split_experts(random_model("mixtral"))
+    before = expert_choices(net, IDS.tolist())
+    with_lora = add_lora(net, rank=2, alpha=4, dropout=0.0).train()
+    after = expert_choices(with_lora, IDS.tolist())
+    assert router_flips(before, after) == dict.fromkeys(before, 0.0)  # B is zero
+    assert with_lora.training
+    for name, p in with_lora.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=3.0)
+    flips = router_flips(before, expert_choices(with_lora, IDS.tolist()))
+    assert flips.keys() == before.keys() and max(flips.values()) > 0
 
 
 def naive_balance(layers, n_chosen):

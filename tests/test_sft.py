@@ -510,6 +510,39 @@ def test_every_conversation_is_read_once_a_round(tok):
     assert r.order(0) != s.Rounds(talks, tok, None, 1, seed=5).order(0)
 
 
+def test_the_loss_may_count_prompts_too(tok):
+    "All tokens but the first of each conversation, before which is nothing; the same are read"
+    talks = [[dict(role="user", content=str(i)), TALK[1]] for i in range(7)]
+    on_answers, on_all = (
+        [s.Rounds(talks, tok, None, 3, seed=4, loss_on=loss_on)[k] for k in range(3)]
+        for loss_on in ("answers", "all")
+    )
+    assert [ids for ids, _ in on_answers] == [ids for ids, _ in on_all]
+    b = s.collate_chat(on_all, 1000)
+    firsts = (b["position_ids"] == 0).nonzero()[:, 1]
+    assert len(firsts) == 3 and (b["labels"][0][firsts] == -100).all()
+    assert (b["labels"] != -100).sum() == b["labels"].numel() - 3
+    assert b["logits_to_keep"].tolist() == [
+        i for i in range(b["labels"].numel() - 1) if i + 1 not in firsts
+    ]
+
+
+def test_both_losses_are_measured_alike(model, tmp_path):
+    "The same conversations and the same bits before training; other weights after it"
+    kw: dict[str, Any] = dict(rank=2, alpha=4, lr=1e-2, steps=2, batch=2, accumulation=1, length=96)
+    kw |= dict(valid_share=0.2, eval_every=2, load_in_4bit=False, neftune=0, bpe_dropout=0)
+    kw |= dict(conversations=[own_file(tmp_path, KHMER)], lang="km", kept=["en"], device="cpu")
+    on_answers, on_all = (
+        s.sft(model, out=tmp_path / loss_on, loss_on=loss_on, **kw)
+        for loss_on in ("answers", "all")
+    )
+    assert on_all.manifest["params"]["loss_on"] == "all"
+    for count in ("n_conversations", "n_valid", "n_tokens", "n_answer_tokens"):
+        assert on_answers.stats[count] == on_all.stats[count]
+    bits = [made.stats["bpb"]["answers"] for made in (on_answers, on_all)]
+    assert bits[0]["before"] == bits[1]["before"] and bits[0]["after"] != bits[1]["after"]
+
+
 def test_every_fault_at_once(model, tmp_path):
     with pytest.raises(StageError) as e:
         s.sft(
@@ -529,6 +562,7 @@ def test_every_fault_at_once(model, tmp_path):
             on_error="x",
             valid_share=1.0,
             template="x",
+            loss_on="x",
         )
     text = str(e.value)
     for part in (
@@ -545,6 +579,7 @@ def test_every_fault_at_once(model, tmp_path):
         "on_error is 'x'",
         "valid_share is 1",
         "template is 'x', expected huozi or chatml",
+        "loss_on is 'x', expected answers or all",
         "no.jsonl: no such file",
         "builtin:x: no such file",
         "none",
