@@ -31,6 +31,10 @@ __all__ = [
     "knee",
     "best_by_total",
     "choose",
+    "Block",
+    "Spread",
+    "spread_of",
+    "blocks_of",
     "plot_search",
     "default_grid",
     "byte_steps",
@@ -42,7 +46,7 @@ __all__ = [
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -602,6 +606,74 @@ def _refusal(best: dict[int, dict], reason: str) -> dict:
     return _verdict(0, best[min(best)], f"do not extend: {reason}")
 
 
+# %% ../nbs/03_search.ipynb #231dde19
+class Block(NamedTuple):
+    "A twentieth of a domain, cut with vocabularies of all sizes"
+
+    counts: dict[int, Counter]  # pieces appended, 0 among them -> token -> count
+    n_sentences: int  # with the script
+
+
+class Spread(NamedTuple):
+    "Where 95 of 100 draws lie"
+
+    knee: tuple[int, int]  # pieces
+    saved: tuple[float, float]  # share of the tokens
+
+
+def _matrix(counts: list[Counter]) -> np.ndarray:  # (blocks, tokens)
+    "Counters as rows, with a column for each token that any of them has"
+    import numpy as np
+
+    column = {token: i for i, token in enumerate({t for c in counts for t in sorted(c)})}
+    rows = np.zeros((len(counts), len(column)))
+    for row, of_block in zip(rows, counts, strict=True):
+        row[[column[token] for token in of_block]] = list(of_block.values())
+    return rows
+
+
+def spread_of(
+    blocks: dict[str, list[Block]],  # domain -> its blocks
+    n_pieces: int,  # of which the saved tokens are asked
+    n_draws: int = 100,
+    seed: int = 0,  # of the draws
+) -> Spread:
+    "Knee and saving of other documents of the same kind"
+    import numpy as np
+
+    drawn = np.random.default_rng(seed)
+    totals = sorted(next(iter(blocks.values()))[0].counts)
+    alps = np.zeros((n_draws, len(totals)))  # mean over domains
+    n_tokens = np.zeros((n_draws, len(totals)))
+    for own in blocks.values():
+        draws = drawn.multinomial(len(own), np.full(len(own), 1 / len(own)), n_draws)
+        n_sentences = draws @ [block.n_sentences for block in own]
+        for i, total in enumerate(totals):
+            counts = draws @ _matrix([block.counts[total] for block in own])
+            n_tokens[:, i] += counts.sum(1)
+            rows = zip(counts, n_sentences, strict=True)
+            alps[:, i] += [alp(row, int(n)) / len(blocks) for row, n in rows]
+    sizes = [float(total) for total in totals[1:]]  # 0 is no vocabulary to choose
+    knees = [knee(sizes, row) or sizes[-1] for row in alps[:, 1:].tolist()]
+    saved = 1 - n_tokens[:, totals.index(n_pieces)] / n_tokens[:, 0]
+    low, high = np.percentile(np.array([knees, saved]), [2.5, 97.5], axis=1)
+    return Spread((int(low[0]), int(high[0])), (float(low[1]), float(high[1])))
+
+
+def blocks_of(
+    docs: dict[str, list[str]],  # domain -> documents
+    cut: Callable[[list[str]], Block],  # documents -> block
+    n_blocks: int = 20,  # of each domain; fewer where it has fewer documents
+) -> dict[str, list[Block]]:  # domains that have text in the script
+    "Held-out documents in blocks to draw from"
+    found = {}
+    for domain, texts in docs.items():
+        blocks = [cut(texts[i::n_blocks]) for i in range(min(n_blocks, len(texts)))]
+        if own := [block for block in blocks if block.n_sentences]:
+            found[domain] = own
+    return found
+
+
 # %% ../nbs/03_search.ipynb #71eabd60
 def plot_search(
     rows: list[dict],  # of search_table
@@ -690,6 +762,7 @@ class _Tried(NamedTuple):
     n_candidates: int
     script: str
     floor: float  # characters per token that nothing can pass; 0: no such floor is known
+    cut: Callable[[int, list[int], list[str]], Block]  # order, sizes and documents -> block
 
 
 def _try_pieces(
@@ -709,7 +782,18 @@ def _try_pieces(
     read = {domain: read_heldout(texts, base_file, script) for domain, texts in docs.items()}
     texts = _with_the_script(read, missing.format(script))
     rows = search_table(candidates, have, texts, *_grid(candidates, have, totals, chars), width)
-    return _Tried(rows, measure_base(have, texts), texts, len(candidates), script, 0)
+
+    @functools.cache  # one model for all blocks
+    def longest(n_chars: int, size: int) -> tuple[list[Step], SentencePieceProcessor]:
+        steps = growth(candidates, have, n_chars)[:size]
+        return steps, run_model(have, [step.piece for step in steps])
+
+    def cut(n_chars: int, sizes: list[int], documents: list[str]) -> Block:
+        steps, model = longest(n_chars, max(sizes))
+        text = read_heldout(documents, base_file, script)
+        return Block(all_prefixes(token_counts(model, text), steps, sizes), text.n_sentences)
+
+    return _Tried(rows, measure_base(have, texts), texts, len(candidates), script, 0, cut)
 
 
 # %% ../nbs/03_search.ipynb #337b6fa7
@@ -758,7 +842,27 @@ def _try_merges(
     base_rows = byte_table(found, texts, [0], width)
     before = next(row for row in base_rows if row["domain"] == "mean")
     floor = sum(text.floor for text in texts.values()) / len(texts)
-    return _Tried(byte_table(found, texts, sizes, width), before, texts, n, script, floor)
+
+    def cut(_: int, totals: list[int], documents: list[str]) -> Block:
+        text = read_byte_text(documents, grown, script, _SENTENCE_END)
+        return Block(all_prefixes(text.counts, byte_steps(found), totals), text.n_sentences)
+
+    return _Tried(byte_table(found, texts, sizes, width), before, texts, n, script, floor, cut)
+
+
+def _spread(tried: _Tried, docs: dict[str, list[str]], choice: dict) -> dict:
+    "What other documents would have said of the order that was chosen"
+    own = {row["n_pieces"] for row in tried.rows if row["n_chars"] == choice["n_chars"]}
+    blocks = blocks_of(docs, functools.partial(tried.cut, choice["n_chars"], [0, *sorted(own)]))
+    spread = spread_of(blocks, choice["n_pieces"] or max(own))
+    n_docs = sum(map(len, docs.values()))
+    say(
+        "search",
+        f"other documents like these {n_docs:,}: the knee of this order from {spread.knee[0]:,} "
+        f"to {spread.knee[1]:,} pieces, {spread.saved[0]:.1%} to {spread.saved[1]:.1%} of the "
+        "tokens saved, in 95 of 100 draws",
+    )
+    return dict(n_docs=n_docs, knee_range=spread.knee, saved_range=spread.saved)
 
 
 def _near(chars_per_token: float, floor: float) -> str:
@@ -824,6 +928,7 @@ def search(
     )
     return dict(
         choice,
+        **_spread(tried, docs, choice),
         chars_per_token_base=before["chars_per_token"],
         alp_base=before["alp"],
         budget=budget,
