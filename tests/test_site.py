@@ -253,10 +253,48 @@ def test_commands_in_the_pages_exist():
 
 
 def commands_in(notebook):
-    "Commands in the shell blocks of a notebook, without the word cmixtral"
-    text = "\n".join(c["source"] for c in cells(ROOT / "nbs" / f"{notebook}.ipynb"))
-    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
-        yield from re.findall(r"^(?:torchrun .*--no-python )?cmixtral (.+)$", block, re.M)
+    "Commands in shell blocks and cells of bash of a notebook, without the word cmixtral"
+    text = "\n".join(c["source"] + "\n\n" for c in cells(ROOT / "nbs" / f"{notebook}.ipynb"))
+    for block in re.findall(r"```sh\n(.*?)```|%%bash\n(.*?)\n\n", text, re.S):
+        yield from re.findall(r"^(?:torchrun .*--no-python )?cmixtral (.+)$", "".join(block), re.M)
+
+
+def test_messages_on_the_chinese_page_are_ours():
+    "Each line of its table quotes what some message says"
+    page = "\n".join(c["source"] for c in cells(ROOT / "nbs" / "zh.ipynb"))
+    table = page.split("## 常见信息")[1]
+    quoted = re.findall(r"^\| `(.+?)` \|", table, re.M)
+    found = [m["text"] for of_module in package_messages().values() for m in of_module]
+    assert len(quoted) >= 8
+    for words in quoted:
+        assert any(words in text for text in found), words
+
+
+def test_a_kept_run_says_what_its_report_says(micro, tmp_path):
+    from cmixtral_nb.showcase import keep_run, result_table, results
+
+    run = micro[0]
+    report = json.loads((run / "report.json").read_text())
+    prompt = report["samples"][0]["prompt"]
+    keep_run(run, tmp_path / "kept.json", sentence="我们学习中文。", prompts=[prompt])
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    for name, bits in report["bits_per_byte"].items():
+        for lang, value in bits.items():
+            assert kept["languages"][lang]["models"][name]["value"] == pytest.approx(value)
+    assert [s["text"] for s in kept["samples"]] == [
+        s["text"] for s in report["samples"] if s["prompt"] == prompt
+    ]
+    for cut in kept["cuts"].values():
+        assert sum(cut["n_bytes"]) == len(cut["text"].encode())
+        assert cut["text"].strip() == "我们学习中文。"
+    assert not any(kept["cuts"]["base"]["is_new"])
+    assert any(kept["cuts"]["tokenizer"]["is_new"])
+    for lang in "en", "zh":
+        page = results([kept], "cuts.svg", lang)
+        assert result_table(kept, lang) in page
+        assert f"{report['bits_per_byte']['merged']['zh']:.2f}" in page
+    with pytest.raises(StageError, match="no sample after 'nobody asked'"):
+        keep_run(run, tmp_path / "kept.json", prompts=["nobody asked"])
 
 
 def test_docs_refuse_what_is_no_checkout(tmp_path, monkeypatch):
