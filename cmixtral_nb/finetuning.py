@@ -284,7 +284,9 @@ def in_two_lines(
 ) -> list[str]:
     "What was read, and what came of it, as the stage says them at its end"
     talks = f"{stats['n_conversations']:,} conversations"
-    n_learned = stats["n_tokens" if loss_on == "all" else "n_answer_tokens"]
+    n_learned = stats["n_answer_tokens"]
+    if loss_on == "all":  # all but the first of each conversation, before which is nothing
+        n_learned = stats["n_tokens"] - stats["n_conversations"]
     share = n_learned / stats["n_tokens"]
     loss = stats["loss"]
     bits = ""

@@ -351,7 +351,9 @@ class Rounds:
         lap, place = divmod(k, len(self.talks))
         talk = self.talks[self.order(lap)[place]]
         ids, mask = encode_chat(self.tok, talk, encode=self._encoder(k))
-        return ids, [1] * len(ids) if self.loss_on == "all" else mask
+        if self.loss_on == "all":
+            mask = [0] + [1] * (len(ids) - 1)  # nothing comes before the first token
+        return ids, mask
 
     def _encoder(self, k: int) -> Callable[[str], list[int]] | None:
         if self.bpe is None or not self.bpe_dropout:

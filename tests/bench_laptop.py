@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from scipy.stats import t as student
 
+from cmixtral_nb.bits import bits_per_byte
 from cmixtral_nb.init import init
 from cmixtral_nb.loading import load_model
 from cmixtral_nb.machine import say
 from cmixtral_nb.merge import merge
 from cmixtral_nb.pack import pack
 from cmixtral_nb.pretrain import pretrain
-from cmixtral_nb.pretraining import bits_of_langs, held_out_texts
+from cmixtral_nb.pretraining import held_out_texts
 from cmixtral_nb.routers import expert_choices, has_router, router_flips
 from cmixtral_nb.sft import sft
 from cmixtral_nb.stages import Artifact
@@ -213,6 +214,8 @@ def print_group(group: str, found: dict[tuple[str, int], dict[str, float]]) -> N
         for name in pairs[0][0]:
             if all(name in each for pair in pairs for each in pair):
                 before, after = ([pair[i][name] for pair in pairs] for i in (0, 1))
+                if before == after and name.endswith(" at 0"):
+                    continue  # nothing that differs has been used yet
                 print(line_of(name, before, after), flush=True)
 
 
@@ -230,7 +233,11 @@ def merged_both_ways(model: Path, adapter: Path, texts: dict[str, list[str]]) ->
 
     def measured(net) -> tuple[dict[str, float], dict]:
         choices = expert_choices(net, windows) if has_router(net) else {}
-        return bits_of_langs(net, tok, texts, LENGTH, 1), choices
+        bits = {
+            f"bpb_{lang}": bits_per_byte(net, tok, some, LENGTH, 1)["bits_per_byte"]
+            for lang, some in texts.items()
+        }
+        return bits, choices
 
     found: dict[str, dict] = {}
     net = load_model(model, adapter=adapter, load_in_4bit=True, device="cpu")
@@ -244,7 +251,7 @@ def merged_both_ways(model: Path, adapter: Path, texts: dict[str, list[str]]) ->
             del net
         flips = list(router_flips(trained, choices).values())
         if flips:
-            bits |= dict(flips=round(statistics.mean(flips), 5), flips_most=round(max(flips), 5))
+            bits |= dict(flips=statistics.mean(flips), flips_most=max(flips))
         found[into] = bits
     return found
 
@@ -272,7 +279,7 @@ def print_merges(work: Path) -> None:
     for file, found in zip(files, all_found, strict=True):
         print(file.stem, flush=True)
         for name, measured in found.items():
-            print(f"  {name:18}", *(f"{key} {x:.4f}" for key, x in measured.items()), flush=True)
+            print(f"  {name:18}", *(f"{key} {x:.5f}" for key, x in measured.items()), flush=True)
     own = [f for file, f in zip(files, all_found, strict=True) if "pretrain" in file.stem]
     if len(own) > 1:
         print(f"dequantised -> original, {len(own)} adapters of the dense model")
