@@ -7,12 +7,12 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
-    "router_load",
     "param_groups",
     "cosine",
     "cosine_schedule",
     "two_rates_trainer",
     "trainer",
+    "router_load",
     "pretrain",
     "weigh_balance",
     "run_to_end",
@@ -70,33 +70,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-
-
-# %% ../nbs/09_pretrain.ipynb #a9434762
-def router_load(
-    model: PreTrainedModel,  # of any family, with or without an adapter
-    tok: PreTrainedTokenizerBase,  # its tokenizer
-    texts: list[str],  # what to route
-    length: int = 256,  # tokens in a window
-) -> list[list[float]]:  # of each layer with experts their shares of the choices; they sum to 1
-    "Where the router sends the tokens of some texts"
-    import torch
-
-    start = start_id(tok)
-    ids = [token for text in encode_plain(tok, texts) for token in (start, *text)]
-    was_training = model.training
-    model.eval()
-    # As in a step of the Trainer: beside weights in 16 bits norms and LoRA are float32
-    in_16_bits = torch.autocast(model.device.type, model.dtype, model.dtype != torch.float32)
-    with counted_choices(model) as counts, torch.no_grad(), in_16_bits:
-        for first in range(0, len(ids), length):
-            window = torch.tensor([ids[first : first + length]], device=model.device)
-            model(input_ids=window, use_cache=False, logits_to_keep=1)
-    model.train(was_training)
-    return [
-        [round(share, 4) for share in (chosen / chosen.sum()).tolist()]
-        for chosen in counts.values()
-    ]
 
 
 # %% ../nbs/09_pretrain.ipynb #97fc6fe8
@@ -220,6 +193,33 @@ def trainer(
         ordered=ordered,
         rows_steps=rows_steps,
     )
+
+
+# %% ../nbs/09_pretrain.ipynb #a9434762
+def router_load(
+    model: PreTrainedModel,  # of any family, with or without an adapter
+    tok: PreTrainedTokenizerBase,  # its tokenizer
+    texts: list[str],  # what to route
+    length: int = 256,  # tokens in a window
+) -> list[list[float]]:  # of each layer with experts their shares of the choices; they sum to 1
+    "Where the router sends the tokens of some texts"
+    import torch
+
+    start = start_id(tok)
+    ids = [token for text in encode_plain(tok, texts) for token in (start, *text)]
+    was_training = model.training
+    model.eval()
+    # As in a step of the Trainer: beside weights in 16 bits norms and LoRA are float32
+    in_16_bits = torch.autocast(model.device.type, model.dtype, model.dtype != torch.float32)
+    with counted_choices(model) as counts, torch.no_grad(), in_16_bits:
+        for first in range(0, len(ids), length):
+            window = torch.tensor([ids[first : first + length]], device=model.device)
+            model(input_ids=window, use_cache=False, logits_to_keep=1)
+    model.train(was_training)
+    return [
+        [round(share, 4) for share in (chosen / chosen.sum()).tolist()]
+        for chosen in counts.values()
+    ]
 
 
 # %% ../nbs/09_pretrain.ipynb #6facb8b0

@@ -16,9 +16,18 @@ from cmixtral_nb.notebooks import cells
 NBS = Path(__file__).parents[1] / "nbs"
 IMPORTS = ("import ", "from ")  # imports have cells of their own
 NEEDED: dict[str, set[str]] = {  # notebook -> what its checks use of other cells
+    "02_tokenizer": set(),
+    "03_search": set(),
     "04_vocab": set(),
     "05_mixtral": {"random_model", "MIXTRAL", "QWEN3_MOE", "logits", "to_first_two", "to_last_two"},
     "08_qlora": {"WithLoRA"},
+    "09_pretrain": set(),
+    "10_merge": set(),
+    "11_sft": set(),
+    "12_generate": set(),
+    "13_evaluate": set(),
+    "13b_gain": set(),
+    "14_pipeline": set(),
 }
 
 
@@ -48,6 +57,74 @@ def exercises(chapter: str) -> dict[str, Any]:
             exec(definitions(source, NEEDED[chapter]), defined)
     exec(own, defined)
     return defined
+
+
+# 02_tokenizer
+
+
+def next_pair(words):
+    "Counts a pair as often as it occurs in a word"
+    pairs: dict[tuple, int] = {}
+    for word, count in words.items():
+        for pair in itertools.pairwise(word):
+            pairs[pair] = pairs.get(pair, 0) + count
+    return min(pairs, key=lambda pair: (-pairs[pair], pair))
+
+
+def once_in_a_word(words):
+    "Counts a pair once in each word"
+    pairs: dict[tuple, int] = {}
+    for word, count in words.items():
+        for pair in set(itertools.pairwise(word)):
+            pairs[pair] = pairs.get(pair, 0) + count
+    return min(pairs, key=lambda pair: (-pairs[pair], pair))
+
+
+def cut_word(word, merges):
+    "Joins the pair of the lowest rank, wherever it is"
+    parts = list(word)
+    for merge in merges:
+        i = 0
+        while i < len(parts) - 1:
+            if parts[i] + parts[i + 1] == merge:
+                parts[i : i + 2] = [merge]
+            i += 1
+    return parts
+
+
+def longest_first(word, merges):
+    "Takes the longest piece from the left, whatever its rank"
+    parts = []
+    while word:
+        fitting = [piece for piece in merges if word.startswith(piece)]
+        parts.append(max([*fitting, word[0]], key=len))
+        word = word[len(parts[-1]) :]
+    return parts
+
+
+# 03_search
+
+
+def saved_by(kind, n_bytes, count):
+    "A character saves its bytes but one"
+    return count * (n_bytes - 1 if kind == "char" else 1)
+
+
+def saved_by_bytes(kind, n_bytes, count):
+    return count * n_bytes
+
+
+def without_last(counts, piece, parts):
+    "Hands the count of the piece to its parts"
+    left = dict(counts)
+    n = left.pop(piece, 0)
+    for part in parts:
+        left[part] = left.get(part, 0) + n
+    return left
+
+
+def only_removed(counts, piece, parts):
+    return {token: n for token, n in counts.items() if token != piece}
 
 
 # 04_vocab
@@ -150,9 +227,189 @@ def merged_without_the_rank(W, A, B, alpha):
     return W + alpha * (B @ A)
 
 
+# 09_pretrain
+
+
+def to_bits_per_byte(loss, n_tokens, n_bytes):
+    return loss * n_tokens / n_bytes / np.log(2)
+
+
+def nats_per_byte(loss, n_tokens, n_bytes):
+    return loss * n_tokens / n_bytes
+
+
+def loss_of_parts(net, parts):
+    sizes = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
+    losses = [size * net(**part).loss for size, part in zip(sizes, parts, strict=True)]
+    return sum(losses) / sum(sizes)
+
+
+def mean_of_parts(net, parts):
+    return sum(net(**part).loss for part in parts) / len(parts)
+
+
+# 10_merge
+
+
+def mean_update(pairs):
+    return sum(scale * (B @ A) for A, B, scale in pairs) / len(pairs)
+
+
+def product_of_means(pairs):
+    A, B, scale = (sum(parts) / len(pairs) for parts in zip(*pairs, strict=True))
+    return scale * (B @ A)
+
+
+def one_pair(first, second):
+    pairs = [first, second]
+    return torch.cat([A for A, _, _ in pairs]), torch.cat([s * B for _, B, s in pairs], 1)
+
+
+def one_pair_without_scales(first, second):
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]], 1)
+
+
+# 11_sft
+
+
+def last_answer_only(mask):
+    found = [0] * len(mask)
+    last = max(i for i, m in enumerate(mask) if m)
+    while last >= 0 and mask[last]:
+        found[last] = 1
+        last -= 1
+    return found
+
+
+def last_token_only(mask):
+    last = max(i for i, m in enumerate(mask) if m)
+    return [int(i == last) for i in range(len(mask))]
+
+
+def harmless(text, tokens):
+    for token in tokens:
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def marks_removed(text, tokens):
+    for token in tokens:
+        text = text.replace(token, "")
+    return text
+
+
+# 12_generate
+
+
+def min_p(probabilities, share):
+    kept = probabilities.where(probabilities >= share * probabilities.max(), 0)
+    return kept / kept.sum()
+
+
+def above_a_share(probabilities, share):
+    kept = probabilities.where(probabilities >= share, 0)
+    return kept / kept.sum()
+
+
+def until_end(ids, ends):
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[:i], True
+    return ids, False
+
+
+def without_ends(ids, ends):
+    words = [token for token in ids if token not in ends]
+    return words, len(words) < len(ids)
+
+
+# 13_evaluate
+
+
+def favourite(chosen, right):
+    letter = max(set(chosen), key=chosen.count)
+    return right.count(letter) / len(right)
+
+
+def accuracy(chosen, right):
+    return sum(a == b for a, b in zip(chosen, right, strict=True)) / len(right)
+
+
+def likeliest_for_its_length(logps, answers):
+    return int(np.argmax([logp / len(text) for logp, text in zip(logps, answers, strict=True)]))
+
+
+def likeliest(logps, answers):
+    return int(np.argmax(logps))
+
+
+# 13b_gain
+
+
+def pair_interval(before, after, rng):
+    changes = []
+    for _ in range(1000):
+        drawn = rng.integers(0, len(before), len(before))
+        changes.append(after[drawn].sum() / before[drawn].sum() - 1)
+    return np.quantile(changes, [0.025, 0.975])
+
+
+def strangers_interval(before, after, rng):
+    changes = []
+    for _ in range(1000):
+        one, other = rng.integers(0, len(before), (2, len(before)))
+        changes.append(after[one].sum() / before[other].sum() - 1)
+    return np.quantile(changes, [0.025, 0.975])
+
+
+def questions_needed(p, points):
+    return 2 * p * (1 - p) * (1.96 / (points / 100)) ** 2
+
+
+def questions_for_one_model(p, points):
+    return p * (1 - p) * (1.96 / (points / 100)) ** 2
+
+
+# 14_pipeline
+
+
+def folders_read(step):
+    return {
+        folder
+        for given in step.inputs.values()
+        for folder in (given if isinstance(given, list) else [given])
+    }
+
+
+def made_again(steps, folder):
+    changed = [folder]
+    for step in steps:
+        if step.folder not in changed and folders_read(step) & set(changed):
+            changed.append(step.folder)
+    return changed[1:]
+
+
+def made_again_at_once(steps, folder):
+    "Does not see that what is made again changes others"
+    return [step.folder for step in steps if folder in folders_read(step)]
+
+
+def change_of(before, after, shares):
+    was, now = (sum(shares[name] * bits[name] for name in shares) for bits in (before, after))
+    return now / was - 1
+
+
+def mean_of_changes(before, after, shares):
+    return sum(shares[name] * (after[name] / before[name] - 1) for name in shares)
+
+
 @pytest.mark.parametrize(
     "chapter,solution,mistake",
     [
+        ("02_tokenizer", next_pair, once_in_a_word),
+        ("02_tokenizer", cut_word, longest_first),
+        ("03_search", saved_by, saved_by_bytes),
+        ("03_search", without_last, only_removed),
         ("04_vocab", dead, without_two_parts),
         ("04_vocab", falling_scores, scores_in_ones),
         ("05_mixtral", exchange, exchange_without_the_router),
@@ -161,6 +418,20 @@ def merged_without_the_rank(W, A, B, alpha):
         ("08_qlora", weight_of, evenly_spaced),
         ("08_qlora", lora_size, size_of_the_product),
         ("08_qlora", merged, merged_without_the_rank),
+        ("09_pretrain", to_bits_per_byte, nats_per_byte),
+        ("09_pretrain", loss_of_parts, mean_of_parts),
+        ("10_merge", mean_update, product_of_means),
+        ("10_merge", one_pair, one_pair_without_scales),
+        ("11_sft", last_answer_only, last_token_only),
+        ("11_sft", harmless, marks_removed),
+        ("12_generate", min_p, above_a_share),
+        ("12_generate", until_end, without_ends),
+        ("13_evaluate", favourite, accuracy),
+        ("13_evaluate", likeliest_for_its_length, likeliest),
+        ("13b_gain", pair_interval, strangers_interval),
+        ("13b_gain", questions_needed, questions_for_one_model),
+        ("14_pipeline", made_again, made_again_at_once),
+        ("14_pipeline", change_of, mean_of_changes),
     ],
 )
 def test_a_solution_passes_stub_and_mistake_fail(chapter, solution, mistake):
