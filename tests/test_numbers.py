@@ -22,9 +22,6 @@ NOT_YET: dict[str, int] = {
     "a15_packing": 2,
     "a19_plan": 3,
     "a27c_health": 2,
-    "from_seed": 7,
-    "gpu": 1,
-    "quickstart": 3,
 }
 
 
