@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import is_finite
 from .checkpoints import load_tensor, resolve_model, row_tensors, tensor_files
+from .corpora import corpus_langs
 from .options import faults_of, one_of, range_faults, refuse
 from .probe import probe_langs
 from .stages import Artifact, StageError, read_json, require
@@ -82,10 +83,14 @@ def row_faults(
 def init_option_faults(
     methods: Iterable[str],  # names of the methods there are
     method: str,  # the one to use
+    corpus: str | Path | None = None,  # text for the method "distill"
     **others: Any,  # options that have a range, and what earlier stages make
 ) -> list[str]:  # one line for each
     "What is wrong with options of `init`, before there are a model and a tokenizer"
-    return range_faults(dict(others, method=method), method=one_of(*methods))
+    faults = range_faults(dict(others, method=method), method=one_of(*methods))
+    if method == "distill" and corpus is None:
+        faults.append("method distill reads text, found no corpus; give --corpus DIR")
+    return faults
 
 
 def check_init(
@@ -94,12 +99,15 @@ def check_init(
     tokenizer: Artifact | str | Path,  # folder of the new tokenizer
     probe: Path | None,  # corpus of a probe
     transplant: bool,  # whether the new tokenizer replaces the old one
+    corpus: Path | None = None,  # text for the method "distill"
     **options: Any,  # the others of `init`
 ) -> None:
     "Refuse options and inputs of `init` that cannot be, all at once"
-    faults = init_option_faults(methods, **options)
+    faults = init_option_faults(methods, corpus=corpus, **options)
     if probe is not None:
         faults += faults_of(probe_langs, probe)
+    if corpus is not None and not corpus_langs(corpus):
+        faults.append(f"{corpus} is no corpus; run: cmixtral corpus --out DIR")
     broken = faults_of(resolve_model, model)
     if not broken:
         folder = resolve_model(model)

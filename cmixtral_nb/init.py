@@ -8,6 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "METHODS",
+    "ALL_METHODS",
     "piece_bytes",
     "pieces_of",
     "spell",
@@ -57,6 +58,7 @@ from cmixtral_nb.stages import (
 )
 
 from .byte_bases import BYTE_OF, readable, to_bytes, to_letters
+from .distill import STATE, Taught, corpus_documents, distill
 from .growing import check_init, init_option_faults, old_and_new
 from .machine import say
 from .options import one_of, range_faults, refuse
@@ -330,22 +332,25 @@ def _mean_norm(W: Tensor) -> float:
     return round(W.float().norm(dim=1).mean().item(), 4)
 
 
-def write_rows(
-    src: Path,  # HF model folder
-    tokenizer: Artifact | str | Path,  # folder of the new tokenizer
-    out: Path,  # folder to write
-    method: str,  # a name in METHODS
-    seed: int = 0,  # for methods that draw numbers
-    transplant: bool = False,  # whether the new tokenizer replaces the old one
-) -> dict[str, Any]:  # n_old, n_new, n_rows, n_taken, sub_tokens, norms
-    "The model with a row for each new token"
-    files = tensor_files(src)
-    change = _change(src, tokenizer, transplant)
-    spellings = spell(change.old, change.pieces, method)
-    for i, old_id in change.taken.items():
-        spellings[i] = [old_id]
+def _norms(old_rows: Tensor, matrix: Tensor, change: _Change) -> dict[str, float]:
+    "Mean norms of old rows and of those of new tokens"
+    new = matrix[change.n_kept : change.n_kept + len(change.pieces)]
+    return {"old": _mean_norm(old_rows), "new": _mean_norm(new)}
+
+
+class _Grown(NamedTuple):
+    "What a model gets"
+
+    matrices: dict[str, Tensor]  # tensor name -> all of its rows
+    norms: dict[str, dict[str, float]]  # tensor name -> mean norms of old and new rows
+
+
+def _made(
+    files: dict[str, Path], change: _Change, spellings: list[list[int]], method: str, seed: int
+) -> _Grown:
+    "Rows by a method that looks at the old rows alone"
     old_pieces = pieces_of(change.old)
-    changed, norms = {}, {}
+    matrices, norms = {}, {}
     for name in row_tensors(files):
         W = load_tensor(files, name)
         old_rows = W[: len(old_pieces)]  # without those that pad the matrix
@@ -353,11 +358,54 @@ def write_rows(
         rows = new_rows(old_rows, spellings, method, seed, change.pieces, old_pieces, head)
         if change.taken:
             rows[[*change.taken]] = old_rows[[*change.taken.values()]]
-        changed[name] = rows if transplant else grow(W, change.n_kept, rows)
-        norms[name] = {"old": _mean_norm(old_rows), "new": _mean_norm(rows)}
-    n_rows = len(next(iter(changed.values())))
-    copy_weights(src, out, changed)
-    copy_config(src, out, n_rows)
+        matrices[name] = grow(W, change.n_kept, rows) if change.n_kept else rows
+        norms[name] = _norms(old_rows, matrices[name], change)
+    return _Grown(matrices, norms)
+
+
+def _taught(files: dict[str, Path], change: _Change, taught: Taught) -> _Grown:
+    "Rows that a model has taught; a head that was one matrix with the embedding is its own now"
+    embedding = next(name for name in row_tensors(files) if not name.endswith("lm_head.weight"))
+    matrices, norms = {}, {}
+    for name, rows in ((embedding, taught.embedding), ("lm_head.weight", taught.head)):
+        W = load_tensor(files, name if name in files else embedding)
+        rows = rows.to(W.dtype)
+        matrices[name] = grow(W, 0, rows) if change.n_kept else rows
+        norms[name] = _norms(W[: len(change.old)], rows, change)
+    return _Grown(matrices, norms)
+
+
+def write_rows(
+    src: Path,  # HF model folder
+    tokenizer: Artifact | str | Path,  # folder of the new tokenizer
+    out: Path,  # folder to write
+    method: str,  # a name in METHODS, or "distill"
+    seed: int = 0,  # for methods that draw numbers
+    transplant: bool = False,  # whether the new tokenizer replaces the old one
+    corpus: Artifact | str | Path | None = None,  # text for "distill"
+    steps: int = 50,  # optimiser steps of "distill"
+) -> dict[str, Any]:  # n_old, n_new, n_rows, n_taken, sub_tokens, norms; distill
+    "The model with a row for each new token"
+    files = tensor_files(src)
+    change = _change(src, tokenizer, transplant)
+    spellings = spell(change.old, change.pieces, method)
+    for i, old_id in change.taken.items():
+        spellings[i] = [old_id]
+    config: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    if corpus is not None and method == "distill":
+        whole = [[i] for i in range(change.n_kept)] + spellings
+        texts, state = corpus_documents(corpus), out / STATE
+        taught = distill(src, change.old, change.new, whole, texts, steps, seed, state)
+        grown = _taught(files, change, taught)
+        state.unlink(missing_ok=True)
+        config["tie_word_embeddings"] = False
+        found["distill"] = dict(taught.stats, untied="lm_head.weight" not in files)
+    else:
+        grown = _made(files, change, spellings, method, seed)
+    n_rows = len(next(iter(grown.matrices.values())))
+    copy_weights(src, out, grown.matrices)
+    copy_config(src, out, n_rows, **config)
     copy_tokenizer(Path(tokenizer), out)
     if transplant:
         write_special_ids(out, change.new)
@@ -367,7 +415,8 @@ def write_rows(
         n_rows=n_rows,
         n_taken=len(change.taken),
         sub_tokens=round(sum(map(len, spellings)) / len(spellings), 3),
-        norms=norms,
+        norms=grown.norms,
+        **found,
     )
 
 
@@ -376,7 +425,7 @@ def probe_methods(
     model: str | Path,  # HF model folder, of a size that can be trained here
     tokenizer: Artifact | str | Path,  # folder of the new tokenizer
     corpus: Artifact | str | Path,  # corpus with held-out text
-    methods: Sequence[str] | None = None,  # names in METHODS; None: all
+    methods: Sequence[str] | None = None,  # names in METHODS, or "distill"; None: all in METHODS
     seeds: int = 3,  # orders of the batches
     steps: int = 50,  # optimiser steps
     batch: int = 4,  # blocks in a step
@@ -395,7 +444,7 @@ def probe_methods(
     results = []
     for method, seed in tqdm(jobs, desc="probe", disable=None):
         with tempfile.TemporaryDirectory() as folder:
-            write_rows(src, tokenizer, Path(folder), method, seed, transplant)
+            write_rows(src, tokenizer, Path(folder), method, seed, transplant, corpus)
             bits = probe_model(folder, texts, seed, steps, batch, length, lr)
         results.append({"method": method, "seed": seed, **bits})
     return results
@@ -412,22 +461,32 @@ def _report_probe(out: Path, results: list[dict]) -> list[dict]:
     return ranked
 
 
+ALL_METHODS = (*METHODS, "distill")  # the last one reads text
+
+
+def _can_go_on(method: str, **others: Any) -> bool:
+    "Only a method that takes long goes on after an interruption"
+    return method == "distill"
+
+
 @stage(
     "model",
-    inputs=("model", "tokenizer", "probe"),
-    check=partial(check_init, METHODS),
-    options=partial(init_option_faults, METHODS),
+    inputs=("model", "tokenizer", "probe", "corpus"),
+    resumable=_can_go_on,
+    check=partial(check_init, ALL_METHODS),
+    options=partial(init_option_faults, ALL_METHODS),
 )
 def init(
     model: Path,  # HF model folder, artifact or hub id
     tokenizer: Path,  # folder of a tokenizer that extends the model's; any with `transplant`
     out: Path,  # folder to write
-    method: str = "mean",  # mean of the parts, or seed, first, asymmetric, average, normal
-    seed: int = 0,  # for the method "normal"
+    method: str = "mean",  # mean of the parts; seed, first, asymmetric, average, normal; distill
+    seed: int = 0,  # for the methods "normal" and "distill"
     probe: Path | None = None,  # corpus: train each method briefly, take the best, not `method`
-    steps: int = 50,  # optimiser steps of the probe
+    steps: int = 50,  # optimiser steps of the probe, and of the method "distill"
     seeds: int = 3,  # orders of the probe's batches
     transplant: bool = False,  # make all rows anew, for a tokenizer that does not extend the old
+    corpus: Path | None = None,  # text for the method "distill", in the new language and the old
 ):
     "Give each new token a row in embedding and head; other shards are linked, not copied"
     src = resolve_model(model)
@@ -438,7 +497,7 @@ def init(
         )
         found["probe"] = _report_probe(out, results)
         method = found["probe"][0]["method"]
-    stats = write_rows(src, tokenizer, out, method, seed, transplant)
+    stats = write_rows(src, tokenizer, out, method, seed, transplant, corpus, steps)
     say(
         "init",
         f"{stats['n_new']:,} new rows by {method}, {stats['sub_tokens']:.2f} sub-tokens each on "

@@ -519,6 +519,8 @@ def arguments(
     if step.command == "health" and "base" in made:
         wired["base"] = _tokenizer_before(recipe, made)
     table = recipe.get(step.command, {})
+    if step.command == "init" and table.get("method") == "distill" and "corpus" in made:
+        wired["corpus"] = made["corpus"]  # no other method reads text
     if step.command in SEVERAL and not step.named:  # its model is that of its place
         table = {
             name: v for name, v in table.items() if name == "corpus" or name not in step.inputs

@@ -1,7 +1,10 @@
 "06_init: checkpoints of other shapes, what is linked, what is refused"
 
+import json
 import os
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +20,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from cmixtral_nb import checkpoints
+from cmixtral_nb import checkpoints, distill
 from cmixtral_nb.checkpoints import INDEX, load_tensor, resolve_model, tensor_files
 from cmixtral_nb.corpus import corpus
+from cmixtral_nb.distill import log_shares, sample, stretches
 from cmixtral_nb.init import (
     METHODS,
     init,
@@ -33,6 +37,7 @@ from cmixtral_nb.init import (
 from cmixtral_nb.mixtral import small_config
 from cmixtral_nb.pieces import Piece, base_tokenizer_model
 from cmixtral_nb.probe import paired_differences, rank_methods, train_briefly
+from cmixtral_nb.recipes import arguments, recipe_steps
 from cmixtral_nb.stages import (
     StageError,
     input_fingerprint,
@@ -40,7 +45,7 @@ from cmixtral_nb.stages import (
     tokenizer_fingerprint,
     write_json,
 )
-from cmixtral_nb.tokenizer_files import load_tokenizer, write_tokenizer
+from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer, write_tokenizer
 from cmixtral_nb.vocab import extend_model
 
 OLD = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abc中国大"]
@@ -440,6 +445,146 @@ def test_probe_of_a_transplant(byte_level, tok, tmp_path):
     assert all(1 < r[lang] < 20 for r in rows for lang in ("en", "zh"))
 
 
+# rows taught by the old spelling
+
+
+@pytest.fixture
+def read(tmp_path):
+    "A corpus in which two of the three new tokens occur"
+    folder = tmp_path / "read"
+    folder.mkdir()
+    texts = ["中国大中国a中国b中国大", "中国中国c大中国大中国", "中中国大abc中国"] * 20
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "zh.train.jsonl").write_text("".join(lines))
+    return folder
+
+
+def taught(model, tok, out, read, **kw):
+    return init(model, tok, out=out, method="distill", corpus=read, steps=12, **kw)
+
+
+def test_what_distillation_leaves_alone(model, tok, read, tmp_path):
+    a = taught(model, tok, tmp_path / "out", read)
+    was, now = all_tensors(model), all_tensors(a.path)
+    n, begins = len(OLD), {OLD.index("中"), OLD.index("<0xE9>")}  # of 中国, 中国大; of 龙
+    assert torch.equal(now["model.embed_tokens.weight"][:n], was["model.embed_tokens.weight"])
+    head, moved = now["lm_head.weight"], set()
+    for i, (old, new) in enumerate(zip(was["lm_head.weight"], head[:n], strict=True)):
+        moved |= set() if torch.equal(old, new) else {i}
+    assert moved == begins and a.stats["distill"]["n_lowered"] == 2
+    assert a.stats["distill"]["n_unseen"] == 1 and not a.stats["distill"]["untied"]
+    assert all(torch.equal(was[name], now[name]) for name in was if "layers" in name)
+    first, last = a.stats["distill"]["error"]
+    assert last < first
+
+
+def test_head_rows_differ_from_the_first_part_in_one_direction(model, tok, read, tmp_path):
+    "And by the logarithm of the share that each has of what begins with 中"
+    a = taught(model, tok, tmp_path / "out", read)
+    W = all_tensors(model)["lm_head.weight"].float()
+    head = all_tensors(a.path)["lm_head.weight"].float()
+    ids = [OLD.index("中"), len(OLD), len(OLD) + 1]  # 中, 中国, 中国大
+    moves = torch.stack([head[i] - W[ids[0]] for i in ids])
+    texts = [json.loads(line)["text"] for line in (read / "zh.train.jsonl").open()]
+    seen = Counter(i for text in encode_plain(load_tokenizer(tok), texts) for i in text)
+    counts = torch.tensor([seen[i] + 0.5 for i in ids])
+    want = (counts / counts.sum()).log()
+    ratio = moves @ moves[0] / moves[0].square().sum()
+    assert min(seen[i] for i in ids) > 10
+    assert torch.allclose(ratio, want / want[0], atol=0.02)
+    residue = moves - ratio[:, None] * moves[0]
+    assert residue.norm() < 0.02 * moves.norm()
+
+
+def test_a_token_without_text_gets_the_shared_part_alone(model, tok, read, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "SHARED_LR", 0.0)
+    a = taught(model, tok, tmp_path / "out", read)
+    mean = init(model, tok, out=tmp_path / "mean")
+    name = "model.embed_tokens.weight"
+    same = (all_tensors(a.path)[name] == all_tensors(mean.path)[name]).all(1).tolist()
+    assert same == [True] * len(OLD) + [False, False, True]  # 龙 is in no text
+
+
+def test_distillation_goes_on_where_it_was_interrupted(model, tok, read, tmp_path, monkeypatch):
+    whole = taught(model, tok, tmp_path / "whole", read)
+    usual, calls = distill._lesson, []
+
+    def lesson(*args):
+        calls.append(len(calls))
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    monkeypatch.setattr(distill, "_lesson", lesson)
+    with pytest.raises(KeyboardInterrupt):
+        taught(model, tok, tmp_path / "cut", read)
+    assert (tmp_path / "cut.tmp" / distill.STATE).is_file()
+    resumed = taught(model, tok, tmp_path / "cut", read)
+    assert len(calls) == 12 + 2  # ten steps were kept
+    assert not (resumed / distill.STATE).exists()
+    one, other = all_tensors(whole.path), all_tensors(resumed.path)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_tied_model_gets_a_head_of_its_own(byte_level, tok, read, tmp_path):
+    a = taught(byte_level, tok, tmp_path / "out", read, transplant=True)
+    assert (
+        a.stats["distill"]["untied"]
+        and len(all_tensors(a.path)["lm_head.weight"]) == a.stats["n_rows"]
+    )
+    net, info = AutoModelForCausalLM.from_pretrained(a.path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert net.lm_head.weight is not net.model.embed_tokens.weight
+    again = init(byte_level, tok, out=tmp_path / "mean", transplant=True)
+    tied = AutoModelForCausalLM.from_pretrained(again.path)
+    taken = [OLD.index(piece) for piece in "abc中"]
+    assert torch.equal(net.model.embed_tokens.weight[taken], tied.model.embed_tokens.weight[taken])
+
+
+def test_a_recipe_gives_its_corpus_to_distillation_alone():
+    "Other methods do not read it, so another corpus leaves their models up to date"
+    for method, reads in (("distill", True), ("mean", False)):
+        recipe = {"corpus": {"sources": ["zh=a"]}, "base": {}, "init": {"method": method}}
+        step = next(step for step in recipe_steps(recipe) if step.command == "init")
+        assert ("corpus" in arguments(step, recipe, Path("run"))) == reads
+
+
+def test_distillation_can_be_probed(model, tok, read, tmp_path):
+    (read / "zh.valid.jsonl").write_text((read / "zh.train.jsonl").read_text())
+    kw = dict(seeds=1, steps=0, limit_chars=300)
+    rows = probe_methods(model, tok, read, ["mean", "distill"], **kw)
+    assert [row["method"] for row in rows] == ["mean", "distill"]
+    assert rows[1]["zh"] < rows[0]["zh"]  # even of a model that has learned nothing: counts do
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=20),
+    st.integers(0, 99),
+)
+def test_shares_of_a_group_are_one(spellings, seed):
+    counts = torch.randint(0, 50, (len(spellings),), generator=torch.Generator().manual_seed(seed))
+    shares = log_shares(spellings, counts).exp()
+    groups = torch.zeros(6).index_add(0, torch.tensor([s[0] for s in spellings]), shares)
+    assert all(abs(total - 1) < 1e-4 for total in groups[groups > 0].tolist())
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(2, 9))
+def test_stretches_are_the_text(ids, length):
+    spellings = [[0], [1], [0, 1], [1, 0, 1, 0]]
+    found = [*stretches(ids, spellings, length)]
+    assert sum(found, []) == ids and all(found)
+    sizes = [1 + sum(len(spellings[i]) for i in part) for part in found]
+    assert all(size <= length or len(part) == 1 for size, part in zip(sizes, found, strict=True))
+
+
+@given(st.integers(0, 30), st.integers(1, 30))
+def test_a_sample_holds_each_item_once(n, size):
+    kept = sample(([i] for i in range(n)), size, seed=3)
+    assert len(kept) == min(n, size) and len({i for (i,) in kept}) == len(kept)
+
+
 # what it refuses; nothing is written
 
 
@@ -456,7 +601,7 @@ def refuses(tmp_path):
 
 def test_refused_inputs(refuses, model, tok, tmp_path):
     refuses(
-        "method is 'best', expected mean, seed, first, asymmetric, average or normal",
+        "method is 'best', expected mean, seed, first, asymmetric, average, normal or distill",
         model,
         tok,
         method="best",
@@ -479,6 +624,15 @@ def test_refused_inputs(refuses, model, tok, tmp_path):
         model,
         write_tok(tmp_path / "x", OLD[::-1] + NEW),
     )
+
+
+def test_distillation_needs_text(refuses, model, tok, read, tmp_path):
+    refuses("distill reads text, found no corpus; give --corpus DIR", model, tok, method="distill")
+    (tmp_path / "a.txt").write_text("no corpus")
+    kw = dict(method="distill")
+    refuses("is no corpus; run: cmixtral corpus", model, tok, corpus=tmp_path / "a.txt", **kw)
+    (read / "zh.train.jsonl").write_text(json.dumps({"text": "abc abc"}) + "\n")
+    refuses("no text in which a quarter of the tokens is new", model, tok, corpus=read, **kw)
 
 
 def test_model_without_its_tokenizer(refuses, model, tok):
