@@ -16,10 +16,15 @@ from cmixtral_nb.notebooks import cells
 NBS = Path(__file__).parents[1] / "nbs"
 IMPORTS = ("import ", "from ")  # imports have cells of their own
 NEEDED: dict[str, set[str]] = {  # notebook -> what its checks use of other cells
+    "01_corpus": set(),
     "02_tokenizer": set(),
     "03_search": set(),
     "04_vocab": set(),
+    "04b_bytelevel": set(),
     "05_mixtral": {"random_model", "MIXTRAL", "QWEN3_MOE", "logits", "to_first_two", "to_last_two"},
+    "05b_upcycle": set(),
+    "07_pack": set(),
+    "06_init": set(),
     "08_qlora": {"WithLoRA"},
     "09_pretrain": set(),
     "10_merge": set(),
@@ -57,6 +62,33 @@ def exercises(chapter: str) -> dict[str, Any]:
             exec(definitions(source, NEEDED[chapter]), defined)
     exec(own, defined)
     return defined
+
+
+# 01_corpus
+
+
+def repeats(hashes):
+    "Goes by what was seen before"
+    seen: set[int] = set()
+    places = []
+    for place, value in enumerate(hashes):
+        if value in seen:
+            places.append(place)
+        seen.add(value)
+    return places
+
+
+def repeats_of_neighbours(hashes):
+    return [i for i in range(1, len(hashes)) if hashes[i] == hashes[i - 1]]
+
+
+def chance(similarity, groups=14, hashes=8):
+    "One minus the probability that each group differs somewhere"
+    return 1 - (1 - similarity**hashes) ** groups
+
+
+def chance_of_a_group(similarity, groups=14, hashes=8):
+    return groups * similarity**hashes
 
 
 # 02_tokenizer
@@ -164,6 +196,27 @@ def scores_in_ones(lowest, n):
     return [lowest - i for i in range(1, n + 1)]
 
 
+# 04b_bytelevel
+
+
+def only_own(beginning, others):
+    return not any(char.encode().startswith(beginning) for char in others)
+
+
+def nowhere_in_others(beginning, others):
+    return not any(beginning in char.encode() for char in others)
+
+
+def characters_per_pre_token(pattern, texts):
+    import regex
+
+    return sum(map(len, texts)) / sum(len(regex.findall(pattern, text)) for text in texts)
+
+
+def characters_per_word(pattern, texts):
+    return sum(map(len, texts)) / sum(len(text.split()) for text in texts)
+
+
 # 05_mixtral
 
 
@@ -198,6 +251,47 @@ def balance_of_layers(all_logits, k):
 
 def balance_of_all_layers_together(all_logits, k):
     return balance_of_layers((torch.cat(all_logits),), k)
+
+
+# 06_init
+
+
+def share_of_front(n_parts):
+    return 2 / (n_parts + 2)
+
+
+def share_without_front(n_parts):
+    "Divides by the token's own parts alone"
+    return 2 / n_parts
+
+
+def divided(p_first, counts):
+    total = sum(counts.values())
+    return {token: p_first * count / total for token, count in counts.items()}
+
+
+def divided_evenly(p_first, counts):
+    return dict.fromkeys(counts, p_first / len(counts))
+
+
+# 05b_upcycle
+
+
+def added_parameters(d, f, n_layers, n_experts):
+    return n_layers * ((n_experts - 1) * 3 * d * f + n_experts * d)
+
+
+def without_the_router(d, f, n_layers, n_experts):
+    return n_layers * (n_experts - 1) * 3 * d * f
+
+
+def split_network(W_gate, W_up, W_down, n):
+    parts = W_gate.chunk(n), W_up.chunk(n), W_down.chunk(n, dim=1)
+    return list(zip(*parts, strict=True))
+
+
+def with_all_of_down(W_gate, W_up, W_down, n):
+    return list(zip(W_gate.chunk(n), W_up.chunk(n), [W_down] * n, strict=True))
 
 
 # 08_qlora
@@ -403,18 +497,52 @@ def mean_of_changes(before, after, shares):
     return sum(shares[name] * (after[name] / before[name] - 1) for name in shares)
 
 
+# 07_pack
+
+
+def position_ids(ids, bos):
+    "Counts from the last BOS"
+    found: list[int] = []
+    for i in ids:
+        found.append(0 if i == bos or not found else found[-1] + 1)
+    return found
+
+
+def position_ids_of_one_document(ids, bos):
+    return list(range(len(ids)))
+
+
+def share_of_padding(sizes, length):
+    "What is not text, longer documents cut"
+    return 1 - sum(min(n, length) for n in sizes) / (length * len(sizes))
+
+
+def share_without_cutting(sizes, length):
+    return 1 - sum(sizes) / (length * len(sizes))
+
+
 @pytest.mark.parametrize(
     "chapter,solution,mistake",
     [
+        ("01_corpus", repeats, repeats_of_neighbours),
+        ("01_corpus", chance, chance_of_a_group),
         ("02_tokenizer", next_pair, once_in_a_word),
         ("02_tokenizer", cut_word, longest_first),
         ("03_search", saved_by, saved_by_bytes),
         ("03_search", without_last, only_removed),
         ("04_vocab", dead, without_two_parts),
         ("04_vocab", falling_scores, scores_in_ones),
+        ("04b_bytelevel", only_own, nowhere_in_others),
+        ("04b_bytelevel", characters_per_pre_token, characters_per_word),
         ("05_mixtral", exchange, exchange_without_the_router),
         ("05_mixtral", plain_weights, weights_that_sum_to_one),
         ("05_mixtral", balance_of_layers, balance_of_all_layers_together),
+        ("07_pack", position_ids, position_ids_of_one_document),
+        ("07_pack", share_of_padding, share_without_cutting),
+        ("06_init", share_of_front, share_without_front),
+        ("06_init", divided, divided_evenly),
+        ("05b_upcycle", added_parameters, without_the_router),
+        ("05b_upcycle", split_network, with_all_of_down),
         ("08_qlora", weight_of, evenly_spaced),
         ("08_qlora", lora_size, size_of_the_product),
         ("08_qlora", merged, merged_without_the_rank),
