@@ -15,6 +15,7 @@ __all__ = [
     "Counting",
     "count_task",
     "merge_task",
+    "bucket_limit",
     "counted_faults",
     "counted_source",
     "require_parts",
@@ -218,11 +219,25 @@ def merge_task(
     )
     head.unlink(missing_ok=True)
     files = [Path(f"{stem}.{bucket:05}.runs") for stem in stems]
-    found = merge_bucket(files, head.with_suffix(".runs"), limit_chars, salts, counting.size)
+    most = bucket_limit(limit_chars, n_parts)
+    found = merge_bucket(files, head.with_suffix(".runs"), most, salts, counting.size)
     asked = dict(identity=identity, limit_chars=limit_chars, salts=list(salts))
     sizes = [[count, n] for count, n in found.sizes.items()]
     write_json(head, dict(asked, n_chars=found.n_chars, sizes=sizes, dropped=found.dropped))
     return head
+
+
+_MANY = 100_000  # characters of a bucket, of which hashes spread runs evenly
+_UNEVEN = 1.2  # times an equal part; twenty standard deviations for as many characters
+
+
+def bucket_limit(
+    limit_chars: int,  # characters of different runs that training will hold; 0: all stay
+    n_buckets: int,
+) -> int:  # characters of different runs that one bucket may leave
+    "An equal part and a little more, where hashes spread evenly; everything where runs are few"
+    part = limit_chars / n_buckets
+    return min(limit_chars, int(_UNEVEN * part)) if part >= _MANY else limit_chars
 
 
 def _bucket_fault(head: Path, identity: str, limit_chars: int, salts: tuple[str, ...]) -> str:

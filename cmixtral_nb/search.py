@@ -72,6 +72,7 @@ from cmixtral_nb.search_files import (
 
 from .byte_bases import is_byte_base
 from .corpus import FEW_CHARS
+from .figures import GREY, in_style, legend_above, panels
 from .languages import script_pattern
 from .machine import say
 from .pieces import Piece, base_tokenizer_model, read_model, read_pieces
@@ -675,16 +676,14 @@ def blocks_of(
 
 
 # %% ../nbs/03_search.ipynb #71eabd60
+@in_style
 def plot_search(
     rows: list[dict],  # of search_table
     choice: dict,  # of choose
     floor: float = 0,  # characters per token that nothing can pass; 0: there is no such floor
 ) -> Figure:
     "ALP and characters per token over pieces appended, one curve for each order"
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, 3), dpi=72, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels(2)
     mean = [row for row in rows if row["domain"] == "mean"]
     for axes, key in ((left, "alp"), (right, "chars_per_token")):
         for n_chars in sorted({row["n_chars"] for row in mean}):
@@ -692,19 +691,17 @@ def plot_search(
             axes.plot(
                 [row["n_pieces"] for row in own],
                 [row[key] for row in own],
-                "o-" if n_chars else "k.--",
-                ms=3,
-                lw=1,
+                marker="o" if n_chars else "s",
                 label=f"{n_chars:,}" if n_chars else "by tokens saved",
             )
         if choice["n_pieces"]:
-            circle = dict(ms=12, mfc="none", mec="k", label="choice")
+            circle: dict = dict(ms=12, mfc="none", mec="black", ls="", label="choice")
             axes.plot(choice["n_pieces"], choice[key], "o", **circle)
     if floor:
-        right.axhline(floor, color="k", lw=1, ls=":", label="floor of the base")
+        right.axhline(floor, color=GREY, lw=1, label="floor of the base")
     left.set(xlabel="pieces appended", ylabel="ALP, nats per sentence")
     right.set(xlabel="pieces appended", ylabel="characters per token")
-    right.legend(title="single characters")
+    legend_above(figure, title="single characters")
     return figure
 
 
@@ -917,6 +914,7 @@ def search(
     budget = budget or train_chars(corpus, lang)
     choice = choose(rows, before["n_tokens"], budget, min_saving, min_seen)
     write_search(out, rows, choice, plot_search(rows, choice, tried.floor))
+    spread = _spread(tried, docs, choice)
     n_tried = len({(row["n_chars"], row["n_pieces"]) for row in rows})
     say(
         "search",
@@ -928,7 +926,7 @@ def search(
     )
     return dict(
         choice,
-        **_spread(tried, docs, choice),
+        **spread,
         chars_per_token_base=before["chars_per_token"],
         alp_base=before["alp"],
         budget=budget,

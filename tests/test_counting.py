@@ -16,6 +16,7 @@ from test_pack import slurm
 
 from cmixtral_nb.counted import (
     Counting,
+    bucket_limit,
     bucket_of,
     count_buckets,
     count_task,
@@ -106,6 +107,20 @@ def test_a_bucket_holds_no_more_than_about_the_limit(tmp_path):
     assert found.n_chars == 9 * len(many)
 
 
+def test_an_equal_part_of_the_limit_is_enough_for_a_bucket_of_many_runs(tmp_path):
+    rng = random.Random(0)
+    runs = ["".join(rng.choices("中国人民文学生活大小", k=12)) for _ in range(30_000)]
+    counts = sorted(Counter(runs + runs[:6000] * 3).items())
+    files, found = [tmp_path / f"b{i}" for i in range(2)], []
+    for bucket, path in enumerate(files):
+        own = write_runs(tmp_path / "own", [r for r in counts if bucket_of(r[0], 2) == bucket])
+        found.append(merge_bucket([own], path, bucket_limit(200_000, 2)))
+    thinned, whole = join_buckets(files, found), Source(1.0, lambda: counts, mass(counts))
+    assert all(bucket.dropped for bucket in found)
+    assert mix_runs([thinned], 200_000) == mix_runs([whole], 200_000)
+    assert sum(len(run) for run, _ in thinned.rows()) < 1.3 * 200_000
+
+
 def test_more_files_than_may_be_open(tmp_path):
     files = [write_runs(tmp_path / f"{i}", [("中", 1), (f"人{i:03}", i)]) for i in range(401)]
     merged = dict(merged_runs(files, tmp_path / "tree"))
@@ -118,7 +133,7 @@ def here(tmp_path_factory):
     "A corpus of two languages"
     folder = tmp_path_factory.mktemp("counting")
     (folder / "corpus").mkdir()
-    for lang, n_docs in (("zh", 700), ("km", 60)):
+    for lang, n_docs in (("zh", 400), ("km", 40)):
         rows = [row["text"] for row in itertools.islice(read_docs(f"builtin:{lang}"), n_docs)]
         for split, docs in (("train", rows[: n_docs - 20]), ("valid", rows[n_docs - 20 :])):
             lines = "".join(json.dumps({"text": text}) + "\n" for text in docs)
@@ -170,10 +185,10 @@ def run_here(here, out, tasks, **how):
 
 
 def test_words_of_a_byte_level_base(here, tmp_path):
-    how: dict = dict(lang="km", script="Khmer", base="tekken", n_pieces=200, memory_chars=2000)
+    how: dict = dict(lang="km", script="Khmer", base="tekken", n_pieces=100, memory_chars=1500)
     near = tokenizer(here / "corpus", tmp_path / "near", **how)
     assert 0 < near.stats["share_of_counts"] < 1
-    run_here(here, tmp_path / "far", 3, **how)
+    run_here(here, tmp_path / "far", 2, **how)
     same(Artifact.load(tmp_path / "far", "pieces"), near)
 
 
@@ -242,7 +257,7 @@ def test_jobs_that_cannot_be(here, tmp_path):
         with pytest.raises(StageError, match=words):
             tokenizer_job(corpus, tmp_path / "out", **more)
 
-    refused("n_pieces is 0, expected at least 1", n_pieces=0)
+    refused("n_pieces is 0, expected 1 to 1,000,000", n_pieces=0)
     refused("tasks is 0, expected at least 1", tasks=0)
     refused("executor is 'moon', expected local, slurm, ray", executor="moon")
     refused("'time' and 'partition'; give it in where", executor="slurm")

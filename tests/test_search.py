@@ -13,9 +13,11 @@ from cmixtral_nb.corpus import corpus
 from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_pieces
 from cmixtral_nb.runs import run_pattern
 from cmixtral_nb.search import (
+    Block,
     Heldout,
     alp,
     base_pieces,
+    blocks_of,
     choose,
     default_grid,
     growth,
@@ -28,6 +30,7 @@ from cmixtral_nb.search import (
     search,
     search_table,
     select_pieces,
+    spread_of,
     stretches,
     token_counts,
 )
@@ -365,10 +368,10 @@ def test_default_grid_reaches_all_candidates():
 
 def test_figure_has_a_curve_for_each_number_of_characters():
     rows = [row(c, t, -9.0 + t) for c in (0, 1, 2) for t in (1, 2, 3)]
-    left, right = plot_search(rows, choose(rows, 2000)).axes
+    figure = plot_search(rows, choose(rows, 2000))
+    left, _ = figure.axes
     assert "nats" in left.get_ylabel()
-    legend = right.get_legend()
-    assert legend is not None
+    (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["by tokens saved", "1", "2", "choice"]
 
@@ -465,3 +468,43 @@ def test_choices_that_are_none(tmp_path, content, words):
         read_choice(tmp_path)
     with pytest.raises(StageError, match="no such file"):
         read_choice(tmp_path / "none")
+
+
+# ---- how sure the knee is
+
+
+def block(*sizes, n_sentences=1):
+    "A block with these counts of its tokens at 0, 1, 2 ... pieces"
+    return Block({n: Counter(counts) for n, counts in enumerate(sizes)}, n_sentences)
+
+
+def test_spread_of_equal_blocks_has_no_width():
+    one = block(dict(a=8, b=4), dict(a=5, c=4), dict(c=4, d=4), dict(e=6))
+    spread = spread_of({"x": [one] * 5, "y": [one]}, 1)
+    assert spread.saved == pytest.approx((1 - 9 / 12, 1 - 9 / 12))
+    assert spread.knee[0] == spread.knee[1]
+
+
+def test_spread_against_draws_of_documents():
+    "The saving of 40 blocks, half of which are saved nothing: a binomial of 40"
+    saved, not_saved = block(dict(a=10), dict(b=5)), block(dict(a=10), dict(a=10))
+    low, high = spread_of({"x": [saved] * 20 + [not_saved] * 20}, 1, n_draws=1000).saved
+    assert (low, high) == pytest.approx((0.5 * 14 / 40, 0.5 * 26 / 40), abs=0.5 / 40 + 1e-9)
+
+
+def test_spread_is_the_same_again_and_each_domain_has_one_vote():
+    few, many = block(dict(a=4), dict(b=2)), block(dict(a=400), dict(b=400))
+    blocks = {"few": [few] * 3, "many": [many, few]}
+    assert spread_of(blocks, 1, seed=3) == spread_of(blocks, 1, seed=3)
+    with_empty = blocks_of(
+        {"x": ["甲", ""], "y": [""]}, lambda docs: block({}, n_sentences=len("".join(docs)))
+    )
+    assert {domain: len(own) for domain, own in with_empty.items()} == {"x": 1}
+
+
+def test_blocks_together_are_the_documents():
+    docs = [f"{i}" for i in range(47)]
+    seen = blocks_of({"x": docs}, lambda own: Block({0: Counter(own)}, 1))["x"]
+    assert len(seen) == 20
+    assert sum((b.counts[0] for b in seen), Counter()) == Counter(docs)
+    assert max(b.counts[0].total() for b in seen) - min(b.counts[0].total() for b in seen) <= 1
