@@ -102,7 +102,7 @@ def _require_recipe(path: Path) -> None:
 
 
 def run(
-    recipe: str = "tiny",  # shipped recipe (tiny, paper) or TOML file
+    recipe: str = "tiny",  # shipped recipe (tiny, laptop, paper) or TOML file
     out: Path | None = None,  # folder of the run; default runs/NAME
     from_: str = "",  # first stage to run; those before it must be there
     to: str = "",  # last stage to run

@@ -57,6 +57,8 @@ def exercises(chapter: str) -> dict[str, Any]:
     for source in [s for s in code if s.startswith(IMPORTS)]:
         exec(source, defined)
     exec("from cmixtral_nb.mixtral import small_config", defined)
+    exec("import regex", defined)
+    exec("from cmixtral_nb.bytelevel import OwnBytes, own_characters", defined)
     for source in code:
         if source is not own and not source.startswith(("#|", *IMPORTS)):
             exec(definitions(source, NEEDED[chapter]), defined)
@@ -203,8 +205,8 @@ def only_own(beginning, others):
     return not any(char.encode().startswith(beginning) for char in others)
 
 
-def nowhere_in_others(beginning, others):
-    return not any(beginning in char.encode() for char in others)
+def by_the_first_byte(beginning, others):
+    return not any(char.encode()[0] == beginning[0] for char in others)
 
 
 def characters_per_pre_token(pattern, texts):
@@ -285,13 +287,13 @@ def without_the_router(d, f, n_layers, n_experts):
     return n_layers * (n_experts - 1) * 3 * d * f
 
 
-def split_network(W_gate, W_up, W_down, n):
-    parts = W_gate.chunk(n), W_up.chunk(n), W_down.chunk(n, dim=1)
+def split_network(gate, up, down, n):
+    parts = gate.chunk(n), up.chunk(n), down.chunk(n, dim=1)
     return list(zip(*parts, strict=True))
 
 
-def with_all_of_down(W_gate, W_up, W_down, n):
-    return list(zip(W_gate.chunk(n), W_up.chunk(n), [W_down] * n, strict=True))
+def with_all_of_down(gate, up, down, n):
+    return list(zip(gate.chunk(n), up.chunk(n), [down] * n, strict=True))
 
 
 # 08_qlora
@@ -532,7 +534,7 @@ def share_without_cutting(sizes, length):
         ("03_search", without_last, only_removed),
         ("04_vocab", dead, without_two_parts),
         ("04_vocab", falling_scores, scores_in_ones),
-        ("04b_bytelevel", only_own, nowhere_in_others),
+        ("04b_bytelevel", only_own, by_the_first_byte),
         ("04b_bytelevel", characters_per_pre_token, characters_per_word),
         ("05_mixtral", exchange, exchange_without_the_router),
         ("05_mixtral", plain_weights, weights_that_sum_to_one),
