@@ -10,7 +10,6 @@ __all__ = [
     "EXECUTORS",
     "PLAIN",
     "ENGINES",
-    "Step",
     "executor_class",
     "executor_options",
     "engine_faults",
@@ -118,14 +117,14 @@ def engine_faults(
 
 
 # %% ../nbs/a04e_executors.ipynb #3599b391
-Step = Callable[[Any, int, int], None]  # (None, number of the task, number of tasks)
+_Step = Callable[[Any, int, int], None]  # (None, number of the task, number of tasks)
 
 
 @dataclass(frozen=True)
 class Reported:
     "A step that writes down why it failed"
 
-    step: Step
+    step: _Step
     faults: str  # folder for the reasons
 
     def __call__(self, data: Any = None, task: int = 0, n_tasks: int = 1) -> None:
@@ -214,7 +213,7 @@ class Jobs:
     def run(
         self,
         name: str,  # of the job
-        step: Step,
+        step: _Step,
         tasks: int,
         logs: Path,  # in it, a folder for each job: log, marks, configuration, Slurm's script
     ) -> None:

@@ -14,17 +14,9 @@ __all__ = [
     "JOBS",
     "TextRules",
     "TextWork",
-    "ReadShards",
-    "bucket_keys",
     "repeats_of",
-    "FindRepeats",
     "marks_of",
-    "found_in",
     "minhash_config",
-    "unrepeated",
-    "NearStep",
-    "MarkDocuments",
-    "CutShards",
     "run_text_jobs",
     "join_parts",
     "clear_parts",
@@ -140,7 +132,7 @@ def _write_array(path: Path, values: ndarray) -> None:
 
 # %% ../nbs/a04f_text_jobs.ipynb #68446a5b
 @dataclass(frozen=True)
-class ReadShards:
+class _ReadShards:
     "Job `read`: clean documents of each shard, and the hashes of what may occur once"
 
     work: TextWork
@@ -200,7 +192,7 @@ def _as_line(row: dict) -> bytes:
 
 
 # %% ../nbs/a04f_text_jobs.ipynb #3a35a831
-def bucket_keys(
+def _bucket_keys(
     work: TextWork,
     kind: str,  # 'documents' or 'paragraphs'
     bucket: int,  # 0 to 255
@@ -217,7 +209,7 @@ def bucket_keys(
 
 
 def repeats_of(
-    keys: list[tuple[int, ndarray]],  # of `bucket_keys`
+    keys: list[tuple[int, ndarray]],  # of `_bucket_keys`
 ) -> ndarray:  # of `_FOUND`, in the order of the text: all but the first of equal hashes
     "Which documents or paragraphs were there before"
     import numpy as np
@@ -236,7 +228,7 @@ def repeats_of(
 
 
 @dataclass(frozen=True)
-class FindRepeats:
+class _FindRepeats:
     "Jobs `documents` and `paragraphs`: the repeats in each bucket"
 
     work: TextWork
@@ -244,7 +236,7 @@ class FindRepeats:
 
     def __call__(self, _: Any, task: int, n_tasks: int) -> None:
         for bucket in range(task, N_BUCKETS, n_tasks):
-            keys = list(bucket_keys(self.work, self.kind, bucket))
+            keys = list(_bucket_keys(self.work, self.kind, bucket))
             if self.kind == "paragraphs":  # only those of documents that stay
                 keys = [(number, self._of_kept(number, found)) for number, found in keys]
             _write_array(self.work.place(self.kind, bucket), repeats_of(keys))
@@ -263,7 +255,7 @@ def marks_of(
     return np.fromfile(work.place("marks", shard), "uint8")
 
 
-def found_in(
+def _found_in(
     work: TextWork,
     kind: str,  # 'documents' or 'paragraphs'
     shards: range,  # of a task
@@ -302,7 +294,7 @@ def minhash_config(
     return MinhashConfig(n_grams=n_grams, hash_config=HashConfig(hash_fc="sha1"))
 
 
-def unrepeated(
+def _unrepeated(
     work: TextWork,
     task: int,  # which
     n_tasks: int,  # of how many
@@ -312,7 +304,7 @@ def unrepeated(
     from datatrove.data import Document
 
     shards = work.own(task, n_tasks)
-    for number, found in found_in(work, "documents", shards).items():
+    for number, found in _found_in(work, "documents", shards).items():
         gone = set(found["doc"].tolist())
         n_docs = read_json(work.place("read", number) / "head.json")["n_docs"]
         texts = _texts(work, number) if with_text else itertools.repeat("", n_docs)
@@ -328,7 +320,7 @@ def _texts(work: TextWork, shard: int) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class NearStep:
+class _NearStep:
     "Jobs `signatures`, `buckets` and `clusters`: the blocks of datatrove's MinHash"
 
     work: TextWork
@@ -342,7 +334,7 @@ class NearStep:
         signatures, pairs = str(folder / "signatures"), str(folder / "pairs")
         config = minhash_config(self.unspaced)
         if self.block == "signatures":
-            docs: Any = unrepeated(self.work, task, n_tasks, with_text=True)
+            docs: Any = _unrepeated(self.work, task, n_tasks, with_text=True)
             words: Any = word_tokenizer()
             minhash.MinhashDedupSignature(signatures, config, words).run(docs, task, n_tasks)
         elif self.block == "buckets":
@@ -355,7 +347,7 @@ class NearStep:
 
 
 @dataclass(frozen=True)
-class MarkDocuments:
+class _MarkDocuments:
     "Job `marks`: what goes of each shard"
 
     work: TextWork
@@ -365,7 +357,7 @@ class MarkDocuments:
 
         kept = self._kept(task, n_tasks)
         shards = self.work.own(task, n_tasks)
-        for number, found in found_in(self.work, "documents", shards).items():
+        for number, found in _found_in(self.work, "documents", shards).items():
             head = read_json(self.work.place("read", number) / "head.json")
             marks = np.full(head["n_docs"], DROPS.index("near-duplicate"), "uint8")
             marks[kept.get(number, [])] = 0
@@ -374,7 +366,7 @@ class MarkDocuments:
 
     def _kept(self, task: int, n_tasks: int) -> dict[int, list[int]]:
         "Documents of each shard that are no copy, nor nearly one"
-        docs: Any = unrepeated(self.work, task, n_tasks, with_text=False)
+        docs: Any = _unrepeated(self.work, task, n_tasks, with_text=False)
         if self.work.near:
             from datatrove.pipeline.dedup.minhash import MinhashDedupFilter
 
@@ -390,13 +382,13 @@ class MarkDocuments:
 
 # %% ../nbs/a04f_text_jobs.ipynb #35cd8e3a
 @dataclass(frozen=True)
-class CutShards:
+class _CutShards:
     "Job `cut`: the documents that stay, without repeated paragraphs"
 
     work: TextWork
 
     def __call__(self, _: Any, task: int, n_tasks: int) -> None:
-        found = found_in(self.work, "paragraphs", self.work.own(task, n_tasks))
+        found = _found_in(self.work, "paragraphs", self.work.own(task, n_tasks))
         folder = self.work.place("cut", task)
         if not folder.is_dir():
             _write_whole(folder, lambda tmp: self._write(found, tmp))
@@ -471,17 +463,17 @@ def run_text_jobs(
     work = TextWork(str(folder.resolve()), shards, rules, near)
     _sign(work, folder, tasks)
     steps: list[tuple[str, Any, int]] = [
-        ("read", ReadShards(work), tasks),
-        ("documents", FindRepeats(work, "documents"), tasks),
+        ("read", _ReadShards(work), tasks),
+        ("documents", _FindRepeats(work, "documents"), tasks),
     ]
     if near:
         n_buckets = minhash_config(unspaced).num_buckets
         sizes = dict(signatures=tasks, buckets=n_buckets, clusters=1)
-        steps += [(block, NearStep(work, block, unspaced), n) for block, n in sizes.items()]
+        steps += [(block, _NearStep(work, block, unspaced), n) for block, n in sizes.items()]
     steps += [
-        ("marks", MarkDocuments(work), tasks),
-        ("paragraphs", FindRepeats(work, "paragraphs"), tasks),
-        ("cut", CutShards(work), tasks),
+        ("marks", _MarkDocuments(work), tasks),
+        ("paragraphs", _FindRepeats(work, "paragraphs"), tasks),
+        ("cut", _CutShards(work), tasks),
     ]
     for name, step, n_tasks in steps:
         jobs.run(name, step, n_tasks, folder / "logs")
