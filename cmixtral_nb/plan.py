@@ -957,7 +957,12 @@ def disk_text(
 
 
 # %% ../nbs/a19_plan.ipynb #c5b74b1c
-INFERENCE = ("generate", "evaluate", "efficiency")  # stages that load a model and do not train it
+INFERENCE = (
+    "generate",
+    "evaluate",
+    "efficiency",
+    "health",
+)  # stages that load a model and do not train it
 
 
 def inference_bytes(
@@ -1004,7 +1009,7 @@ def stage_bytes(
     "`inference_bytes` in all for the parameters of a stage; exams are taken as 4,096 tokens"
     at_hand = "float32" if device == "cpu" else "bfloat16"
     dtype = settings.get("dtype")
-    scored = stage == "evaluate"
+    scored = stage in ("evaluate", "health")
     most_context = 4096 if settings.get("tasks") else 0
     return inference_bytes(
         config,

@@ -15,6 +15,7 @@ __all__ = [
     "longer_without",
     "control_inputs",
     "text_bytes",
+    "corpus_bytes",
     "preflight",
     "plan",
 ]
@@ -60,6 +61,7 @@ from .options import as_list, range_faults, refuse
 from .packages import installed_version, package_fault, package_faults
 from .recipe_check import check_recipe
 from .stages import StageError, read_json, require, write_json
+from .text_plan import TOKEN_BYTES, text_table
 
 
 # %% ../nbs/a31_preflight.ipynb #7a10fd09
@@ -296,6 +298,15 @@ def text_bytes(
     return source["n_bytes"] * passes
 
 
+def corpus_bytes(
+    recipe: dict[str, Any],  # as read
+    out: Path | None = None,  # folder of the run, where the corpus may have been made
+) -> float:  # 0: not known yet
+    "Bytes of text, all languages: of the corpus, or of as many tokens as the recipe names"
+    made = [n["n_bytes"] for n in _stats(out, "corpus").values() if "n_bytes" in n]
+    return sum(made) or recipe.get("tokens", 0) * TOKEN_BYTES
+
+
 # %% ../nbs/a31_preflight.ipynb #9d8033d3
 def preflight(
     recipe: dict[str, Any],  # as read and checked
@@ -448,6 +459,8 @@ def plan(
     if "control" in read:
         print(_control_text(read, folder, n_tokens, utilisation, device))
     print(disk_text(disk_of(read, asked, memory["trainable"], n_tokens)))
+    if n_bytes := corpus_bytes(read, folder):
+        print("\nbefore training:\n\n" + text_table(n_bytes))
     steps = recipe_steps(read)
     stages = list(dict.fromkeys(step.stage for step in steps))
     print(f"\nstages: {', '.join(stages)}, report; folder: {folder}")
