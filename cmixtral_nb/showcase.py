@@ -192,13 +192,13 @@ WORDS = {  # language of the page -> texts
         "what": "**`cmixtral run {recipe}`** takes {minutes:.0f} minutes. {about} "
         "{n_pieces:,} pieces of {name} are put after the {n_base:,} of the base. The same text "
         "then takes **{saved:.1%} fewer tokens** ({before:.2f} → {after:.2f} characters per "
-        "token). The certificate tried {cases:,} cases, and {failed} failed: other texts keep "
-        "their ids.",
+        "token). The *certificate*, a set of checks, tried {cases:,} cases and {failed} "
+        "failed: other texts keep their ids.",
         "alt": "“{sentence}” before and after: {n_before} tokens become {n_after}",
         "before": "{n_base:,} pieces: {n_before} tokens",
         "after": "{n_pieces:,} more: {n_after} tokens",
-        "boxes": "One sentence, as the tokenizer cuts it before and after. A box is a token: grey "
-        "where the base had it, blue where it is new.",
+        "boxes": "One sentence, as the tokenizer cuts it before and after. A box is a token, one "
+        "use of a *piece* of the vocabulary: grey where the base had it, blue where it is new.",
         "head": "bits per byte of {name}",
         "density": "characters of {name} per token",
         "verdict": "{name} after training: **{change:+.1%} bits per byte** against the base "
