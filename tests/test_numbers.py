@@ -16,12 +16,10 @@ NOT_YET: dict[str, int] = {
     "06_init": 7,
     "07_pack": 3,
     "08_qlora": 3,
-    "14_pipeline": 1,
     "a04d_quality": 3,
     "a04f_text_jobs": 4,
     "a15_packing": 2,
     "a19_plan": 3,
-    "a27c_health": 2,
 }
 
 
