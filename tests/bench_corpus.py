@@ -112,11 +112,9 @@ def speed(work: Path, megabytes: float, data: str):
             assert made.setdefault(kind, artifact.fingerprint) == artifact.fingerprint
     assert made["plain"] == made["one task"] == made["two tasks"]
     assert made["one task, near"] == made["two tasks, near"]
-    for kind, seconds in times.items():
-        best = min(seconds)
-        print(
-            f"{kind:16} {best:7.1f} s {size / best:6.1f} MB/s  of", *[f"{s:.1f}" for s in seconds]
-        )
+    for kind, found in times.items():
+        best = min(found)
+        print(f"{kind:16} {best:7.1f} s {size / best:6.1f} MB/s  of", *[f"{s:.1f}" for s in found])
     for kind in ("", ", near"):
         ratio = min(times["one task" + kind]) / min(times["two tasks" + kind])
         print(f"two tasks{kind}: {ratio:.2f} times as fast as one")

@@ -312,7 +312,7 @@ def test_a_file_of_the_hub_that_fails_is_tried_again_and_named(here, monkeypatch
     write("0.jsonl", ["第一个文件的文章，讲词表扩充。"])
     Path("1.jsonl").write_text('{"text": "cut o')
     monkeypatch.setattr(shards, "PAUSES", (0, 0))
-    tried = Counter()
+    tried: Counter = Counter()
     real = text_jobs.read_shard
 
     def counting(shard, *args):
