@@ -36,7 +36,9 @@ __all__ = [
     "distill",
 ]
 
-# %% ../nbs/a14c_distill.ipynb #020fe779
+# %% ../nbs/a14c_distill.ipynb #861175c6
+import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -351,7 +353,7 @@ class Teaching:
     "The pupil's rows and their optimisers, as they are after some steps"
 
     def __init__(self, embeddings: Embeddings):
-        self.done = 0
+        self.errors: list[float] = []  # of the states, one for each step that was made
         self.embeddings = embeddings
         self.shared = {
             name: RestingAdam(values, SHARED_LR) for name, values in embeddings.shared.items()
@@ -371,7 +373,7 @@ class Teaching:
 
         part = file.with_name(file.name + ".part")
         tensors = {name: t.cpu().contiguous() for name, t in self._tensors().items()}
-        save_file(tensors, part, metadata={"done": str(self.done)})
+        save_file(tensors, part, metadata={"errors": json.dumps(self.errors)})
         part.replace(file)
 
     def load(
@@ -382,7 +384,7 @@ class Teaching:
         from safetensors import safe_open
 
         with safe_open(file, "pt") as f:
-            self.done = int(f.metadata()["done"])
+            self.errors = json.loads(f.metadata()["errors"])
             for name, values in self._tensors().items():
                 values.copy_(f.get_tensor(name))
 
@@ -409,35 +411,38 @@ def teach_embeddings(
     starts: tuple[int, int],  # old and new id that start a text
     state: Path | None = None,  # file to write the state to, and to go on from
     depth: int = 0,  # layers to run; 0: a quarter of them
-) -> tuple[Embeddings, list[float]]:  # errors of the steps that were made here
+) -> tuple[Embeddings, list[float]]:  # and the error of the states at each step
     "Change the new embedding rows until the early states are those of the old spelling"
-    import torch
-
     embeddings = Embeddings(net.get_input_embeddings().weight.detach(), spellings)
     teaching = Teaching(embeddings)
     if state and state.is_file():
         teaching.load(state)
-    n_layers = net.config.num_hidden_layers
-    errors = []
+    n_layers = net.base_model.config.num_hidden_layers
     with first_layers(net, depth or max(1, round(n_layers / 4))) as body:
         scale = teacher_states(body, batches[0], spellings, starts[0]).std(0).clamp(min=1e-6)
-        while teaching.done < steps:
-            batch = batches[teaching.done % len(batches)]
+        for step in range(len(teaching.errors), steps):
+            batch = batches[step % len(batches)]
             taught = teacher_states(body, batch, spellings, starts[0])
-            factor = _factor(teaching.done, steps)
-            errors.append(_lesson(body, teaching, batch, taught, scale, starts[1], factor))
-            teaching.done += 1
-            if state and teaching.done % SAVE_EVERY == 0:
+            error = _lesson(body, teaching, batch, taught, scale, starts[1], _factor(step, steps))
+            require(
+                math.isfinite(error),
+                f"distill: the error of step {step} is {error}, expected a number; take --method "
+                "mean, and please report the model",
+            )
+            teaching.errors.append(error)
+            if state and (step + 1) % SAVE_EVERY == 0:
                 teaching.save(state)
-    require(
-        all(map(torch.isfinite, torch.tensor(errors))),
-        "distill: the error of a step is NaN; take --method mean, and please report the model",
-    )
-    return embeddings, errors
+    return embeddings, teaching.errors
 
 
 def _lesson(
-    body: Any, teaching: Teaching, batch: list, taught: Tensor, scale: Tensor, start: int, factor
+    body: Any,
+    teaching: Teaching,
+    batch: list[list[int]],
+    taught: Tensor,
+    scale: Tensor,
+    start: int,
+    factor: float,
 ) -> float:
     "One step: the error, its gradient, and what it changes"
     import torch

@@ -469,6 +469,16 @@ def _can_go_on(method: str, **others: Any) -> bool:
     return method == "distill"
 
 
+def _about_lessons(stats: dict[str, Any]) -> str:
+    "What the method distill did, for the line that a user sees"
+    if "distill" not in stats:
+        return ""
+    found = stats["distill"]
+    errors = " to ".join(f"{error:.2f}" for error in found["error"])
+    own = "; the head is a matrix of its own now" if found["untied"] else ""
+    return f"; error of the states {errors}; {found['n_lowered']:,} old rows lowered{own}"
+
+
 @stage(
     "model",
     inputs=("model", "tokenizer", "probe", "corpus"),
@@ -501,6 +511,6 @@ def init(
     say(
         "init",
         f"{stats['n_new']:,} new rows by {method}, {stats['sub_tokens']:.2f} sub-tokens each on "
-        f"average; {stats['n_rows']:,} in all",
+        f"average; {stats['n_rows']:,} in all{_about_lessons(stats)}",
     )
     return dict(stats, method=method, **found, tokenizer=tokenizer_fingerprint(tokenizer))
