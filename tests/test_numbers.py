@@ -13,7 +13,6 @@ NOT_YET: dict[str, int] = {
     "04b_bytelevel": 3,
     "05_mixtral": 5,
     "05b_upcycle": 1,
-    "06_init": 7,
     "07_pack": 3,
     "08_qlora": 3,
     "a04d_quality": 3,
