@@ -231,7 +231,7 @@ def _gathered(
         benchmarks=_exams(evaluations),
         losses=files["losses"],
         router_load=files["router_load"],
-        samples=files["samples"],
+        samples=files["samples"] if "generate" in recipe else [],  # not of an earlier recipe
         stages=stages,
         versions=versions(),
         efficiency=files["efficiency"],

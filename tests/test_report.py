@@ -150,6 +150,19 @@ def test_the_health_of_new_pieces_is_a_section_and_a_line(micro, cli):
         )
 
 
+def test_samples_of_an_earlier_recipe_are_not_shown(micro):
+    run = micro[0]
+    recipe = (run / "recipe.toml").read_text()
+    assert report_data(run)["samples"]
+    without = re.sub(r"\[generate\].*?(?=\n\[)", "", recipe, flags=re.DOTALL)
+    assert "generate" in recipe and "generate" not in without
+    (run / "recipe.toml").write_text(without)
+    try:
+        assert report_data(run)["samples"] == []
+    finally:
+        (run / "recipe.toml").write_text(recipe)
+
+
 def test_the_card_of_a_run(micro, cli):
     from huggingface_hub import ModelCard
 
