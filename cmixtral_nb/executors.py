@@ -98,6 +98,9 @@ def engine_faults(
         return [f"{extra} is for many tasks; give --engine local, slurm or ray"] if extra else []
     try:
         options = executor_options(where)
+        unknown = [name for name in options if engine == "local" and name != "workers"]
+        if unknown:
+            return [f"where: engine local takes workers=N alone, not {', '.join(unknown)}"]
         if engine == "ray" and (fault := package_fault("ray")):
             return [fault]
         start = executor_class(engine)
@@ -108,9 +111,6 @@ def engine_faults(
         return [
             f"engine {engine}: {e}; give --where NAME=VALUE, such as partition=cpu time=8:00:00"
         ]
-    if engine == "local":
-        own = [name for name in options if name != "workers"]
-        return [f"where: {name} is unknown to engine local, expected workers" for name in own]
     if engine == "slurm" and not shutil.which("sbatch"):
         return ["engine is slurm, and this machine has no sbatch; run it where jobs are submitted"]
     return []
