@@ -9,7 +9,6 @@ from check_numbers import COMMON, NOTEBOOKS, ROOT, claims, faults, held_by, is_h
 NOT_YET: dict[str, int] = {
     "02_tokenizer": 2,
     "03_search": 3,
-    "04b_bytelevel": 1,
     "06_init": 7,
     "a19b_text_plan": 1,
 }
