@@ -344,7 +344,9 @@ class RestingAdam:
 
 # %% ../nbs/a14c_distill.ipynb #bce07137
 BATCH = 4  # stretches in a step
-SHARED_LR, OWN_LR = 3e-4, 1e-2  # of the shared map, and of a row's own part
+# learning rates; of "map" as it is, of the others as a share of the old rows' root mean square
+SHARED_LR = {"map": 3e-4, "shift": 2e-3}
+OWN_LR = 0.075
 SAVE_EVERY = 10  # steps
 STATE = "distilled"  # file in the stage's folder: what has been learned so far
 
@@ -355,10 +357,13 @@ class Teaching:
     def __init__(self, embeddings: Embeddings):
         self.errors: list[float] = []  # of the states, one for each step that was made
         self.embeddings = embeddings
+        size = embeddings.W.square().mean().sqrt().item()  # of a number of an old row
+        shared = embeddings.shared
         self.shared = {
-            name: RestingAdam(values, SHARED_LR) for name, values in embeddings.shared.items()
+            "map": RestingAdam(shared["map"], SHARED_LR["map"]),
+            "shift": RestingAdam(shared["shift"], SHARED_LR["shift"] * size),
         }
-        self.own = RestingAdam(embeddings.own, OWN_LR)
+        self.own = RestingAdam(embeddings.own, OWN_LR * size)
 
     def _tensors(self) -> dict[str, Tensor]:
         optimisers = {**self.shared, "own": self.own}

@@ -497,7 +497,7 @@ def test_head_rows_differ_from_the_first_part_in_one_direction(model, tok, read,
 
 
 def test_a_token_without_text_gets_the_shared_part_alone(model, tok, read, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "SHARED_LR", 0.0)
+    monkeypatch.setattr(distill, "SHARED_LR", {"map": 0.0, "shift": 0.0})
     a = taught(model, tok, tmp_path / "out", read)
     mean = init(model, tok, out=tmp_path / "mean")
     name = "model.embed_tokens.weight"
