@@ -170,9 +170,13 @@ def setting(
 
 # %% ../nbs/a33_notebooks.ipynb #80bfffbb
 COLAB_EXTRAS = {  # notebook -> the extra that it needs
+    "01_corpus": "cluster",
     "03_search": "lexicons",
     "04_vocab": "lexicons",
     "13_evaluate": "eval",
+    "a04d_quality": "cluster",
+    "a04e_executors": "cluster",
+    "a04f_text_jobs": "cluster",
     "a07_lexicons": "lexicons",
     "a07b_raking": "lexicons",
     "a16_cluster": "cluster",
