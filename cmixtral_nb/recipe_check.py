@@ -36,6 +36,7 @@ from cmixtral_nb.recipes import (
 )
 
 from .byte_bases import is_byte_base
+from .chat_tokenizer import FORMS, PAD, template_for
 from .checkpoints import HUB_ID
 from .gguf_models import check_gguf, read_gguf, write_gguf_tokenizer
 from .languages import lang_script
@@ -311,6 +312,23 @@ def _dense_tokenizer(recipe: dict, folder: Path) -> Path | None:
     return write_gguf_tokenizer(read_gguf(table["file"]).metadata, folder)
 
 
+def _mark_faults(recipe: dict) -> list[str]:
+    "Marks of a conversation that the base lacks, where [sft] would not save their rows"
+    sft = recipe.get("sft", {})
+    if "sft" not in recipe or "model" in sft or _table_faults("sft", sft):
+        return []
+    chosen, added = settings("sft", recipe), recipe.get("vocab", {}).get("tokens")
+    form = FORMS.get(chosen["template"] or template_for(chosen["lang"]))
+    if form is None or chosen["rows"] == "all":
+        return []
+    tokens = read_gguf(recipe["convert"]["file"]).metadata["tokenizer.ggml.tokens"]
+    known = {*tokens, *(added if fits(added, [str]) else [])}
+    if new := [mark for mark in (form.begin, form.end, PAD) if mark not in known]:
+        named = ", ".join(new)
+        return [f'[sft] rows = "{chosen["rows"]}": {named} are new to the base; give rows = "all"']
+    return []
+
+
 def _of_dense(step: Step, recipe: dict) -> bool:
     "Whether a step reads the tokenizer that [convert] will have made"
     wired = step.inputs.get("base") == "dense" and "convert" in recipe
@@ -373,6 +391,7 @@ def check_recipe(
         dense = None
         if here and "convert" in sound and not unreadable:
             dense = _dense_tokenizer(sound, Path(folder))
+            faults += _mark_faults(sound) if dense else []
         for step in _steps_to_check(sound):
             faults += _step_faults(step, sound, here, dense)
     return list(dict.fromkeys(faults + _idle_faults(sound)))

@@ -237,8 +237,10 @@ def test_laptop_with_any_such_file(tmp_path):
         tokenizer=dict(n_pieces=8000, n_chars=5000),
         vocab=dict(n_pieces=6000, tokens=["<|im_end|>"]),
         search=dict(chars=["100"]),
+        sft=dict(recipe["sft"], rows="none"),  # would be found out after the pre-training
     )
     assert [fault.partition("]")[0] for fault in check_recipe(wrong)] == [
+        "[sft",
         "[tokenizer",
         "[search",
         "[vocab",
