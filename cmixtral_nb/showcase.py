@@ -204,6 +204,8 @@ WORDS = {  # language of the page -> texts
         "verdict": "{name} after training: **{change:+.1%} bits per byte** against the base "
         "({change_low:+.1%} to {change_high:+.1%} with 95%, {n} documents){unsure}.",
         "unsure": ", which shows no difference",
+        "few": "{name} after training: {change:+.1%} bits per byte against the base, over {n} "
+        "documents, too few for an interval.",
         "prompt": "after the words",
         "from": "The numbers are in [{recipe}.json]({url}), taken from the report of the run "
         "([how](a33b_showcase.ipynb)).",
@@ -228,6 +230,8 @@ WORDS = {  # language of the page -> texts
         "verdict": "训练后的{name}：每字节比特数比基座 **{change:+.1%}**"
         "（95% 区间 {change_low:+.1%} 到 {change_high:+.1%}，{n} 篇文档{unsure}）。",
         "unsure": "，看不出差别",
+        "few": "训练后的{name}：每字节比特数比基座 {change:+.1%}，只有 {n} 篇文档，"
+        "不足以给出区间。",
         "prompt": "开头",
         "from": "以上数字在 [{recipe}.json]({url}) 里，取自这次运行的报告"
         "（[做法](a33b_showcase.ipynb)）。",
@@ -290,12 +294,15 @@ def result_table(
 def _verdict(code: str, found: dict, lang: str) -> str:
     "What training did to one language, with its interval"
     model, words = found["models"]["merged"], WORDS[lang]
-    is_unsure = model["change_low"] <= 0 <= model["change_high"]
-    text = words["verdict"].format(
+    low, high = model["change_low"], model["change_high"]
+    is_unsure = low is not None and low <= 0 <= high
+    text = words["few" if low is None else "verdict"].format(
         name=_name(code, lang),
         n=found["n_docs"],
         unsure=words["unsure"] if is_unsure else "",
-        **{key: model[key] for key in ("change", "change_low", "change_high")},
+        change=model["change"],
+        change_low=low,
+        change_high=high,
     )
     return re.sub(r"(?<![\w])-(?=\d)", "−", text)
 
