@@ -139,7 +139,7 @@ def test_the_health_of_new_pieces_is_a_section_and_a_line(micro, cli):
     assert len(met) == found["n_met"] > 20
     assert data["health"] == {**found, "pieces": met[:20]}
     table = page.split('id="health-of-new-pieces"')[1].split("</table>")[0]
-    named = re.findall(r"<tr><td>(.*?)</td>", table)
+    named = re.findall(r"<tr><td[^>]*>(.*?)</td>", table)
     assert [escape(row["piece"]) for row in met[:20]] == named
     assert "#m-health" in table and "<svg" in table
     for model in ("merged", "base"):
