@@ -39,10 +39,10 @@ from .shapes import TEXT, TRUTH, read_shaped, whole
 from .stages import fingerprint, input_fingerprint, require, write_json
 
 
-# %% ../nbs/a06b_counted.ipynb #c891381a
+# %% ../nbs/a06b_counted.ipynb #c8782711
 def bucket_of(
-    run: str,
-    n_buckets: int,
+    run: str,  # characters
+    n_buckets: int,  # of which it is put into one
 ) -> int:  # from 0 on
     "Where a run belongs, whichever task meets it"
     return zlib.crc32(run.encode()) % n_buckets
