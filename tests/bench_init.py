@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_merge import LAYERS, make, measure
@@ -139,7 +140,7 @@ def distill(tokenizer, work, model, corpus, lang, steps, *others):
 
 
 if __name__ == "__main__":
-    commands = {"rows": rows, "grow": grow, "distill": distill}
+    commands: dict[str, Any] = {"rows": rows, "grow": grow, "distill": distill}
     if len(sys.argv) < 4 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])

@@ -507,7 +507,8 @@ def test_a_token_without_text_gets_the_shared_part_alone(model, tok, read, tmp_p
 
 def test_distillation_goes_on_where_it_was_interrupted(model, tok, read, tmp_path, monkeypatch):
     whole = taught(model, tok, tmp_path / "whole", read)
-    usual, calls = distill._lesson, []
+    usual = distill._lesson
+    calls: list[int] = []
 
     def lesson(*args):
         calls.append(len(calls))
@@ -551,8 +552,8 @@ def test_a_recipe_gives_its_corpus_to_distillation_alone():
 
 def test_distillation_can_be_probed(model, tok, read, tmp_path):
     (read / "zh.valid.jsonl").write_text((read / "zh.train.jsonl").read_text())
-    kw = dict(seeds=1, steps=0, limit_chars=300)
-    rows = probe_methods(model, tok, read, ["mean", "distill"], **kw)
+    methods = ["mean", "distill"]
+    rows = probe_methods(model, tok, read, methods, seeds=1, steps=0, limit_chars=300)
     assert [row["method"] for row in rows] == ["mean", "distill"]
     assert all(1 < row["zh"] < 20 for row in rows) and rows[0]["zh"] != rows[1]["zh"]
 
