@@ -46,7 +46,7 @@ __all__ = [
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -486,8 +486,8 @@ def search_table(
 
 # %% ../nbs/03_search.ipynb #b402de0f
 def knee(
-    x: list[float],  # increasing
-    y: list[float],  # rising ever more slowly
+    x: Sequence[float],  # increasing
+    y: Sequence[float],  # rising ever more slowly
 ) -> float | None:  # the x of the knee; None where the curve has none
     "Where a curve bends most (Kneedle, Satopää et al. 2011)"
     from kneed import KneeLocator
