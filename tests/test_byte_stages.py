@@ -329,6 +329,9 @@ def test_table_and_choice_have_the_shape_of_every_search(here, pieces, tmp_path)
         "budget",
         "n_sentences",
         "domains",
+        "n_docs",
+        "knee_range",
+        "saved_range",
     }
 
 

@@ -17,6 +17,8 @@ RUN = Path(__file__).with_name("run_notebook.py")
 
 def run(path, site, folder):
     copy = shutil.copy(path, folder)
+    for kept in path.parent.glob("*.json"):  # numbers of runs, which lie beside the pages
+        shutil.copy(kept, folder)
     return python(RUN.read_text(encoding="utf-8"), copy, site, cwd=folder, path=[site])
 
 
