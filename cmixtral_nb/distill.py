@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .corpora import corpus_langs, corpus_texts
-from .machine import default_device
+from .machine import default_device, quiet
 from .mixtral import use_by_expert
 from .packing import start_id
 from .stages import Artifact, require
@@ -488,7 +488,10 @@ def _load_frozen(model: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+    with quiet():
+        net = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False
+        )
     if hasattr(net.config, "num_local_experts"):
         net.config._experts_implementation = use_by_expert()
     body = net.base_model

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .base import text_blocks
 from .bits import bits_per_byte, head_loss
 from .corpora import corpus_langs, corpus_texts
+from .machine import quiet
 from .mixtral import use_by_expert
 from .packing import special_ids
 from .stages import Artifact, require
@@ -124,7 +125,10 @@ def probe_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    with quiet():
+        net = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
     if hasattr(net.config, "num_local_experts"):
         net.config._experts_implementation = use_by_expert()
     tok = texts.tok
