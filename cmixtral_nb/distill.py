@@ -47,9 +47,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .corpora import corpus_langs, corpus_texts
-from .machine import default_device, quiet
-from .mixtral import use_by_expert
+from .machine import default_device
 from .packing import start_id
+from .probe import load_float32
 from .stages import Artifact, require
 from .tokenizer_files import encode_plain
 
@@ -485,15 +485,7 @@ class Taught(NamedTuple):
 
 def _load_frozen(model: Path) -> PreTrainedModel:
     "A model in float32 on the device of this process, whose weights stay as they are"
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        net = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, trust_remote_code=False
-        )
-    if hasattr(net.config, "num_local_experts"):
-        net.config._experts_implementation = use_by_expert()
+    net = load_float32(model)
     body = net.base_model
     require(
         hasattr(body, "layers") and hasattr(body, "norm"),

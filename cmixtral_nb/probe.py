@@ -11,6 +11,7 @@ __all__ = [
     "probe_langs",
     "probe_texts",
     "train_briefly",
+    "load_float32",
     "probe_model",
     "rank_methods",
     "paired_differences",
@@ -111,6 +112,23 @@ def train_briefly(
     net.eval()
 
 
+# %% ../nbs/a14_probe.ipynb #ea70760b
+def load_float32(
+    folder: str | Path,  # HF model folder
+) -> PreTrainedModel:  # on the CPU
+    "A stock model in float32; the experts of a Mixtral are computed one after another"
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        net = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
+    if hasattr(net.config, "num_local_experts"):
+        net.config._experts_implementation = use_by_expert()
+    return net
+
+
 # %% ../nbs/a14_probe.ipynb #808166bd
 def probe_model(
     folder: str | Path,  # HF model folder of one candidate
@@ -122,15 +140,7 @@ def probe_model(
     lr: float = 1e-3,  # peak learning rate
 ) -> dict[str, float]:  # language -> bits per byte of held-out text after the steps
     "Train one candidate briefly and measure it"
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        net = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        )
-    if hasattr(net.config, "num_local_experts"):
-        net.config._experts_implementation = use_by_expert()
+    net = load_float32(folder)
     tok = texts.tok
     blocks = text_blocks(texts.train, length, **special_ids(tok), seed=seed)
     train_briefly(net, blocks, steps, batch, lr)
