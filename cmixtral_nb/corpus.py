@@ -26,6 +26,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -165,11 +166,15 @@ def checked_docs(
     min_share: float = 0.1,  # of letters in the script of the language
     filters: list[str] | tuple[str, ...] = (),  # quality filters, by name
     valid_share: float = 0.0,  # of documents held out
+    only: list[str] | tuple[str, ...] = (),  # patterns for the source, such as debian:*; (): any
 ) -> Iterator[dict]:  # rows with 'text', 'source' and 'split'
-    "Clean documents; drop those that are too short, in another script or of low quality"
+    "Clean documents; drop those of other sources, too short, in another script or of low quality"
     script = lang_script(lang)
     poor = quality_check(filters, lang)
     for row in rows:
+        if only and not any(fnmatchcase(row["source"], pattern) for pattern in only):
+            counts["another source"] += 1
+            continue
         text = clean(row["text"])
         if len(text) < min_chars:
             counts["too short"] += 1
@@ -191,11 +196,12 @@ def clean_docs(
     paragraph_chars: int = 40,  # longer paragraphs may occur once; 0: only documents are compared
     filters: list[str] | tuple[str, ...] = (),  # quality filters, by name
     valid_share: float = 0.0,  # of documents held out
+    only: list[str] | tuple[str, ...] = (),  # patterns for the source, such as debian:*; (): any
 ) -> Iterator[dict]:  # rows with 'text', 'source' and 'split'
     "Clean documents; drop what fails a check or is repeated, and count the reasons"
     counts = Counter() if counts is None else counts
     seen = Deduplicator(paragraph_chars)
-    for row in checked_docs(rows, counts, lang, min_chars, min_share, filters, valid_share):
+    for row in checked_docs(rows, counts, lang, min_chars, min_share, filters, valid_share, only):
         if not seen.is_new(row["text"]):  # from now on it was seen
             counts["repeated document"] += 1
             continue
@@ -337,6 +343,7 @@ def corpus(
     min_share: float = 0.1,  # of letters in the script of the language; 0 keeps all
     paragraph_chars: int = 40,  # longer paragraphs may occur once; 0: only documents are compared
     filters: list[str] | tuple[str, ...] = (),  # gopher-quality, gopher-repetition, fineweb
+    only: list[str] | tuple[str, ...] = (),  # documents whose source matches one, such as debian:*
     near: bool = False,  # drop near-duplicates too (MinHash); with an engine
     limit_chars: int = 0,  # characters of training text for each language; 0: no limit
     on_error: str = "skip",  # a bad line: 'skip' counts it and goes on, 'stop' ends with its number
@@ -347,7 +354,13 @@ def corpus(
     "Read, clean, deduplicate and split text into a corpus"
     final = out.with_name(out.name.removesuffix(".tmp"))
     refuse(output_faults(sources, final))
-    how = dict(min_chars=min_chars, min_share=min_share, filters=filters, valid_share=valid_share)
+    how = dict(
+        min_chars=min_chars,
+        min_share=min_share,
+        filters=filters,
+        valid_share=valid_share,
+        only=only,
+    )
     works: list[TextWork] = []
     stats = {}
     with start_jobs(engine, tasks, where or []) as jobs:

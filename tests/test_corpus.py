@@ -362,6 +362,21 @@ def test_corpus_counts_and_reads_back(here, capsys):
     }
 
 
+def test_only_some_sources(here):
+    rows = [dict(row, source=f"{'shop' if i % 4 else 'novel'}:{i}") for i, row in enumerate(ROWS)]
+    jsonl(here / "a.jsonl", rows)
+    how: dict = dict(sources=["zh=a.jsonl"], valid_share=0)
+    some = corpus(out="some", only=["novel:*", "shop:1"], **how)
+    assert list(corpus_texts(some, "zh")) == [rows[0]["text"], rows[1]["text"]] + [
+        row["text"] for row in rows[4::4]
+    ]
+    assert some.stats["zh"]["dropped"] == {"another source": 29}
+    far = corpus(out="far", only=["novel:*", "shop:1"], engine="local", where=["workers=1"], **how)
+    assert far.fingerprint == some.fingerprint
+    with pytest.raises(StageError, match="no zh document is left .*40 another source"):
+        corpus(out="none", only=["shops:*"], **how)
+
+
 def test_corpus_key_sees_the_contents_of_its_sources(here, capsys):
     f = jsonl(here / "a.jsonl", ROWS)
     a = corpus(["zh=a.jsonl"], out="c", valid_share=0.2)
