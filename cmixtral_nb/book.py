@@ -273,15 +273,16 @@ def markdown(
 
 
 # %% ../nbs/a34_book.ipynb #e3404bbe
-RUNS = ["laptop", "tiny"]  # shown where nbs/NAME.json is there, in this order
+RUNS = ["laptop", "tiny"]  # kept runs, shown in this order where they are there
 FRONT = {"index": ("en", "cuts.svg"), "zh": ("zh", "cuts_zh.svg")}  # page -> language, picture
 
 
 def write_results(
-    nbs: Path,  # folder of the notebooks
+    root: Path,  # checkout of the project
 ) -> None:
     "Put what kept runs have found into the front pages, into their cells with the id `results`"
-    files = [nbs / f"{name}.json" for name in RUNS]
+    nbs = root / "nbs"
+    files = [root / "cmixtral_nb/data" / f"{name}.json" for name in RUNS]
     runs = [read_json(path) for path in files if path.is_file()]
     for page, (lang, picture) in FRONT.items() if runs else ():
         write_text(nbs / picture, cuts_picture(runs[0], lang))
@@ -299,7 +300,7 @@ def write_front(
     put_contents(nbs / "index.ipynb", contents(book))
     put_contents(nbs / "index.ipynb", contents(book, appendix=True), "appendices")
     put_contents(nbs / "zh.ipynb", contents_zh(book))
-    write_results(nbs)
+    write_results(root)
     write_text(nbs / "chain.svg", chain_svg())
     relative = r"\]\((?!https?:|#)([\w.]+\.(?:ipynb|png|svg))"
     text = re.sub(relative, r"](nbs/\1", markdown(nbs / "index.ipynb"))

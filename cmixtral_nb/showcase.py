@@ -17,6 +17,7 @@ __all__ = [
     "token_spans",
     "cuts_svg",
     "keep_run",
+    "kept_run",
     "result_table",
     "sample_table",
     "run_verdicts",
@@ -34,10 +35,11 @@ from typing import TYPE_CHECKING, Any
 
 from .control import id_bytes
 from .languages import language_name
+from .machine import package_data
 from .recipes import read_recipe
 from .results import markdown_table
 from .run_report import report_data
-from .stages import require, write_json
+from .stages import StageError, read_json, require, write_json
 from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
@@ -178,12 +180,22 @@ def _kept_run(
 
 def keep_run(
     run: str | Path,  # folder of a run that is complete
-    out: str | Path,  # JSON file, such as nbs/laptop.json
+    out: str | Path,  # JSON file, such as cmixtral_nb/data/laptop.json
     sentence: str = "人工智能正在改变我们的生活。",  # to cut: AI is changing our lives
     prompts: list[str] | None = None,  # whose samples to show
 ) -> None:
     "Keep the numbers of a run for the front page"
     write_json(Path(out), _kept_run(run, sentence, prompts))
+
+
+def kept_run(
+    recipe: str,  # tiny, laptop
+) -> dict:  # what `keep_run` wrote
+    "The numbers of a run that come with the package"
+    path = package_data(f"data/{recipe}.json")
+    if not path.is_file():
+        raise StageError(f"no run of {recipe!r} comes with the package, expected tiny or laptop")
+    return read_json(path)
 
 
 # %% ../nbs/a33b_showcase.ipynb #39650f92
@@ -264,7 +276,7 @@ def _values(kept: dict, lang: str) -> dict[str, Any]:
         "minutes": kept["seconds"] / 60,
         "n_before": len(cuts["base"]["n_bytes"]),
         "n_after": len(cuts["tokenizer"]["n_bytes"]),
-        "url": f"https://github.com/cmixtral/cmixtral_nb/blob/main/nbs/{kept['recipe']}.json",
+        "url": f"https://github.com/cmixtral/cmixtral_nb/blob/main/cmixtral_nb/data/{kept['recipe']}.json",
     }
 
 
