@@ -326,16 +326,16 @@ def _writing(run: Path) -> dict | None:
 
 
 def speed_ratio(
-    a: dict,  # chars_per_second, its spread in _std, n_prompts
+    a: dict,  # chars_per_second, its spread in _std, n_texts
     b: dict,  # of another model
 ) -> dict:  # ratio, low, high
-    "How many times faster a model writes than another, with the 95% interval of few prompts"
+    "How many times faster a model writes than another, with the 95% interval of few texts"
     import math
 
     from scipy.stats import t
 
     ratio = a["chars_per_second"] / b["chars_per_second"]
-    n = min(a["n_prompts"], b["n_prompts"])
+    n = min(a["n_texts"], b["n_texts"])
     if n < 2:
         return dict(ratio=ratio, low=None, high=None)
     errors = [x["chars_per_second_std"] / x["chars_per_second"] for x in (a, b)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
+    "N_TEXTS",
     "named",
     "Codec",
     "codecs",
@@ -25,14 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoints import named_models, resolve_model
-from .generate import generate_text
 from .heldout import eval_docs, text_faults
 from .loading import load_model
 from .machine import say
 from .options import above, faults_of, named_refs, range_faults, refuse
 from .pieces import base_tokenizer_model
 from .results import markdown_table
-from .samples import PROMPTS, read_prompts
 from .stages import stage, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, processor
 
@@ -139,30 +138,46 @@ def speed_table(
 
 
 # %% ../nbs/a25_efficiency.ipynb #b330b179
+N_TEXTS = 12  # that a model writes
+
+
+def _write(model: PreTrainedModel, ids: list[int]) -> float:
+    "Seconds to write tokens one by one, each after those before it"
+    import torch
+
+    cache = None
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for i in ids:
+            given = torch.tensor([[i]], device=model.device)
+            out = model(input_ids=given, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            out.logits[0, -1].argmax().item()  # what it would write; a GPU is waited for
+    return time.perf_counter() - start
+
+
 def writing_speed(
     model: PreTrainedModel,  # from `load_model`
     tok: PreTrainedTokenizerBase,  # from `load_tokenizer`
-    prompts: list[str] | None = None,  # texts to continue; None: six short beginnings
-    n_tokens: int = 48,  # for each prompt
-) -> dict:  # tokens_per_second, chars_per_second: means over prompts, each with its spread in _std
-    "How fast a model writes, one text at a time, always the likeliest token"
+    texts: list[str],  # to write, not empty; of the first twelve, their beginnings
+    n_tokens: int = 48,  # of each text
+) -> dict:  # tokens_per_second, chars_per_second: means over texts, each with its spread in _std
+    "How fast a model writes these texts: token by token, whatever it would have chosen itself"
     import numpy as np
 
-    prompts = list(prompts or PROMPTS)
-    tokens, chars = [], []
-    generate_text(model, tok, prompts[0], n_tokens, temperature=0)  # warms up
-    for prompt in prompts:
-        start = time.perf_counter()
-        found = generate_text(model, tok, prompt, n_tokens, temperature=0)
-        seconds = time.perf_counter() - start
-        tokens.append(found["n_tokens"] / seconds)
-        chars.append(len(found["text"]) / seconds)
+    written = [ids[:n_tokens] for ids in encode_plain(tok, texts[:N_TEXTS])]
+    _write(model, written[0])  # warms up
+    seconds = np.array([_write(model, ids) for ids in written])
+    n_chars = np.array(
+        [len(tok.decode(ids).replace("\ufffd", "")) for ids in written]
+    )  # whole ones
+    tokens, chars = np.array(list(map(len, written))) / seconds, n_chars / seconds
     return dict(
-        tokens_per_second=float(np.mean(tokens)),
-        tokens_per_second_std=float(np.std(tokens)),
-        chars_per_second=float(np.mean(chars)),
-        chars_per_second_std=float(np.std(chars)),
-        n_prompts=len(tokens),
+        tokens_per_second=float(tokens.mean()),
+        tokens_per_second_std=float(tokens.std()),
+        chars_per_second=float(chars.mean()),
+        chars_per_second_std=float(chars.std()),
+        n_texts=len(written),
     )
 
 
@@ -219,15 +234,15 @@ def _writing_markdown(models: dict[str, dict]) -> str:
             f"{r[f'{unit}_per_second']:.1f} ± {r[f'{unit}_per_second_std']:.1f}"
             for unit in ("tokens", "chars")
         )
-        rows.append([name, tokens, chars, r["n_prompts"], f"{r['device']}, {r['dtype']}"])
-    head = ["model", "tokens per second", "characters per second", "prompts", "device"]
+        rows.append([name, tokens, chars, r["n_texts"], f"{r['device']}, {r['dtype']}"])
+    head = ["model", "tokens per second", "characters per second", "texts", "device"]
     return markdown_table(head, rows)
 
 
 # %% ../nbs/a25_efficiency.ipynb #b3443ec4
-def _option_faults(tokenizers=None, models=None, domains=None, prompts=None, **others):
+def _option_faults(tokenizers=None, models=None, domains=None, **others):
     "What is wrong with options, before there are models"
-    faults = range_faults(others, seconds=above(0)) + faults_of(read_prompts, prompts)
+    faults = range_faults(others, seconds=above(0))
     if not tokenizers and not models:
         faults.append("nothing to measure; give --tokenizers NAME=REF or --models NAME=FOLDER")
     if tokenizers:
@@ -259,14 +274,12 @@ def efficiency(
     domains: list[str] = None,  # more text, "LANG/NAME=REF" each
     n_chars: int = 200_000,  # characters of each language; 0: all
     seconds: float = 1.0,  # for each measurement of speed
-    new_tokens: int = 48,  # that a model writes for each prompt; 0: do not measure
-    prompts: list[str] | None = None,  # texts to continue, or files of them; none: six short ones
+    new_tokens: int = 48,  # that a model writes of each of twelve texts; 0: do not measure
     load_in_4bit: bool = False,  # NF4
     device: str = None,  # None: the GPU if there is one
 ):
     "Tokens for the same text (against the first tokenizer), speed of tokenizers and of models"
     found = named_models(models) if models else {}
-    beginnings = read_prompts(prompts)
     toks = named(
         [*(tokenizers or []), *(f"{name}={resolve_model(ref)}" for name, ref in found.items())]
     )
@@ -278,12 +291,13 @@ def efficiency(
         for domain in sorted({doc["domain"] for doc in docs}):
             texts[domain] = [doc["text"] for doc in docs if doc["domain"] == domain]
     tokens, speed = token_table(toks, texts), speed_table(toks, whole, seconds)
+    first = next(iter(texts))  # the new language
     writing = {}
     if new_tokens:
         for name, ref in found.items():
             lm = load_model(ref, load_in_4bit=load_in_4bit, device=device)
             writing[name] = dict(
-                writing_speed(lm, load_tokenizer(toks[name]), beginnings, new_tokens),
+                writing_speed(lm, load_tokenizer(toks[name]), texts[first], new_tokens),
                 device=lm.device.type,
                 dtype=str(lm.dtype).removeprefix("torch."),
             )
@@ -291,7 +305,6 @@ def efficiency(
     measured = dict(tokens=tokens, speed=speed, writing=writing)
     write_json(out / "efficiency.json", measured)
     write_text(out / "tables.md", efficiency_text(measured))
-    first = next(iter(texts))
     counts = [
         f"{row['tokenizer']} {row['n_tokens']:,} tokens ({row['change']:+.1%})"
         for row in tokens

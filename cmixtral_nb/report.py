@@ -636,19 +636,19 @@ def _writing_table(models: dict[str, dict], source: str) -> str:
             name,
             _rate_cell(speed, "tokens", source),
             _rate_cell(speed, "chars", source),
-            speed["n_prompts"],
+            speed["n_texts"],
             f"{speed['device']}, {speed['dtype']}",
         ]
         for name, speed in models.items()
     ]
-    head = ["model", "#tokens per second", "#characters per second", "#prompts", "device"]
+    head = ["model", "#tokens per second", "#characters per second", "#texts", "device"]
     return table(head, rows)
 
 
 # %% ../nbs/a26_report.ipynb #e66dd0a0
 _FEWER_TOKENS = """<p>The same text in tokens: fewer tokens are less time, less memory and more text
 in the context.</p>"""
-_ONE_TEXT = "<p>One text at a time, ± standard deviation over the prompts.</p>"
+_ONE_TEXT = "<p>The same held-out texts, token by token, ± standard deviation over the texts.</p>"
 
 
 def efficiency_section(

@@ -132,7 +132,7 @@ _WRITING = {
     "tokens_per_second_std": number(0),
     "chars_per_second": number(0),
     "chars_per_second_std": number(0),
-    "n_prompts": whole(),
+    "n_texts": whole(),
     "device": TEXT,
     "dtype": TEXT,
 }

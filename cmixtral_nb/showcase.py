@@ -139,6 +139,17 @@ def _samples(data: dict, prompts: list[str]) -> list[dict]:
     return [{k: s[k] for k in keys} for s in data["samples"] if s["prompt"] in prompts]
 
 
+_STAGE_KEYS = "stage", "folder", "seconds", "peak_bytes"
+
+
+def _points(data: dict) -> dict[str, list[dict]]:
+    "Bits per byte of held-out text along each training: step, and a column for each language"
+    return {
+        training: [row for row in log if any(key.startswith("bpb_") for key in row)]
+        for training, log in data["losses"].items()
+    }
+
+
 def _kept_run(
     run: str | Path,  # folder of a run that is complete
     sentence: str,  # to cut
@@ -172,6 +183,11 @@ def _kept_run(
         "samples": _samples(data, prompts or []),
         "sentence": sentence,
         "cuts": cuts,
+        "points": _points(data),
+        "merge": data["merge"],
+        "exams": [row for row in data["changes"] if row["kind"] == "exam"],
+        "writing": (data["efficiency"] or {}).get("writing", {}),
+        "stages": [{key: stage[key] for key in _STAGE_KEYS} for stage in data["stages"]],
         "seconds": sum(stage["seconds"] or 0 for stage in data["stages"]),
         "n_stages": len(data["stages"]),
         "versions": data["versions"],
@@ -231,18 +247,18 @@ WORDS = {  # language of the page -> texts
         "what": "**`cmixtral run {recipe}`**（{minutes:.0f} 分钟）在基座的 {n_base:,} 个词表项之后"
         "加入 {n_pieces:,} 个{name}词表项。"
         "同样的文本**少用 {saved:.1%} 的 token**（每个 token "
-        "{before:.2f} → {after:.2f} 个字符）。证书检查了 {cases:,} 例，"
-        "{failed}例失败：其他文本的编码不变。",
+        "{before:.2f} → {after:.2f} 个字符）。分词器校验（certificate）共 {cases:,} 例，"
+        "{failed}：其他文本的编码不变。",
         "alt": "“{sentence}”扩充前后：{n_before} 个 token 变为 {n_after} 个",
         "before": "原有 {n_base:,} 个词表项：{n_before} 个 token",
         "after": "再加 {n_pieces:,} 个：{n_after} 个 token",
         "boxes": "同一句话，扩充前后的切分。每个方框是一个 token：灰色是原有的，蓝色是新增的。",
         "head": "{name}，每字节比特数",
         "density": "每个 token 的{name}字符数",
-        "verdict": "训练后的{name}：每字节比特数比基座 **{change:+.1%}**"
-        "（95% 区间 {change_low:+.1%} 到 {change_high:+.1%}，{n} 篇文档{unsure}）。",
-        "unsure": "，看不出差别",
-        "few": "训练后的{name}：每字节比特数比基座 {change:+.1%}，只有 {n} 篇文档，"
+        "verdict": "训练后的{name}：每字节比特数比基座**{moved} {size:.1%}**"
+        "（变化的 95% 区间 {change_low:+.1%} 到 {change_high:+.1%}，{n} 篇文档{unsure}）。",
+        "unsure": "，差异不显著",
+        "few": "训练后的{name}：每字节比特数比基座{moved} {size:.1%}，只有 {n} 篇文档，"
         "不足以给出区间。",
         "prompt": "开头",
         "from": "以上数字在 [{recipe}.json]({url}) 里，取自这次运行的报告"
@@ -261,6 +277,13 @@ def _name(code: str, lang: str) -> str:
     return _NAMES_ZH.get(code, code) if lang == "zh" else language_name(code)
 
 
+def _failed(n: int, lang: str) -> str:
+    "How many cases of the certificate failed, as the texts about a run go on"
+    if lang == "zh":
+        return f"{n} 例失败" if n else "全部通过"
+    return str(n or "none")
+
+
 def _values(kept: dict, lang: str) -> dict[str, Any]:
     "What the texts about a run are filled in with"
     density, cuts = kept["chars_per_token"], kept["cuts"]
@@ -268,7 +291,7 @@ def _values(kept: dict, lang: str) -> dict[str, Any]:
     return {
         **{key: kept[key] for key in ("recipe", "about", "n_base", "n_pieces", "cases")},
         "sentence": kept["sentence"],
-        "failed": kept["failed"] or ("没有一" if lang == "zh" else "none"),
+        "failed": _failed(kept["failed"], lang),
         "name": _name(kept["language"], lang),
         "before": before,
         "after": after,
@@ -313,6 +336,8 @@ def _verdict(code: str, found: dict, lang: str) -> str:
         n=found["n_docs"],
         unsure=words["unsure"] if is_unsure else "",
         change=model["change"],
+        size=abs(model["change"]),
+        moved="降低" if model["change"] < 0 else "升高",  # of the Chinese words
         change_low=low,
         change_high=high,
     )
