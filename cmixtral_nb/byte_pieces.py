@@ -51,8 +51,6 @@ __all__ = [
     "learn_byte_pieces",
     "counting_of",
     "thinning_of",
-    "parts_faults",
-    "limited_faults",
 ]
 
 # %% ../nbs/a10c_byte_pieces.ipynb #e9017313
@@ -91,8 +89,6 @@ from cmixtral_nb.bytelevel import (
 from cmixtral_nb.counted import (
     Counting,
     count_buckets,
-    counted_faults,
-    counted_source,
     join_buckets,
     merge_bucket,
 )
@@ -893,7 +889,7 @@ def learn_byte_pieces(
     max_chars: int = 16,  # longest piece, in characters
     limit_chars: int = 0,  # characters of text to read; 0: all
     memory_chars: int = 24_000_000,  # of different words
-    parts: Path | None = None,  # folder of finished counts; None: count here
+    counted: Source | None = None,  # words that tasks have counted; None: count here
 ) -> dict[str, Any]:  # statistics for the manifest
     "Learn merges of one language on top of a base's"
     whole, chosen = known_base(base), letters or ("exclusive" if is_shared(script) else "")
@@ -909,8 +905,8 @@ def learn_byte_pieces(
         sample = corpus_texts(corpus, lang, limit_chars=n_chars)
         trials = try_letters(whole, working, owns, sample, learn, judge, lines)
         _say_trials(trials, chosen, bool(letters), len(lines))
-    if parts:
-        counts, share = words_within(counted_source(parts, lang), memory_chars)
+    if counted:
+        counts, share = words_within(counted, memory_chars)
     else:
         texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
         counts, share = count_within(working, texts, own, memory_chars, out)
@@ -969,25 +965,3 @@ def thinning_of(
     "What may be dropped while counts are merged, and the training will still draw the same"
     salts = ("", *(name for _, name in parse_shares(opencc, "opencc")))
     return (0 if rake else memory_chars), salts
-
-
-def parts_faults(
-    parts: str | Path | None,  # folder of finished counts; None: none are given
-    limit_chars: int = 0,  # characters of text to read
-    **options: Any,  # the others of `tokenizer`
-) -> list[str]:  # one line for each fault
-    "Why finished counts are not the ones asked for"
-    if not parts:
-        return []
-    if faults := limited_faults(limit_chars):
-        return faults
-    return counted_faults(counting_of(**options), parts, *thinning_of(**options))
-
-
-def limited_faults(
-    limit_chars: int,  # characters of text to read
-) -> list[str]:  # one line, or none
-    "Why the beginning of a text cannot be counted in parts"
-    if not limit_chars:
-        return []
-    return [f"limit_chars is {limit_chars:,}, but tasks count a whole corpus; leave it out"]

@@ -16,9 +16,7 @@ __all__ = [
     "count_task",
     "merge_task",
     "bucket_limit",
-    "counted_faults",
     "counted_source",
-    "require_parts",
 ]
 
 # %% ../nbs/a06b_counted.ipynb #f756d20d
@@ -30,13 +28,11 @@ from heapq import merge
 from pathlib import Path
 from typing import NamedTuple
 
-from .corpora import corpus_langs
 from .documents import text_batches
 from .lexicons import Source, chance_of, largest_factor
 from .packing import encoding_jobs, job_texts
 from .runs import merge_runs, merged_runs, read_runs, write_runs
-from .shapes import TEXT, TRUTH, read_shaped, whole
-from .stages import fingerprint, input_fingerprint, require, write_json
+from .stages import fingerprint, input_fingerprint, read_json, write_json
 
 
 # %% ../nbs/a06b_counted.ipynb #c8782711
@@ -157,74 +153,45 @@ class Counting(NamedTuple):
         return fingerprint([input_fingerprint(self.corpus), self.lang, *self.how])
 
 
-_PART = dict(identity=TEXT)
-_BUCKET = dict(
-    identity=TEXT,
-    n_chars=whole(0),
-    sizes=[[whole(0)]],  # count, characters
-    limit_chars=whole(0),
-    salts=[TEXT],
-    dropped=TRUTH,
-)
-
-
 def count_task(
     counting: Counting,
     out: Path,  # folder of the parts, made where it is missing
     part: int,  # which part of the corpus
     n_parts: int,  # of how many; there are as many buckets
-) -> Path:  # head of the part
+) -> None:
     "Count one part; a part that is there already is left as it is"
     stem = _stem(out, counting.lang, part, n_parts)
-    head = Path(f"{stem}.json")
-    if _same(head, counting.identity):
-        return head
+    done = Path(f"{stem}.done")
+    if done.is_file():
+        return
     out.mkdir(parents=True, exist_ok=True)
-    head.unlink(missing_ok=True)
     jobs = encoding_jobs(counting.corpus, counting.lang, part=part, n_parts=n_parts)
     texts = itertools.chain.from_iterable(map(job_texts, jobs))
     count_buckets(texts, counting.find, stem, n_parts)
-    write_json(head, dict(identity=counting.identity))
-    return head
+    done.touch()
 
 
 def _stem(out: Path, lang: str, part: int, n_parts: int) -> Path:
     return out / f"{lang}.{part:05}-of-{n_parts:05}"
 
 
-def _same(head: Path, identity: str) -> bool:
-    "Whether a head is there, of the same counting"
-    return head.is_file() and read_shaped(head, _PART).get("identity") == identity
-
-
 def merge_task(
     counting: Counting,
-    out: Path,  # folder of the parts
+    out: Path,  # folder of the parts, all of them complete
     bucket: int,  # which bucket
     n_parts: int,  # parts that were counted, and buckets
     limit_chars: int = 0,  # as for `merge_bucket`
     salts: tuple[str, ...] = ("",),  # as for `merge_bucket`
-) -> Path:  # head of the bucket
+) -> None:
     "Merge one bucket of all parts; a bucket that is there already is left as it is"
     head = out / f"{counting.lang}.bucket-{bucket:05}-of-{n_parts:05}.json"
-    identity = counting.identity
-    if not _bucket_fault(head, identity, limit_chars, salts):
-        return head
+    if head.is_file():
+        return
     stems = [_stem(out, counting.lang, part, n_parts) for part in range(n_parts)]
-    missing = [n for n, stem in enumerate(stems) if not _same(Path(f"{stem}.json"), identity)]
-    require(
-        not missing,
-        f"{out} lacks part {', '.join(map(str, missing))} of {n_parts} of {counting.lang}; "
-        "run the missing tasks again",
-    )
-    head.unlink(missing_ok=True)
     files = [Path(f"{stem}.{bucket:05}.runs") for stem in stems]
     most = bucket_limit(limit_chars, n_parts)
     found = merge_bucket(files, head.with_suffix(".runs"), most, salts, counting.size)
-    asked = dict(identity=identity, limit_chars=limit_chars, salts=list(salts))
-    sizes = [[count, n] for count, n in found.sizes.items()]
-    write_json(head, dict(asked, n_chars=found.n_chars, sizes=sizes, dropped=found.dropped))
-    return head
+    write_json(head, dict(found._asdict(), sizes=list(found.sizes.items())))
 
 
 _MANY = 100_000  # characters of a bucket, of which hashes spread runs evenly
@@ -240,73 +207,15 @@ def bucket_limit(
     return min(limit_chars, int(_UNEVEN * part)) if part >= _MANY else limit_chars
 
 
-def _bucket_fault(head: Path, identity: str, limit_chars: int, salts: tuple[str, ...]) -> str:
-    "Why a bucket is not the one asked for; empty where it is"
-    if not head.is_file():
-        return "is missing"
-    found = read_shaped(head, _BUCKET)
-    if found["identity"] != identity:
-        return "was counted in another corpus, or in another way"
-    if not found["dropped"]:
-        return ""
-    if not limit_chars or limit_chars > found["limit_chars"]:
-        return f"was thinned to {found['limit_chars']:,} characters"
-    if not set(salts) <= set(found["salts"]):
-        return "was thinned for other conversions"
-    return ""
-
-
 # %% ../nbs/a06b_counted.ipynb #0e71049c
-def counted_faults(
-    counting: Counting,
-    folder: str | Path,  # that tasks filled
-    limit_chars: int,  # characters of different runs that training will hold; 0: all of them
-    salts: tuple[str, ...] = ("",),  # of the random numbers that will be asked for
-) -> list[str]:  # one line, or none
-    "Why counts in a folder are not the ones asked for"
-    again = "count it again, into an empty folder"
-    heads = _bucket_heads(Path(folder), counting.lang)
-    if not heads:
-        return [f"{folder} holds no counts of {counting.lang}; {again}"]
-    totals = {head.stem.split("-of-")[1] for head in heads}
-    if len(totals) > 1:
-        return [f"{folder} holds counts of several divisions of {counting.lang}; {again}"]
-    total = int(totals.pop())
-    if len(heads) < total:
-        return [
-            f"{folder} holds {len(heads)} of {total} buckets of {counting.lang}; "
-            "run the missing tasks again"
-        ]
-    identity = counting.identity
-    faults = [_bucket_fault(head, identity, limit_chars, salts) for head in heads]
-    return [f"{folder}: {counting.lang} {fault}; {again}" for fault in sorted({*faults} - {""})]
-
-
-def _bucket_heads(folder: Path, lang: str) -> list[Path]:
-    return sorted(folder.glob(f"{lang}.bucket-*-of-*.json"))
-
-
 def counted_source(
-    folder: str | Path,  # that `counted_faults` has nothing against
+    folder: str | Path,  # in which all parts and buckets are complete
     lang: str,  # language
 ) -> Source:  # of runs, sorted
     "The runs of a folder of counts"
-    heads = _bucket_heads(Path(folder), lang)
-    found = [read_shaped(head, _BUCKET) for head in heads]
-    buckets = [
-        Bucket(row["n_chars"], {count: n for count, n in row["sizes"]}, row["dropped"])
-        for row in found
-    ]
+    heads = sorted(Path(folder).glob(f"{lang}.bucket-*-of-*.json"))
+    buckets = []
+    for head in heads:
+        found = read_json(head)
+        buckets.append(Bucket(**{**found, "sizes": dict(found["sizes"])}))
     return join_buckets([head.with_suffix(".runs") for head in heads], buckets)
-
-
-def require_parts(
-    corpus: str | Path,  # of which parts are to be counted
-    lang: str,  # language
-) -> None:
-    "`StageError` where a text cannot be counted in parts, because it is no corpus"
-    require(
-        corpus_langs(corpus),
-        f"{corpus} is no corpus and cannot be counted in parts; "
-        f"run: cmixtral corpus --sources {lang}={corpus} --out DIR",
-    )

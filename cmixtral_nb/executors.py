@@ -16,8 +16,10 @@ __all__ = [
     "Reported",
     "failed",
     "Jobs",
-    "forget_job",
     "start_jobs",
+    "parts_folder",
+    "begin_work",
+    "end_work",
 ]
 
 # %% ../nbs/a04e_executors.ipynb #4bb25b69
@@ -40,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import one_of, range_faults
 from .packages import package_fault
-from .stages import StageError, read_json, require, write_json
+from .stages import StageError, fingerprint, read_json, require, write_json
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
@@ -82,6 +84,7 @@ def executor_options(
 # %% ../nbs/a04e_executors.ipynb #aef04b26
 PLAIN = "plain"  # in this process, without datatrove
 ENGINES = (PLAIN, *EXECUTORS)
+_OURS = {"pipeline", "tasks", "logging_dir", "depends", "skip_completed", "sbatch_args"}
 
 
 def engine_faults(
@@ -98,9 +101,8 @@ def engine_faults(
         return [f"{extra} is for many tasks; give --engine local, slurm or ray"] if extra else []
     try:
         options = executor_options(where)
-        unknown = [name for name in options if engine == "local" and name != "workers"]
-        if unknown:
-            return [f"where: engine local takes workers=N alone, not {', '.join(unknown)}"]
+        if faults := _option_faults(engine, options):
+            return faults
         if engine == "ray" and (fault := package_fault("ray")):
             return [fault]
         start = executor_class(engine)
@@ -116,7 +118,19 @@ def engine_faults(
     return []
 
 
+def _option_faults(engine: str, options: dict[str, Any]) -> list[str]:
+    "What is wrong with NAME=VALUE, whatever the class of the engine takes"
+    if engine == "local":
+        unknown = [name for name in options if name != "workers"]
+        if unknown:
+            return [f"where: engine local takes workers=N alone, not {', '.join(unknown)}"]
+        return [f"where: {fault}" for fault in range_faults(options)]
+    ours = [name for name in options if name in _OURS]
+    return [f"where: {', '.join(ours)} is set by the command itself; leave it out"] if ours else []
+
+
 # %% ../nbs/a04e_executors.ipynb #3599b391
+_FAULTS = "faults"  # folder of a job for the reasons of its tasks
 _Step = Callable[[Any, int, int], None]  # (None, number of the task, number of tasks)
 
 
@@ -142,16 +156,19 @@ class Reported:
 def failed(
     job: str,  # its name
     tasks: list[int],  # that are not complete
-    faults: Path,  # folder of `Reported`
+    folder: Path,  # of the job, with the logs of its tasks and the reasons of `Reported`
 ) -> StageError:
     "What the tasks of a job say that are not complete"
+    begun = [task for task in tasks if (folder / f"logs/task_{task:05d}.log").is_file()]
     lines: list[str] = []
-    for task in tasks[:10]:
-        note = faults / f"{task:05d}.json"
+    for task in begun[:10]:
+        note = folder / f"{_FAULTS}/{task:05d}.json"
         reasons = read_json(note)["faults"] if note.is_file() else []
         lines += reasons or [f"task {task} of {job} was ended from outside, of memory perhaps"]
-    if len(tasks) > 10:
-        lines.append(f"and {len(tasks) - 10} more tasks of {job}")
+    if len(begun) > 10:
+        lines.append(f"and {len(begun) - 10} more tasks of {job}")
+    if not begun:
+        lines.append(f"no task of {job} has begun; see what the engine says above, or in {folder}")
     lines[-1] += "; what is complete is kept: run the same command again"
     return StageError(*dict.fromkeys(lines))
 
@@ -159,6 +176,9 @@ def failed(
 # %% ../nbs/a04e_executors.ipynb #4136a0bc
 def _run_task(executor: PipelineExecutor, task: int) -> None:
     "One task of a job, in this process; datatrove's log goes to its file alone"
+    # The hook that datatrove has for executors, named in PipelineExecutor.run. The public way,
+    # LocalPipelineExecutor.run() with local_tasks=1, starts a manager process for each task,
+    # which goes on for ever where the task is killed.
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
         executor._run_for_rank(task, local_rank=1)  # what failed has said so itself
 
@@ -219,10 +239,10 @@ class Jobs:
     ) -> None:
         "Run the tasks that are not complete yet; `StageError` with what the failed ones say"
         folder = logs.resolve() / name
-        faults = folder / "faults"
+        faults = folder / _FAULTS
         how = {} if self.engine == "local" else dict(self.options)  # its processes are ours
         if self.engine == "slurm":
-            how |= dict(sbatch_args={"wait": ""}, job_name=f"corpus-{name}")
+            how = dict(job_name=f"cmixtral-{name}") | how | dict(sbatch_args={"wait": ""})
         start: Any = executor_class(self.engine)
         step = Reported(step, str(faults))
         executor = start([step], tasks=tasks, logging_dir=str(folder), **how)
@@ -233,15 +253,7 @@ class Jobs:
                 executor.run()
         missing = executor.get_incomplete_ranks(skip_completed=True)
         if missing:
-            raise failed(name, missing, faults)
-
-
-def forget_job(
-    name: str,  # of a job whose results are no longer needed
-    logs: Path,  # as for `Jobs.run`
-) -> None:
-    "Take away the marks of a job, so that it would be run again"
-    shutil.rmtree(logs / name / "completions", ignore_errors=True)
+            raise failed(name, missing, logs / name)
 
 
 @contextlib.contextmanager
@@ -261,3 +273,55 @@ def start_jobs(
     n_processes = min(tasks, int(options.get("workers", n_cores or 1)))
     with _pool(n_processes if engine == "local" else 1) as pool:
         yield Jobs(engine, options, pool)
+
+
+# %% ../nbs/a04e_executors.ipynb #0dceef80
+_REQUEST = "request.json"
+
+
+def parts_folder(
+    out: Path,  # folder that a stage writes, with or without its `.tmp`
+) -> Path:
+    "Example: pieces.tmp -> pieces.parts"
+    return out.with_name(out.name.removesuffix(".tmp") + ".parts")
+
+
+def begin_work(
+    folder: Path,  # of `parts_folder`, or inside it
+    asked: dict[str, Any],  # all that the files of the tasks depend on
+    own: Iterable[str],  # names of the folders that the tasks will write
+) -> None:
+    "Write down what the tasks are to do; `StageError` where others have begun something else"
+    key = fingerprint(asked)
+    note = folder / _REQUEST
+    if note.is_file():
+        require(
+            read_json(note).get("key") == key,
+            f"{folder} holds the work of another request; finish that one, or delete the folder",
+        )
+        return
+    foreign = [str(folder / name) for name in own if (folder / name).exists()]
+    require(
+        not foreign,
+        f"{', '.join(foreign)} is not of this request; move it away, or choose another --out",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(note, dict(key=key, **asked))
+
+
+def end_work(
+    folder: Path,  # of `begin_work`
+    own: Iterable[str],  # of `begin_work`
+) -> None:
+    "Delete what the tasks wrote; logs and configuration stay"
+    for marks in folder.glob("logs/*/completions"):
+        shutil.rmtree(marks, ignore_errors=True)
+    gone = []
+    for name in own:  # first the names: what is half deleted must not count as complete
+        gone.append(folder / f"{name}.gone")
+        shutil.rmtree(gone[-1], ignore_errors=True)
+        if (folder / name).exists():
+            (folder / name).rename(gone[-1])
+    (folder / _REQUEST).unlink(missing_ok=True)
+    for path in gone:
+        shutil.rmtree(path, ignore_errors=True)

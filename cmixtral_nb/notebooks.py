@@ -180,6 +180,7 @@ COLAB_EXTRAS = {  # notebook -> the extra that it needs
     "a07_lexicons": "lexicons",
     "a07b_raking": "lexicons",
     "a16_cluster": "cluster",
+    "a16b_counting_jobs": "cluster",
     "a24_exams": "eval",
     "a33_notebooks": "docs",
     "a35_pages": "docs",

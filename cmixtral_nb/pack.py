@@ -49,7 +49,9 @@ from cmixtral_nb.stages import (
     write_text,
 )
 
+from .cluster import encoded_by_tasks
 from .documents import up_to
+from .executors import PLAIN
 from .machine import say
 from .tokenizer_files import load_tokenizer
 
@@ -61,7 +63,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/07_pack.ipynb #a31e8f17
 def cut_examples(
-    stream: Iterable[ndarray],  # token ids, joined end to end, in pieces of any size
+    stream: Iterable[ndarray],  # token ids, joined end to end, in chunks of any size
     length: int,  # tokens in an example
     block: int = 1024,  # examples that are given at a time
 ) -> Iterator[ndarray]:  # (block, length), at the end (n, length)
@@ -69,20 +71,20 @@ def cut_examples(
     import numpy as np
 
     block_tokens = block * length
-    pieces: list[ndarray] = []
+    chunks: list[ndarray] = []
     n_held = 0
     for ids in stream:
-        pieces.append(ids)
+        chunks.append(ids)
         n_held += len(ids)
         if n_held >= block_tokens:
-            flat = np.concatenate(pieces)
+            flat = np.concatenate(chunks)
             n_whole = n_held // block_tokens * block_tokens
             yield from flat[:n_whole].reshape(-1, block, length)
-            pieces = [flat[n_whole:]]  # the tail begins the next block
-            n_held = len(pieces[0])
+            chunks = [flat[n_whole:]]  # the tail begins the next block
+            n_held = len(chunks[0])
     n_last = n_held // length
     if n_last:
-        yield np.concatenate(pieces)[: n_last * length].reshape(n_last, length)
+        yield np.concatenate(chunks)[: n_last * length].reshape(n_last, length)
 
 
 # %% ../nbs/07_pack.ipynb #a82f2fce
@@ -211,7 +213,7 @@ def _write_valid(path: Path, texts: Iterable[str], limit_chars: int) -> int:
 @stage(
     "tokens",
     inputs=("corpus", "tokenizer"),
-    ignore=("workers", "parts"),
+    ignore=("workers", "engine", "tasks", "where"),
     check=check_pack,
     options=pack_option_faults,
 )
@@ -223,33 +225,36 @@ def pack(
     length: int = 2048,  # tokens in an example
     valid_chars: int = 200_000,  # held-out characters kept of each language
     valid_share: float = 0.001,  # of documents held out, where the corpus is a text file
-    seed: int = 0,  # which documents a ratio below 1 takes, and in which order repeats come
-    workers: int = 1,  # processes that encode; for a large corpus, as many as there are cores
-    parts: Path = None,  # folder that `encode_part` filled, anywhere; None: encode here
+    seed: int = 0,  # shifts which documents a ratio below 1 takes; draws the order of repeats
+    workers: int = 1,  # processes that encode here; for a large corpus, as many as there are cores
+    engine: str = PLAIN,  # who encodes: this machine, or tasks of datatrove: local, slurm, ray
+    tasks: int = 1,  # of the engine; they share each source
+    where: list[str] = None,  # NAME=VALUE for the engine, such as partition=cpu time=08:00:00
 ):
     "Encode documents with BOS and EOS around each, mix by ratio, cut the stream into examples"
     tok = load_tokenizer(tokenizer)
     tokenizer_key = tokenizer_fingerprint(tokenizer)
     writer = ExampleWriter(out / "train", length, ids_dtype(tok))
+    ratios = parse_mix(mix)
+    how = (corpus, tokenizer)
     sources: dict[str, dict] = {}
-    for number, (lang, ratio) in enumerate(parse_mix(mix).items()):
-        own_parts = out / "parts"
-        if not parts:
-            encode_part(
-                corpus, tokenizer, own_parts, lang, ratio, valid_share, seed, workers=workers
-            )
-        encoded = Parts(parts or own_parts, lang, writer.dtype)
-        sources[lang] = _pack_source(writer, number, encoded, ratio, seed)
-        shutil.rmtree(own_parts, ignore_errors=True)
-        held_out = source_texts(corpus, lang, "valid", valid_share)
-        valid_file = out / f"valid.{lang}.jsonl"
-        sources[lang]["n_valid"] = _write_valid(valid_file, held_out, valid_chars)
-    n_tokens = sum(source["n_tokens"] for source in sources.values())
-    require(
-        writer.n_examples,
-        f"{corpus} gives {n_tokens:,} tokens, less than one example of {length:,}; "
-        "give more text or a smaller --length",
-    )
+    with encoded_by_tasks(out, engine, tasks, where, *how, ratios, seed) as shared:
+        for number, (lang, ratio) in enumerate(ratios.items()):
+            folder = shared or out / "parts"
+            if not shared:
+                encode_part(*how, folder, lang, ratio, valid_share, seed, workers=workers)
+            parts = Parts(folder, lang, writer.dtype)
+            sources[lang] = _pack_source(writer, number, parts, ratio, seed)
+            shutil.rmtree(out / "parts", ignore_errors=True)
+            held_out = source_texts(corpus, lang, "valid", valid_share)
+            valid_file = out / f"valid.{lang}.jsonl"
+            sources[lang]["n_valid"] = _write_valid(valid_file, held_out, valid_chars)
+        n_tokens = sum(source["n_tokens"] for source in sources.values())
+        require(
+            writer.n_examples,
+            f"{corpus} gives {n_tokens:,} tokens, less than one example of {length:,}; "
+            "give more text or a smaller --length",
+        )
     writer.finish(fingerprint([tokenizer_key, sources, length]))
     _say_packed(writer, sources)
     return dict(

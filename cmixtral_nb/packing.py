@@ -18,6 +18,7 @@ __all__ = [
     "Span",
     "span_texts",
     "source_texts",
+    "sharing_faults",
     "encoding_jobs",
     "encoded",
     "job_texts",
@@ -25,7 +26,6 @@ __all__ = [
     "Parts",
     "gather",
     "source_faults",
-    "part_faults",
     "pack_option_faults",
     "check_pack",
     "ExampleWriter",
@@ -44,21 +44,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cmixtral_nb.stages import (
-    StageError,
-    fingerprint,
-    input_fingerprint,
-    read_json,
-    require,
-    tokenizer_fingerprint,
-    write_json,
-)
-
 from .checkpoints import ahead
 from .corpora import corpus_langs, corpus_texts, missing_language
 from .corpus import is_heldout
 from .documents import doc_files, text_batches
+from .executors import PLAIN, engine_faults
 from .options import at_least, between, faults_of, range_faults, refuse
+from .stages import StageError, read_json, require, write_json
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
 if TYPE_CHECKING:
@@ -265,6 +257,19 @@ def source_texts(
             yield text
 
 
+def sharing_faults(
+    corpus: str | Path,  # as for `source_texts`
+    lang: str,  # source
+) -> list[str]:  # one line, or none
+    "Why tasks cannot share a text"
+    if corpus_langs(corpus):
+        return []
+    return [
+        f"{corpus} is no corpus, and tasks cannot share it; "
+        f"run: cmixtral corpus --sources {lang}={corpus} --out DIR"
+    ]
+
+
 def encoding_jobs(
     corpus: str | Path,  # as for `source_texts`
     lang: str,  # source
@@ -279,11 +284,8 @@ def encoding_jobs(
     if path.is_file():
         yield from _span_jobs(path, ratio, seed, part, n_parts)
         return
-    require(
-        n_parts == 1,
-        f"{corpus} is no corpus and cannot be encoded in parts; "
-        f"run: cmixtral corpus --sources {lang}={corpus} --out DIR",
-    )
+    if n_parts > 1:
+        refuse(sharing_faults(corpus, lang))
     texts = source_texts(corpus, lang, "train", valid_share)
     yield from text_batches(text for i, text in enumerate(texts) if takes(i, ratio, seed))
 
@@ -356,7 +358,7 @@ COUNTED = ("n_docs", "n_tokens", "n_chars", "n_bytes")  # of each part
 def encode_part(
     corpus: str | Path,  # as for `pack`
     tokenizer: str | Path,  # folder with a tokenizer
-    out: str | Path,  # folder of the parts, made where it is missing
+    out: str | Path,  # folder of the parts of one request, made where it is missing
     lang: str,  # source
     ratio: float = 1.0,  # below 1, not all documents are encoded
     valid_share: float = 0.001,  # as for `pack`
@@ -364,34 +366,19 @@ def encode_part(
     part: int = 0,  # which part
     n_parts: int = 1,  # of how many
     workers: int = 1,  # processes
-) -> dict:  # n_docs, n_tokens, n_chars, n_bytes, and the identity of the source
+) -> dict[str, int]:  # n_docs, n_tokens, n_chars, n_bytes
     "Encode a part of a source into `out`; a part that is there already is left as it is"
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{lang}.{part:05}-of-{n_parts:05}"
     head_file = folder / f"{name}.json"
-    identity = _identity(corpus, tokenizer, lang, ratio, valid_share, seed)
     if head_file.is_file():
-        head = read_json(head_file)
-        if head.get("identity") == identity:
-            return head
+        return read_json(head_file)
     tok = load_tokenizer(tokenizer)
-    head_file.unlink(missing_ok=True)
     jobs = encoding_jobs(corpus, lang, ratio, valid_share, seed, part, n_parts)
-    counted = _write_part(folder / name, jobs, tok, workers, f"encode {lang}")
-    head = dict(counted, identity=identity)
+    head = _write_part(folder / name, jobs, tok, workers, f"encode {lang}")
     write_json(head_file, head)
     return head
-
-
-def _identity(corpus, tokenizer, lang: str, ratio: float, valid_share: float, seed: int) -> str:
-    "What all parts of a source have in common, whoever encodes them"
-    parameters: list = [input_fingerprint(corpus), tokenizer_fingerprint(tokenizer), lang]
-    if ratio < 1:  # else every document is encoded, whatever the seed
-        parameters += [ratio, seed]
-    if not corpus_langs(corpus):
-        parameters.append(valid_share)
-    return fingerprint(parameters)
 
 
 def _write_part(name: Path, jobs: Iterable, tok, workers: int, title: str) -> dict[str, int]:
@@ -494,76 +481,44 @@ def source_faults(
     return []
 
 
-def part_faults(
-    parts: str | Path,  # folder that `encode_part` filled
-    corpus: str | Path,  # as for `pack`
-    tokenizer: str | Path,  # as for `pack`
-    ratios: dict[str, float],  # language -> ratio
-    valid_share: float,  # as for `pack`
-    seed: int,  # as for `pack`
-) -> list[str]:
-    "Why encoded parts are not the ones asked for"
-    faults = []
-    for lang, ratio in ratios.items():
-        identity = _identity(corpus, tokenizer, lang, ratio, valid_share, seed)
-        faults += _lang_part_faults(Path(parts), lang, identity)
-    return faults
-
-
-def _lang_part_faults(folder: Path, lang: str, identity: str) -> list[str]:
-    again = "encode it again, into an empty folder"
-    heads = sorted(folder.glob(f"{lang}.*-of-*.json"))
-    totals = {head.stem.split("-of-")[1] for head in heads}
-    if not totals:
-        return [f"{folder} holds no part of {lang}; {again}"]
-    if len(totals) > 1:
-        return [f"{folder} holds parts of several divisions of {lang}; {again}"]
-    faults = []
-    total = int(totals.pop())
-    if len(heads) < total:
-        faults.append(
-            f"{folder} holds {len(heads)} of {total} parts of {lang}; run the missing tasks again"
-        )
-    if any(read_json(head).get("identity") != identity for head in heads):
-        faults.append(
-            f"{folder}: {lang} was encoded from another corpus, "
-            f"with another tokenizer, ratio or seed; {again}"
-        )
-    return faults
-
-
 # %% ../nbs/a15_packing.ipynb #f0d08144
 def pack_option_faults(
     mix: Iterable[str],  # "RATIO:LANG" each
+    engine: str = PLAIN,  # of `ENGINES`
+    tasks: int = 1,  # of the engine
+    where: list[str] | None = None,  # NAME=VALUE, for the engine
+    workers: int = 1,  # processes that encode
     **others: Any,  # options that have a range, and what earlier stages make
 ) -> list[str]:  # one line for each fault
     "What is wrong with options of `pack`, before there are a corpus and a tokenizer"
     ranges = dict(length=between(8, 2**20), valid_chars=at_least(0))
-    return faults_of(parse_mix, mix) + range_faults(others, **ranges)
+    faults = faults_of(parse_mix, mix) + range_faults(dict(others, workers=workers), **ranges)
+    faults += engine_faults(engine, tasks, where or [])
+    if engine != PLAIN and workers != 1:
+        faults.append(
+            f"workers is {workers}, but with --engine {engine} tasks encode; "
+            f"give --tasks {workers} instead"
+        )
+    return faults
 
 
 def check_pack(
     corpus: Path,  # from `corpus`, or text of another form
     tokenizer: Path,  # folder of a tokenizer
     mix: Iterable[str],  # "RATIO:LANG" each
-    length: int = 2048,  # tokens of an example
-    valid_share: float = 0.001,  # of documents to hold out
-    seed: int = 0,  # of the order of repeats
-    workers: int = 1,  # processes
-    parts: Path | None = None,  # folder of finished parts
-    **others: Any,  # the others of `pack`
+    engine: str = PLAIN,  # of `ENGINES`
+    **options: Any,  # the others of `pack`
 ) -> None:
     "`StageError` with everything that is wrong with a request to `pack`"
-    options = dict(others, length=length, valid_share=valid_share, seed=seed, workers=workers)
-    faults = pack_option_faults(mix, **options)
+    faults = pack_option_faults(mix, engine, **options)
     ratios = {} if faults_of(parse_mix, mix) else parse_mix(mix)
     faults += source_faults(corpus, ratios)
+    if engine != PLAIN and doc_files(corpus):
+        faults += [fault for lang in list(ratios)[:1] for fault in sharing_faults(corpus, lang)]
     if (Path(tokenizer) / "tokenizer.json").is_file():
         faults += faults_of(lambda: special_ids(load_tokenizer(tokenizer)))
     else:
         faults.append(f"{tokenizer} holds no tokenizer.json; run: cmixtral vocab --out DIR")
-    if parts and not faults:
-        faults = part_faults(parts, corpus, tokenizer, ratios, valid_share, seed)
     refuse(faults)
 
 

@@ -11,7 +11,6 @@ __all__ = [
     "DROPS",
     "N_GRAMS",
     "N_GRAMS_UNSPACED",
-    "JOBS",
     "TextRules",
     "TextWork",
     "repeats_of",
@@ -37,10 +36,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .documents import N_PLACES, corpus_option_faults
-from .executors import PLAIN, Jobs, engine_faults, forget_job
+from .executors import PLAIN, Jobs, begin_work, end_work, engine_faults
 from .quality import filter_faults, word_tokenizer
 from .shards import Part, make_shards, own_shards, read_shard, with_retries
-from .stages import fingerprint, input_fingerprint, read_json, require, write_json
+from .stages import input_fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -449,6 +448,9 @@ class _CutShards:
 
 
 # %% ../nbs/a04f_text_jobs.ipynb #d6ae0e7d
+_FOLDERS = ("read", "documents", "near", "marks", "paragraphs", "cut")  # of the tasks
+
+
 def run_text_jobs(
     refs: list[str],  # sources of one language
     rules: TextRules,
@@ -461,7 +463,7 @@ def run_text_jobs(
     "Read, compare and cut the text of a language with many tasks"
     shards = tuple(tuple(shard) for shard in make_shards(refs))
     work = TextWork(str(folder.resolve()), shards, rules, near)
-    _sign(work, folder, tasks)
+    begin_work(folder, _asked(work, tasks), _FOLDERS)
     steps: list[tuple[str, Any, int]] = [
         ("read", _ReadShards(work), tasks),
         ("documents", _FindRepeats(work, "documents"), tasks),
@@ -480,12 +482,6 @@ def run_text_jobs(
     return work
 
 
-JOBS = (
-    *("read", "documents", "signatures", "buckets", "clusters"),
-    *("marks", "paragraphs", "cut"),
-)
-
-
 def _described(value: Any) -> Any:
     "A rule as it can be written down and compared: a function by its name and arguments"
     if isinstance(value, partial):
@@ -493,26 +489,16 @@ def _described(value: Any) -> Any:
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
 
 
-def _sign(work: TextWork, folder: Path, tasks: int) -> None:
-    "Write down what the tasks are to do; `StageError` where others have begun something else"
+def _asked(work: TextWork, tasks: int) -> dict[str, Any]:
+    "All that the files of the tasks depend on"
     files = {part.file for shard in work.shards for part in shard if isinstance(part.file, str)}
-    asked = dict(
+    return dict(
         tasks=tasks,
         near=work.near,
         shards=[[asdict(part) for part in shard] for shard in work.shards],
         rules={name: _described(value) for name, value in vars(work.rules).items()},
         files={file: input_fingerprint(file) for file in sorted(files)},
     )
-    key = fingerprint(asked)
-    note = folder / "request.json"
-    if note.is_file():
-        require(
-            read_json(note).get("key") == key,
-            f"{folder} holds the work of another request; finish that one, or delete the folder",
-        )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(note, dict(key=key, **asked))
 
 
 # %% ../nbs/a04f_text_jobs.ipynb #75ee9a40
@@ -562,18 +548,11 @@ def _copy(source: BinaryIO, target: BinaryIO, n_bytes: int, block: int = 2**22) 
         n_bytes -= len(data)
 
 
-_FOLDERS = ("read", "documents", "near", "marks", "paragraphs", "cut")  # of the tasks
-
-
 def clear_parts(
     work: TextWork,  # whose parts were joined
 ) -> None:
-    "Delete what the tasks wrote; logs, configuration and request stay"
-    for name in JOBS:  # first the marks: what is half deleted must not count as complete
-        forget_job(name, Path(work.folder, "logs"))
-    Path(work.folder, "request.json").unlink(missing_ok=True)
-    for name in _FOLDERS:
-        shutil.rmtree(Path(work.folder, name), ignore_errors=True)
+    "Delete what the tasks wrote; logs and configuration stay"
+    end_work(Path(work.folder), _FOLDERS)
 
 
 # %% ../nbs/a04f_text_jobs.ipynb #fb0e3cc3

@@ -35,7 +35,6 @@ from cmixtral_nb.byte_pieces import (
     byte_tokenizer_faults,
     check_byte_tokenizer,
     learn_byte_pieces,
-    parts_faults,
     sentencepiece_faults,
 )
 from cmixtral_nb.lexicons import (
@@ -69,7 +68,8 @@ from cmixtral_nb.runs import (
 
 from .byte_bases import is_byte_base
 from .corpora import corpus_texts
-from .counted import counted_source
+from .counting_jobs import counted_by_tasks, counting_faults, counting_option_faults
+from .executors import PLAIN
 from .languages import lang_script, script_pattern
 from .machine import say
 from .options import faults_of, refuse
@@ -144,7 +144,7 @@ def train_pieces(
     max_chars: int = 16,  # longest piece
     threads: int = 1,  # for reading; the merges are found by one
 ) -> Path:  # model_file
-    "Train BPE pieces on runs with sentencepiece; deterministic, there is nothing to seed"
+    "Train BPE pieces on runs with sentencepiece; deterministic"
     import sentencepiece as spm
 
     model_file = Path(model_file)
@@ -342,26 +342,23 @@ def _no_runs(corpus: Path, script: str, own: str) -> str:
 
 def _option_faults(**options: Any) -> list[str]:
     "What is wrong with options, before there is a corpus"
+    shared = counting_option_faults(**options)
     if is_byte_base(options["base"]):
-        return byte_tokenizer_faults(**options)
-    return [*sentencepiece_faults(**options), *tokenizer_option_faults(**options)]
+        return [*byte_tokenizer_faults(**options), *shared]
+    return [*sentencepiece_faults(**options), *tokenizer_option_faults(**options), *shared]
 
 
 def _check(**options: Any) -> None:
     "Refuse options and inputs that cannot be, all at once"
     if is_byte_base(options["base"]):
-        check_byte_tokenizer(**options)
+        faults = faults_of(check_byte_tokenizer, **options)
     else:
-        refuse([*sentencepiece_faults(**options), *faults_of(check_tokenizer, **options)])
-    refuse(parts_faults(**options))
+        faults = [*sentencepiece_faults(**options), *faults_of(check_tokenizer, **options)]
+    refuse([*faults, *counting_faults(**options)])
 
 
-def _corpus_runs(
-    corpus: Path, out: Path, lang: str, parts: Path | None, limit_chars: int, *how: Any
-) -> Source:
-    "The runs of a corpus, counted into a file unless a cluster has counted them"
-    if parts:
-        return counted_source(parts, lang)
+def _counted_here(corpus: Path, out: Path, lang: str, limit_chars: int, *how: Any) -> Source:
+    "The runs of a corpus, counted into a file"
     texts = corpus_texts(corpus, lang, limit_chars=limit_chars)
     return file_source(count_runs(texts, out / "corpus.runs", *how))
 
@@ -371,10 +368,27 @@ def _raked(runs: Source, words: Counter, file: Path) -> Source:
     return file_source(rake_runs(write_runs(file, runs.rows()), words))
 
 
+def _summary(pieces: list[Piece], n_distinct_chars: int, script: str, **stats: int) -> dict:
+    "Say what was learned; what the manifest says of it"
+    kinds = Counter(piece.kind for piece in pieces)
+    say(
+        "tokenizer",
+        f"{len(pieces):,} candidates from {stats['n_run_chars']:,} characters of {script} runs: "
+        f"{kinds['char']:,} of {n_distinct_chars:,} characters, {kinds['word']:,} words",
+    )
+    return dict(
+        n_pieces=len(pieces),
+        n_chars=kinds["char"],
+        n_words=kinds["word"],
+        n_distinct_chars=n_distinct_chars,
+        **stats,
+    )
+
+
 @stage(
     "pieces",
     inputs=("corpus", "lexicons", "rake", "base"),
-    ignore=("workers", "parts"),
+    ignore=("workers", "engine", "tasks", "where"),
     check=_check,
     options=_option_faults,
     schema=2,
@@ -398,54 +412,50 @@ def tokenizer(
     # base tokenizer: 'mixtral' or a sentencepiece file, which only 'continued' reads; or a folder
     # with a byte-level tokenizer.json, or 'tekken', whose merges are gone on with
     base: str = "mixtral",
-    # of a byte-level base: own letters of a script that kept languages share, 'exclusive', 'any'
-    # (beyond ASCII) or 'free'; none: exclusive for Latin, elsewhere all characters of the script
+    # of a byte-level base: the letters of which a piece must hold one, 'exclusive' (no kept
+    # language has them), 'any' (beyond ASCII) or 'free' (no rule); none: exclusive for Latin,
+    # elsewhere every character of the script
     letters: str = "",
     companions: str = "",  # of a byte-level base: further own characters, such as U+200B
     # of a byte-level base: 'bytes', a merge may hold part of a character; or 'characters'
     rule: str = "bytes",
     repair: bool = False,  # of a byte-level base: keep own marks with the letter before them
     memory_chars: int = 24_000_000,  # of different runs, some 70 bytes each; more are thinned
-    workers: int = 2,  # processes that count
-    parts: Path = None,  # folder of finished counts, from `tokenizer_job`; None: count here
+    workers: int = 2,  # processes that count here, and threads of the trainer
+    engine: str = PLAIN,  # who counts: this machine, or tasks of datatrove: local, slurm, ray
+    tasks: int = 1,  # of the engine; they share the text
+    where: list[str] = None,  # NAME=VALUE for the engine, such as partition=cpu time=08:00:00
 ):
     "Train candidate pieces on the runs of one script, or merges for a byte-level base"
-    if is_byte_base(base):
-        rules = (letters, companions, rule, repair)
-        sizes = (n_pieces, max_chars, limit_chars, memory_chars)
-        return learn_byte_pieces(corpus, out, base, lang, script, *rules, *sizes, parts)
-    counted = _corpus_runs(corpus, out, lang, parts, limit_chars, script, marks, workers)
-    n_run_chars = counted.n_chars
-    if rake:
-        counted = _raked(counted, read_lexicon(rake, script, lang), out / "raked.runs")
-    runs = mix_runs(run_sources(counted, lexicons, opencc, script, lang, marks), memory_chars)
-    for file in out.glob("*.runs"):
-        file.unlink()
-    require(runs, _no_runs(corpus, script, lang_script(lang)))
-    stats = dict(
-        n_run_chars=n_run_chars,
-        n_train_chars=mass(runs.items()),
-        n_distinct_run_chars=sum(map(len, runs)),
-    )
+    source = dict(corpus=corpus, lang=lang, script=script, base=base, marks=marks)
+    own = dict(letters=letters, companions=companions, repair=repair)
+    thinned = dict(memory_chars=memory_chars, opencc=opencc, rake=rake)
+    shared = counted_by_tasks(out, engine, tasks, where, **source, **own, **thinned)
+    with shared as counted:
+        if is_byte_base(base):
+            rules = (letters, companions, rule, repair)
+            sizes = (n_pieces, max_chars, limit_chars, memory_chars)
+            return learn_byte_pieces(corpus, out, base, lang, script, *rules, *sizes, counted)
+        if counted is None:
+            counted = _counted_here(corpus, out, lang, limit_chars, script, marks, workers)
+        n_run_chars = counted.n_chars
+        if rake:
+            counted = _raked(counted, read_lexicon(rake, script, lang), out / "raked.runs")
+        runs = mix_runs(run_sources(counted, lexicons, opencc, script, lang, marks), memory_chars)
+        for file in out.glob("*.runs"):
+            file.unlink()
+        require(runs, _no_runs(corpus, script, lang_script(lang)))
+        stats = dict(
+            n_run_chars=n_run_chars,
+            n_train_chars=mass(runs.items()),
+            n_distinct_run_chars=sum(map(len, runs)),
+        )
 
-    counts = char_counts(runs, script)
-    runs = split_runs(runs, _kept_chars(counts, n_pieces, n_chars))
-    base_file = base_tokenizer_model(base) if method == "continued" else None
-    pieces = learn_pieces(
-        runs, out / "spm.model", n_pieces, max_chars, script, base_file, threads=workers
-    )
-    write_pieces(out / "pieces.tsv", pieces)
-
-    kinds = Counter(piece.kind for piece in pieces)
-    say(
-        "tokenizer",
-        f"{len(pieces):,} candidates from {n_run_chars:,} characters of {script} runs: "
-        f"{kinds['char']:,} of {len(counts):,} characters, {kinds['word']:,} words",
-    )
-    return dict(
-        n_pieces=len(pieces),
-        n_chars=kinds["char"],
-        n_words=kinds["word"],
-        n_distinct_chars=len(counts),
-        **stats,
-    )
+        counts = char_counts(runs, script)
+        runs = split_runs(runs, _kept_chars(counts, n_pieces, n_chars))
+        base_file = base_tokenizer_model(base) if method == "continued" else None
+        pieces = learn_pieces(
+            runs, out / "spm.model", n_pieces, max_chars, script, base_file, threads=workers
+        )
+        write_pieces(out / "pieces.tsv", pieces)
+    return _summary(pieces, len(counts), script, **stats)

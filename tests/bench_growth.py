@@ -22,9 +22,10 @@ from pathlib import Path
 from cmixtral_nb.byte_pieces import counting_of, thinning_of
 from cmixtral_nb.counted import count_task, counted_source, merge_task
 from cmixtral_nb.documents import read_docs
+from cmixtral_nb.lexicons import mix_runs
 from cmixtral_nb.pack import pack
 from cmixtral_nb.pieces import base_tokenizer_model
-from cmixtral_nb.tokenizer import tokenizer
+from cmixtral_nb.tokenizer import char_counts, frequent_chars, learn_pieces, split_runs
 from cmixtral_nb.tokenizer_files import write_tokenizer
 
 HOW: dict = dict(lang="zh", script="Han", base="mixtral")
@@ -56,8 +57,11 @@ def merge(corpus: Path, parts: Path, bucket: int) -> None:
     merge_task(counting_of(corpus, **HOW), parts, bucket, TASKS, limit, salts)
 
 
-def learn(corpus: Path, parts: Path, out: Path) -> None:
-    tokenizer(corpus, out, n_pieces=20_000, parts=parts, workers=1)
+def learn(parts: Path, out: Path) -> None:
+    out.mkdir()
+    runs = mix_runs([counted_source(parts, "zh")], 24_000_000)
+    runs = split_runs(runs, frequent_chars(char_counts(runs), 4000))
+    learn_pieces(runs, out / "spm.model", 20_000)
 
 
 def pack_all(corpus: Path, folder: Path, out: Path) -> None:
@@ -103,7 +107,7 @@ def one(work: Path, data: str, megabytes: int) -> dict:
     row["merged_bytes"] = size_of(parts, "*bucket*.runs")
     runs = counted_source(parts, "zh")
     row["chars"], row["different_chars"] = runs.n_chars, sum((runs.sizes or {}).values())
-    row["learn_s"], row["learn_peak"] = measured(learn, corpus, parts, work / "now/pieces")
+    row["learn_s"], row["learn_peak"] = measured(learn, parts, work / "now/pieces")
     folder = work / "tokenizer"
     if not folder.exists():
         write_tokenizer(base_tokenizer_model("mixtral"), folder)

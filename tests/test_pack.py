@@ -1,15 +1,13 @@
 """What the chapter 07_pack does not show.
 
-The whole stage against ten naive lines, isolation inside the Trainer, clusters, every message."""
+The whole stage against ten naive lines, isolation inside the Trainer, tasks, every message."""
 
 import json
-import os
 import shutil
-import sys
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
+from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from hypothesis import strategies as st
 
 from cmixtral_nb import pack as pack_module
 from cmixtral_nb import packing
-from cmixtral_nb.cluster import pack_job
 from cmixtral_nb.mixtral import small_config
 from cmixtral_nb.pack import (
     collate,
@@ -165,21 +162,18 @@ def naive_pack(texts, tok, ratio, seed, length):
     ratio=st.sampled_from([0.3, 0.5, 1, 1.7, 3]),
     seed=st.integers(0, 3),
     length=st.integers(8, 20),
-    n_parts=st.integers(0, 3),
+    tasks=st.integers(0, 3 if find_spec("datatrove") else 0),  # 0: without an engine
 )
-def test_pack_equals_naive(here, tok, tmp_path, monkeypatch, texts, ratio, seed, length, n_parts):
+def test_pack_equals_naive(here, tok, tmp_path, monkeypatch, texts, ratio, seed, length, tasks):
     for module in (pack_module, packing):
         monkeypatch.setattr(module, "load_tokenizer", lambda _: tok)
     monkeypatch.setattr(line_spans, "__defaults__", (0, 1, 50))  # many spans of a few documents
-    c, out, parts = write_corpus(tmp_path / "c", zh=texts), tmp_path / "out", tmp_path / "parts"
+    c, out = write_corpus(tmp_path / "c", zh=texts), tmp_path / "out"
     want, n_tokens = naive_pack(texts, tok, ratio, seed, length)
-    for f in parts.glob("*"):  # of the example before
-        f.unlink()
-    for k in range(n_parts):
-        encode_part(c, here / "tok", parts, "zh", ratio, seed=seed, part=k, n_parts=n_parts)
-    how = dict(
-        mix=[f"{ratio}:zh"], length=length, seed=seed, force=True, parts=parts if n_parts else None
-    )
+    shutil.rmtree(tmp_path / "out.parts", ignore_errors=True)  # of an example without examples
+    how: dict = dict(mix=[f"{ratio}:zh"], length=length, seed=seed, force=True)
+    if tasks:
+        how |= dict(engine="local", tasks=tasks, where=["workers=1"])
     if not want:
         with pytest.raises(StageError, match="less than one example"):
             pack(c, here / "tok", out, **how)
@@ -247,7 +241,7 @@ def test_a_text_file_is_split_by_hash(here, tmp_path):
         pack(mine, here / "tok", tmp_path / "own2", mix=["zh", "en"])
     with pytest.raises(StageError, match="less than one example"):
         pack(mine, here / "tok", tmp_path / "own2", mix=["zh"], length=2**20)
-    with pytest.raises(StageError, match="cannot be encoded in parts; run: cmixtral corpus"):
+    with pytest.raises(StageError, match="tasks cannot share it; run: cmixtral corpus"):
         encode_part(mine, here / "tok", tmp_path / "p", "zh", n_parts=2)
     assert not list(tmp_path.glob("own2*"))
 
@@ -468,37 +462,13 @@ def test_not_tokens(here):
         Artifact.load(here / "nothing", "tokens")
 
 
-def test_wrong_parts_are_refused(here, tmp_path):
-    c, t, parts = here / "corpus", here / "tok", tmp_path / "parts"
-
-    def refused(words, mix=("1:zh",), **kw):
-        with pytest.raises(StageError, match=words):
-            pack(c, t, tmp_path / "out", mix=mix, length=64, parts=parts, **kw)
-        assert not list(tmp_path.glob("out*"))
-
-    refused("holds no part of zh")
-    for k in 0, 2:
-        encode_part(c, t, parts, "zh", part=k, n_parts=3)
-    refused("holds 2 of 3 parts of zh; run the missing tasks again")
-    encode_part(c, t, parts, "zh", part=1, n_parts=3)
-    refused(
-        "zh was encoded from another corpus, with another tokenizer, ratio or seed", mix=[".5:zh"]
-    )
-    refused("holds no part of en", mix=["1:zh", "1:en"])
-    pack(
-        c, t, tmp_path / "fine", mix=["2:zh"], length=64, parts=parts, seed=3
-    )  # repeats are drawn when parts are joined
-    encode_part(c, t, parts, "zh")
-    refused("holds parts of several divisions of zh")
-
-
 def test_a_part_that_is_there_is_left(here, tmp_path, monkeypatch):
     a = encode_part(here / "corpus", here / "tok", tmp_path, "zh")
     monkeypatch.setattr(packing, "encoded", lambda *_, **__: pytest.fail("encoded again"))
     assert encode_part(here / "corpus", here / "tok", tmp_path, "zh") == a
     with pytest.raises(pytest.fail.Exception):
-        encode_part(here / "corpus", here / "tok", tmp_path, "zh", ratio=0.5)
-    assert not list(tmp_path.glob("*.json"))  # half a part has no head
+        encode_part(here / "corpus", here / "tok", tmp_path, "en")
+    assert not list(tmp_path.glob("en*.json"))  # half a part has no head
 
 
 def test_gather_across_parts(here, tmp_path):
@@ -512,115 +482,3 @@ def test_gather_across_parts(here, tmp_path):
     from_three = np.concatenate(list(gather(three, order, three.counts(), 7)))
     from_one = np.concatenate(list(gather(one, order, one.counts())))
     assert from_three.tolist() == from_one.tolist()
-
-
-MIX: dict = dict(mix=["1.5:zh", ".5:en"], length=64)
-
-
-@pytest.fixture(scope="module")
-def alone(here):
-    return pack(here / "corpus", here / "tok", here / "alone", **MIX)
-
-
-def test_datatrove_with_two_workers(here, tmp_path, alone):
-    pack_job(
-        here / "corpus", here / "tok", tmp_path / "out", tasks=2, where=dict(workers=2), **MIX
-    ).run()
-    far = Artifact.load(tmp_path / "out", "tokens", verify=True)
-    assert (far.key, far.fingerprint, far.stats) == (alone.key, alone.fingerprint, alone.stats)
-    assert len(list((tmp_path / "out.parts").glob("zh.*.ids"))) == 2
-
-
-def test_what_a_killed_task_left_is_made_again(here, tmp_path, alone):
-    how: dict = dict(tasks=3, where=dict(workers=1), **MIX)  # one worker: in this process
-
-    def run():
-        pack_job(here / "corpus", here / "tok", tmp_path / "out", **how).run()
-
-    run()
-    heads = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.parts").glob("*-of-*.json")}
-    assert len(heads) == 6
-    gone = tmp_path / "out.parts/en.00001-of-00003.json"
-    gone.unlink()
-    gone.with_suffix(".ids").write_bytes(b"half")
-    shutil.rmtree(tmp_path / "out")
-    run()
-    assert Artifact.load(tmp_path / "out").fingerprint == alone.fingerprint
-    assert [p for p, at in heads.items() if p.stat().st_mtime_ns != at] == [gone]
-
-
-SBATCH = r"""
-import os
-import re
-import subprocess
-import sys
-
-script = sys.argv[-1]
-text = open(script).read()
-assert "#SBATCH --partition=cpu" in text
-last = int(re.search(r"--array=0-(\d+)", text)[1])
-if "merge_stats" not in text:  # the last job of datatrove, which only adds up its logs
-    for k in range(last + 1):
-        env = dict(os.environ, SLURM_ARRAY_TASK_ID=str(k), SLURM_NODELIST="here")
-        subprocess.run(["bash", script], env=env, check=True, stdout=2)
-print("Submitted batch job 7")
-"""
-SRUN = """#!/bin/bash
-while [[ $1 == -* ]]; do
-  [[ $1 == -n ]] && shift
-  shift
-done
-exec "$@"
-"""
-
-
-def slurm(folder):
-    "Commands of Slurm that run a job at once, here"
-    folder.mkdir()
-    (folder / "sbatch").write_text(f"#!{sys.executable}{SBATCH}")
-    (folder / "srun").write_text(SRUN)
-    (folder / "scontrol").write_text("#!/bin/bash\necho here\n")
-    for f in folder.iterdir():
-        f.chmod(0o755)
-
-
-def test_datatrove_on_slurm(here, tmp_path, alone, monkeypatch):
-    slurm(tmp_path / "bin")
-    first = [str(tmp_path / "bin"), str(Path(sys.executable).parent)]
-    monkeypatch.setenv("PATH", os.pathsep.join([*first, os.environ["PATH"]]))
-    pack_job(
-        here / "corpus",
-        here / "tok",
-        tmp_path / "out",
-        tasks=1,
-        executor="slurm",
-        where=dict(partition="cpu", time="01:00:00", cpus_per_task=4),
-        **MIX,
-    ).run()
-    far = Artifact.load(tmp_path / "out", "tokens")
-    assert (far.key, far.fingerprint, far.stats) == (alone.key, alone.fingerprint, alone.stats)
-
-
-def test_jobs_that_cannot_be(here, tmp_path, monkeypatch):
-    corpus, tok, out = here / "corpus", here / "tok", tmp_path / "out"
-
-    def refused(words, corpus=corpus, **kw):
-        with pytest.raises(StageError, match=words):
-            pack_job(corpus, tok, out, **kw)
-
-    refused("executor is 'moon', expected local, slurm, ray", executor="moon", **MIX)
-    refused("executor slurm: .*'time' and 'partition'; give it in where", executor="slurm", **MIX)
-    refused(
-        "is no corpus and cannot be encoded in parts; run: cmixtral corpus",
-        corpus=here / "zh.jsonl",
-        **MIX,
-    )
-    refused("has no fr text", mix=["fr"])
-    refused("tasks is 0, expected at least 1", tasks=0)
-    with pytest.raises(TypeError, match="lenght"):
-        pack_job(corpus, tok, out, mix=["zh"], lenght=64)
-    for name in [n for n in sys.modules if n.startswith("datatrove")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "datatrove", None)
-    refused(r"^datatrove is not installed; run: pip install 'cmixtral_nb\[cluster\]'$", **MIX)
-    assert not list(tmp_path.iterdir())
