@@ -262,7 +262,7 @@ def commands_in(notebook):
 def test_messages_on_the_chinese_page_are_ours():
     "Each line of its table quotes what some message says"
     page = "\n".join(c["source"] for c in cells(ROOT / "nbs" / "zh.ipynb"))
-    table = page.split("## 常见信息")[1]
+    table = page.split("## 常见报错")[1]
     quoted = re.findall(r"^\| `(.+?)` \|", table, re.M)
     found = [m["text"] for of_module in package_messages().values() for m in of_module]
     assert len(quoted) >= 8
