@@ -52,7 +52,7 @@ from .corpora import corpus_langs as corpus_langs
 from .corpora import corpus_texts as corpus_texts
 from .corpora import lang_faults as lang_faults
 from .corpora import missing_language as missing_language
-from .executors import PLAIN, Jobs, start_jobs
+from .executors import PLAIN, Jobs, parts_folder, start_jobs
 from .languages import lang_script, script_share
 from .machine import progress, say
 from .options import refuse
@@ -79,7 +79,7 @@ _EMPTY_LINES = re.compile(r"\n{3,}")
 def clean(
     text: str,  # one document
 ) -> str:  # the same document; "" where nothing is left
-    r"""Composed characters (NFC), `\n` for all line ends, no trailing blanks, nothing invisible
+    r"""Composed characters (NFC), `\n` for all line ends, no control characters, no trailing blanks
 
     Example: clean("cafe\u0301  \r\n") -> "café"
     """
@@ -104,7 +104,7 @@ def _hash(
 
 
 class Deduplicator:
-    "Remembers documents and long paragraphs by 8-byte hashes; some 70 bytes of memory for each"
+    "Remembers documents and long paragraphs by 8-byte hashes"
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ def clean_docs(
     counts: Counter | None = None,  # receives {reason: documents dropped}
     min_chars: int = 10,  # shorter documents are dropped
     min_share: float = 0.1,  # of letters in the script of the language
-    paragraph_chars: int = 40,  # longer paragraphs may occur once; 0: only documents are compared
+    paragraph_chars: int = 40,  # shorter paragraphs may repeat; 0: only documents are compared
     filters: list[str] | tuple[str, ...] = (),  # quality filters, by name
     valid_share: float = 0.0,  # of documents held out
     only: list[str] | tuple[str, ...] = (),  # patterns for the source, such as debian:*; (): any
@@ -341,7 +341,7 @@ def corpus(
     valid_share: float = 0.001,  # of documents held out, by the hash of each
     min_chars: int = 10,  # shorter documents are dropped
     min_share: float = 0.1,  # of letters in the script of the language; 0 keeps all
-    paragraph_chars: int = 40,  # longer paragraphs may occur once; 0: only documents are compared
+    paragraph_chars: int = 40,  # shorter paragraphs may repeat; 0: only documents are compared
     filters: list[str] | tuple[str, ...] = (),  # gopher-quality, gopher-repetition, fineweb
     only: list[str] | tuple[str, ...] = (),  # documents whose source matches one, such as debian:*
     near: bool = False,  # drop near-duplicates too (MinHash); with an engine
@@ -352,6 +352,7 @@ def corpus(
     where: list[str] = None,  # NAME=VALUE for the engine, such as partition=cpu time=08:00:00
 ):
     "Read, clean, deduplicate and split text into a corpus"
+    # a stage writes into NAME.tmp, which gets its final name when it is complete
     final = out.with_name(out.name.removesuffix(".tmp"))
     refuse(output_faults(sources, final))
     how = dict(
@@ -374,7 +375,7 @@ def corpus(
                 if engine == PLAIN:
                     counted = text.write(files)
                 else:
-                    folder = final.with_name(final.name + ".parts") / lang
+                    folder = parts_folder(out) / lang
                     works.append(text.by_tasks(folder, jobs, tasks, near))
                     counted = join_parts(works[-1], tasks, files, limit_chars)
             stats[lang] = _stats(lang, refs, *counted, valid_share)

@@ -168,7 +168,11 @@ def failed(
     if len(begun) > 10:
         lines.append(f"and {len(begun) - 10} more tasks of {job}")
     if not begun:
-        lines.append(f"no task of {job} has begun; see what the engine says above, or in {folder}")
+        more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
+        lines.append(
+            f"task {tasks[0]}{more} of {job} did not begin; see what the engine said above, "
+            f"or in {folder}"
+        )
     lines[-1] += "; what is complete is kept: run the same command again"
     return StageError(*dict.fromkeys(lines))
 

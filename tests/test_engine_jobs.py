@@ -256,7 +256,7 @@ def test_a_task_that_fails_on_slurm_is_named(made, here, monkeypatch):  # noqa: 
     with pytest.raises(StageError, match=r"zh.train.jsonl:300: expected .* run the same command"):
         run("pack", folder, Path("far"), **engine(1, "slurm", SLURM))
     (here / "bin/sbatch").write_text("#!/bin/bash\necho Submitted batch job 7\n")  # runs nothing
-    with pytest.raises(StageError, match="no task of encode has begun; see what the engine says"):
+    with pytest.raises(StageError, match="task 0 of encode did not begin; see what the engine"):
         run("pack", folder, Path("other"), **engine(1, "slurm", SLURM))
 
 
@@ -265,3 +265,10 @@ def test_a_task_that_fails_on_slurm_is_named(made, here, monkeypatch):  # noqa: 
 def test_ray(made, tmp_path, stage):
     folder, plain = made
     same(run(stage, folder, tmp_path / "far", **engine(2, "ray", [])), plain[stage])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_a_task_that_fails_on_ray_is_named(made, here):  # noqa: F811
+    folder = broken(made[0], here)
+    with pytest.raises(StageError, match=r"zh.train.jsonl:300: expected .* run the same command"):
+        run("pack", folder, Path("far"), **engine(2, "ray", []))
