@@ -187,8 +187,14 @@ def _run_task(executor: PipelineExecutor, task: int) -> None:
         executor._run_for_rank(task, local_rank=1)  # what failed has said so itself
 
 
-def _end_with(parent: int) -> None:
-    "A process that nobody waits for any more ends"
+def _n_cores() -> int:
+    "Cores that this process may use"
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _begin(parent: int, n_threads: int) -> None:
+    "A process that has its share of the cores, and ends when nobody waits for it any more"
+    os.environ.setdefault("RAYON_NUM_THREADS", str(n_threads))  # of tokenizers
 
     def watch():
         while os.getppid() == parent:
@@ -204,8 +210,8 @@ def _pool(n_processes: int) -> Iterator[ProcessPoolExecutor | None]:
     if n_processes == 1:
         yield None
         return
-    start = (os.getpid(),)
-    with ProcessPoolExecutor(n_processes, get_context("spawn"), _end_with, start) as pool:
+    start = (os.getpid(), max(1, _n_cores() // n_processes))
+    with ProcessPoolExecutor(n_processes, get_context("spawn"), _begin, start) as pool:
         yield pool
 
 
@@ -273,8 +279,7 @@ def start_jobs(
 
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    n_processes = min(tasks, int(options.get("workers", n_cores or 1)))
+    n_processes = min(tasks, int(options.get("workers", _n_cores())))
     with _pool(n_processes if engine == "local" else 1) as pool:
         yield Jobs(engine, options, pool)
 
