@@ -70,7 +70,7 @@ def nucleus(
 
 
 # %% ../nbs/12_generate.ipynb #08be60f4
-_EDGE = "\x1f"  # a blank that nobody types: a template that trims words takes it away
+_EDGE = "\x1f"  # counts as a blank, and nobody types it: gone where a template trims
 # private characters around a random name, with edges that may be gone
 _MARK = re.compile(f"{_EDGE}?{BEGIN_MARK}.*?{END_MARK}{_EDGE}?")
 
@@ -124,8 +124,8 @@ def stop_ids(
 
 # %% ../nbs/12_generate.ipynb #f0dc40b3
 @contextmanager
-def _nothing_else(model: PreTrainedModel) -> Iterator[None]:
-    "What a model's generation_config.json sets besides the tokens that end a text is left out"
+def _default_settings(model: PreTrainedModel) -> Iterator[None]:
+    "A model without what its generation_config.json sets, with transformers' own defaults"
     from transformers import GenerationConfig
 
     nets = [model, getattr(model, "get_base_model", lambda: model)()]  # below an adapter too
@@ -161,7 +161,7 @@ def generate_text(
     if temperature > 0:
         how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     torch.manual_seed(seed)
-    with torch.no_grad(), _nothing_else(model):
+    with torch.no_grad(), _default_settings(model):
         y = model.generate(
             input_ids=x,
             attention_mask=torch.ones_like(x),
@@ -185,7 +185,7 @@ def decode_after(
     new: list[int],  # ids that follow
 ) -> str:
     "The text that new tokens add: decoded alone they would lose a space at the start"
-    tail = before[-8:]  # enough for the bytes of a character that began in the prompt
+    tail = before[-8:]  # any few tokens in front are enough: they are cut off again
     head = tok.decode(tail, skip_special_tokens=True)
     whole = tok.decode(tail + new, skip_special_tokens=True)
     if whole.startswith(head):
@@ -209,6 +209,7 @@ def generate(
     temperature: float = 0.8,  # 0: always the likeliest token
     top_p: float = 0.9,  # draw from the likeliest tokens that hold this share
     chat: bool = True,  # put the prompt into the chat template of a model that has one
+    plain: list[str] | tuple[str, ...] = (),  # names of models that continue it all the same
     load_in_4bit: bool = False,  # NF4
     attn: str = "sdpa",  # sdpa, eager, flash_attention_2
     seed: int = 0,  # of the draw for the first prompt; the next ones count on, same for each model
@@ -221,7 +222,7 @@ def generate(
         model = load_model(ref, load_in_4bit=load_in_4bit, attn=attn, device=device)
         tok = load_tokenizer(resolve_model(ref))
         for i, prompt in enumerate(asked):
-            in_template = chat and tok.chat_template
+            in_template = chat and tok.chat_template and name not in plain
             given = [dict(role="user", content=prompt)] if in_template else prompt
             said = generate_text(model, tok, given, max_new_tokens, temperature, top_p, seed + i)
             rows.append(dict(model=name, prompt=prompt, **said))

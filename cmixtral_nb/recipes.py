@@ -123,7 +123,13 @@ STEPS = [
     # a model that answers
     Step("sft", "sft", "sft", {"model": "merged"}),
     Step("chat", "merge", "chat", {"model": "merged", "adapter": "sft"}),
-    Step("generate", "generate", "samples", {"models": ["base", "merged", "control", "chat"]}),
+    Step(
+        "generate",
+        "generate",
+        "samples",
+        {"models": ["base", "merged", "control", "chat"]},
+        fixed={"plain": ["base", "merged", "control"]},  # though the base may be a chat model
+    ),
     # what was gained and what was lost
     Step("evaluate", "evaluate", "evaluation/base", {"model": "base", "corpus": "corpus"}),
     Step(

@@ -1,6 +1,7 @@
 "What the chapter on generation does not show: other templates, hostile words, bad requests"
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -209,6 +210,23 @@ def test_samples_do_not_depend_on_their_neighbours(model, tmp_path):
     one = g.generate([alone], prompts=["二"], out=tmp_path / "1", seed=1, **how)
     two = g.generate([other, alone], prompts=["一", "二"], out=tmp_path / "2", seed=0, **how)
     assert samples_of(one)[0] == samples_of(two)[-1]
+
+
+def test_a_model_with_a_template_can_be_asked_to_go_on(model, tmp_path):
+    "Of two equal chat models, one answers in its template and one continues the text"
+    chat = tmp_path / "chat"
+    shutil.copytree(model, chat)
+    tok = load_tokenizer(chat)
+    tok.chat_template = CHATML
+    tok.save_pretrained(chat)
+    how: dict = dict(prompts=["文件"], max_new_tokens=6, temperature=0)
+    names = [f"answers={chat}", f"goes_on={chat}"]
+    answered, went_on = samples_of(
+        g.generate(names, out=tmp_path / "o", plain=["goes_on", "absent"], **how)
+    )
+    [expected] = samples_of(g.generate([f"goes_on={model}"], out=tmp_path / "p", **how))
+    assert went_on == expected != answered
+    assert answered["text"] != went_on["text"]
 
 
 def samples_of(folder):
