@@ -128,7 +128,9 @@ STEPS = [
         "generate",
         "samples",
         {"models": ["base", "merged", "control", "chat"]},
-        fixed={"plain": ["base", "merged", "control"]},  # though the base may be a chat model
+        fixed={
+            "plain": ["base", "model", "merged", "control"]
+        },  # though the base may be a chat model
     ),
     # what was gained and what was lost
     Step("evaluate", "evaluate", "evaluation/base", {"model": "base", "corpus": "corpus"}),
