@@ -533,7 +533,7 @@ def arguments(
         table = {
             name: v for name, v in table.items() if name == "corpus" or name not in step.inputs
         }
-    if step.command in ("generate", "efficiency") and source_langs(recipe):
+    if step.command == "generate" and source_langs(recipe):
         prompts = _prompts(recipe, out / "corpus")
         wired["prompts"] = None if prompts in ([], PROMPTS) else prompts  # the stage's own
     known = inspect.signature(command(step.command)).parameters
