@@ -202,10 +202,10 @@ def upcycle(
             f"{out}: logits of the mixture differ by {stats['logit_change']:.0e} from those of "
             f"{folder}, expected at most {_MOST_CHANGE:.0e}; please report it with its config.json",
         )
-    found = f"; logits differ by {stats['logit_change']:.0e}" if check else ""
+    found = f"; logits differ by {stats['logit_change']:.0e} of the largest" if check else ""
     say(
         "upcycle",
         f"{experts} experts, {top_k} for each token: {counts['total'] / 1e6:,.1f}M parameters, "
-        f"{counts['active'] / 1e6:,.1f}M on the way of a token{found}",
+        f"{counts['active'] / 1e6:,.1f}M active{found}",
     )
     return dict(stats, sha256=sums)
