@@ -126,9 +126,12 @@ def _change_of_strangers(a: dict, b: dict, n_drawings: int) -> dict:
     n = min((m["n"] for m in (a, b) if m.get("n")), default=None)  # the fewest rows behind a value
     if None in (first["low"], second["low"]):
         return dict(change=found, low=None, high=None, n=n, paired=False)
-    error = math.hypot(first["high"] - first["low"], second["high"] - second["low"]) / 2
-    if a["lower_is_better"]:
-        error /= first["value"]
+    error_a, error_b = ((m["high"] - m["low"]) / 2 for m in (first, second))
+    if a["lower_is_better"]:  # the first error moves the share b / a by so much of itself
+        share = second["value"] / first["value"]
+        error = math.hypot(share * error_a, error_b) / first["value"]
+    else:
+        error = math.hypot(error_a, error_b)
     return dict(change=found, low=found - error, high=found + error, n=n, paired=False)
 
 
