@@ -130,7 +130,7 @@ def count_words(
             counts.update(base.words(encoded, own.characters))
 
     def may_change(word: tuple[int, ...]) -> bool:
-        if max(word) >= CHARACTER:
+        if max(word) >= CHARACTER:  # holds a character that a base of Gemma's kind lacks
             return True
         return len(word) > 1 and own.in_bytes(b"".join(base.bytes_of.get(i, b"") for i in word))
 
@@ -152,7 +152,7 @@ def _best_first(characters: list[Merge], merges: list[Merge]) -> list[Merge]:
     def saved(merge: Merge) -> int:
         return merge.count * (1 if merge.left else max(1, len(merge.right) - 1))
 
-    return sorted([*characters, *merges], key=saved, reverse=True)
+    return sorted([*characters, *merges], key=saved, reverse=True)  # keeps the order of merges
 
 
 def learn_merges(
