@@ -33,6 +33,8 @@ __all__ = [
     "choose",
     "Block",
     "Spread",
+    "Drawn",
+    "draw_again",
     "spread_of",
     "blocks_of",
     "plot_search",
@@ -528,7 +530,8 @@ def choose(
     base_tokens: float,  # tokens of the same texts with the base
     budget: float = 0,  # characters that the training will read; 0: not asked
     min_saving: float = 0.1,  # of the tokens
-    min_seen: float = 20,  # times that one of the last tenth of the pieces occurs in the training
+    min_seen: float = 20,  # times that pieces of the last tenth occur in the training, on average
+    merges: bool = False,  # of a byte-level base, whose order is that of its merges
 ) -> dict:  # n_pieces (0: do not extend), n_chars, and why
     "The knee of the best ALP, or less where pieces would be seen too rarely, or nothing"
     best = best_by_total(rows)
@@ -548,7 +551,7 @@ def choose(
 
     n_pieces = max(affordable)
     where = _where(n_pieces, best, bend, min_seen)
-    why = _reasons(best[n_pieces], where, base_tokens, budget)
+    why = _reasons(best[n_pieces], where, base_tokens, budget, merges)
     return _verdict(n_pieces, best[n_pieces], why)
 
 
@@ -565,17 +568,22 @@ def _where(n_pieces: int, best: dict[int, dict], bend: float | None, min_seen: f
         return f"{end} {tried}"
     return (
         f"the largest total up to {end} ({largest:,}) {tried} "
-        f"at which {_LAST_TENTH} is seen {min_seen:g} times"
+        f"at which {_LAST_TENTH} is seen {min_seen:g} times on average"
     )
 
 
-def _reasons(row: dict, where: str, base_tokens: float, budget: float) -> str:
+def _reasons(row: dict, where: str, base_tokens: float, budget: float, merges: bool) -> str:
     "What is appended, where on the curve it lies, what it saves and what it costs"
     order = "in the seed’s order" if row["n_chars"] else "by tokens saved"
+    if merges:
+        order = "in the order of the merges"
+    n_params = row["n_params"]
+    width = n_params // (2 * row["n_pieces"])
     words = (
         f"append {row['n_pieces']:,} pieces, {order}, {row['n_all_chars']:,} single characters: "
         f"{where}; {1 - row['n_tokens'] / base_tokens:.1%} fewer tokens for "
-        f"{row['n_params'] / 1e6:,.1f}M parameters ({row['bf16_bytes'] / 1e6:,.0f} MB in 16 bits)"
+        f"{n_params / 1e6:,.1f}M parameters at width {width:,} "
+        f"({row['bf16_bytes'] / 1e6:,.0f} MB in 16 bits)"
     )
     if budget:
         words += (
@@ -626,34 +634,56 @@ def _matrix(counts: list[Counter]) -> np.ndarray:  # (blocks, tokens)
     "Counters as rows, with a column for each token that any of them has"
     import numpy as np
 
-    column = {token: i for i, token in enumerate({t for c in counts for t in sorted(c)})}
+    tokens = sorted({token for of_block in counts for token in of_block})
+    column = {token: i for i, token in enumerate(tokens)}
     rows = np.zeros((len(counts), len(column)))
     for row, of_block in zip(rows, counts, strict=True):
         row[[column[token] for token in of_block]] = list(of_block.values())
     return rows
 
 
+class Drawn(NamedTuple):
+    "Every size, measured on the documents of each draw"
+
+    totals: list[int]  # pieces appended, 0 among them
+    alps: np.ndarray  # (draws, totals), the mean over domains
+    n_tokens: np.ndarray  # (draws, totals), of all domains together
+
+
+def draw_again(
+    blocks: dict[str, list[Block]],  # domain -> its blocks
+    n_draws: int = 100,
+    seed: int = 0,  # of the random numbers
+) -> Drawn:
+    "Draw as many blocks as there are, with repeats, and measure all sizes on them"
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    totals = sorted(next(iter(blocks.values()))[0].counts)
+    alps = np.zeros((n_draws, len(totals)))
+    n_tokens = np.zeros((n_draws, len(totals)))
+    for own in blocks.values():
+        even = np.full(len(own), 1 / len(own))
+        times = rng.multinomial(len(own), even, n_draws)  # (draws, blocks): how often each is drawn
+        n_sentences = times @ [block.n_sentences for block in own]  # (draws,)
+        for place, total in enumerate(totals):
+            counts = times @ _matrix([block.counts[total] for block in own])  # (draws, tokens)
+            n_tokens[:, place] += counts.sum(1)
+            for draw, of_draw in enumerate(counts):
+                alps[draw, place] += alp(of_draw, int(n_sentences[draw])) / len(blocks)
+    return Drawn(totals, alps, n_tokens)
+
+
 def spread_of(
     blocks: dict[str, list[Block]],  # domain -> its blocks
     n_pieces: int,  # of which the saved tokens are asked
     n_draws: int = 100,
-    seed: int = 0,  # of the draws
+    seed: int = 0,  # of the random numbers
 ) -> Spread:
     "Knee and saving of other documents of the same kind"
     import numpy as np
 
-    drawn = np.random.default_rng(seed)
-    totals = sorted(next(iter(blocks.values()))[0].counts)
-    alps = np.zeros((n_draws, len(totals)))  # mean over domains
-    n_tokens = np.zeros((n_draws, len(totals)))
-    for own in blocks.values():
-        draws = drawn.multinomial(len(own), np.full(len(own), 1 / len(own)), n_draws)
-        n_sentences = draws @ [block.n_sentences for block in own]
-        for i, total in enumerate(totals):
-            counts = draws @ _matrix([block.counts[total] for block in own])
-            n_tokens[:, i] += counts.sum(1)
-            rows = zip(counts, n_sentences, strict=True)
-            alps[:, i] += [alp(row, int(n)) / len(blocks) for row, n in rows]
+    totals, alps, n_tokens = draw_again(blocks, n_draws, seed)
     sizes = [float(total) for total in totals[1:]]  # 0 is no vocabulary to choose
     knees = [knee(sizes, row) or sizes[-1] for row in alps[:, 1:].tolist()]
     saved = 1 - n_tokens[:, totals.index(n_pieces)] / n_tokens[:, 0]
@@ -669,6 +699,7 @@ def blocks_of(
     "Held-out documents in blocks to draw from"
     found = {}
     for domain, texts in docs.items():
+        # every n-th document: block 0 gets the documents 0, n, 2n ...
         blocks = [cut(texts[i::n_blocks]) for i in range(min(n_blocks, len(texts)))]
         if own := [block for block in blocks if block.n_sentences]:
             found[domain] = own
@@ -680,10 +711,12 @@ def blocks_of(
 def plot_search(
     rows: list[dict],  # of search_table
     choice: dict,  # of choose
-    floor: float = 0,  # characters per token that nothing can pass; 0: there is no such floor
+    ceiling: float = 0,  # characters per token that no extension can pass; 0: none is known
+    merges: bool = False,  # of a byte-level base, whose order is that of its merges
 ) -> Figure:
     "ALP and characters per token over pieces appended, one curve for each order"
     figure, (left, right) = panels(2)
+    without_number = "in the order of the merges" if merges else "by tokens saved"
     mean = [row for row in rows if row["domain"] == "mean"]
     for axes, key in ((left, "alp"), (right, "chars_per_token")):
         for n_chars in sorted({row["n_chars"] for row in mean}):
@@ -692,13 +725,13 @@ def plot_search(
                 [row["n_pieces"] for row in own],
                 [row[key] for row in own],
                 marker="o" if n_chars else "s",
-                label=f"{n_chars:,}" if n_chars else "by tokens saved",
+                label=f"{n_chars:,}" if n_chars else without_number,
             )
         if choice["n_pieces"]:
             circle: dict = dict(ms=12, mfc="none", mec="black", ls="", label="choice")
             axes.plot(choice["n_pieces"], choice[key], "o", **circle)
-    if floor:
-        right.axhline(floor, color=GREY, lw=1, label="floor of the base")
+    if ceiling:
+        right.axhline(ceiling, color=GREY, lw=1, label="ceiling of the base’s cuts")
     left.set(xlabel="pieces appended", ylabel="ALP, nats per sentence")
     right.set(xlabel="pieces appended", ylabel="characters per token")
     legend_above(figure, title="single characters")
@@ -758,7 +791,7 @@ class _Tried(NamedTuple):
     texts: Mapping[str, Heldout | ByteText]  # domain -> held-out text
     n_candidates: int
     script: str
-    floor: float  # characters per token that nothing can pass; 0: no such floor is known
+    ceiling: float  # characters per token that no extension can pass; 0: none is known
     cut: Callable[[int, list[int], list[str]], Block]  # order, sizes and documents -> block
 
 
@@ -838,13 +871,13 @@ def _try_merges(
     sizes = sorted({min(total, n) for total in asked})  # more than all is all
     base_rows = byte_table(found, texts, [0], width)
     before = next(row for row in base_rows if row["domain"] == "mean")
-    floor = sum(text.floor for text in texts.values()) / len(texts)
+    ceiling = sum(text.floor for text in texts.values()) / len(texts)
 
     def cut(_: int, totals: list[int], documents: list[str]) -> Block:
         text = read_byte_text(documents, grown, script, _SENTENCE_END)
         return Block(all_prefixes(text.counts, byte_steps(found), totals), text.n_sentences)
 
-    return _Tried(byte_table(found, texts, sizes, width), before, texts, n, script, floor, cut)
+    return _Tried(byte_table(found, texts, sizes, width), before, texts, n, script, ceiling, cut)
 
 
 def _spread(tried: _Tried, docs: dict[str, list[str]], choice: dict) -> dict:
@@ -862,9 +895,10 @@ def _spread(tried: _Tried, docs: dict[str, list[str]], choice: dict) -> dict:
     return dict(n_docs=n_docs, knee_range=spread.knee, saved_range=spread.saved)
 
 
-def _near(chars_per_token: float, floor: float) -> str:
+def _near(chars_per_token: float, ceiling: float) -> str:
     "How near a vocabulary is to what none can pass, in words"
-    return f", {chars_per_token / floor:.0%} of the floor {floor:.2f}" if floor else ""
+    share = f"{chars_per_token / ceiling:.0%}" if ceiling else ""
+    return f", {share} of the {ceiling:.2f} that the base's cuts allow" if share else ""
 
 
 # %% ../nbs/03_search.ipynb #93348223
@@ -892,7 +926,7 @@ def search(
     # characters of this language that the training will read; 0: the corpus once, where it is one
     budget: int = 0,
     min_saving: float = 0.1,  # of the tokens; less is not worth it
-    min_seen: float = 20.0,  # times that the rarest new pieces should be seen in the training
+    min_seen: float = 20.0,  # times that pieces of the last tenth should be seen, on average
     width: int = 4096,  # hidden size of the model, for the cost of a piece
 ):
     "Try vocabularies on held-out text: what each saves and costs, the knee, and a verdict"
@@ -912,15 +946,16 @@ def search(
         "characters; lower both, or run: cmixtral tokenizer --n-pieces N",
     )
     budget = budget or train_chars(corpus, lang)
-    choice = choose(rows, before["n_tokens"], budget, min_saving, min_seen)
-    write_search(out, rows, choice, plot_search(rows, choice, tried.floor))
+    merges = is_byte_base(base)
+    choice = choose(rows, before["n_tokens"], budget, min_saving, min_seen, merges)
+    write_search(out, rows, choice, plot_search(rows, choice, tried.ceiling, merges))
     spread = _spread(tried, docs, choice)
     n_tried = len({(row["n_chars"], row["n_pieces"]) for row in rows})
     say(
         "search",
         f"{choice['why']}; {tried.script} text, characters per token "
         f"{before['chars_per_token']:.2f} -> {choice['chars_per_token']:.2f}"
-        f"{_near(choice['chars_per_token'], tried.floor)}, "
+        f"{_near(choice['chars_per_token'], tried.ceiling)}, "
         f"{several(n_tried, 'vocabulary', 'vocabularies')} "
         f"tried on {several(len(tried.texts), 'domain', 'domains')}",
     )
@@ -933,5 +968,5 @@ def search(
         n_sentences=sum(text.n_sentences for text in tried.texts.values()),
         n_tried=n_tried,
         domains={domain: text.n_chars for domain, text in tried.texts.items()},
-        **(dict(floor=tried.floor) if tried.floor else {}),
+        **(dict(floor=tried.ceiling) if tried.ceiling else {}),
     )
