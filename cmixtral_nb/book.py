@@ -22,6 +22,7 @@ __all__ = [
     "table",
     "contents",
     "contents_zh",
+    "folded",
     "put_contents",
     "sidebar",
     "write_sidebar",
@@ -119,18 +120,29 @@ def contents(
 def contents_zh(
     book: list[Part],  # from `read_book`
 ) -> str:  # markdown
-    "The same for readers of Chinese: the chapters that have a Chinese title"
-    rows = [
-        [
-            f"[{chapter.zh}]({chapter.notebook}.ipynb)",
-            _commands(chapter, "、"),
-            chapter.zh_does,
+    "The same for readers of Chinese: chapters and appendices that have a Chinese title"
+    tables = []
+    for appendix, head in ((False, "章"), (True, "附录")):
+        rows = [
+            [
+                f"[{chapter.number} {chapter.zh}]({chapter.notebook}.ipynb)",
+                _commands(chapter, "、"),
+                chapter.zh_does,
+            ]
+            for part in book
+            for chapter in part.chapters
+            if chapter.zh and part.appendix == appendix
         ]
-        for part in book
-        for chapter in part.chapters
-        if chapter.zh
-    ]
-    return table(["章", "命令", "作用"], rows)
+        tables += [table([head, "命令", "作用"], rows)] if rows else []
+    return "\n\n".join(tables)
+
+
+def folded(
+    summary: str,  # always shown
+    text: str,  # markdown, shown after a click
+) -> str:  # markdown
+    "A part of a page that opens with a click"
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 # %% ../nbs/a34_book.ipynb #caa9a4b8
@@ -298,7 +310,8 @@ def write_front(
     nbs, book = root / "nbs", read_book(root)
     write_sidebar(nbs / "_quarto.yml", book)
     put_contents(nbs / "index.ipynb", contents(book))
-    put_contents(nbs / "index.ipynb", contents(book, appendix=True), "appendices")
+    appendices = folded("All appendices", contents(book, appendix=True))
+    put_contents(nbs / "index.ipynb", appendices, "appendices")
     put_contents(nbs / "zh.ipynb", contents_zh(book))
     write_results(root)
     write_text(nbs / "chain.svg", chain_svg())

@@ -13,6 +13,7 @@ __all__ = [
     "NEW_HUE",
     "WORDS",
     "MODELS",
+    "ARMS",
     "cut_of",
     "token_spans",
     "cuts_svg",
@@ -24,6 +25,7 @@ __all__ = [
     "run_text",
     "cuts_picture",
     "results",
+    "training_curves",
 ]
 
 # %% ../nbs/a33b_showcase.ipynb #2a5901f2
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .control import id_bytes
+from .figures import AMBER, in_style, legend_above, panels
 from .languages import language_name
 from .machine import package_data
 from .recipes import read_recipe
@@ -43,6 +46,7 @@ from .stages import StageError, read_json, require, write_json
 from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 
@@ -79,7 +83,7 @@ def token_spans(
 
 # %% ../nbs/a33b_showcase.ipynb #0052b76c
 WIDE, TALL_BOX = 960, 66  # pixels: the picture, a box
-OLD_HUE, NEW_HUE = "#6b7280", "#2f6f9f"  # of a box: a token of the base, a new one
+OLD_HUE, NEW_HUE = "#dbe4ea", AMBER  # of a box: a token of the base, a new one
 
 
 def _label(y: float, text: str) -> str:
@@ -100,7 +104,7 @@ def _boxes(cut: dict, top: float, step: float) -> str:
     for number, character in enumerate(cut["text"].replace(" ", "▁")):
         drawn.append(
             f'<text x="{(number + 0.5) * step:.1f}" y="{top + 47:g}" font-size="40" '
-            f'fill="#fff" text-anchor="middle">{html.escape(character)}</text>'
+            f'fill="#111" text-anchor="middle">{html.escape(character)}</text>'
         )
     return "".join(drawn)
 
@@ -175,6 +179,10 @@ def _kept_run(
         "chars_per_token": {
             model: found[data["language"]] for model, found in data["characters_per_token"].items()
         },
+        "held_out": {  # characters per token of all held-out text
+            "base": vocabulary["chars_per_token_base"],
+            "extended": vocabulary["chars_per_token"],
+        },
         "checks": len(certificate),
         "cases": sum(check["cases"] for check in certificate),
         "failed": sum(check["failed"] for check in certificate),
@@ -218,20 +226,21 @@ def kept_run(
 WORDS = {  # language of the page -> texts
     "en": {
         "what": "**`cmixtral run {recipe}`** takes {minutes:.0f} minutes. {about} "
-        "{n_pieces:,} pieces of {name} are put after the {n_base:,} of the base. The same text "
-        "then takes **{saved:.1%} fewer tokens** ({before:.2f} → {after:.2f} characters per "
-        "token). The *certificate*, a set of checks, tried {cases:,} cases and {failed} "
+        "{n_pieces:,} pieces of {name} are put after the {n_base:,} of the base. All held-out text "
+        "in {name} then takes **{saved:.1%} fewer tokens** ({before:.3f} → {after:.3f} characters "
+        "per token). The *certificate*, a set of checks, tried {cases:,} cases and {failed} "
         "failed: other texts keep their ids.",
         "alt": "“{sentence}” before and after: {n_before} tokens become {n_after}",
         "before": "{n_base:,} pieces: {n_before} tokens",
         "after": "{n_pieces:,} more: {n_after} tokens",
         "boxes": "One sentence, as the tokenizer cuts it before and after. A box is a token, one "
-        "use of a *piece* of the vocabulary: grey where the base had it, blue where it is new.",
+        "use of a *piece* of the vocabulary: grey where the base had it, orange where it is new.",
         "head": "bits per byte of {name}",
         "density": "characters of {name} per token",
-        "verdict": "{name} after training: **{change:+.1%} bits per byte** against the base "
-        "({change_low:+.1%} to {change_high:+.1%} with 95%, {n} documents){unsure}.",
-        "unsure": ", which shows no difference",
+        "verdict": "{name} after training: **{change:+.1%} bits per byte** against the base (95% "
+        "interval {change_low:+.1%} to {change_high:+.1%}, {n} documents of the held-out text)"
+        "{unsure}.",
+        "unsure": ": they show neither a loss nor a gain",
         "few": "{name} after training: {change:+.1%} bits per byte against the base, over {n} "
         "documents, too few for an interval.",
         "prompt": "after the words",
@@ -246,13 +255,13 @@ WORDS = {  # language of the page -> texts
     "zh": {
         "what": "**`cmixtral run {recipe}`**（{minutes:.0f} 分钟）在基座的 {n_base:,} 个词表项之后"
         "加入 {n_pieces:,} 个{name}词表项。"
-        "同样的文本**少用 {saved:.1%} 的 token**（每个 token "
-        "{before:.2f} → {after:.2f} 个字符）。分词器校验（certificate）共 {cases:,} 例，"
+        "全部留出的{name}文本**少用 {saved:.1%} 的 token**（每个 token "
+        "{before:.3f} → {after:.3f} 个字符）。分词器校验（certificate）共 {cases:,} 例，"
         "{failed}：其他文本的编码不变。",
         "alt": "“{sentence}”扩充前后：{n_before} 个 token 变为 {n_after} 个",
         "before": "原有 {n_base:,} 个词表项：{n_before} 个 token",
         "after": "再加 {n_pieces:,} 个：{n_after} 个 token",
-        "boxes": "同一句话，扩充前后的切分。每个方框是一个 token：灰色是原有的，蓝色是新增的。",
+        "boxes": "同一句话，扩充前后的切分。每个方框是一个 token：灰色是原有的，橙色是新增的。",
         "head": "{name}，每字节比特数",
         "density": "每个 token 的{name}字符数",
         "verdict": "训练后的{name}：每字节比特数比基座**{moved} {size:.1%}**"
@@ -286,8 +295,8 @@ def _failed(n: int, lang: str) -> str:
 
 def _values(kept: dict, lang: str) -> dict[str, Any]:
     "What the texts about a run are filled in with"
-    density, cuts = kept["chars_per_token"], kept["cuts"]
-    before, after = density["base"], density["merged"]
+    cuts = kept["cuts"]
+    before, after = kept["held_out"]["base"], kept["held_out"]["extended"]
     return {
         **{key: kept[key] for key in ("recipe", "about", "n_base", "n_pieces", "cases")},
         "sentence": kept["sentence"],
@@ -414,3 +423,26 @@ def results(
         told = [run_text(run, lang), *run_verdicts(run, lang)]
         parts.append(("" if lang == "zh" else " ").join(told))
     return "\n\n".join(part for part in parts if part)
+
+
+# %% ../nbs/a33b_showcase.ipynb #9fd882b8
+ARMS = {"adapter": "with new pieces", "control_adapter": "without"}  # training -> in a legend
+
+
+@in_style
+def training_curves(
+    kept: dict,  # from `keep_run`
+) -> Figure:
+    "Bits per byte of each language along the training, of the control too where there is one"
+    codes = [code for code in [kept["language"], *kept["kept"]] if code in kept["languages"]]
+    figure, axes = panels(len(codes))
+    for ax, code in zip(axes, codes, strict=True):
+        for training, arm in ARMS.items():
+            points = [row for row in kept["points"].get(training, []) if f"bpb_{code}" in row]
+            if points:
+                steps = [row["step"] for row in points]
+                ax.plot(steps, [row[f"bpb_{code}"] for row in points], marker="o", label=arm)
+        ax.set(title=language_name(code), xlabel="step", ylabel="bits per byte")
+        ax.grid()
+    legend_above(figure)
+    return figure
