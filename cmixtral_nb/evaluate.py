@@ -48,7 +48,8 @@ def bootstrap(
 
     x, rng = np.asarray(rows, dtype=float), np.random.default_rng(seed)
     shares = np.full(len(x), 1 / len(x))
-    at_once = max(1, 10**7 // max(1, len(x)))  # drawings in memory: 80 MB
+    # in parts, since a drawing has a count for each row: 10 million of them take 80 MB
+    at_once = max(1, 10**7 // max(1, len(x)))
     sums = []
     for start in range(0, n_drawings, at_once):
         n_now = min(at_once, n_drawings - start)
