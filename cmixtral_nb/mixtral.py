@@ -109,7 +109,7 @@ def by_expert(
     down = experts.down_proj.unbind(0)
     y = torch.cat(
         [
-            F.linear(experts._apply_gate(F.linear(part, w13)), w2)
+            F.linear(experts._apply_gate(F.linear(part, w13)), w2)  # the family's own gate
             for part, w13, w2 in zip(parts, gate_up, down, strict=True)
         ]
     )
