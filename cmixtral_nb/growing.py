@@ -48,9 +48,12 @@ def old_and_new(
     added = new_tokens(old, new)
     remedy = f"run: cmixtral vocab --base {model} --out DIR"
     if added is None:
+        why = f"the first {len(old):,} tokens differ"
+        if len(new) < len(old):
+            why = f"it has {len(new):,} tokens, fewer than {len(old):,}"
         raise StageError(
-            f"{folder} does not extend the tokenizer of {model}: the first {len(old):,} tokens "
-            f"differ; {remedy}; or make all rows anew: cmixtral init --transplant"
+            f"{folder} does not extend the tokenizer of {model}: {why}; {remedy}; "
+            "or make all rows anew: cmixtral init --transplant"
         )
     require(
         added, f"{folder} has no token that {model} lacks, expected an extended tokenizer; {remedy}"

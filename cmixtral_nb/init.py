@@ -105,7 +105,7 @@ def _spell_as_the_seed(tok: PreTrainedTokenizerBase, pieces: Sequence[str]) -> l
 def spell(
     tok: PreTrainedTokenizerBase,  # the old tokenizer, of any kind
     pieces: Sequence[str],  # new tokens, in sentencepiece's writing
-    method: str = "mean",  # "seed": as the seed spells, with what the tokenizer puts in front
+    method: str = "mean",  # "seed": as Chinese-Mixtral-8x7B, with what is put in front
 ) -> list[list[int]]:  # old ids of each; one that the old tokenizer has is spelled with itself
     "Spell new tokens with old ones"
     if method == "seed":
@@ -370,7 +370,7 @@ def _taught(files: dict[str, Path], change: _Change, taught: Taught) -> _Grown:
     for name, rows in ((embedding, taught.embedding), ("lm_head.weight", taught.head)):
         W = load_tensor(files, name if name in files else embedding)
         rows = rows.to(W.dtype)
-        matrices[name] = grow(W, 0, rows) if change.n_kept else rows
+        matrices[name] = grow(W, 0, rows) if change.n_kept else rows  # old rows are among them
         norms[name] = _norms(W[: len(change.old)], rows, change)
     return _Grown(matrices, norms)
 

@@ -625,6 +625,11 @@ def test_refused_inputs(refuses, model, tok, tmp_path):
         model,
         write_tok(tmp_path / "x", OLD[::-1] + NEW),
     )
+    refuses(
+        "does not extend the tokenizer of .*: it has 265 tokens, fewer than 266; ",
+        model,
+        write_tok(tmp_path / "y", OLD[:-1]),
+    )
 
 
 def test_distillation_needs_text(refuses, model, tok, read, tmp_path):
