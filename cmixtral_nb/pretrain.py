@@ -270,15 +270,18 @@ def pretrain(
 ):
     "Continue pre-training with QLoRA; after an interruption it continues from its last checkpoint"
     # Long: the options of the Trainer stand one a line.
+    # The model
     device = device_of(device)
     packed = Artifact.load(tokens, "tokens")
     net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
     keep_documents_apart(net)
     weigh_balance(net, aux, accumulation)
     net = add_lora(net, rank, alpha, dropout, rows, old_rows(model, n_old), seed)
+    # The text to measure on
     tok = load_tokenizer(resolve_model(model))
     texts = held_out_texts(tokens, corpus, eval_chars)
     watch = Watch(watched_langs(kept, texts), alarm_bits, alarm_gain, stop_on_alarm)
+    # The Trainer
     done = ready_checkpoints(out / "checkpoints")
     args = training_arguments(
         out / "checkpoints",
@@ -311,6 +314,7 @@ def pretrain(
     )
     run.add_callback(alarm_callback(out / "log.jsonl", watch))
     run.add_callback(keep_last_callback(net, out, keep_last))
+    # The run
     note = partial(_note_loads, out, net, tok, texts)
     if not done:
         note("before")
