@@ -178,7 +178,7 @@ def _added_at_once() -> LoraVariant:
     from peft.tuners.lora.layer import LoraVariant
 
     class AddedAtOnce(LoraVariant):
-        is_plain_lora = True  # packed experts may add it for all experts at once
+        is_plain_lora = True  # so a12c_packed_experts may add it for all experts of a layer at once
 
         @staticmethod
         def forward(module, active_adapter, x, result, **kwargs):
@@ -236,7 +236,7 @@ def ready_to_train(
                 if autocast:
                     layer.lora_variant.setdefault(adapter, variant)
                 elif layer.lora_variant.get(adapter) is variant:
-                    del layer.lora_variant[adapter]  # back to peft's own line
+                    del layer.lora_variant[adapter]  # back to peft's own forward pass
 
     base = model.get_base_model()
     base.register_forward_pre_hook(choose)
