@@ -396,7 +396,7 @@ def logit_difference(
                 model.eval()(input_ids=x.to(model.device), use_cache=False).logits.float().cpu()
                 for model in (a, b)
             )
-        n = min(of_a.shape[-1], of_b.shape[-1])
+        n = min(of_a.shape[-1], of_b.shape[-1])  # a chat model has rows more, for its marks
         worst = max(worst, (of_a - of_b)[..., :n].abs().max().item())
         top = max(top, of_a.abs().max().item())
     return worst / top
@@ -454,7 +454,7 @@ def _compare(src: Sources, out: Path, n_rows: int) -> float:
     import torch
 
     merged = open_sources(out, [], into="original")
-    routes: dict[str, Tensor] = {}
+    routes: dict[str, Tensor] = {}  # filled by the first model, followed by the second
     before, beside = partial(without_lora_added, src), partial(lora_beside, src)
     sentences = _sentences(out, n_rows)
     width = max(map(len, sentences))
@@ -474,7 +474,7 @@ def _compare(src: Sources, out: Path, n_rows: int) -> float:
         f"{out}: logits of the merged model differ by {difference:.2%} from model and adapter, "
         f"expected at most {most:.1%}; merge again, with --rounding once if the weights are 16-bit",
     )
-    return float(f"{difference:.0e}")
+    return float(f"{difference:.0e}")  # one digit is enough for a manifest
 
 
 # %% ../nbs/10_merge.ipynb #75c91399
