@@ -10,9 +10,9 @@ __all__ = [
     "encode_chat",
     "decode_chat",
     "BPE",
+    "dropout_encoder",
     "PairBPE",
     "load_bpe",
-    "dropout_encoder",
     "grow_rows",
     "Rounds",
     "collate_chat",
@@ -219,6 +219,21 @@ class BPE:
         return [self.byte_ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
 
 
+# %% ../nbs/11_sft.ipynb #f11755a2
+def dropout_encoder(
+    bpe: BPE,  # of the model
+    p: float,  # each merge is skipped with this probability
+    seed: int,  # the same seed cuts the same text the same way
+) -> Callable[[str], list[int]]:  # text -> ids
+    "BPE-dropout for the words of an utterance; its first line, the role, stays whole"
+
+    def encode(text: str) -> list[int]:
+        return bpe(text, p, seed, keep=text.index("\n") + 1)
+
+    return encode
+
+
+# %% ../nbs/11_sft.ipynb #a1f1ba42
 class PairBPE(BPE):
     "The merges of a tokenizer.json: pairs in the order of their ranks, within pre-tokens"
 
@@ -276,20 +291,6 @@ def load_bpe(
         return PairBPE(load_tokenizer(folder).backend_tokenizer)
     model_file = str(folder / "tokenizer.model")
     return BPE(sentencepiece.SentencePieceProcessor(model_file=model_file))
-
-
-# %% ../nbs/11_sft.ipynb #f11755a2
-def dropout_encoder(
-    bpe: BPE,  # of the model
-    p: float,  # each merge is skipped with this probability
-    seed: int,  # the same seed cuts the same text the same way
-) -> Callable[[str], list[int]]:  # text -> ids
-    "BPE-dropout for the words of an utterance; its first line, the role, stays whole"
-
-    def encode(text: str) -> list[int]:
-        return bpe(text, p, seed, keep=text.index("\n") + 1)
-
-    return encode
 
 
 # %% ../nbs/11_sft.ipynb #dcb39ecb
