@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from .control import id_bytes
 from .figures import AMBER, in_style, legend_above, panels
+from .gain import changes
 from .languages import language_name
 from .machine import package_data
 from .recipes import read_recipe
@@ -158,10 +159,12 @@ def _kept_run(
     run: str | Path,  # folder of a run that is complete
     sentence: str,  # to cut
     prompts: list[str] | None = None,  # whose samples to show
+    exams: dict[str, str | Path] | None = None,  # model -> folder of an evaluation made apart
 ) -> dict:  # what `keep_run` writes
     "The numbers of a run that a front page shows"
     run = Path(run)
     data = report_data(run)
+    measured = data["changes"] + (changes(exams) if exams else [])
     vocabulary = data["vocabulary"]
     n_base, n_pieces = vocabulary["n_base"], vocabulary["n_pieces"]
     cuts = {
@@ -193,7 +196,7 @@ def _kept_run(
         "cuts": cuts,
         "points": _points(data),
         "merge": data["merge"],
-        "exams": [row for row in data["changes"] if row["kind"] == "exam"],
+        "exams": [row for row in measured if row["kind"] == "exam"],
         "writing": (data["efficiency"] or {}).get("writing", {}),
         "stages": [{key: stage[key] for key in _STAGE_KEYS} for stage in data["stages"]],
         "seconds": sum(stage["seconds"] or 0 for stage in data["stages"]),
@@ -207,9 +210,10 @@ def keep_run(
     out: str | Path,  # JSON file, such as cmixtral_nb/data/laptop.json
     sentence: str = "人工智能正在改变我们的生活。",  # to cut: AI is changing our lives
     prompts: list[str] | None = None,  # whose samples to show
+    exams: dict[str, str | Path] | None = None,  # model -> folder of an evaluation made apart
 ) -> None:
     "Keep the numbers of a run for the front page"
-    write_json(Path(out), _kept_run(run, sentence, prompts))
+    write_json(Path(out), _kept_run(run, sentence, prompts, exams))
 
 
 def kept_run(
@@ -355,8 +359,9 @@ def _verdict(code: str, found: dict, lang: str) -> str:
 
 def _short(text: str, most: int = 60) -> str:
     "On one line of a table"
-    line = html.escape(" ".join(text.split())).replace("|", "\\|")
-    return line if len(line) <= most else line[: most - 1] + "…"
+    line = " ".join(text.split())
+    line = line if len(line) <= most else line[: most - 1] + "…"
+    return html.escape(line, quote=False).replace("|", "\\|")
 
 
 def sample_table(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+ONLINE = "https://github.com/cmixtral/cmixtral_nb/blob/main/"  # where a page links to a file
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
 
@@ -255,6 +256,7 @@ def named_files(markdown: str) -> Iterator[Path]:
     "Files of the project that a cell links to or names"
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", markdown)
     yield from (NBS / link for link in links if not link.endswith((".png", ".html")))
+    yield from (ROOT / path for path in re.findall(rf"\]\({re.escape(ONLINE)}([^)#\s]+)", markdown))
     for name in re.findall(r"`([\w./-]+)`", markdown):
         stem = name.removeprefix("tests/").removesuffix(".py")
         yield ROOT / "cmixtral_nb" / "recipes" / f"{name.removesuffix('.toml')}.toml"

@@ -330,8 +330,7 @@ def test_the_ratio_of_speeds_covers_as_often_as_it_says():
     for _ in range(2000):
         speeds = [rng.normal(mean, 0.1 * mean, 6) for mean in (30, 20)]
         a, b = (
-            dict(chars_per_second=x.mean(), chars_per_second_std=x.std(), n_texts=6)
-            for x in speeds
+            dict(chars_per_second=x.mean(), chars_per_second_std=x.std(), n_texts=6) for x in speeds
         )
         found = speed_ratio(a, b)
         hits += found["low"] <= 1.5 <= found["high"]
