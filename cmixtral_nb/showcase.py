@@ -247,6 +247,10 @@ WORDS = {  # language of the page -> texts
         "unsure": ": they show neither a loss nor a gain",
         "few": "{name} after training: {change:+.1%} bits per byte against the base, over {n} "
         "documents, too few for an interval.",
+        "exam": "{name} after training: **{points:+.1f} points** against the base (95% interval "
+        "{low:+.1f} to {high:+.1f}, {n} questions){unsure}.",
+        "writing": "It writes **{ratio:.1f} times as many characters of {name} a second** as the "
+        "base ({before:.1f} → {after:.1f}, on the machine of the run).",
         "prompt": "after the words",
         "from": "The numbers are in [{recipe}.json]({url}), taken from the report of the run "
         "([how](a33b_showcase.ipynb)).",
@@ -273,6 +277,10 @@ WORDS = {  # language of the page -> texts
         "unsure": "，差异不显著",
         "few": "训练后的{name}：每字节比特数比基座{moved} {size:.1%}，只有 {n} 篇文档，"
         "不足以给出区间。",
+        "exam": "{name}：训练后比基座 **{points:+.1f} 个百分点**（95% 区间 {low:+.1f} 到 {high:+.1f}，"
+        "{n} 道题{unsure}）。",
+        "writing": "每秒写出的{name}字符数是基座的 **{ratio:.1f} 倍**"
+        "（{before:.1f} → {after:.1f}，以运行所用的机器为准）。",
         "prompt": "开头",
         "from": "以上数字在 [{recipe}.json]({url}) 里，取自这次运行的报告"
         "（[做法](a33b_showcase.ipynb)）。",
@@ -378,14 +386,41 @@ def sample_table(
 
 
 # %% ../nbs/a33b_showcase.ipynb #07ece8b5
+def _exam_verdict(exam: dict, lang: str) -> str:
+    "What training did to the answers of one exam, in points of a hundred"
+    model, words = exam["models"]["merged"], WORDS[lang]
+    low, high = 100 * model["change_low"], 100 * model["change_high"]
+    text = words["exam"].format(
+        name=exam["name"],
+        points=100 * model["change"],
+        low=low,
+        high=high,
+        n=exam["n"],
+        unsure=words["unsure"] if low <= 0 <= high else "",
+    )
+    return re.sub(r"(?<![\w])-(?=\d)", "−", text)
+
+
+def _writing_verdict(kept: dict, lang: str) -> list[str]:
+    "How much faster the trained model writes the new language; nothing where it was not measured"
+    speeds = kept.get("writing", {})
+    if not {"base", "merged"} <= set(speeds):
+        return []
+    before, after = (speeds[model]["chars_per_second"] for model in ("base", "merged"))
+    name = _name(kept["language"], lang)
+    told = WORDS[lang]["writing"]
+    return [told.format(name=name, before=before, after=after, ratio=after / before)]
+
+
 def run_verdicts(
     kept: dict,  # from `keep_run`
     lang: str = "en",  # of the page: en or zh
 ) -> list[str]:
-    "What training did to each language, and what the control says"
+    "What training did to each language, to exams and to the speed; what the control says"
     codes = [code for code in [kept["language"], *kept["kept"]] if code in kept["languages"]]
     told = [_verdict(code, kept["languages"][code], lang) for code in codes]
-    return told + kept["control"]
+    told += [_exam_verdict(exam, lang) for exam in kept.get("exams", [])]
+    return told + _writing_verdict(kept, lang) + kept["control"]
 
 
 def run_text(
