@@ -277,8 +277,8 @@ WORDS = {  # language of the page -> texts
         "unsure": "，差异不显著",
         "few": "训练后的{name}：每字节比特数比基座{moved} {size:.1%}，只有 {n} 篇文档，"
         "不足以给出区间。",
-        "exam": "{name}：训练后比基座 **{points:+.1f} 个百分点**（95% 区间 {low:+.1f} 到 {high:+.1f}，"
-        "{n} 道题{unsure}）。",
+        "exam": "{name}：训练后比基座 **{points:+.1f} 个百分点**"
+        "（95% 区间 {low:+.1f} 到 {high:+.1f}，{n} 道题{unsure}）。",
         "writing": "每秒写出的{name}字符数是基座的 **{ratio:.1f} 倍**"
         "（{before:.1f} → {after:.1f}，以运行所用的机器为准）。",
         "prompt": "开头",
