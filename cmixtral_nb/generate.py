@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 # %% ../nbs/12_generate.ipynb #d17ce2d0
 def nucleus(
     logits: Tensor,  # (V,) of the next token
-    temperature: float = 1.0,  # divides the logits; below 1: bolder
+    temperature: float = 1.0,  # divides the logits; below 1: more cautious
     top_p: float = 1.0,  # keep the likeliest tokens until they hold this share
 ) -> Tensor:  # (V,) probabilities
     "Top-p sampling (Holtzman et al. 2020): the distribution the next token is drawn from"

@@ -12,8 +12,8 @@
         a byte-level model: 10,000 strings, llama.cpp's ids against those of its rule, and ours
     python tests/bench_serve.py server MODEL FILE PYTHON
         `cmixtral serve` and the real openai client, 16 requests at once for a minute
-    python tests/bench_serve.py speed BEFORE AFTER GGUF_BEFORE GGUF_AFTER PYTHON
-        Chinese characters a second, old and new vocabulary, same sizes
+    python tests/bench_serve.py speed BEFORE AFTER GGUF_BEFORE GGUF_AFTER PYTHON [CORPUS]
+        Chinese characters a second, old and new vocabulary, same sizes; held-out text of CORPUS
 
 MODEL, BEFORE and AFTER are model folders; ENGINE is hf, vllm or gguf; FILE is what the engine
 reads (a folder, or a GGUF file in f32); PYTHON has the engine. DATA=shared/data in the environment
@@ -39,6 +39,7 @@ from typing import Any
 from cmixtral_nb.certificate import hostile_texts
 from cmixtral_nb.chat_tokenizer import form_of
 from cmixtral_nb.conversations import read_conversations, translations
+from cmixtral_nb.corpora import corpus_texts
 from cmixtral_nb.engines import ask_engine, ask_ids, our_answers
 from cmixtral_nb.generate import encode_prompt, generate_text
 from cmixtral_nb.llama_rules import (
@@ -425,7 +426,26 @@ class Arm:
         self.llama = min(self.llama, float(run.stdout))
 
 
-def speed(before, after, gguf_before, gguf_after, python, n_chars=200, repeat=3, threads=1):
+def chinese(corpus: str | None, n_chars: int) -> str:
+    "Held-out Chinese of a corpus; without one, answers of translated conversations"
+    if corpus:
+        lines = "\n".join(corpus_texts(corpus, "zh", "valid")).split("\n")
+    else:
+        lines = [talk[1]["content"] for talk in translations(400)]
+    return "".join(line for line in lines if "\u4e00" <= line[:1] <= "\u9fff")[:n_chars]
+
+
+def speed(
+    before,
+    after,
+    gguf_before,
+    gguf_after,
+    python,
+    corpus=None,
+    n_chars=200,
+    repeat=3,
+    threads=1,
+):
     """The same Chinese text written token by token with the cache, as generation does.
 
     The two alternate, the best of three counts. One thread: on a busy machine more would wait for
@@ -434,8 +454,7 @@ def speed(before, after, gguf_before, gguf_after, python, n_chars=200, repeat=3,
     import torch
 
     torch.set_num_threads(threads)
-    answers = [talk[1]["content"] for talk in translations(400)]
-    text = "".join(answer for answer in answers if "\u4e00" <= answer[0] <= "\u9fff")[:n_chars]
+    text = chinese(corpus, n_chars)
     arms = {}
     for name, folder, gguf in (("before", before, gguf_before), ("after", after, gguf_after)):
         tok, net = load_tokenizer(folder), load_model(folder, device="cpu")

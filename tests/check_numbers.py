@@ -69,7 +69,7 @@ ABOUT = (
 NAMES = (  # what a number behind it belongs to, as its name
     r"(?:[Cc]hapters?|layers?|experts?|steps?|seeds?|exercises?|issues?|sections?|figures?|tables?|"
     r"parts?|versions?|arXiv|Python|transformers|[Tt]orch|PyTorch|peft|Llama|Gemma|Qwen|GPT|"
-    r"DeepSeek|Unicode|CUDA|WCAG|GLM|Huozi|Mistral|Phi|ISO|column|line|page|item|appendi\w+|"
+    r"DeepSeek|Unicode|CUDA|RTX|WCAG|GLM|Huozi|Mistral|Phi|ISO|column|line|page|item|appendi\w+|"
     r"vLLM|mergekit|releases?|llama\.cpp|lm-eval)\s(?:[\d.]+ (?:to|and|or) )?$"
 )
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
