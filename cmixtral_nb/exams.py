@@ -695,7 +695,7 @@ def letters(
     str, dict
 ]:  # benchmark -> letter; its share of the answers; accuracy of giving it to all; n
     "Does a model answer the questions, or does it repeat a letter?"
-    kept = [q for q in questions if "chosen" in q]  # older evaluations do not have it
+    kept = [q for q in questions if q.get("chosen") is not None]  # older evaluations lack it
     out = {}
     for benchmark, qs in _by(lambda q: _benchmark(q["task"])[0], kept).items():
         if benchmark == "hellaswag":

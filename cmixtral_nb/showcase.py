@@ -25,7 +25,7 @@ __all__ = [
     "run_text",
     "cuts_picture",
     "results",
-    "training_curves",
+    "training_figure",
 ]
 
 # %% ../nbs/a33b_showcase.ipynb #2a5901f2
@@ -155,6 +155,15 @@ def _points(data: dict) -> dict[str, list[dict]]:
     }
 
 
+def _time(stages: list[dict]) -> dict:
+    "What each stage took, and all of them"
+    return {
+        "stages": [{key: stage[key] for key in _STAGE_KEYS} for stage in stages],
+        "seconds": sum(stage["seconds"] or 0 for stage in stages),
+        "n_stages": len(stages),
+    }
+
+
 def _kept_run(
     run: str | Path,  # folder of a run that is complete
     sentence: str,  # to cut
@@ -198,9 +207,7 @@ def _kept_run(
         "merge": data["merge"],
         "exams": [row for row in measured if row["kind"] == "exam"],
         "writing": (data["efficiency"] or {}).get("writing", {}),
-        "stages": [{key: stage[key] for key in _STAGE_KEYS} for stage in data["stages"]],
-        "seconds": sum(stage["seconds"] or 0 for stage in data["stages"]),
-        "n_stages": len(data["stages"]),
+        **_time(data["stages"]),
         "versions": data["versions"],
     }
 
@@ -479,7 +486,7 @@ ARMS = {"adapter": "with new pieces", "control_adapter": "without"}  # training 
 
 
 @in_style
-def training_curves(
+def training_figure(
     kept: dict,  # from `keep_run`
 ) -> Figure:
     "Bits per byte of each language along the training, of the control too where there is one"
