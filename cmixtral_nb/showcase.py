@@ -317,7 +317,8 @@ def _failed(n: int, lang: str) -> str:
 
 def _lacks_control(kept: dict) -> bool:
     "Whether a run was made without the control that its recipe trains as it is shipped"
-    return not kept["control"] and "control" in read_recipe(kept["recipe"])
+    shipped = package_data(f"recipes/{kept['recipe']}.toml")
+    return not kept["control"] and shipped.is_file() and "control" in read_recipe(str(shipped))
 
 
 def _values(kept: dict, lang: str) -> dict[str, Any]:
