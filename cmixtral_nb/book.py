@@ -95,8 +95,10 @@ def table(
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _commands(chapter: Chapter, between: str) -> str:
-    return between.join(f"`cmixtral {command}`" for command in chapter.commands)
+def _row(chapter: Chapter, title: str, between: str, does: str) -> list[str]:
+    "Title with its link, commands, what they do"
+    commands = between.join(f"`cmixtral {command}`" for command in chapter.commands)
+    return [f"[{chapter.number} {title}]({chapter.notebook}.ipynb)", commands, does]
 
 
 def contents(
@@ -105,11 +107,7 @@ def contents(
 ) -> str:  # markdown
     "Table of the chapters: title, commands, what they do"
     rows = [
-        [
-            f"[{chapter.number} {chapter.title}]({chapter.notebook}.ipynb)",
-            _commands(chapter, ", "),
-            chapter.does,
-        ]
+        _row(chapter, chapter.title, ", ", chapter.does)
         for part in book
         for chapter in part.chapters
         if part.table and part.appendix == appendix
@@ -124,11 +122,7 @@ def contents_zh(
     tables = []
     for appendix, head in ((False, "章"), (True, "附录")):
         rows = [
-            [
-                f"[{chapter.number} {chapter.zh}]({chapter.notebook}.ipynb)",
-                _commands(chapter, "、"),
-                chapter.zh_does,
-            ]
+            _row(chapter, chapter.zh, "、", chapter.zh_does)
             for part in book
             for chapter in part.chapters
             if chapter.zh and part.appendix == appendix

@@ -345,13 +345,23 @@ def _values(kept: dict, lang: str) -> dict[str, Any]:
 MODELS = ["base", "model", "merged", "control", "chat"]  # rows of the table
 
 
+def _codes(kept: dict) -> list[str]:
+    "The languages of a run that were measured, the new one first"
+    return [code for code in [kept["language"], *kept["kept"]] if code in kept["languages"]]
+
+
+def _with_minus(text: str) -> str:
+    "Numbers below zero with a minus sign instead of a hyphen"
+    return re.sub(r"(?<![\w])-(?=\d)", "−", text)
+
+
 def result_table(
     kept: dict,  # from `keep_run`
     lang: str = "en",  # of the page: en or zh
 ) -> str:  # markdown
     "Bits per byte of each model in each language, and characters per token"
     words, bits, density = WORDS[lang], kept["languages"], kept["chars_per_token"]
-    codes = [code for code in [kept["language"], *kept["kept"]] if code in bits]
+    codes = _codes(kept)
     head = [words["head"].format(name=_name(code, lang)) for code in codes]
     head += [words["density"].format(name=_name(kept["language"], lang))]
     rows = [
@@ -379,7 +389,7 @@ def _verdict(code: str, found: dict, lang: str) -> str:
         change_low=low,
         change_high=high,
     )
-    return re.sub(r"(?<![\w])-(?=\d)", "−", text)
+    return _with_minus(text)
 
 
 def _short(text: str, most: int = 60) -> str:
@@ -415,7 +425,7 @@ def _exam_verdict(exam: dict, lang: str) -> str:
         n=exam["n"],
         unsure=words["unsure"] if low <= 0 <= high else "",
     )
-    return re.sub(r"(?<![\w])-(?=\d)", "−", text)
+    return _with_minus(text)
 
 
 def _writing_verdict(kept: dict, lang: str) -> list[str]:
@@ -434,7 +444,7 @@ def run_verdicts(
     lang: str = "en",  # of the page: en or zh
 ) -> list[str]:
     "What training did to each language, to exams and to the speed; what the control says"
-    codes = [code for code in [kept["language"], *kept["kept"]] if code in kept["languages"]]
+    codes = _codes(kept)
     told = [_verdict(code, kept["languages"][code], lang) for code in codes]
     told += [_exam_verdict(exam, lang) for exam in kept.get("exams", [])]
     return told + _writing_verdict(kept, lang) + kept["control"]
@@ -491,7 +501,7 @@ def training_figure(
     kept: dict,  # from `keep_run`
 ) -> Figure:
     "Bits per byte of each language along the training, of the control too where there is one"
-    codes = [code for code in [kept["language"], *kept["kept"]] if code in kept["languages"]]
+    codes = _codes(kept)
     figure, axes = panels(len(codes))
     for ax, code in zip(axes, codes, strict=True):
         for training, arm in ARMS.items():
