@@ -40,6 +40,14 @@ def test_prepare_changes_nothing(tmp_path):
     assert "prepare: 0 files changed" in out.stdout
 
 
+def test_readme_has_two_commands_that_do_all_the_set_up():
+    "One line each: the main job, and the tests, which continuous integration reads from there"
+    readme = (ROOT / "README.md").read_text().splitlines()
+    set_up = "python3 -m venv .venv && .venv/bin/pip install -e "
+    commands = [line for line in readme if line.startswith(set_up)]
+    assert [line.split("/")[-1] for line in commands] == ["cmixtral run", "pytest"]
+
+
 def test_the_book_has_each_notebook_once():
     named = [chapter.notebook for part in read_book(ROOT) for chapter in part.chapters]
     assert sorted(named) == [p.stem for p in NBS]
