@@ -26,7 +26,7 @@ __all__ = [
     "read_merges",
     "judging_texts",
     "Reach",
-    "floor_of",
+    "ceiling_of",
     "reach",
     "companion_hint",
     "word_finder",
@@ -353,7 +353,7 @@ class BytePieces(NamedTuple):
     merges: list[Merge]  # in the order of their ranks; every beginning is a vocabulary
     own: OwnBytes  # of the new language
     params: dict[str, Any]  # of `tokenizer`: script, letters, companions, rule, repair …
-    stats: dict[str, Any]  # of `tokenizer`: base_sha256, own_letters, floor …
+    stats: dict[str, Any]  # of `tokenizer`: base_sha256, own_letters, ceiling …
 
     def grown(
         self,
@@ -451,24 +451,24 @@ class Reach(NamedTuple):
 
     before: float  # with the base
     after: float  # with all merges
-    floor: float  # characters per pre-token; 0: the base does not cut texts before BPE
-    floor_repaired: float  # where own marks join the letter before them; 0: cannot be repaired
+    ceiling: float  # characters per pre-token; 0: the base does not cut texts before BPE
+    ceiling_repaired: float  # where own marks join the letter before them; 0: cannot be repaired
 
     def in_words(self) -> str:
         "For a person"
         words = f"characters per token {self.before:.2f} -> {self.after:.2f}"
-        if not self.floor:
-            return f"{words}, no floor: this base does not cut texts before BPE"
+        if not self.ceiling:
+            return f"{words}, no ceiling: this base does not cut texts before BPE"
         words += (
-            f", {self.after / self.floor:.0%} of the floor {self.floor:.2f} "
+            f", {self.after / self.ceiling:.0%} of the ceiling {self.ceiling:.2f} "
             "that the regular expression sets"
         )
-        if self.floor_repaired > 1.02 * self.floor:
-            words += f"; --repair would lift it to {self.floor_repaired:.2f}"
+        if self.ceiling_repaired > 1.02 * self.ceiling:
+            words += f"; --repair would lift it to {self.ceiling_repaired:.2f}"
         return words
 
 
-def floor_of(
+def ceiling_of(
     base: ByteBase,
     texts: list[str],  # documents
 ) -> float:  # 0 where the base does not cut texts before BPE
@@ -489,8 +489,8 @@ def reach(
     return Reach(
         chars_per_token(base.tok, texts),
         chars_per_token(grown.tok, texts),
-        floor_of(working, texts),
-        floor_of(better, texts) if better else 0.0,
+        ceiling_of(working, texts),
+        ceiling_of(better, texts) if better else 0.0,
     )
 
 
@@ -651,7 +651,7 @@ class ByteText(NamedTuple):
     counts: Counter  # token in letters -> count
     n_chars: int  # characters of the text
     n_sentences: int  # sentences with the script
-    floor: float  # characters per pre-token; 0: the base does not cut texts before BPE
+    ceiling: float  # characters per pre-token; 0: the base does not cut texts before BPE
 
 
 def read_byte_text(
@@ -673,7 +673,7 @@ def read_byte_text(
         names,
         sum(map(len, texts)),
         sum(bool(own.search(s)) for text in texts for s in sentence_end.split(text)),
-        floor_of(grown, texts),
+        ceiling_of(grown, texts),
     )
 
 

@@ -645,16 +645,16 @@ def reach_line(
 ) -> dict:
     "Characters per token against the most that the regular expression lets any extension have"
     before, after = (chars_per_token(view.tok, measured) for view in (ext.before, ext.after))
-    floor: float | None = chars_per_pre_token(ext.after.tok, measured)
-    if floor == float("inf"):  # nothing is cut before BPE
-        floor = None
+    ceiling: float | None = chars_per_pre_token(ext.after.tok, measured)
+    if ceiling == float("inf"):  # nothing is cut before BPE
+        ceiling = None
     return dict(
         counted="characters per token, and characters per pre-token: the most that there can be",
         cases=len(measured),
         before=before,
         after=after,
-        floor=floor,
-        share_of_floor=after / floor if floor else None,
+        ceiling=ceiling,
+        share_of_ceiling=after / ceiling if ceiling else None,
     )
 
 
@@ -704,9 +704,9 @@ def _told(stats: dict[str, Any], reached: dict) -> str:
     words = f"{stats['n_base']:,} + {n_new:,} = {stats['n_vocab']:,} pieces, "
     if reached["cases"]:
         words += f"{reached['before']:.3f} -> {reached['after']:.3f} characters per token"
-        share, floor = reached["share_of_floor"], reached["floor"]
-        of_floor = f", {share:.0%} of the floor {floor:.3f}" if floor else ""
-        words += of_floor or ", no floor: this base does not cut texts before BPE"
+        share, ceiling = reached["share_of_ceiling"], reached["ceiling"]
+        of_ceiling = f", {share:.0%} of the ceiling {ceiling:.3f}" if ceiling else ""
+        words += of_ceiling or ", no ceiling: this base does not cut texts before BPE"
         words += "; "
     return words + certificate_told(stats["certificate"])
 
@@ -751,7 +751,7 @@ def append_merges(
         n_vocab=len(after),
         chars_per_token_base=reached["before"],
         chars_per_token=reached["after"],
-        floor=reached["floor"],
+        ceiling=reached["ceiling"],
         certificate=certificate,
         ids_changed=changed,
     )

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from .base import text_blocks
 from .bits import bits_per_byte, head_loss
 from .corpora import corpus_langs, corpus_texts
+from .figures import BLUE, GREY, in_style, panels
+from .languages import language_name
 from .machine import quiet
 from .mixtral import use_by_expert
 from .packing import special_ids
@@ -34,7 +36,6 @@ from .stages import Artifact, require
 from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -203,40 +204,24 @@ def paired_differences(
 
 
 # %% ../nbs/a14_probe.ipynb #bd139cc1
-def _point_at_better(ax: Axes) -> None:
-    "An arrow to the lower left: fewer bits in both languages"
-    ax.annotate(
-        "better",
-        xy=(0.03, 0.03),
-        xytext=(0.16, 0.16),
-        xycoords="axes fraction",
-        textcoords="axes fraction",
-        arrowprops={"arrowstyle": "->"},
-    )
-
-
+@in_style
 def plot_probe(
     results: list[dict],  # method, seed, and bits per byte by language
 ) -> Figure:
-    "Bits per byte of two languages: a mark for each method, lines for the spread over seeds"
-    from matplotlib.figure import Figure
-
-    x_lang, y_lang = (_langs_of(results) * 2)[:2]  # a single language is drawn against itself
-    figure = Figure(figsize=(5, 3.6), dpi=72, layout="constrained")
-    ax = figure.subplots()
-    methods = _by_method(results)
-    for i, (method, own) in enumerate(methods.items()):
-        x, x_spread = _mean_and_spread([result[x_lang] for result in own])
-        y, y_spread = _mean_and_spread([result[y_lang] for result in own])
-        mark = "osD^vPX*"[i % 8]  # told apart without colours, too
-        ax.errorbar(x, y, y_spread, x_spread, fmt=mark, elinewidth=0.8, label=method)
-    ax.set(
-        xlabel=f"bits per byte after the probe, {x_lang}",
-        ylabel=f"bits per byte after the probe, {y_lang}",
-    )
-    ax.set_aspect("equal", adjustable="datalim")
-    _point_at_better(ax)
-    figure.legend(loc="outside right upper", fontsize=8)
+    "Bits per byte after the probe, a panel for each language: every seed, their mean and spread"
+    langs, groups = _langs_of(results), _by_method(results)
+    best_first = [entry["method"] for entry in rank_methods(results)]
+    figure, axes = panels(len(langs), height=0.9 + 0.25 * len(groups), sharey=True)
+    for ax, lang in zip(axes, langs, strict=False):
+        for row, method in enumerate(best_first):
+            bits = [result[lang] for result in groups[method]]
+            mean, spread = _mean_and_spread(bits)
+            ax.plot(bits, [row] * len(bits), "o", color=GREY, alpha=0.4)
+            ax.errorbar(mean, row, xerr=spread, fmt="D", color=BLUE, elinewidth=1.2)
+        ax.set(xlabel=f"{language_name(lang)}, bits per byte (left: better)")
+        ax.grid(axis="x")
+    axes[0].set_yticks(range(len(best_first)), best_first)
+    axes[0].set_ylim(len(best_first) - 0.5, -0.5)  # the first at the top, in all panels
     return figure
 
 

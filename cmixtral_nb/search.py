@@ -871,7 +871,7 @@ def _try_merges(
     sizes = sorted({min(total, n) for total in asked})  # more than all is all
     base_rows = byte_table(found, texts, [0], width)
     before = next(row for row in base_rows if row["domain"] == "mean")
-    ceiling = sum(text.floor for text in texts.values()) / len(texts)
+    ceiling = sum(text.ceiling for text in texts.values()) / len(texts)
 
     def cut(_: int, totals: list[int], documents: list[str]) -> Block:
         text = read_byte_text(documents, grown, script, _SENTENCE_END)
@@ -968,5 +968,5 @@ def search(
         n_sentences=sum(text.n_sentences for text in tried.texts.values()),
         n_tried=n_tried,
         domains={domain: text.n_chars for domain, text in tried.texts.items()},
-        **(dict(floor=tried.ceiling) if tried.ceiling else {}),
+        **(dict(ceiling=tried.ceiling) if tried.ceiling else {}),
     )

@@ -1,7 +1,7 @@
 """By hand: pieces for bases with a tokenizer.json, on real tokenizers and real text.
 
     python tests/bench_bytelevel.py table DATA BASES [HELDOUT]
-        the acceptance numbers: characters per token for languages and bases, and the floors
+        the acceptance numbers: characters per token for languages and bases, and the ceilings
     python tests/bench_bytelevel.py unchanged DATA BASES [N NAME ...]
         N strings without Khmer (a million) on six bases extended for Khmer, or on those named: none
         may change; every piece must be reached; every text must come back
@@ -139,7 +139,7 @@ class Case(NamedTuple):
     n: int  # merges
     at_least: float = 0.0  # characters per token
     repair: bool = False
-    of_floor: float = 0.0  # at least this share of it
+    of_ceiling: float = 0.0  # at least this share of it
     companions: str = ""
 
     def own(self) -> OwnBytes:
@@ -149,8 +149,8 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("km", "qwen3", 4000, 4.40, repair=True, of_floor=0.92),
-    Case("km", "qwen3", 4000, of_floor=0.98),
+    Case("km", "qwen3", 4000, 4.40, repair=True, of_ceiling=0.92),
+    Case("km", "qwen3", 4000, of_ceiling=0.98),
     Case("km", "llama3", 4000, repair=True),
     Case("km", "llama3", 4000),
     Case("km", "gptoss", 4000, 4.43),
@@ -220,7 +220,7 @@ def n_lost(base: ByteBase, grown: ByteBase, texts: list[str]) -> tuple[int, int]
 # ---- table
 
 
-HEAD = "language base repair pieces before after floor share unreached lost expected"
+HEAD = "language base repair pieces before after ceiling share unreached lost expected"
 
 
 def table(data: Path, bases: Path, heldout: Path | None = None) -> None:
@@ -237,16 +237,16 @@ def table(data: Path, bases: Path, heldout: Path | None = None) -> None:
         working, merges = learned(case, base, train)
         grown = extended(working, merges)
         before, after = (chars_per_token(one.tok, judge) for one in (base, grown))
-        floor = chars_per_pre_token(working.tok, judge)
+        ceiling = chars_per_pre_token(working.tok, judge)
         expected = [f">= {case.at_least}"] * bool(case.at_least)
-        expected += [f">= {case.of_floor:.0%} of the floor"] * bool(case.of_floor)
-        ok = after >= case.at_least and after / floor >= case.of_floor
+        expected += [f">= {case.of_ceiling:.0%} of the ceiling"] * bool(case.of_ceiling)
+        ok = after >= case.at_least and after / ceiling >= case.of_ceiling
         print(
             case.lang,
             case.base,
             ("own marks" if case.repair else "") + (" U+200B" if case.companions else ""),
             f"{len(merges):,}",
-            f"{before:.3f}\t{after:.3f}\t{floor:.3f}\t{after / floor:.1%}",
+            f"{before:.3f}\t{after:.3f}\t{ceiling:.3f}\t{after / ceiling:.1%}",
             n_unreached(grown, working, merges),
             n_lost(base, grown, judge[:5000])[0],
             f"{' and '.join(expected)}: {'met' if ok else 'MISSED'}" if expected else "",

@@ -156,10 +156,10 @@ def test_what_is_said_is_what_is_measured(here, pieces):
         grown = read_merges(pieces[name], here / "qwen").grown()
         assert stats["before"] == pytest.approx(chars_per_token(base.tok, texts))
         assert stats["after"] == pytest.approx(chars_per_token(grown.tok, texts))
-        assert stats["floor"] == pytest.approx(chars_per_pre_token(cut.tok, texts))
-        assert stats["after"] < stats["floor"]
+        assert stats["ceiling"] == pytest.approx(chars_per_pre_token(cut.tok, texts))
+        assert stats["after"] < stats["ceiling"]
         assert (stats["n_changed_lines"], stats["n_kept_lines"] > 50) == (0, True)
-    assert pieces["as_it_is"].stats["floor_repaired"] == pieces["repaired"].stats["floor"]
+    assert pieces["as_it_is"].stats["ceiling_repaired"] == pieces["repaired"].stats["ceiling"]
     assert pieces["repaired"].stats["after"] > 1.2 * pieces["as_it_is"].stats["after"]
 
 
@@ -304,10 +304,10 @@ def test_the_search_measures_what_tokenizers_do(here, pieces):
         assert float(row["chars_per_token"]) == pytest.approx(expected, abs=1e-4)
     base = known_base(here / "qwen")
     assert made.stats["chars_per_token_base"] == pytest.approx(chars_per_token(base.tok, texts))
-    assert made.stats["floor"] == pytest.approx(chars_per_pre_token(found.base.tok, texts))
+    assert made.stats["ceiling"] == pytest.approx(chars_per_pre_token(found.base.tok, texts))
     assert read_choice(made) == (made.stats["n_pieces"], 0)
     assert made.stats["n_pieces"] in (100, 300, 500)
-    assert 1 < made.stats["chars_per_token"] < made.stats["floor"]
+    assert 1 < made.stats["chars_per_token"] < made.stats["ceiling"]
 
 
 def test_table_and_choice_have_the_shape_of_every_search(here, pieces, tmp_path):
@@ -322,7 +322,7 @@ def test_table_and_choice_have_the_shape_of_every_search(here, pieces, tmp_path)
     choice = choose(rows, measure_base(have, texts)["n_tokens"])
     assert (made / "table.tsv").read_text().splitlines()[0].split("\t") == list(rows[0])
     assert list(json.loads((made / "choice.json").read_text())) == list(choice)
-    assert {"floor"} == set(made.stats) - {"n_tried"} - {
+    assert {"ceiling"} == set(made.stats) - {"n_tried"} - {
         *choice,
         "chars_per_token_base",
         "alp_base",

@@ -180,7 +180,7 @@ def test_every_reader_gives_the_same_ids(made, folder):
     assert tiktoken_of(grown).encode_batch(normal, disallowed_special=()) == ids
 
 
-def test_certificate_and_floor(made):
+def test_certificate_and_ceiling(made):
     lines = read_json(made / "certificate.json")
     checks = [line for line in lines if "check" in line]
     assert len(checks) == 14 and all(line["cases"] for line in checks)
