@@ -66,6 +66,7 @@ PRETRAIN = {
     "replay 10%": Arm(replay=10),
     "rows asymmetric": Arm(rows="asymmetric"),
     "rows normal": Arm(rows="normal"),
+    "rows distill": Arm(rows="distill"),
 }
 SFT: dict[str, dict[str, Any]] = {
     "sft base": {},
@@ -77,7 +78,7 @@ SFT: dict[str, dict[str, Any]] = {
 GROUPS = {
     "rows_lr": ["base", "rows_lr 10x"],
     "replay": ["base", "replay 0%", "replay 10%"],
-    "rows": ["base", "rows asymmetric", "rows normal"],
+    "rows": ["base", "rows asymmetric", "rows normal", "rows distill"],
     "neftune": ["sft base", "neftune 5"],
     "bpe_dropout": ["sft base", "bpe_dropout 0.1"],
     "loss": ["sft base", "loss on all"],
@@ -109,7 +110,8 @@ def pretrained(run: Path, work: Path, name: str, seed: int, size: Size) -> Artif
     arm = PRETRAIN[name]
     dense = run / "dense" if (run / "dense").is_dir() else run / "base"
     corpus, tokenizer = run / "corpus", run / "tokenizer"
-    model = init(dense, tokenizer, out=work / f"model-{arm.rows}", method=arm.rows)
+    text = {"corpus": corpus} if arm.rows == "distill" else {}  # which learns from it
+    model = init(dense, tokenizer, out=work / f"model-{arm.rows}", method=arm.rows, **text)
     mix = mix_of(corpus, tokenizer, work, arm.replay)
     tokens = pack(corpus, tokenizer, out=work / f"tokens-{arm.replay}", mix=mix, length=LENGTH)
     sources = tokens.stats["sources"]
