@@ -29,6 +29,7 @@ __all__ = [
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .figures import BLUE, GREY, RED, in_style, panels
 from .machine import say
 from .options import between, faults_of, range_faults, refuse
 from .shapes import number, shape_fault
@@ -317,6 +318,7 @@ def fit_pair(
 
 
 # %% ../nbs/a27b_breakeven.ipynb #f26b321d
+@in_style
 def plot_arms(
     arms: dict[str, Arm],  # "extended", "control"
     curves: dict[str, Curves],  # likewise
@@ -326,18 +328,16 @@ def plot_arms(
 ) -> Figure:
     "Points, 90% of the curves that fit them, and the interval in which they cross"
     import numpy as np
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(height=3.2)
     places = np.geomspace(budget / 50, budget * times, 200)
-    for (name, arm), colour, mark in zip(arms.items(), ("C0", "C1"), ("o", "s"), strict=True):
+    for (name, arm), colour, mark in zip(arms.items(), (BLUE, RED), ("o", "s"), strict=True):
         low, high = np.quantile(curves[name].at(places), [_LOW, _HIGH], axis=0)
         axes.fill_between(places / 1e6, low, high, color=colour, alpha=0.25, lw=0)
         seen = arm.read > 0  # a logarithm has no place for the start
-        axes.plot(arm.read[seen] / 1e6, arm.bits[seen], mark, color=colour, ms=4, label=name)
+        axes.plot(arm.read[seen] / 1e6, arm.bits[seen], mark, color=colour, label=name)
     if np.isfinite(v.high):
-        axes.axvspan(v.low / 1e6, v.high / 1e6, color="0.6", alpha=0.4, lw=0, label="crossing, 90%")
+        axes.axvspan(v.low / 1e6, v.high / 1e6, color=GREY, alpha=0.25, lw=0, label="crossing, 90%")
     axes.set(xscale="log", xlabel="text read, MB", ylabel="bits per byte")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend()

@@ -35,6 +35,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arms import budget_sentence, text_sentence
 from .control import id_bytes
 from .figures import AMBER, in_style, legend_above, panels
 from .gain import changes
@@ -144,6 +145,14 @@ def _samples(data: dict, prompts: list[str]) -> list[dict]:
     return [{k: s[k] for k in keys} for s in data["samples"] if s["prompt"] in prompts]
 
 
+_CONTROL_KEYS = "text", "saved", "budgets", "breakeven", "writing"
+
+
+def _control(data: dict) -> dict:
+    "What the same training without new pieces has shown; empty where it was not run"
+    return {key: data["control"][key] for key in _CONTROL_KEYS} if data["control"] else {}
+
+
 _STAGE_KEYS = "stage", "folder", "seconds", "peak_bytes"
 
 
@@ -199,7 +208,7 @@ def _kept_run(
         "cases": sum(check["cases"] for check in certificate),
         "failed": sum(check["failed"] for check in certificate),
         "languages": _languages(data),
-        "control": (data["control"] or {}).get("sentences", []),
+        "control": _control(data),
         "samples": _samples(data, prompts or []),
         "sentence": sentence,
         "cuts": cuts,
@@ -259,6 +268,8 @@ WORDS = {  # language of the page -> texts
         "{low:+.1f} to {high:+.1f}, {n} questions){unsure}.",
         "writing": "It writes **{ratio:.1f} times as many characters of {name} a second** as the "
         "base ({before:.1f} → {after:.1f}, on the machine of the run).",
+        "beside": "Does extension pay? A control, the same model without new pieces, has read the "
+        "same text. {told}",
         "prompt": "after the words",
         "from": "The numbers are in [{recipe}.json]({url}), taken from the report of the run "
         "([how](a33b_showcase.ipynb)).",
@@ -291,6 +302,14 @@ WORDS = {  # language of the page -> texts
         "（95% 区间 {low:+.1f} 到 {high:+.1f}，{n} 道题{unsure}）。",
         "writing": "每秒写出的{name}字符数是基座的 **{ratio:.1f} 倍**"
         "（{before:.1f} → {after:.1f}，以运行所用的机器为准）。",
+        "beside": "与对照（同样的模型、同样的文本，不扩充词表）相比：{name}每字节比特数"
+        "**{moved} {size:.1%}**{span}，token 少用 {saved:.0%}。",
+        "budget": "{what}相同时（对照只能读完 {share:.0%} 的文本）：{name}每字节比特数的变化"
+        "在 {first:+.1%} 到 {last:+.1%} 之间{span}。",
+        "span": "（95% 区间 {change_low:+.1%} 到 {change_high:+.1%}，{n} 篇文档{unsure}）",
+        "no span": "（只有 {n} 篇文档，不足以给出区间）",
+        "compute": "计算量",
+        "time": "训练时间",
         "prompt": "开头",
         "from": "以上数字在 [{recipe}.json]({url}) 里，取自这次运行的报告"
         "（[做法](a33b_showcase.ipynb)）。",
@@ -439,15 +458,68 @@ def _writing_verdict(kept: dict, lang: str) -> list[str]:
     return [told.format(name=name, before=before, after=after, ratio=after / before)]
 
 
+def _span_zh(found: dict) -> str:
+    "The interval of a change, what it rests on, and whether it reaches across zero"
+    words, low, high = WORDS["zh"], found["change_low"], found["change_high"]
+    if low is None:
+        return words["no span"].format(**found)
+    return words["span"].format(**found, unsure=words["unsure"] if low <= 0 <= high else "")
+
+
+def _control_verdicts_zh(kept: dict) -> list[str]:
+    "The comparison with the control in Chinese: at equal text, compute and time"
+    found, words = kept["control"], WORDS["zh"]
+    name, at_text = _name(kept["language"], "zh"), found["text"][kept["language"]]
+    told = [
+        words["beside"].format(
+            name=name,
+            moved="低" if at_text["change"] < 0 else "高",
+            size=abs(at_text["change"]),
+            span=_span_zh(at_text),
+            saved=found["saved"][kept["language"]],
+        )
+    ]
+    for what, budget in found["budgets"].items():
+        first, last = budget["change"]
+        told.append(
+            words["budget"].format(
+                what=words[what],
+                share=budget["share"],
+                name=name,
+                first=first,
+                last=last,
+                span=_span_zh(budget),
+            )
+        )
+    return told
+
+
+def _control_verdicts(kept: dict, lang: str) -> list[str]:
+    "Whether extension pays, by the same training without new pieces; nothing without a control"
+    found, new = kept["control"], kept["language"]
+    if not found:
+        return []
+    if lang == "zh":
+        return [_with_minus(line) for line in _control_verdicts_zh(kept)]
+    name = language_name(new)
+    first = text_sentence(name, found["text"][new], found["saved"][new])
+    others = [budget_sentence(what, name, budget) for what, budget in found["budgets"].items()]
+    if found["breakeven"]:
+        others.append(found["breakeven"])
+    told = [f"{line[0].upper()}{line[1:]}." for line in (first, *others)]
+    told[0] = WORDS["en"]["beside"].format(told=told[0])
+    return [_with_minus(line) for line in told]
+
+
 def run_verdicts(
     kept: dict,  # from `keep_run`
     lang: str = "en",  # of the page: en or zh
 ) -> list[str]:
-    "What training did to each language, to exams and to the speed; what the control says"
+    "What training did to each language, to exams and to the speed; what the control shows"
     codes = _codes(kept)
     told = [_verdict(code, kept["languages"][code], lang) for code in codes]
     told += [_exam_verdict(exam, lang) for exam in kept.get("exams", [])]
-    return told + _writing_verdict(kept, lang) + kept["control"]
+    return told + _writing_verdict(kept, lang) + _control_verdicts(kept, lang)
 
 
 def run_text(
@@ -502,7 +574,7 @@ def training_figure(
 ) -> Figure:
     "Bits per byte of each language along the training, of the control too where there is one"
     codes = _codes(kept)
-    figure, axes = panels(len(codes))
+    figure, axes = panels(len(codes), sharey=True)
     for ax, code in zip(axes, codes, strict=True):
         for training, arm in ARMS.items():
             points = [row for row in kept["points"].get(training, []) if f"bpb_{code}" in row]
