@@ -147,8 +147,8 @@ def print_table(asked: Asked) -> None:
     for n_pieces in asked.pieces:
         for seed in seeds_there(asked, n_pieces):
             if n_pieces and seed in seeds_there(asked, 0):
-                arms = (adapter_of(asked, k, seed) for k in (n_pieces, 0))
-                pair = fit_pair(*arms, lang="zh")
+                extended, plain = (adapter_of(asked, k, seed) for k in (n_pieces, 0))
+                pair = fit_pair(extended, plain, lang="zh")
                 words = in_words(pair.crossing(), pair.budget)
                 print(f"{n_pieces:,} pieces, seed {seed}: {words}", flush=True)
 
