@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
+    "TOO_LITTLE",
     "model_config",
     "nf4_config",
     "load_model",
@@ -55,7 +56,8 @@ from cmixtral_nb.experts import (
 from .adapter_forms import single_form
 from .checkpoints import resolve_model, tensor_shapes
 from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
-from .machine import default_dtype, native_dtype, quiet, trim_memory
+from .machine import default_dtype, native_dtype, quiet, say, trim_memory
+from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import faults_of, refuse
 from .packed_experts import pack_experts
@@ -310,6 +312,21 @@ def _prepare_frozen(model: PreTrainedModel) -> None:
 
 
 # %% ../nbs/a17_loading.ipynb #4d7e45f8
+TOO_LITTLE = 0.8  # of what was trained
+
+
+def _say_what_is_lost(folder: Path, path: str | Path) -> None:
+    "A merged model may keep little of its training in 4 bits, as its manifest says"
+    with suppress(StageError):  # a manifest of somebody else
+        left = read_manifest(folder)["stats"].get("left_in_4bit")
+        if isinstance(left, int | float) and left < TOO_LITTLE:
+            say(
+                "load",
+                f"in 4 bits {path} keeps {left:.0%} of what was trained; "
+                "for more, load it in 16 bits, or merge again with --into original",
+            )
+
+
 def load_model(
     path: str | Path,  # model folder (ours or any other), artifact, or hub id
     adapter: str | Path | None = None,  # PEFT adapter folder to put on it
@@ -340,6 +357,7 @@ def load_model(
     pack_experts(model)
     if load_in_4bit:
         _require_4bit(model, path)
+        _say_what_is_lost(folder, path)
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = True

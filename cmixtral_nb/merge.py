@@ -25,6 +25,7 @@ __all__ = [
     "logit_difference",
     "without_lora_added",
     "lora_beside",
+    "left_in_4bit",
     "merge",
 ]
 
@@ -65,7 +66,7 @@ from cmixtral_nb.checkpoints import (
 
 from .averages import check_average, mean_of
 from .experts import Place, Source, StackedFile
-from .loading import one_tensor_at_a_time, streamed
+from .loading import TOO_LITTLE, one_tensor_at_a_time, streamed
 from .machine import say
 from .options import as_list
 from .stages import require, stage
@@ -449,6 +450,12 @@ def _sentences(folder: Path, n_rows: int) -> list[list[int]]:
     return [[start_id(tok), *ids] for ids in encode_plain(tok, _TEXTS)]
 
 
+def _worst(of_tokens: Tensor, most: float) -> float:
+    "The largest difference; of a lone one beyond `most` the next, for a last bit can flip a token"
+    first, second = of_tokens.sort(descending=True).values[:2].tolist()
+    return second if first > most else first
+
+
 def _compare(src: Sources, out: Path, n_rows: int) -> float:
     "Largest difference of the logits of model + adapters and of the merged model in `out`"
     import torch
@@ -466,15 +473,40 @@ def _compare(src: Sources, out: Path, n_rows: int) -> float:
         trained = trained_net(input_ids=ids, use_cache=False).logits
         merged_net = streamed(out, partial(read_weight, merged), routes=routes)
         found = merged_net(input_ids=ids, use_cache=False).logits
-    difference = ((trained - found)[real].abs().max() / trained[real].abs().max()).item()
     in_16bit = any(entry["dtype"] in ("BF16", "F16") for entry in merged.head.values())
     most = 0.05 if in_16bit else 1e-3
+    of_tokens = (trained - found)[real].abs().amax(-1) / trained[real].abs().max()
+    difference = _worst(of_tokens, most)
     require(
         difference <= most,
         f"{out}: logits of the merged model differ by {difference:.2%} from model and adapter, "
         f"expected at most {most:.1%}; merge again, with --rounding once if the weights are 16-bit",
     )
     return float(f"{difference:.0e}")  # one digit is enough for a manifest
+
+
+# %% ../nbs/10_merge.ipynb #4e77cf19
+_LOOKED_AT = 8  # matrices
+
+
+def left_in_4bit(
+    src: Sources,  # model and adapters
+    merged: Sources,  # the merged model, without adapters
+) -> float | None:  # None: training held nothing in 4 bits
+    "Share of the update that is left when the merged weights are put into 4 bits again"
+
+    def in_4bit(W: Tensor) -> Tensor:
+        return nf4_roundtrip(W, src.computed_in, src.device).float()
+
+    trained = (n for n in src.in_4bit if any(pair_of(src, a, n) for a in adapters_of(src, n)))
+    names = sorted(trained)
+    left = whole = 0.0
+    for name in names[:: -(-len(names) // _LOOKED_AT) or 1]:
+        before, after = read_weight(src, name), read_weight(merged, name)
+        update = after.float() - before.float()
+        left += ((in_4bit(after) - in_4bit(before)) * update).sum().item()
+        whole += update.square().sum().item()
+    return left / whole if whole else None
 
 
 # %% ../nbs/10_merge.ipynb #75c91399
@@ -501,6 +533,9 @@ def _say(stats: dict, is_guess: bool) -> None:
         text = f"the mean of {stats['n_adapters']} adapters: {text}"
     if "logit_difference" in stats:
         text += f"; logits differ by {stats['logit_difference']:.0e}"
+    if stats.get("left_in_4bit", 1) < TOO_LITTLE:
+        text += f"; loaded in 4 bits, it would keep {stats['left_in_4bit']:.0%} of the update"
+        text += ": for that, merge --into original" if stats["into"] == "dequantised" else ""
     if is_guess:
         text += "; the adapter does not say how it was trained: --into dequantised if in 4 bits"
     say("merge", text)
@@ -564,6 +599,9 @@ def merge(
     )
     if check:
         stats["logit_difference"] = _compare(src, out, n_rows)
+        left = left_in_4bit(src, open_sources(out, [], into="original"))
+        if left is not None:
+            stats["left_in_4bit"] = round(left, 2)
     nothing_said = all(trained_in_4bit(a.path) is None for a in adapters)
     _say(stats, is_guess=into is None and nothing_said)
     return dict(stats, sha256=sums)

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arms import budget_sentence, text_sentence
+from .breakeven import megabytes
 from .control import id_bytes
 from .figures import AMBER, in_style, legend_above, panels
 from .gain import changes
@@ -145,7 +146,7 @@ def _samples(data: dict, prompts: list[str]) -> list[dict]:
     return [{k: s[k] for k in keys} for s in data["samples"] if s["prompt"] in prompts]
 
 
-_CONTROL_KEYS = "text", "saved", "budgets", "breakeven", "writing"
+_CONTROL_KEYS = "text", "saved", "bytes_read", "budgets", "breakeven", "writing"
 
 
 def _control(data: dict) -> dict:
@@ -269,7 +270,7 @@ WORDS = {  # language of the page -> texts
         "writing": "It writes **{ratio:.1f} times as many characters of {name} a second** as the "
         "base ({before:.1f} → {after:.1f}, on the machine of the run).",
         "beside": "Does extension pay? A control, the same model without new pieces, has read the "
-        "same text. {told}",
+        "same {read} of {name}. {told}",
         "prompt": "after the words",
         "from": "The numbers are in [{recipe}.json]({url}), taken from the report of the run "
         "([how](a33b_showcase.ipynb)).",
@@ -302,8 +303,8 @@ WORDS = {  # language of the page -> texts
         "（95% 区间 {low:+.1f} 到 {high:+.1f}，{n} 道题{unsure}）。",
         "writing": "每秒写出的{name}字符数是基座的 **{ratio:.1f} 倍**"
         "（{before:.1f} → {after:.1f}，以运行所用的机器为准）。",
-        "beside": "与对照（同样的模型、同样的文本，不扩充词表）相比：{name}每字节比特数"
-        "**{moved} {size:.1%}**{span}，token 少用 {saved:.0%}。",
+        "beside": "与对照（同样的模型，不扩充词表，读过同样的 {read} {name}）相比："
+        "{name}每字节比特数**{moved} {size:.1%}**{span}，token 少用 {saved:.0%}。",
         "budget": "{what}相同时（对照只能读完 {share:.0%} 的文本）：{name}每字节比特数的变化"
         "在 {first:+.1%} 到 {last:+.1%} 之间{span}。",
         "span": "（95% 区间 {change_low:+.1%} 到 {change_high:+.1%}，{n} 篇文档{unsure}）",
@@ -472,6 +473,7 @@ def _control_verdicts_zh(kept: dict) -> list[str]:
     name, at_text = _name(kept["language"], "zh"), found["text"][kept["language"]]
     told = [
         words["beside"].format(
+            read=megabytes(found["bytes_read"][kept["language"]]),
             name=name,
             moved="低" if at_text["change"] < 0 else "高",
             size=abs(at_text["change"]),
@@ -507,7 +509,8 @@ def _control_verdicts(kept: dict, lang: str) -> list[str]:
     if found["breakeven"]:
         others.append(found["breakeven"])
     told = [f"{line[0].upper()}{line[1:]}." for line in (first, *others)]
-    told[0] = WORDS["en"]["beside"].format(told=told[0])
+    read = megabytes(found["bytes_read"][new])
+    told[0] = WORDS["en"]["beside"].format(read=read, name=name, told=told[0])
     return [_with_minus(line) for line in told]
 
 

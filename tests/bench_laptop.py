@@ -229,7 +229,7 @@ def windows_of(tok, texts: dict[str, list[str]]) -> list[list[int]]:
 
 
 def merged_both_ways(model: Path, adapter: Path, texts: dict[str, list[str]]) -> dict[str, dict]:
-    "Bits per byte and router flips of an adapter on 4 bits, and of both merges"
+    "Bits per byte and router flips of an adapter on 4 bits, and of both merges in 16 and 4 bits"
     tok = load_tokenizer(model)
     windows = windows_of(tok, texts)
 
@@ -250,11 +250,14 @@ def merged_both_ways(model: Path, adapter: Path, texts: dict[str, list[str]]) ->
             merged = merge(model, adapter, out=Path(place) / "merged", into=into)
             net = load_model(merged, device="cpu")
             bits, choices = measured(net)
+            net = load_model(merged, load_in_4bit=True, device="cpu")
+            again, _ = measured(net)
             del net
         flips = list(router_flips(trained, choices).values())
         if flips:
             bits |= dict(flips=statistics.mean(flips), flips_most=max(flips))
         found[into] = bits
+        found[f"{into}, 4 bits"] = again
     return found
 
 
@@ -281,7 +284,7 @@ def print_merges(work: Path) -> None:
     for file, found in zip(files, all_found, strict=True):
         print(file.stem, flush=True)
         for name, measured in found.items():
-            print(f"  {name:18}", *(f"{key} {x:.5f}" for key, x in measured.items()), flush=True)
+            print(f"  {name:19}", *(f"{key} {x:.5f}" for key, x in measured.items()), flush=True)
     own = [f for file, f in zip(files, all_found, strict=True) if "pretrain" in file.stem]
     if len(own) > 1:
         print(f"dequantised -> original, {len(own)} adapters of the dense model")
