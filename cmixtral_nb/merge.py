@@ -523,6 +523,13 @@ def _write_rest(src: Sources, model: Path, out: Path, n_rows: int) -> dict[str, 
     return files
 
 
+def _measured(src: Sources, out: Path, n_rows: int) -> dict[str, float]:
+    "How far the logits are from model and adapter, and what 4 bits would leave of the update"
+    found = dict(logit_difference=_compare(src, out, n_rows))
+    left = left_in_4bit(src, open_sources(out, [], into="original"))
+    return found if left is None else found | dict(left_in_4bit=round(left, 2))
+
+
 def _say(stats: dict, is_guess: bool) -> None:
     "What was merged, in one line; whether nothing says into which weights"
     text = (
@@ -598,10 +605,7 @@ def merge(
         shards=len(set(files.values())),
     )
     if check:
-        stats["logit_difference"] = _compare(src, out, n_rows)
-        left = left_in_4bit(src, open_sources(out, [], into="original"))
-        if left is not None:
-            stats["left_in_4bit"] = round(left, 2)
+        stats |= _measured(src, out, n_rows)
     nothing_said = all(trained_in_4bit(a.path) is None for a in adapters)
     _say(stats, is_guess=into is None and nothing_said)
     return dict(stats, sha256=sums)
