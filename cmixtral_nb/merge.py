@@ -451,16 +451,15 @@ def _sentences(folder: Path, n_rows: int) -> list[list[int]]:
 
 
 def _worst(of_tokens: Tensor, most: float) -> float:
-    "The largest difference; of a lone one beyond `most` the next, for a last bit can flip a token"
+    "The largest difference in 16 bits, where a rounding can flip a token: not a lone one"
     first, second = of_tokens.sort(descending=True).values[:2].tolist()
     return second if first > most else first
 
 
-def _compare(src: Sources, out: Path, n_rows: int) -> float:
+def _compare(src: Sources, merged: Sources, out: Path, n_rows: int) -> float:
     "Largest difference of the logits of model + adapters and of the merged model in `out`"
     import torch
 
-    merged = open_sources(out, [], into="original")
     routes: dict[str, Tensor] = {}  # filled by the first model, followed by the second
     before, beside = partial(without_lora_added, src), partial(lora_beside, src)
     sentences = _sentences(out, n_rows)
@@ -476,7 +475,7 @@ def _compare(src: Sources, out: Path, n_rows: int) -> float:
     in_16bit = any(entry["dtype"] in ("BF16", "F16") for entry in merged.head.values())
     most = 0.05 if in_16bit else 1e-3
     of_tokens = (trained - found)[real].abs().amax(-1) / trained[real].abs().max()
-    difference = _worst(of_tokens, most)
+    difference = _worst(of_tokens, most) if in_16bit else of_tokens.max().item()
     require(
         difference <= most,
         f"{out}: logits of the merged model differ by {difference:.2%} from model and adapter, "
@@ -525,8 +524,9 @@ def _write_rest(src: Sources, model: Path, out: Path, n_rows: int) -> dict[str, 
 
 def _measured(src: Sources, out: Path, n_rows: int) -> dict[str, float]:
     "How far the logits are from model and adapter, and what 4 bits would leave of the update"
-    found = dict(logit_difference=_compare(src, out, n_rows))
-    left = left_in_4bit(src, open_sources(out, [], into="original"))
+    merged = open_sources(out, [], into="original")
+    found = dict(logit_difference=_compare(src, merged, out, n_rows))
+    left = left_in_4bit(src, merged)
     return found if left is None else found | dict(left_in_4bit=round(left, 2))
 
 

@@ -146,7 +146,7 @@ def _samples(data: dict, prompts: list[str]) -> list[dict]:
     return [{k: s[k] for k in keys} for s in data["samples"] if s["prompt"] in prompts]
 
 
-_CONTROL_KEYS = "text", "saved", "bytes_read", "budgets", "breakeven", "writing"
+_CONTROL_KEYS = "text", "saved", "bytes_read", "budgets", "breakeven"
 
 
 def _control(data: dict) -> dict:
@@ -246,12 +246,11 @@ def kept_run(
 # %% ../nbs/a33b_showcase.ipynb #39650f92
 WORDS = {  # language of the page -> texts
     "en": {
-        "what": "**`cmixtral run {recipe}`** took {minutes:.0f} minutes{without}. {about} "
+        "what": "**`cmixtral run {recipe}`** took {minutes:.0f} minutes. {about} "
         "{n_pieces:,} pieces of {name} are put after the {n_base:,} of the base. All held-out text "
         "in {name} then takes **{saved:.1%} fewer tokens** ({before:.3f} → {after:.3f} characters "
         "per token). The *certificate*, a set of checks, tried {cases:,} cases and {failed} "
         "failed: other texts keep their ids.",
-        "without": ", without its control",
         "alt": "“{sentence}” before and after: {n_before} tokens become {n_after}",
         "before": "{n_base:,} pieces: {n_before} tokens",
         "after": "{n_pieces:,} more: {n_after} tokens",
@@ -281,13 +280,11 @@ WORDS = {  # language of the page -> texts
         "chat": "after tuning to chat",
     },
     "zh": {
-        "what": "**`cmixtral run {recipe}`**（{minutes:.0f} 分钟{without}）"
-        "在基座的 {n_base:,} 个词表项之后"
+        "what": "**`cmixtral run {recipe}`**（{minutes:.0f} 分钟）在基座的 {n_base:,} 个词表项之后"
         "加入 {n_pieces:,} 个{name}词表项。"
         "全部留出的{name}文本**少用 {saved:.1%} 的 token**（每个 token "
         "{before:.3f} → {after:.3f} 个字符）。分词器校验（certificate）共 {cases:,} 例，"
         "{failed}：其他文本的编码不变。",
-        "without": "，未训练对照模型",
         "alt": "“{sentence}”扩充前后：{n_before} 个 token 变为 {n_after} 个",
         "before": "原有 {n_base:,} 个词表项：{n_before} 个 token",
         "after": "再加 {n_pieces:,} 个：{n_after} 个 token",
@@ -335,12 +332,6 @@ def _failed(n: int, lang: str) -> str:
     return str(n or "none")
 
 
-def _lacks_control(kept: dict) -> bool:
-    "Whether a run was made without the control that its recipe trains as it is shipped"
-    shipped = package_data(f"recipes/{kept['recipe']}.toml")
-    return not kept["control"] and shipped.is_file() and "control" in read_recipe(str(shipped))
-
-
 def _values(kept: dict, lang: str) -> dict[str, Any]:
     "What the texts about a run are filled in with"
     cuts = kept["cuts"]
@@ -354,7 +345,6 @@ def _values(kept: dict, lang: str) -> dict[str, Any]:
         "after": after,
         "saved": 1 - before / after,
         "minutes": kept["seconds"] / 60,
-        "without": WORDS[lang]["without"] if _lacks_control(kept) else "",
         "n_before": len(cuts["base"]["n_bytes"]),
         "n_after": len(cuts["tokenizer"]["n_bytes"]),
         "url": f"https://github.com/cmixtral/cmixtral_nb/blob/main/cmixtral_nb/data/{kept['recipe']}.json",

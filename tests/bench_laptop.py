@@ -41,6 +41,9 @@ from cmixtral_nb.training import read_log
 
 LENGTH = 512  # tokens in an example
 LR = 1e-3  # of LoRA in pre-training
+SHARED: dict[str, Any] = dict(  # settings of every pre-training, also of bench_pieces
+    rank=32, alpha=64, dropout=0.0, lr=LR, batch=1, warmup=0.06, log_every=5, device="cpu"
+)
 
 
 class Size(NamedTuple):
@@ -105,10 +108,15 @@ def mix_of(corpus: Path, tokenizer: Path, work: Path, replay: int) -> list[str]:
     return ["1:zh", f"{ratio:.3f}:en"]
 
 
+def dense_of(run: Path) -> Path:
+    "The model of a run before it became a mixture and got pieces"
+    return run / "dense" if (run / "dense").is_dir() else run / "base"
+
+
 def pretrained(run: Path, work: Path, name: str, seed: int, size: Size) -> Artifact:
     "The adapter of an arm, trained if it is not there"
     arm = PRETRAIN[name]
-    dense = run / "dense" if (run / "dense").is_dir() else run / "base"
+    dense = dense_of(run)
     corpus, tokenizer = run / "corpus", run / "tokenizer"
     text = {"corpus": corpus} if arm.rows == "distill" else {}  # which learns from it
     model = init(dense, tokenizer, out=work / f"model-{arm.rows}", method=arm.rows, **text)
@@ -122,21 +130,14 @@ def pretrained(run: Path, work: Path, name: str, seed: int, size: Size) -> Artif
         tokens,
         out=work / "pretrain" / f"{name.replace(' ', '-')}-{seed}",
         corpus=corpus,  # the same text for each arm, English also where none is replayed
-        rank=32,
-        alpha=64,
-        dropout=0.0,
         rows="new",
-        lr=LR,
         rows_lr=LR * arm.rows_lr,
-        batch=1,
         steps=size.steps,
-        warmup=0.06,
         eval_every=max(1, size.steps // 2),
         eval_chars=size.eval_chars,
         save_every=max(1, size.steps // 2),
-        log_every=5,
         seed=seed,
-        device="cpu",
+        **SHARED,
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from bench_laptop import LENGTH, SHARED, dense_of
 
 from cmixtral_nb.breakeven import fit_pair, in_words, read_arm
 from cmixtral_nb.control import control
@@ -28,7 +29,6 @@ from cmixtral_nb.pretrain import pretrain
 from cmixtral_nb.stages import Artifact
 from cmixtral_nb.vocab import vocab
 
-LENGTH = 512  # tokens in an example, in the largest vocabulary
 POINTS = 8  # evaluations along a training
 
 
@@ -42,18 +42,13 @@ class Asked(NamedTuple):
     eval_chars: int
 
 
-def dense_of(asked: Asked) -> Path:
-    "The model before it gets pieces"
-    return asked.run / "dense"
-
-
 def tokenizer_of(asked: Asked, n_pieces: int) -> Path:
     "The base's tokenizer with some pieces more; 0: as it was"
     if not n_pieces:
-        return dense_of(asked)
+        return dense_of(asked.run)
     found = vocab(
         asked.run / "pieces",
-        base=str(dense_of(asked)),
+        base=str(dense_of(asked.run)),
         n_pieces=n_pieces,
         out=asked.work / f"tokenizer-{n_pieces}",
     )
@@ -63,9 +58,11 @@ def tokenizer_of(asked: Asked, n_pieces: int) -> Path:
 def model_of(asked: Asked, n_pieces: int) -> Path:
     "The dense model with rows for them"
     if not n_pieces:
-        return dense_of(asked)
+        return dense_of(asked.run)
     tokenizer = tokenizer_of(asked, n_pieces)
-    found = init(dense_of(asked), tokenizer, out=asked.work / f"model-{n_pieces}", method="mean")
+    found = init(
+        dense_of(asked.run), tokenizer, out=asked.work / f"model-{n_pieces}", method="mean"
+    )
     return Path(found.path)
 
 
@@ -78,7 +75,7 @@ def tokens_of(asked: Asked, n_pieces: int) -> Artifact:
         tokenizer,
         out=asked.work / f"tokens-{most}",
         mix=["1:zh", "0.25:en"],
-        length=LENGTH,
+        length=LENGTH,  # in the largest vocabulary
     )
     if n_pieces == most:
         return packed
@@ -98,21 +95,14 @@ def train(asked: Asked, n_pieces: int, seed: int) -> None:
         tokens_of(asked, n_pieces),
         out=adapter_of(asked, n_pieces, seed),
         corpus=asked.run / "corpus",
-        rank=32,
-        alpha=64,
-        dropout=0.0,
         rows="new" if n_pieces else "none",
-        lr=1e-3,
         rows_lr=2e-3,
-        batch=1,
         steps=asked.steps,
-        warmup=0.06,
         eval_every=max(1, asked.steps // POINTS),
         eval_chars=asked.eval_chars,
         save_every=max(1, asked.steps // 2),
-        log_every=5,
         seed=seed,
-        device="cpu",
+        **SHARED,
     )
 
 
