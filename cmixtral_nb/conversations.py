@@ -119,17 +119,17 @@ def _check_turns(turns: list[str]) -> None:
 # %% ../nbs/a21_conversations.ipynb #8a0931c4
 def to_messages(
     record: dict,  # ShareGPT (conversations: from, value), OpenAI (messages: role, content) or
-    # Alpaca (instruction, input, output; also history, system)
+    # Alpaca (instruction, input, output; also history); each also with system
     forms: Counter | None = None,  # counts the form
 ) -> list[dict]:  # role, content
     "One conversation as OpenAI's messages; `ValueError` with the reason where that cannot be"
     if not isinstance(record, dict):
         raise ValueError("not an object")
     if turns := _turns(record):
-        messages = _checked(_messages_of_turns(turns))
+        messages = _checked(_with_system(record, _messages_of_turns(turns)))
         form = "OpenAI" if "role" in turns[0] else "ShareGPT"
     elif "instruction" in record and "output" in record:
-        messages = _checked(_messages_of_alpaca(record))
+        messages = _checked(_with_system(record, _messages_of_alpaca(record)))
         form = "Alpaca"
     else:
         raise ValueError("unknown form")
@@ -153,10 +153,19 @@ def _messages_of_turns(turns: Any) -> list[dict]:
     ]
 
 
+def _with_system(record: dict, messages: list[dict]) -> list[dict]:
+    "With what the model is told first, a turn or a field of the record; left out where it is empty"
+    first = messages[0]
+    if first["role"] == "system" and not first["content"].strip():
+        messages = messages[1:]
+    told = _words(record.get("system"))
+    if told.strip() and "system" not in [message["role"] for message in messages]:
+        messages = [dict(role="system", content=told), *messages]
+    return messages
+
+
 def _messages_of_alpaca(record: dict) -> list[dict]:
     messages = []
-    if record.get("system"):
-        messages.append(dict(role="system", content=record["system"]))
     for question, answer in _history(record):
         messages.append(dict(role="user", content=question))
         messages.append(dict(role="assistant", content=answer))
@@ -300,19 +309,19 @@ def _records(path: Path, faults: Faults) -> Iterator[tuple[int, Any]]:
     "Line number and value of each line of a jsonl file, or of each item of one JSON list"
     try:
         with open_text(path) as file:
-            yield from _records_of(file, path, faults)
+            is_list = _begins_list(file.read(1 << 10))
+        with open_text(path) as file:  # anew, since not every compressed file can go back
+            if is_list:
+                yield from enumerate(_list_items(path, file), 1)
+            else:
+                yield from _line_records(path, file, faults)
     except UNREADABLE as e:
         raise StageError(
             f"{path}: cannot be read to its end ({e}); copy or download it again"
         ) from e
 
 
-def _records_of(file: BinaryIO, path: Path, faults: Faults) -> Iterator[tuple[int, Any]]:
-    if _begins_list(file.read(1 << 10)):
-        file.seek(0)
-        yield from enumerate(_list_items(path, file), 1)
-        return
-    file.seek(0)
+def _line_records(path: Path, file: BinaryIO, faults: Faults) -> Iterator[tuple[int, Any]]:
     for number, line in numbered_lines(file):
         if line is None:
             faults.note(path, number, TOO_LONG)
@@ -432,7 +441,7 @@ def _builtin_talks(
 
 
 def read_conversations(
-    ref: str,  # jsonl or json file (also .xz, .gz), or a name of `BUILTIN`
+    ref: str,  # jsonl or json file (also .gz, .bz2, .xz, .zst), or a name of `BUILTIN`
     on_error: str = "skip",  # bad conversations: skip (and count) them, or stop and list them
     counts: Faults | None = None,  # receives how many were dropped, and why
     n_translations: int = 2000,  # of builtin

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -266,9 +267,11 @@ def test_every_form(tmp_path):
             conversation=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ),
     ]
+    lines = "\n\n".join(map(json.dumps, rows)).encode()
     for name, data in (
         ("a.json", json.dumps(rows, indent=1).encode()),
-        ("a.jsonl.xz", lzma.compress("\n\n".join(map(json.dumps, rows)).encode())),
+        ("a.jsonl.xz", lzma.compress(lines)),
+        ("a.jsonl.zst", pa.compress(lines, codec="zstd", asbytes=True)),
     ):
         (tmp_path / name).write_bytes(data)
         talks, counts = read(tmp_path / name)
@@ -279,6 +282,23 @@ def test_every_form(tmp_path):
             list("ua"),
         ]
         assert talks[2][3]["content"] == "q\ni" and talks[0][-1]["content"] == "b"
+
+
+def test_the_system_prompt_is_kept_wherever_it_stands():
+    system = dict(role="system", content="s")
+    said = [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好！"}]
+    beside = dict(system="s", conversations=said)
+    assert to_messages(beside) == to_messages(dict(beside, system=[dict(text="s")]))
+    assert to_messages(beside) == [system, *TALK]
+    for empty in ("", " ", None, []):
+        first = dict(system, content=empty)
+        assert to_messages(dict(messages=[first, *TALK])) == TALK
+        assert to_messages(dict(system="s", messages=[first, *TALK])) == [system, *TALK]
+        assert to_messages(dict(system=empty, instruction="你好", output="你好！")) == TALK
+    with pytest.raises(ValueError, match="content that is no text"):
+        to_messages(dict(system=3, messages=TALK))
+    with pytest.raises(ValueError, match="no answer"):
+        to_messages(dict(messages=[dict(system, content="")]))
 
 
 def line(roles="", contents=(), **more):
