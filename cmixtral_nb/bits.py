@@ -10,8 +10,11 @@ __all__ = [
     "FEW_LOGITS",
     "BLOCKS",
     "windows",
+    "target_logits",
+    "window_size",
     "document_bits",
     "bits_per_byte",
+    "require_finite",
     "head_loss",
     "without_logits",
 ]
@@ -21,15 +24,16 @@ import functools
 import inspect
 import math
 import re
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .stages import require
-from .tokenizer_files import encode_plain
+from .tokenizer_files import encode_plain, start_id
 
 if TYPE_CHECKING:
-    from torch import Tensor, device, nn
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -59,24 +63,32 @@ def _keeps_few(model) -> bool:
     return "logits_to_keep" in inspect.signature(without_adapter.forward).parameters
 
 
-def _nats(model, batch: list[tuple], device: device) -> list[float]:
-    "-ln p of the targets of each window of a batch; logits only from the first target on"
+def target_logits(
+    model: PreTrainedModel,  # any causal language model
+    batch: list[tuple],  # (inputs, targets) of `windows`
+) -> Iterator[tuple[Tensor, Tensor]]:  # (targets, V) logits in float32; (targets,) their ids
+    "What a model says of the targets of each window; logits only from the first target on"
     import torch
-    from torch.nn.functional import cross_entropy
 
     longest = max(len(inputs) for inputs, _ in batch)
     context = min(len(inputs) - len(targets) for inputs, targets in batch)
     padded = [inputs + [0] * (longest - len(inputs)) for inputs, _ in batch]
+    ids = torch.tensor(padded, device=model.device)
     few = {"logits_to_keep": longest - context} if context and _keeps_few(model) else {}
-    logits = model(input_ids=torch.tensor(padded, device=device), use_cache=False, **few).logits
+    logits = model(input_ids=ids, use_cache=False, **few).logits
     left_out = longest - logits.shape[1]
-    nats = []
     for rows, (inputs, targets) in zip(logits, batch, strict=True):
         end = len(inputs) - left_out
         scored = rows[end - len(targets) : end].float()
-        right = torch.tensor(targets, device=device)
-        nats.append(cross_entropy(scored, right, reduction="sum").item())
-    return nats
+        yield scored, torch.tensor(targets, device=model.device)
+
+
+def window_size(
+    window: tuple,  # (inputs, targets) of `windows`
+) -> tuple[int, int]:  # tokens, and how many of them are context alone
+    "Windows sorted by it are alike in a batch: little padding, and few logits that nobody reads"
+    inputs, targets = window
+    return len(inputs), len(inputs) - len(targets)
 
 
 # %% ../nbs/a12_bits.ipynb #0679948c
@@ -91,6 +103,16 @@ def _require_rows(model, ids: list[list[int]]):
     )
 
 
+def _nats(model, batch: list[tuple]) -> list[float]:
+    "-ln p of the targets of each window of a batch"
+    from torch.nn.functional import cross_entropy
+
+    return [
+        cross_entropy(rows, right, reduction="sum").item()
+        for rows, right in target_logits(model, batch)
+    ]
+
+
 def document_bits(
     model: PreTrainedModel,  # any causal language model
     tok: PreTrainedTokenizerBase,  # its tokenizer
@@ -102,23 +124,18 @@ def document_bits(
     "How many bits the model needs for each document"
     import torch
 
-    bos = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
+    bos = start_id(tok)
     ids = encode_plain(tok, texts)
     _require_rows(model, ids)
-
-    def size(numbered: tuple) -> tuple:
-        inputs, targets = numbered[1]
-        return len(inputs), len(inputs) - len(targets)
-
     cut = [(i, w) for i, document in enumerate(ids) for w in windows(document, length, bos, stride)]
-    cut.sort(key=size, reverse=True)  # a batch is alike in length and in where the targets begin
+    cut.sort(key=lambda numbered: window_size(numbered[1]), reverse=True)
     nats = [0.0] * len(texts)
     training = model.training
     model.eval()
     with torch.no_grad():
         for k in range(0, len(cut), batch):
             part = cut[k : k + batch]
-            found = _nats(model, [window for _, window in part], model.device)
+            found = _nats(model, [window for _, window in part])
             for (i, _), x in zip(part, found, strict=True):
                 nats[i] += x
     model.train(training)
@@ -149,6 +166,21 @@ def bits_per_byte(
     return dict(
         bits_per_byte=bits / total["n_bytes"], bits_per_char=bits / total["n_chars"], **total
     )
+
+
+# %% ../nbs/a12_bits.ipynb #3cefc132
+def require_finite(
+    found: Iterable[float],  # what a model said: logarithms, bits, probabilities
+    model: PreTrainedModel,  # that said it
+) -> None:
+    "`StageError` where a model gives NaN or infinity in place of a number"
+    if all(map(math.isfinite, found)):
+        return
+    kind = str(model.dtype).removeprefix("torch.")
+    remedy = "its training may have diverged; give a model or an adapter from before"
+    if kind == "float16":
+        remedy = "which ends at 65,504; give --dtype float32, or --device cpu"
+    require(False, f"the model gives NaN or infinity in {kind}, {remedy}")
 
 
 # %% ../nbs/a12_bits.ipynb #648871d9

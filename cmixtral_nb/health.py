@@ -26,12 +26,13 @@ __all__ = [
 ]
 
 # %% ../nbs/a27c_health.ipynb #538352e4
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .audit import piece_text, read_view
-from .bits import windows
+from .bits import require_finite, target_logits, window_size, windows
 from .byte_bases import LETTER_OF
 from .certificate import Extension, TokenizerView
 from .checkpoints import resolve_model
@@ -64,21 +65,11 @@ class Places(NamedTuple):
     hits: ndarray  # (V,) how often it was the likeliest token there
 
 
-def _score(model: PreTrainedModel, batch: list[tuple]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _score(model: PreTrainedModel, batch: list[tuple]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     "Targets of each window, their probabilities, and whether they were the likeliest"
-    import torch
-
-    longest = max(len(inputs) for inputs, _ in batch)
-    padded = [inputs + [0] * (longest - len(inputs)) for inputs, _ in batch]
-    ids = torch.tensor(padded, device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits
-    scored = []
-    for rows, (inputs, targets) in zip(logits, batch, strict=True):
-        own = rows[len(inputs) - len(targets) : len(inputs)].float()
-        right = torch.tensor(targets, device=model.device)
-        chance = own.gather(1, right[:, None])[:, 0] - own.logsumexp(1)
-        scored.append((right.cpu(), chance.exp().cpu(), (own.argmax(1) == right).cpu()))
-    return scored
+    for rows, right in target_logits(model, batch):
+        chance = rows.gather(1, right[:, None])[:, 0] - rows.logsumexp(1)
+        yield right.cpu(), chance.exp().cpu(), (rows.argmax(1) == right).cpu()
 
 
 def score_places(
@@ -99,13 +90,14 @@ def score_places(
         for ids in encode_plain(tok, texts)
         for window in windows(ids, length, begin, max(1, length // 2))
     ]
-    cut.sort(key=lambda window: len(window[0]), reverse=True)  # a batch is alike in length
+    cut.sort(key=window_size, reverse=True)
     with torch.no_grad():
         for k in range(0, len(cut), batch):
             for right, chance, hit in _score(model, cut[k : k + batch]):
                 for total, each in zip(found, (None, chance, hit), strict=True):
                     weights = None if each is None else each.numpy()
                     total += np.bincount(right.numpy(), weights, minlength=sizes)
+    require_finite(found.mass, model)
     return found
 
 
