@@ -62,7 +62,7 @@ from .machine import process_rank, say, world_size
 from .pack import collate, load_examples
 from .placement import device_of
 from .qlora import add_lora
-from .routers import balanced_by, counted_choices, has_router
+from .routers import as_in_training, balanced_by, counted_choices, has_router
 from .stages import Artifact, stage
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
@@ -209,9 +209,7 @@ def router_load(
     ids = [token for text in encode_plain(tok, texts) for token in (start, *text)]
     was_training = model.training
     model.eval()
-    # As in a step of the Trainer: beside weights in 16 bits norms and LoRA are float32
-    in_16_bits = torch.autocast(model.device.type, model.dtype, model.dtype != torch.float32)
-    with counted_choices(model) as counts, torch.no_grad(), in_16_bits:
+    with counted_choices(model) as counts, torch.no_grad(), as_in_training(model):
         for first in range(0, len(ids), length):
             window = torch.tensor([ids[first : first + length]], device=model.device)
             model(input_ids=window, use_cache=False, logits_to_keep=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "has_router",
+    "as_in_training",
     "counted_choices",
     "expert_choices",
     "router_flips",
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 from .experts import is_router, single_experts
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -36,6 +38,15 @@ def has_router(
 ) -> bool:
     "Whether tokens are sent to some of the experts; a dense model has none"
     return bool(single_experts(model))
+
+
+def as_in_training(
+    model: PreTrainedModel,  # with or without an adapter
+) -> torch.autocast:  # a context manager
+    "As in a step of the Trainer: beside weights in 16 bits norms and LoRA are float32"
+    import torch
+
+    return torch.autocast(model.device.type, model.dtype, model.dtype != torch.float32)
 
 
 @contextmanager
@@ -95,9 +106,7 @@ def expert_choices(
     was_training = model.training
     model.eval()
     try:
-        # As in a step of the Trainer: beside weights in 16 bits norms and LoRA are float32
-        in_16_bits = torch.autocast(model.device.type, model.dtype, model.dtype != torch.float32)
-        with torch.no_grad(), in_16_bits:
+        with torch.no_grad(), as_in_training(model):
             for ids in windows:
                 x = torch.tensor([ids], device=model.device)
                 model(input_ids=x, use_cache=False, logits_to_keep=1)

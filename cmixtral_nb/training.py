@@ -48,7 +48,7 @@ from .experts import cast_once
 from .machine import default_dtype, meet, peak_bytes, process_rank, say, world_size
 from .plan import peak_flops
 from .qlora import parameter_table
-from .routers import routed_share
+from .routers import as_in_training, routed_share
 from .shapes import read_shaped_lines
 from .stages import StageError, require, write_json, write_text
 
@@ -536,8 +536,7 @@ def leak_between_documents(
     ids = torch.arange(1, 2 * n + 1)[None] % n_rows
     other = torch.cat([ids[:, :n].flip(1), ids[:, n:]], 1)
     positions = (torch.arange(2 * n)[None] % n).to(model.device)
-    in_16_bits = torch.autocast(model.device.type, model.dtype, model.dtype != torch.float32)
-    with torch.no_grad(), in_16_bits:
+    with torch.no_grad(), as_in_training(model):
         one, two = (
             model(input_ids=x.to(model.device), position_ids=positions, use_cache=False)
             .logits[0, n:]
