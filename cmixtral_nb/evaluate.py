@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from cmixtral_nb.results import (
     PLACES,
-    check_context,
     check_evaluation,
     evaluation_option_faults,
     repeat_command,
@@ -24,7 +23,7 @@ from cmixtral_nb.results import (
     write_results,
 )
 
-from .bits import document_bits
+from .bits import document_bits, require_finite
 from .checkpoints import resolve_model
 from .exams import Answers, run_lm_eval, split_tasks
 from .heldout import eval_docs
@@ -123,7 +122,9 @@ def ask_bits(
             texts = [row["text"] for row in rows if row["domain"] == domain]
             what = ["bits", length, domain, fingerprint(texts)]
             if what not in answers:
-                answers.add(what, ask(texts))
+                asked = ask(texts)
+                require_finite((document["bits"] for document in asked), model)
+                answers.add(what, asked)
                 answers.flush()
             for text, found in zip(texts, answers[what], strict=True):
                 out.append(dict(lang=lang, domain=domain, id=fingerprint(text), **found))
@@ -152,7 +153,6 @@ def _ask_exams(
     found = run_lm_eval(
         model, tok, exams, Path(data), shots, limit, at_once, chat, samples=True, answers=answers
     )
-    check_context(found["n_long"], shots)
     samples = found.pop("samples")
     return found, write_questions(samples, out, whole)
 
@@ -224,13 +224,13 @@ def evaluate(
     lm = load_model(model, adapter=adapter, load_in_4bit=load_in_4bit, dtype=dtype, device=device)
     home = tokenizer_home(resolve_model(model), adapter)
     tok = load_tokenizer(home)
+    bits = {}
+    if "bpb" in names:  # first, as they take less time than exams
+        bits = _ask_texts(lm, tok, eval_docs(corpus, n_chars, domains), out, answers, length, batch)
     found, questions = _ask_exams(
         lm, tok, exams, data, out, answers, shots, limit, batch, chat, samples
     )
-    results = found["results"]
-    if "bpb" in names:
-        docs = eval_docs(corpus, n_chars, domains)
-        results = results | _ask_texts(lm, tok, docs, out, answers, length, batch)
+    results = found["results"] | bits
     config = {name: value for name, value in asked.items() if name not in PLACES}
     config |= dict(dtype=str(lm.dtype).removeprefix("torch."), device=lm.device.type)
     command = repeat_command(evaluate, asked, out.parent)

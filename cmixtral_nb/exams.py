@@ -18,6 +18,7 @@ __all__ = [
     "write_tasks",
     "hub_datasets",
     "Answers",
+    "check_context",
     "run_lm_eval",
     "choice_of",
     "subject_lists",
@@ -43,9 +44,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bits import require_finite
 from .documents import UNREADABLE, numbered_lines, open_text, read_whole
 from .intervals import share_ends
-from .machine import package_data
+from .machine import package_data, say
 from .options import nearest
 from .stages import StageError, fingerprint, read_json, require, write_text
 
@@ -411,7 +413,7 @@ class Answers:
     ):
         self.path = path
         self.known: dict[str, Any] = {}  # fingerprint of the question -> answer
-        self.new: list[str] = []  # lines that are not in the file yet
+        self.new: dict[str, Any] = {}  # likewise, those that are not in the file yet
         self.n_asked = 0
         if path and Path(path).is_file():
             lines = (
@@ -432,9 +434,8 @@ class Answers:
         answer: Any,  # likewise
     ):
         "Remember one answer; `flush` writes it"
-        self.known[fingerprint(what)] = answer
+        self.known[fingerprint(what)] = self.new[fingerprint(what)] = answer
         self.n_asked += 1
-        self.new.append(json.dumps([fingerprint(what), answer]))
 
     def add_partial(self, attr: str, what: tuple, answer: tuple):
         "The method that lm-eval calls for each answer"
@@ -444,12 +445,31 @@ class Answers:
         "Write what was added since the last time"
         if self.path and self.new:
             with open(self.path, "a", encoding="utf-8") as f:
-                f.write("".join(line + "\n" for line in self.new))
-        self.new = []
+                f.write("".join(json.dumps(item) + "\n" for item in self.new.items()))
+        self.new = {}
 
 
 # %% ../nbs/a24_exams.ipynb #c634f80b
-def _harness_model(model, tok, batch: int | str, answers: Answers):
+def check_context(
+    n_long: int,  # questions that are longer than the model's context
+    shots: int,  # solved examples before each question
+):
+    "`StageError` where a question alone is too long; where only examples are cut off, say so"
+    if not n_long:
+        return
+    require(
+        shots,
+        f"{n_long:,} questions with their answers are longer than the context of the model; "
+        "leave the task out, or take another model",
+    )
+    say(
+        "evaluate",
+        f"{n_long:,} prompts are longer than the context of the model: "
+        "lm-eval cuts off their beginning, the examples first",
+    )
+
+
+def _harness_model(model, tok, batch: int | str, answers: Answers, shots: int):
     "lm-eval's own model, which looks up what was answered and counts prompts that do not fit"
     from lm_eval.models.huggingface import HFLM
 
@@ -457,23 +477,30 @@ def _harness_model(model, tok, batch: int | str, answers: Answers):
         n_long = 0  # prompts whose beginning is cut off
 
         def _loglikelihood_tokens(self, requests, *args, **kwargs):
-            for (_, ending), context, continuation in requests:
+            too_long = set()  # a question comes once for each of its answers
+            for (question, ending), context, continuation in requests:
                 require(
                     len(continuation) <= self.max_length,
                     f"an answer of {len(continuation):,} tokens ({ending[:40]!r}…) is longer than "
                     f"the context of the model, {self.max_length:,} tokens; leave the task out",
                 )
                 if len(context) + len(continuation) > self.max_length + 1:
-                    self.n_long += 1
+                    too_long.add(question)
+            self.n_long += len(too_long)
+            check_context(len(too_long), shots)
             todo = [r for r in requests if list(r[0]) not in answers]
             if todo:
                 super()._loglikelihood_tokens(todo, *args, **kwargs)
-            answers.flush()
+            self._keep_answers()
             return [tuple(answers[list(r[0])]) for r in requests]
 
         def _model_call(self, *args, **kwargs):
-            answers.flush()  # the batch before this one is whole
+            self._keep_answers()  # the batch before this one is whole
             return super()._model_call(*args, **kwargs)
+
+        def _keep_answers(self):
+            require_finite([likelihood for likelihood, _ in answers.new.values()], model)
+            answers.flush()
 
     lm = Remembering(pretrained=model, tokenizer=tok, batch_size=batch)
     lm.set_cache_hook(answers)
@@ -543,7 +570,7 @@ def run_lm_eval(
     chat: bool = False,  # put the question into the chat template
     samples: bool = False,  # keep every question with the model's likelihoods
     answers: Answers | None = None,  # what was answered before
-) -> dict:  # as lm-eval returns it; n_long: prompts whose beginning was cut off
+) -> dict:  # as lm-eval returns it; n_long: questions whose prompt was cut off
     "lm-eval on local files"
     with tempfile.TemporaryDirectory() as folder, _quiet():
         from lm_eval import evaluator
@@ -556,7 +583,7 @@ def run_lm_eval(
             manager = TaskManager(include_path=folder, include_defaults=False)
         evaluator.get_git_commit_hash = _no_answer
         evaluator.add_env_info = _no_answer
-        lm = _harness_model(model, tok, batch, Answers() if answers is None else answers)
+        lm = _harness_model(model, tok, batch, answers or Answers(), shots)
         found = evaluator.simple_evaluate(
             model=lm,
             tasks=_outermost(tasks),
@@ -695,7 +722,8 @@ def letters(
     str, dict
 ]:  # benchmark -> letter; its share of the answers; accuracy of giving it to all; n
     "Does a model answer the questions, or does it repeat a letter?"
-    kept = [q for q in questions if q.get("chosen") is not None]  # older evaluations lack it
+    both = ("chosen", "target")  # older evaluations lack them
+    kept = [q for q in questions if all(q.get(name) is not None for name in both)]
     out = {}
     for benchmark, qs in _by(lambda q: _benchmark(q["task"])[0], kept).items():
         if benchmark == "hellaswag":

@@ -13,7 +13,6 @@ __all__ = [
     "write_lines",
     "question_rows",
     "write_questions",
-    "check_context",
     "markdown_table",
     "tables_text",
     "repeat_command",
@@ -116,25 +115,6 @@ def write_questions(
             (dict(task=task, **sample) for task, asked in samples.items() for sample in asked),
         )
     return questions
-
-
-def check_context(
-    n_long: int,  # prompts that are longer than the model's context
-    shots: int,  # solved examples before each question
-):
-    "`StageError` where a question alone is too long; where only examples are cut off, say so"
-    if not n_long:
-        return
-    require(
-        shots,
-        f"{n_long} questions with their answers are longer than the context of the model; "
-        "leave the task out, or take another model",
-    )
-    say(
-        "evaluate",
-        f"{n_long} prompts are longer than the context of the model: "
-        "lm-eval cuts off their beginning, the examples first",
-    )
 
 
 # %% ../nbs/a24b_results.ipynb #6ef3e2c6
