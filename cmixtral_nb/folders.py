@@ -12,13 +12,15 @@ __all__ = [
     "take",
     "release",
     "sign",
-    "signed_key",
+    "signed",
     "empty",
     "discard",
     "foreign_files",
     "clear_away",
     "overlap_fault",
     "place_fault",
+    "place_of",
+    "mount_fault",
 ]
 
 # %% ../nbs/a01d_folders.ipynb #2098d601
@@ -33,30 +35,41 @@ from pathlib import Path
 from typing import Any
 
 from .files import StageError, sha256_file
-from .manifests import read_manifest
+from .manifests import manifest_fault, read_manifest, request_key
 
 # %% ../nbs/a01d_folders.ipynb #a84e24c9
 MARK = "request.json"  # in `o.tmp`: what is being made there, and by whom
 
 
+_MOST_BYTES = 2**20  # of a mark
+
+
+def _is_request(asked: Any, key: str) -> bool:
+    "Whether something is the request that has this key"
+    if not isinstance(asked, dict) or set(asked) != {"kind", "schema", "params", "inputs"}:
+        return False
+    return not manifest_fault({"files": {}, **asked}) and request_key(asked) == key
+
+
 def read_mark(
     text: str,  # what a request.json holds
-) -> dict[str, Any]:  # key, pid, host; empty where it is no mark of ours
+) -> dict[str, Any]:  # key, pid, host, and asked where it is known; empty: no mark of ours
     'Example: read_mark(\'{"key": "266870982030ed6a", "pid": 7, "host": "box"}\')[\'pid\'] -> 7'
     try:
         found = json.loads(text)
+        if not isinstance(found, dict) or set(found) - {"asked"} != {"key", "pid", "host"}:
+            return {}
+        is_key = isinstance(found["key"], str) and re.fullmatch("[0-9a-f]{16}", found["key"])
+        is_ours = is_key and type(found["pid"]) is int and isinstance(found["host"], str)
+        is_told = "asked" not in found or _is_request(found["asked"], found["key"])
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(found, dict) or set(found) != {"key", "pid", "host"}:
-        return {}
-    is_key = isinstance(found["key"], str) and re.fullmatch("[0-9a-f]{16}", found["key"])
-    is_ours = is_key and type(found["pid"]) is int and isinstance(found["host"], str)
-    return found if is_ours else {}
+    return found if is_ours and is_told else {}
 
 
 def _text_of(descriptor: int) -> str:
     "The beginning of an open file; a mark of ours is shorter"
-    return os.pread(descriptor, 4096, 0).decode("utf-8", "replace")
+    return os.pread(descriptor, _MOST_BYTES, 0).decode("utf-8", "replace")
 
 
 def _not_ours(tmp: Path, why: str) -> StageError:
@@ -178,20 +191,24 @@ def release(
 # %% ../nbs/a01d_folders.ipynb #037324d5
 def sign(
     descriptor: int,  # from `take`
-    key: str,  # of what is being made
+    request: dict[str, Any],  # what is being made: key, kind, schema, params, inputs
 ) -> None:
     "Write who makes what into the mark; the file stays the same, since the lock lies on it"
-    mark = dict(key=key, pid=os.getpid(), host=platform.node())
-    n_bytes = os.pwrite(descriptor, json.dumps(mark).encode(), 0)
+    asked = {name: value for name, value in request.items() if name != "key"}
+    mark = dict(key=request["key"], pid=os.getpid(), host=platform.node())
+    text = json.dumps(dict(mark, asked=asked), default=str).encode()
+    if len(text) > _MOST_BYTES:
+        text = json.dumps(mark).encode()
+    n_bytes = os.pwrite(descriptor, text, 0)
     os.ftruncate(descriptor, n_bytes)
     os.fsync(descriptor)
 
 
-def signed_key(
+def signed(
     descriptor: int,  # from `take`
-) -> str:  # empty where nothing was begun
-    "The key of what was being made when the folder was left"
-    return read_mark(_text_of(descriptor)).get("key", "")
+) -> dict[str, Any]:  # as of `read_mark`; empty where nothing was begun
+    "What was being made when the folder was left"
+    return read_mark(_text_of(descriptor))
 
 
 def empty(
@@ -295,3 +312,19 @@ def place_fault(
     if out.is_symlink() and not out.is_dir():
         return f"{out} is a link that leads to no folder; choose another --out"
     return ""
+
+
+def place_of(
+    out: Path,  # folder that a stage will make
+) -> Path:
+    "Where it is made: at that name, or where the link of that name leads"
+    return Path(os.path.realpath(out)) if out.is_symlink() else out
+
+
+def mount_fault(
+    out: Path,  # folder that a stage will make
+) -> str:  # empty where a folder can be renamed to it
+    "Why a complete folder cannot get its name, which the system would say after all the work"
+    if not os.path.ismount(place_of(out)):
+        return ""
+    return f"{out} is where a disk is mounted, expected a folder on it; give --out {out}/NAME"

@@ -226,6 +226,7 @@ def router_load(
     inputs=("model", "tokens", "corpus"),
     ignore=("device", "kept", "alarm_bits", "alarm_gain", "stop_on_alarm"),
     resumable=True,
+    work="checkpoints/checkpoint-*/complete",
     check=check_pretrain,
     options=pretrain_option_faults,
     parallel=True,
@@ -408,8 +409,8 @@ def _results(
     if process_rank():
         return {}
     save_adapter(model, out, Path(base).name if Path(base).exists() else str(base))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    forget(out, keep_last - 1, run.state.global_step)
     stats = run_stats(run, model, packed, resolve_model(base), read_log(out))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the last thing: no fault comes after
+    forget(out, keep_last - 1, run.state.global_step)
     say("pretrain", in_one_line(stats))
     return stats

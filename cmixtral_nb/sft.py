@@ -438,6 +438,7 @@ def _answer_nats(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
     inputs=("model", "conversations"),
     ignore=("device", "lang", "kept"),
     resumable=True,
+    work="checkpoints/checkpoint-*/complete",
     check=check_sft,
     options=request_faults,
     found=decided,
@@ -546,8 +547,8 @@ def _results(
     if process_rank():
         return {}
     save_adapter(model, out)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     stats = chat_stats(model, talks, run.state.global_step, folder, out, read_log(out))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the last thing: no fault comes after
     for line in in_two_lines(stats, loss_on):
         say("sft", line)
     return stats

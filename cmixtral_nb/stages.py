@@ -49,11 +49,13 @@ from cmixtral_nb.folders import (
     clear_away,
     discard,
     empty,
+    mount_fault,
     overlap_fault,
     place_fault,
+    place_of,
     release,
     sign,
-    signed_key,
+    signed,
     take,
 )
 from cmixtral_nb.machine import (
@@ -361,10 +363,16 @@ def _ready(
     return None
 
 
+def _tmp_of(out: Path) -> Path:
+    "Where the work for a folder is done"
+    place = place_of(out)
+    return place.with_name(place.name + ".tmp")
+
+
 def _state(out: Path, request: dict) -> str:
     "What lies at `out`: missing, interrupted, damaged, stale or up to date"
     if not (out / "manifest.json").is_file():
-        return "interrupted" if (out.with_name(out.name + ".tmp") / MARK).exists() else "missing"
+        return "interrupted" if (_tmp_of(out) / MARK).exists() else "missing"
     old = Artifact(out, read_manifest(out))
     if damage := old.damage():
         return f"damaged: {damage[0]}"
@@ -475,49 +483,82 @@ def _no_space_error(out: Path) -> StageError:
     )
 
 
-def _begin(tmp: Path, lock: int, request: dict, resumable: bool) -> None:
+def _has_work(tmp: Path, work: str) -> bool:
+    "Whether there is something to go on from: a file that fits `work`; where that is empty, never"
+    return bool(work) and any(path.name != MARK for path in tmp.glob(work))
+
+
+def _begin(tmp: Path, lock: int, request: dict, work: str, command: str, anew: bool) -> None:
     "An empty `out.tmp` with the mark of this process; what the same request left there stays"
-    if not resumable or signed_key(lock) != request["key"]:
+    left = signed(lock)
+    if not work or left.get("key") != request["key"]:
+        if _has_work(tmp, work):
+            old = left.get("asked")
+            changes = _changes(old, request) if old else "another request"
+            held = f"{tmp} holds unfinished work, made with {changes}"
+            require(
+                anew,
+                f"{held}; to finish it give the command as it was, to begin anew give --force, "
+                "to keep both choose another --out",
+            )
+            say(command, f"{held}; beginning anew")
         empty(tmp)
-    sign(lock, request["key"])
+    sign(lock, request)
 
 
 def _finish(tmp: Path, out: Path, command: str) -> None:
     "The final name, in place of what was there; the mark is the last to go, as the lock is on it"
-    if (out / "manifest.json").is_file():
-        kept, folder = clear_away(out)
-        if kept:
-            say(command, f"{out} held {', '.join(kept)}, not of this stage: now in {folder}")
-    os.rename(tmp, out)
+    try:
+        if (out / "manifest.json").is_file():
+            kept, folder = clear_away(out)
+            if kept:
+                say(command, f"{out} held {', '.join(kept)}, not of this stage: now in {folder}")
+        os.rename(tmp, out)
+    except OSError as e:
+        raise StageError(
+            f"{tmp} is complete, but cannot be renamed to {out} ({e.strerror}); rename it yourself"
+        ) from None
     (out / MARK).unlink(missing_ok=True)
 
 
+def _stays(tmp: Path, work: str, e: BaseException) -> bool:
+    "Whether `out.tmp` is kept after an error"
+    if (tmp / "manifest.json").is_file() or _has_work(tmp, work):
+        return True  # complete; or enough to go on from
+    is_fault = isinstance(e, StageError) and not isinstance(e, StoppedError)
+    return bool(work) and not is_fault
+
+
 def _write(
-    function: Callable, request: dict, args: dict, out: Path, resumable: bool, look: Callable
+    function: Callable,
+    request: dict,  # from `_request`
+    args: dict,
+    out: Path,
+    work: str,  # files (a glob) from which it goes on after an interruption; empty: from none
+    look: Callable,  # for what another process may have made meanwhile
+    anew: bool = False,  # begin anew where another request has left unfinished work
 ) -> Artifact:
     "Run `function` in `out.tmp`, seal it, rename it; of several processes the first one does that"
-    tmp = out.with_name(out.name + ".tmp")
+    place, tmp = place_of(out), _tmp_of(out)
     start = time.time()
     first = process_rank() == 0
-    lock = take(out) if first else -1
+    lock = take(place) if first else -1
     try:
         if world_size() == 1 and (made := look()):
             discard(tmp)  # another process has finished since we looked
             return made
         if first:
-            _begin(tmp, lock, request, resumable)
+            _begin(tmp, lock, request, work, function.__name__, anew)
         meet()
         reset_peak()
         stats = function(**{**args, "out": tmp})
         if first:
             manifest = _seal(tmp, request, stats, start, out.parent)
-            _finish(tmp, out, function.__name__)
+            _finish(tmp, place, function.__name__)
         meet()
         return Artifact(out, manifest if first else read_manifest(out))
     except BaseException as e:
-        is_fault = isinstance(e, StageError) and not isinstance(e, StoppedError)
-        go_on_later = resumable and not is_fault
-        if first and not go_on_later:
+        if first and not _stays(tmp, work, e):
             with suppress(OSError):
                 discard(tmp)
         if _no_space(e):
@@ -576,6 +617,7 @@ class _Stage:
     ignore: tuple[str, ...]
     schema: int
     resumable: bool | Callable[..., bool]
+    work: str
     check: Callable | None
     options: Callable | None
     found: Callable | None
@@ -618,6 +660,8 @@ class _Stage:
             named, out, request = self._asked(args, kwargs)
             look = functools.partial(_ready, out, request, force, replace_stale)
             old = look()
+            fault = "" if old else mount_fault(out)
+            require(not fault, fault)
         except StageError:
             if process_rank():
                 raise StageError() from None  # the first process says it
@@ -626,7 +670,8 @@ class _Stage:
             say(command, f"{out} is up to date")
             return old
         goes_on = self.resumable(**named) if callable(self.resumable) else self.resumable
-        return _write(self.function, request, named, out, goes_on, look)
+        work = self.work if goes_on else ""
+        return _write(self.function, request, named, out, work, look, force or replace_stale)
 
 
 def _with_force(function: Callable) -> inspect.Signature:
@@ -646,6 +691,7 @@ def stage(
     schema: int = 1,  # raised when the meaning of the files changes
     # after an interruption, go on from what lies in `out.tmp`; or `resumable(**args)`: whether to
     resumable: bool | Callable[..., bool] = False,
+    work: str = "*",  # glob: which files of an interruption are worth keeping
     check: Callable | None = None,  # `check(**args)`: raises `StageError` before work begins
     # `options(**args)`: one line for each fault that is known before the inputs have been made
     options: Callable | None = None,
@@ -656,7 +702,7 @@ def stage(
 
     def decorate(function: Callable) -> Any:
         made = _Stage(
-            function, kind, inputs, ignore, schema, resumable, check, options, found, parallel
+            function, kind, inputs, ignore, schema, resumable, work, check, options, found, parallel
         )
         _commands.setdefault(kind, function.__name__)
 

@@ -315,6 +315,11 @@ MARKS = {
     "no host": {"key": OURS["key"], "pid": 1},
     "a host of null": {**OURS, "host": None},
     "one word more": {**OURS, "url": "http://example.com"},
+    "a request that is a list": {**OURS, "asked": []},
+    "a request of another key": {
+        **OURS,
+        "asked": {"kind": "corpus", "schema": 1, "params": {}, "inputs": {}},
+    },
 }
 
 

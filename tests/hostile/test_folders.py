@@ -92,7 +92,12 @@ def test_a_manifest_that_somebody_changed_is_refused_and_nothing_is_deleted(data
 
 
 @settings(max_examples=150, deadline=None)
-@given(ANY_JSON | st.fixed_dictionaries({"key": LEAVES, "pid": LEAVES, "host": LEAVES}))
+@given(
+    ANY_JSON
+    | st.fixed_dictionaries(
+        {"key": LEAVES, "pid": LEAVES, "host": LEAVES}, optional={"asked": ANY_JSON}
+    )
+)
 def test_any_json_as_request_is_refused_and_nothing_is_deleted(value):
     with somewhere() as here:
         (here / "o.tmp").mkdir()
