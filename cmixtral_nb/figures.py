@@ -24,6 +24,7 @@ __all__ = [
     "set_style",
     "in_style",
     "panels",
+    "save_svg",
     "legend_above",
     "equal_scales",
     "plot_cuts",
@@ -32,6 +33,7 @@ __all__ = [
 # %% ../nbs/a03c_figures.ipynb #bb8f4a29
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
@@ -126,6 +128,7 @@ def panels(
     n: int = 1,  # how many
     height: float = SHORT,  # of a row, in inches
     most: int = 3,  # side by side; more than fit go into a next row
+    width: float = 0,  # in inches; 0: that of the book
     **options,  # for `Figure.subplots`: sharey=True, width_ratios=[2, 1]
 ) -> tuple[Figure, list[Axes]]:
     "A figure without a window, for functions marked with `in_style`"
@@ -133,12 +136,24 @@ def panels(
 
     n_columns = min(max(1, n), most)
     n_rows = -(-max(1, n) // n_columns)
-    width = ONE if n_columns == 1 else TWO
-    figure = Figure(figsize=(width, height * n_rows), layout="constrained")
+    book = ONE if n_columns == 1 else TWO
+    figure = Figure(figsize=(width or book, height * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False, **options).flatten().tolist()
     for left_over in axes[max(1, n) :]:
         left_over.remove()
     return figure, axes[: max(1, n)]
+
+
+# %% ../nbs/a03c_figures.ipynb #58428d6a
+def save_svg(
+    figure: Figure,
+    file: str | Path,  # to write
+) -> None:
+    "The same bytes for the same drawing"
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "cmixtral"}):  # names that do not change
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 # %% ../nbs/a03c_figures.ipynb #d9991e1a

@@ -36,7 +36,7 @@ from .bits import require_finite, target_logits, window_size, windows
 from .byte_bases import LETTER_OF
 from .certificate import Extension, TokenizerView
 from .checkpoints import resolve_model
-from .figures import BLUE, GREY, in_style, legend_above, panels
+from .figures import BLUE, GREY, in_style, legend_above, panels, save_svg
 from .heldout import eval_docs, text_faults
 from .loading import load_model
 from .machine import say
@@ -445,6 +445,6 @@ def health(
     write_json(out / "health.json", dict(summary, lang=lang, n_tokens=n_tokens, pieces=rows))
     write_text(out / "health.md", health_text(rows, worst))
     if summary["n_met"]:
-        plot_health(rows, n_tokens).savefig(out / "health.svg")
+        save_svg(plot_health(rows, n_tokens), out / "health.svg")
     say("health", health_line(summary))
     return dict(summary, lang=lang, n_tokens=n_tokens, worst=[row["piece"] for row in rows[:worst]])
