@@ -51,12 +51,14 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from .figures import panels
 from .gain import percent, sentence
 from .languages import lang_script, language_name, script_share
 from .machine import package_data
 from .shapes import visible
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -117,19 +119,12 @@ def _panels(
     n: int,
     height: float = 2.6,  # of a row, in inches
     most: int = 4,  # side by side
-) -> tuple[Figure, Any]:  # with one axes or more
+) -> tuple[Figure, list[Axes]]:  # with one axes or more
     "A figure as wide as a page, with axes side by side; more than fit are set below"
-    from matplotlib.figure import Figure
-
-    n_columns = min(max(1, n), most)
-    n_lines = -(-max(1, n) // n_columns)
-    fig = Figure(figsize=(9, height * n_lines), layout="constrained")
-    axes = fig.subplots(n_lines, n_columns, squeeze=False).flatten()
+    fig, axes = panels(n, height, most, width=9)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    for ax in axes[max(1, n) :]:
-        ax.remove()
-    return fig, axes[: max(1, n)]
+    return fig, axes
 
 
 def loss_figure(
@@ -164,15 +159,15 @@ def router_figure(
 ) -> str:  # SVG
     "Share of tokens that each expert takes, per layer, before and after pre-training"
     there = [lang for when in ("before", "after") for lang in router.get(when, {})]
-    panels = {
+    loads = {
         f"{language_name(lang)}, {when}": router[when][lang]
         for lang in dict.fromkeys([*(langs or []), *there])
         for when in ("before", "after")
         if lang in router.get(when, {})
     }
-    fig, axes = _panels(len(panels))
-    shares = [share for layers in panels.values() for layer in layers for share in layer]
-    for ax, (title, layers) in zip(axes, panels.items(), strict=False):
+    fig, axes = _panels(len(loads))
+    shares = [share for layers in loads.values() for layer in layers for share in layer]
+    for ax, (title, layers) in zip(axes, loads.items(), strict=False):
         image = ax.imshow(layers, cmap="viridis", vmin=0, vmax=max(shares), aspect="auto")
         ax.set(
             title=figure_text(title),
@@ -181,7 +176,7 @@ def router_figure(
             xticks=_few(len(layers[0])),
             yticks=_few(len(layers)),
         )
-    if panels:
+    if loads:
         fig.colorbar(image, ax=axes, label="share of tokens")
     return svg(fig)
 
