@@ -29,7 +29,7 @@ __all__ = [
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .figures import BLUE, GREY, RED, in_style, panels
+from .figures import BLUE, GREY, RED, in_style, panels, save_svg
 from .machine import say
 from .options import between, faults_of, range_faults, refuse
 from .shapes import number, shape_fault
@@ -80,7 +80,7 @@ def fit_curves(
     bits: np.ndarray,  # (points,) bits per byte
     n_draws: int = 4000,  # at most
     seed: int = 0,  # of the draws
-) -> Curves:  # as often as they are likely, given the points
+) -> Curves:  # as often as they are likely; fewer draws where the points do not fall
     "Learning curves that may have made some points"
     import numpy as np
 
@@ -233,8 +233,16 @@ def read_arm(
         lang in per_step,
         f"{adapter} reads no {lang!r}, but {', '.join(sorted(per_step))}; give another --lang",
     )
+    require(
+        per_step[lang] > 0,
+        f"{adapter} read no text of {lang!r}, which fills no example; give another --lang",
+    )
     name = f"bpb_{lang}"
-    lines = [line for line in read_log(adapter) if isinstance(line.get(name), int | float)]
+    lines = [
+        line
+        for line in read_log(adapter)
+        if number(1e-9).holds(line.get(name)) and number(0).holds(line.get("step"))
+    ]
     require(
         len(lines) >= _FEWEST,
         f"{adapter} was evaluated {len(lines)} times, expected at least {_FEWEST}; "
@@ -303,17 +311,26 @@ class FittedPair(NamedTuple):
         return judge(found)
 
 
+_ENOUGH = 400  # draws of 4,000 that are curves: of fewer, no share is told
+
+
 def fit_pair(
     extended: Path,  # adapter of the model with new pieces
     control: Path,  # adapter of the model without
     lang: str,  # code of the new language
     seed: int = 0,  # of the draws
 ) -> FittedPair:
-    "The curves of two trainings; `StageError` where one was evaluated too rarely"
+    "The curves of two trainings; `StageError` where one was evaluated too rarely, or got worse"
     adapters = dict(extended=extended, control=control)
     refuse([line for ref in adapters.values() for line in faults_of(read_arm, ref, lang)])
     arms = {name: read_arm(ref, lang) for name, ref in adapters.items()}
     curves = {name: fit_curves(*arm, seed=seed) for name, arm in arms.items()}
+    refuse(
+        f"{ref}: bits per byte of {lang} do not fall along the training, so no learning curve "
+        "fits; train at a lower --lr, or give another --lang"
+        for name, ref in adapters.items()
+        if len(curves[name].floor) < _ENOUGH
+    )
     return FittedPair(arms, curves, float(min(arm.read.max() for arm in arms.values())))
 
 
@@ -354,7 +371,7 @@ def breakeven(
     out: Path | None = None,  # folder for breakeven.json and breakeven.svg; none: nothing is kept
 ) -> None:
     "After how much text the extended model needs fewer bits than the same training without"
-    faults = range_faults(dict(times=times), times=between(1, 1000))
+    faults = range_faults(dict(times=times, seed=seed), times=between(1, 1000))
     refuse(faults or pair_faults(extended, control))
     lang = lang or _new_language(extended)
     pair = fit_pair(extended, control, lang, seed)
@@ -372,8 +389,7 @@ def breakeven(
     if out is not None:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        figure = plot_arms(arms, curves, v, budget, times)
-        figure.savefig(out / "breakeven.svg", metadata=dict(Date=None))
+        save_svg(plot_arms(arms, curves, v, budget, times), out / "breakeven.svg")
         found = {
             key: None if value == float("inf") else value for key, value in v._asdict().items()
         }
