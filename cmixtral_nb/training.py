@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import ADAPTER_WEIGHTS
 from .experts import cast_once
+from .files import StoppedError
 from .machine import default_dtype, meet, peak_bytes, process_rank, say, world_size
 from .plan import peak_flops
 from .qlora import parameter_table
@@ -118,12 +119,15 @@ def flops_per_token(
     """Operations of a training step for each token, of products with weights alone.
 
     4 for each weight that a token meets, 2 more where the weight is trained. Embeddings are looked
-    up; products of attention and activations that are computed twice are not counted."""
+    up, unless they are the head too; products of attention and activations that are computed twice
+    are not counted."""
     share = routed_share(model)
+    tied = model.config.get_text_config().tie_word_embeddings
+    not_multiplied = ("norms",) if tied else ("norms", "embedding")
     total = 0.0
     for row in parameter_table(model):
         part = row["part"]
-        if part.startswith(("embedding", "norms")):
+        if part.startswith(not_multiplied):
             continue
         # a trained copy takes the place of the original, which is counted already
         n_met = 0 if part.endswith("(trained copy)") else row["n_params"]
@@ -249,6 +253,7 @@ def tensorboard_callback(
 @cache
 def watched_trainer() -> type:  # a subclass of transformers' Trainer
     "Trainer with logs, evaluation by `measure`, and a stop at the first NaN loss"
+    # Long: the methods of one class.
     from torch.utils.data import SequentialSampler
     from transformers import PrinterCallback, Trainer
 
@@ -271,6 +276,11 @@ def watched_trainer() -> type:  # a subclass of transformers' Trainer
                 return SequentialSampler(self.train_dataset)
             return super()._get_train_sampler(*args)
 
+        def _run_epoch(self, **kw):
+            # went on from a checkpoint of the last step, in the middle of an epoch: all is done
+            if self.state.global_step < self.state.max_steps:
+                super()._run_epoch(**kw)
+
         def learning_rates(self):  # option -> highest rate, for the error message
             return {"--lr": self.args.learning_rate}
 
@@ -278,12 +288,14 @@ def watched_trainer() -> type:  # a subclass of transformers' Trainer
             numbers = inputs.pop("numbers")
             self.n_tokens += inputs["input_ids"].numel()
             loss = super().training_step(model, inputs, *args, **kw)
-            stop_at_nan(loss, self.state.global_step + 1, numbers, self.learning_rates())
+            step, kept = self.state.global_step + 1, Path(self.args.output_dir)
+            stop_at_nan(loss, step, numbers, self.learning_rates(), kept)
             return loss
 
         def evaluate(self, *args, **kw):
             found = self.measure()
-            self.log(found)
+            self.log({name: x for name, x in found.items() if not isinstance(x, list)})
+            self.state.log_history[-1].update(found)  # checkpoints keep lists too, for the alarms
             on_evaluate = self.callback_handler.on_evaluate
             self.control = on_evaluate(self.args, self.state, self.control, found)
             return found
@@ -302,15 +314,19 @@ def stop_at_nan(
     step: int,  # that it belongs to
     numbers: list[int],  # of its examples
     rates: dict[str, float],  # option -> learning rate
+    folder: Path | None = None,  # of checkpoints
 ) -> None:
-    "`StageError` if a loss is NaN or infinite"
+    "`StageError` if a loss is NaN or infinite; `StoppedError`, which keeps checkpoints, if any"
     import torch
 
     if torch.isfinite(loss):
         return
     named = ", ".join(map(str, numbers))
     lower = " or ".join(f"{option} (now {rate:g})" for option, rate in rates.items())
-    raise StageError(f"loss is {loss.item()} at step {step}, examples {named}; lower {lower}")
+    fault = f"loss is {loss.item()} at step {step}, examples {named}; lower {lower}"
+    if kept := saved_checkpoints(folder) if folder else []:
+        raise StoppedError(f"{fault}; {kept[-1]} is kept")
+    raise StageError(fault)
 
 
 # %% ../nbs/a20_training.ipynb #0da0ebaf

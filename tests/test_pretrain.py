@@ -115,6 +115,23 @@ def test_killed_for_real(here, whole):
     assert (again / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
 
 
+def test_stopped_after_its_last_step_it_trains_no_more(here, whole, monkeypatch):
+    from transformers import Trainer
+
+    def killed(model):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr("cmixtral_nb.pretrain.full_precision", killed)
+        pretrain(here / "model", here / "tokens", here / "ended", **ARGS)
+    kept = saved_checkpoints(here / "ended.tmp/checkpoints")
+    assert [c.name for c in kept] == ["checkpoint-2", "checkpoint-4"]
+    monkeypatch.setattr(Trainer, "training_step", lambda *a, **kw: pytest.fail("a fifth step"))
+    again = pretrain(here / "model", here / "tokens", here / "ended", **ARGS)
+    assert again.fingerprint == whole.fingerprint
+    assert again.stats["steps"] == 4
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("pwned",)
