@@ -8,7 +8,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "window_gains",
-    "in_context_gain",
+    "in_context_gains",
+    "mean_and_error",
     "gains_of_langs",
     "Watch",
     "alarms",
@@ -82,26 +83,35 @@ def window_gains(
 
 
 # %% ../nbs/a20e_alarms.ipynb #a114abca
-def in_context_gain(
+def in_context_gains(
     model: PreTrainedModel,  # any causal language model, in evaluation mode
     tok: PreTrainedTokenizerBase,  # its tokenizer
     texts: list[str],  # documents
     length: int,  # tokens in a window; of more than 512, 512
     batch: int,  # windows at once
-) -> tuple[float, float] | None:  # bits per token and their standard error; None: too few windows
+) -> list[float]:  # of each window, bits per token; empty: too few windows
     "How much better the end of a window is predicted than its beginning, over all processes"
     length = min(length, _LONGEST)
     cut = _whole_windows(tok, texts, length) if length >= _SHORTEST else []
     if len(cut) < _FEWEST:
-        return None
-    gains = window_gains(model, cut[process_rank() :: world_size()], batch)
+        return []
+    n = math.ceil(len(cut) / world_size())  # neighbours to a process, so that their order stays
+    first = process_rank() * n
+    gains = window_gains(model, cut[first : first + n], batch)
     if world_size() > 1:
         from accelerate.utils import gather_object
 
         gains = gather_object(gains)
-    n = len(gains)
-    mean = sum(gains) / n
-    variance = sum((gain - mean) ** 2 for gain in gains) / (n - 1)
+    return gains
+
+
+def mean_and_error(
+    values: list[float],  # two or more
+) -> tuple[float, float]:
+    "Their mean and its standard error"
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((x - mean) ** 2 for x in values) / (n - 1)
     return mean, (variance / n) ** 0.5
 
 
@@ -112,14 +122,17 @@ def gains_of_langs(
     texts: dict[str, list[str]],  # language -> documents
     length: int,  # tokens in a window
     batch: int,  # windows at once
-) -> dict[str, float]:  # gain_LANG, gain_error_LANG; without those of too few windows
+) -> dict[str, Any]:  # gain_LANG, gain_error_LANG, windows_LANG; without those of too few windows
     "In-context gain of each language, in bits per token"
     was_training = model.training
     model.eval()
-    found = {}
+    found: dict[str, Any] = {}
     for lang, documents in texts.items():
-        if gain := in_context_gain(model, tok, documents, length, batch):
-            found[f"gain_{lang}"], found[f"gain_error_{lang}"] = (round(x, 4) for x in gain)
+        if gains := in_context_gains(model, tok, documents, length, batch):
+            mean, error = mean_and_error(gains)
+            found[f"gain_{lang}"] = round(mean, 4)
+            found[f"gain_error_{lang}"] = round(error, 4)
+            found[f"windows_{lang}"] = [round(gain, 4) for gain in gains]
     model.train(was_training)
     return found
 
@@ -135,11 +148,11 @@ class Watch(NamedTuple):
 
 
 def alarms(
-    log: list[dict],  # lines of a log, or of the history of the Trainer
+    log: list[dict],  # history of the Trainer; a log has no windows, so none of its gains alarms
     watch: Watch,  # what is watched
 ) -> list[str]:  # one line for each; empty where nothing is lost
     "What the last evaluation has lost against the first"
-    evaluated = [line for line in log if any(name.startswith("bpb_") for name in line)]
+    evaluated = _evaluations(log)
     if len(evaluated) < 2:
         return []
     first, last = evaluated[0], evaluated[-1]
@@ -148,6 +161,10 @@ def alarms(
         lost = [_lost_bits(first, last, lang, watch.bits), _lost_gain(first, last, lang, watch)]
         found += [f"{language_name(lang)}: {line}" for line in lost if line]
     return found
+
+
+def _evaluations(log: list[dict]) -> list[dict]:
+    return [line for line in log if any(name.startswith("bpb_") for name in line)]
 
 
 def _lost_bits(first: dict, last: dict, lang: str, bound: float) -> str:
@@ -161,14 +178,15 @@ def _lost_bits(first: dict, last: dict, lang: str, bound: float) -> str:
 
 def _lost_gain(first: dict, last: dict, lang: str, watch: Watch) -> str:
     "Empty where the in-context gain has not fallen by more than the bound and than chance"
-    names = f"gain_{lang}", f"gain_error_{lang}"
-    if not all(name in line for line in (first, last) for name in names):
+    name = f"windows_{lang}"
+    if name not in first or name not in last:
         return ""
-    before, error_before = (first[name] for name in names)
-    now, error_now = (last[name] for name in names)
+    before, error = mean_and_error(first[name])
+    now, _ = mean_and_error(last[name])
+    falls = [x - y for x, y in zip(first[name], last[name], strict=True)]
+    fall, error_of_fall = mean_and_error(falls)
     least = before * (1 - watch.gain)
-    chance = 2 * (error_before**2 + error_now**2) ** 0.5
-    if before <= 2 * error_before or now >= least or before - now <= chance:
+    if before <= 2 * error or now >= least or fall <= 2 * error_of_fall:
         return ""
     return f"in-context gain {before:.2f} → {now:.2f} bits per token, expected at least {least:.2f}"
 
@@ -209,7 +227,7 @@ def stop_if_alarmed(
     lines = alarms(history, watch) if watch.stop else []
     if not lines:
         return
-    step = max(line["step"] for line in history if "alarm" in line)
+    step = _evaluations(history)[-1]["step"]
     remedy = (
         "train anew with more of it in --mix or with lower rates; "
         "the same command without --stop-on-alarm goes on from here"
