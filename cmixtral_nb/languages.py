@@ -74,13 +74,51 @@ SCRIPT_LANGS = {
 
 _LANG_SCRIPTS = {lang: script for script, langs in SCRIPT_LANGS.items() for lang in langs.split()}
 
+# What ISO 15924 calls them: the part of a code such as pa-Arab or zh-Hant.
+_TAGS = {
+    "Arab": "Arabic",
+    "Armn": "Armenian",
+    "Beng": "Bengali",
+    "Cyrl": "Cyrillic",
+    "Deva": "Devanagari",
+    "Ethi": "Ethiopic",
+    "Geor": "Georgian",
+    "Grek": "Greek",
+    "Gujr": "Gujarati",
+    "Guru": "Gurmukhi",
+    "Hang": "Hangul",
+    "Hani": "Han",
+    "Hans": "Han",
+    "Hant": "Han",
+    "Hebr": "Hebrew",
+    "Jpan": "Han Kana",
+    "Khmr": "Khmer",
+    "Knda": "Kannada",
+    "Kore": "Hangul",
+    "Laoo": "Lao",
+    "Latn": "Latin",
+    "Mlym": "Malayalam",
+    "Mong": "Mongolian",
+    "Mymr": "Myanmar",
+    "Orya": "Oriya",
+    "Sinh": "Sinhala",
+    "Taml": "Tamil",
+    "Telu": "Telugu",
+    "Tfng": "Tifinagh",
+    "Thaa": "Thaana",
+    "Thai": "Thai",
+    "Tibt": "Tibetan",
+}
+
 
 # %% ../nbs/a05_languages.ipynb #7a6f8bdd
 def lang_script(
-    lang: str,  # language code, such as "zh" or "zh-Hant"
-) -> str:  # names of scripts; empty for a language that the table does not hold
-    "Example: lang_script('ja') -> 'Han Kana'"
-    return _LANG_SCRIPTS.get(lang.split("-")[0], "")
+    lang: str,  # language code, such as "zh" or "pa-Arab"
+) -> str:  # names of scripts; empty for a language or script that the tables do not hold
+    "The script that a code names, or else that of its language. Example: 'ja' -> 'Han Kana'"
+    language, *parts = lang.split("-")
+    tags = [part.title() for part in parts if len(part) == 4 and part.isalpha()]
+    return _TAGS.get(tags[0], "") if tags else _LANG_SCRIPTS.get(language, "")
 
 
 # %% ../nbs/a05_languages.ipynb #26212440
