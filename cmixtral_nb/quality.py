@@ -32,13 +32,15 @@ if TYPE_CHECKING:
 # %% ../nbs/a04d_quality.ipynb #9faee67e
 UNSPACED = ("Han", "Kana", "Thai", "Lao", "Khmer", "Myanmar")  # scripts without blanks
 WORD_CHARS = 2  # characters of a word in such a script, about
+_SYLLABIC = ("Tibetan",)  # a mark after each syllable; a word has about two of them, too
+_TSHEG = "\u0f0b\u0f0c"  # that mark
 
 
 def is_unspaced(
     lang: str,  # language code; '' for any
 ) -> bool:
     "Whether a language is written without blanks between words"
-    return any(script in UNSPACED for script in lang_script(lang).split())
+    return any(script in UNSPACED + _SYLLABIC for script in lang_script(lang).split())
 
 
 @functools.cache
@@ -46,9 +48,10 @@ def _words() -> Any:  # a pattern of the package regex, which knows letters and 
     import regex
 
     own = "".join(map(script_ranges, UNSPACED))
-    letters = rf"(?:(?![{own}])[\p{{L}}\p{{M}}\p{{N}}])+"
+    # Persian and the scripts of India keep letters apart or together with marks of no width
+    letters = rf"(?:(?![{own}])[\p{{L}}\p{{M}}\p{{N}}\u200c\u200d])+"
     joined = rf"{letters}(?:['’_.@/-]{letters})*"  # don't, well-known, example.com
-    return regex.compile(rf"[{own}]\p{{M}}*|{joined}|[^\s\p{{L}}\p{{M}}\p{{N}}]+")
+    return regex.compile(rf"[{own}]\p{{M}}*|{joined}|[^\s{_TSHEG}\p{{L}}\p{{M}}\p{{N}}]+")
 
 
 def words(
@@ -77,7 +80,11 @@ def word_tokenizer() -> WordTokenizer:
 
 
 # %% ../nbs/a04d_quality.ipynb #ca481f7c
-_NO_STOPS = ("Thai", "Lao")  # scripts without a mark at the end of a sentence
+# scripts without a mark at the end of a sentence, or with one that datatrove does not know
+_NO_STOPS = ("Thai", "Lao", "Tibetan")
+# those whose words have 3 to 10 characters on average; a syllable of Korean is one, and in the
+# scripts of India each vowel sign counts
+_LETTERS = ("", "Latin", "Cyrillic", "Greek", "Armenian", "Georgian", "Arabic", "Hebrew")
 
 
 def _gopher_quality(lang: str) -> BaseFilter:
@@ -88,6 +95,7 @@ def _gopher_quality(lang: str) -> BaseFilter:
         how["min_stop_words"] = None
     if is_unspaced(lang):
         how |= dict(min_doc_words=50 * WORD_CHARS, max_doc_words=100_000 * WORD_CHARS)
+    if lang_script(lang) not in _LETTERS:
         how |= dict(min_avg_word_length=None, max_avg_word_length=None)
     return GopherQualityFilter(**how)
 
