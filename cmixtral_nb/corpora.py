@@ -9,10 +9,12 @@ from __future__ import annotations
 __all__ = ["corpus_langs", "missing_language", "lang_faults", "corpus_texts"]
 
 # %% ../nbs/a04b_corpora.ipynb #59997cf8
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from .documents import read_docs, up_to
+from .documents import read_docs, reasons_of, up_to
+from .machine import say
 from .stages import Artifact, require
 
 
@@ -67,10 +69,13 @@ def corpus_texts(
     limit_chars: int = 0,  # stop after so many characters; 0: all
 ) -> Iterator[str]:
     "The texts of one language of a corpus"
+    bad: Counter = Counter()
     if langs := corpus_langs(corpus):
         part = _folder(corpus) / f"{lang}.{split}.jsonl"
         require(part.is_file(), missing_language(_folder(corpus), lang, langs, split))
         rows = read_docs(part, on_error="stop")
     else:
-        rows = read_docs(str(corpus))
+        rows = read_docs(str(corpus), counts=bad)
     yield from up_to((row["text"] for row in rows), limit_chars)
+    if bad and not limit_chars:  # a sample says nothing
+        say("corpus", f"{corpus}: left out {reasons_of(bad)}")

@@ -32,11 +32,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cmixtral_nb.documents import (
+    TOO_LONG,
     doc_files,
+    fits_line,
     output_faults,
     parse_sources,
+    part_faults,
     read_docs,
-    text_faults,
+    reasons_of,
 )
 from cmixtral_nb.text_jobs import (
     TextRules,
@@ -60,9 +63,10 @@ from .quality import is_unspaced, quality_check
 from .stages import stage
 
 # %% ../nbs/01_corpus.ipynb #ea6fde6e
+_LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")  # \x0c is the end of a page
 _JUNK = re.compile(
     "["
-    "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # control characters, but not tab, \n and \r
+    "\x00-\x08\x0e-\x1f\x7f-\x9f"  # control characters, but not tab and \n
     "\u2060\ufeff"  # of no width: joiner, byte order mark
     "\u200e\u200f\u202a-\u202e"  # marks of the direction of writing
     "\ufffe\uffff"  # not characters
@@ -83,7 +87,7 @@ def clean(
 
     Example: clean("cafe\u0301  \r\n") -> "café"
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _LINE_ENDS.sub("\n", text)
     text = _JUNK.sub("", text)
     text = _NO_WIDTH.sub("", text)
     text = unicodedata.normalize("NFC", text)
@@ -168,7 +172,7 @@ def checked_docs(
     valid_share: float = 0.0,  # of documents held out
     only: list[str] | tuple[str, ...] = (),  # patterns for the source, such as debian:*; (): any
 ) -> Iterator[dict]:  # rows with 'text', 'source' and 'split'
-    "Clean documents; drop those of other sources, too short, in another script or of low quality"
+    "Clean documents; drop those of other sources, of wrong size or script, or of low quality"
     script = lang_script(lang)
     poor = quality_check(filters, lang)
     for row in rows:
@@ -178,6 +182,8 @@ def checked_docs(
         text = clean(row["text"])
         if len(text) < min_chars:
             counts["too short"] += 1
+        elif not fits_line(text, row["source"]):
+            counts[TOO_LONG] += 1
         elif script and script_share(text, script) < min_share:
             counts["another script"] += 1
         elif reason := poor(text):
@@ -277,7 +283,7 @@ def _stats(
 ) -> dict[str, Any]:
     "What the manifest says of a language; `StageError` where no later stage could use its text"
     train, valid = sizes["train"], sizes["valid"]
-    refuse(text_faults(lang, refs, train["n_docs"], valid["n_docs"], drops, valid_share))
+    refuse(part_faults(lang, refs, train["n_docs"], valid["n_docs"], drops, valid_share))
     return dict(
         {name: train[name] + valid[name] for name in ("n_docs", "n_chars", "n_bytes")},
         train=dict(train),
@@ -294,7 +300,7 @@ FEW_CHARS = 2_000  # of held-out text: below, a number made of them says little
 def _report(lang: str, stats: dict, valid_share: float):
     "Say what a language has, and what was dropped of it"
     n_valid_chars = stats["valid"]["n_chars"]
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in stats["dropped"].items())
+    dropped = reasons_of(stats["dropped"])
     say(
         "corpus",
         f"{lang}: {stats['n_docs']:,} documents, {stats['n_chars']:,} characters, "
@@ -356,7 +362,7 @@ def corpus(
     final = out.with_name(out.name.removesuffix(".tmp"))
     refuse(output_faults(sources, final))
     how = dict(
-        min_chars=min_chars,
+        min_chars=max(1, min_chars),  # where nothing is left there is no document
         min_share=min_share,
         filters=filters,
         valid_share=valid_share,

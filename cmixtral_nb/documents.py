@@ -16,6 +16,7 @@ __all__ = [
     "read_whole",
     "lines_between",
     "begun_lines",
+    "fits_line",
     "doc_files",
     "n_hub_files",
     "read_docs",
@@ -24,7 +25,8 @@ __all__ = [
     "parse_sources",
     "corpus_option_faults",
     "output_faults",
-    "text_faults",
+    "reasons_of",
+    "part_faults",
     "up_to",
     "text_batches",
 ]
@@ -92,7 +94,7 @@ def open_text(
 
 
 # %% ../nbs/a04_documents.ipynb #1ce0e647
-LONGEST = 16_000_000  # bytes of a line, and of a document
+LONGEST = 16_000_000  # bytes of a line, and of a document in UTF-8
 TOO_LONG = f"longer than {LONGEST / 1e6:.0f} MB"
 _ENDLESS = 60 * LONGEST  # bytes after which a line is not even skipped
 
@@ -223,8 +225,8 @@ class _Reader:
     end: int = 0  # and before this one; 0: up to the end
     n_before: Callable[[], int] = lambda: 0  # lines of the file before `start`
 
-    def bad(self, reason: str, line: int, detail: str):
-        "Count a bad line, or stop at it"
+    def bad(self, reason: str, line: int, detail: str, n_lines: int = 1):
+        "Count a bad line, or several from there on; or stop at it"
         if self.start:
             line += self.n_before()
         require(
@@ -232,7 +234,7 @@ class _Reader:
             f"{self.name}:{line}: {detail}; "
             "correct the line, or go on without it with --on-error skip",
         )
-        self.counts[reason] += 1
+        self.counts[reason] += n_lines
         if len(self.places) < N_PLACES:
             self.places.append(f"{self.name}:{line}: {reason}")
 
@@ -275,17 +277,30 @@ class _Reader:
             expected = f'expected an object with a string under "{self.column or "text"}"'
             self.bad("no text", number, expected)
             return None
-        if len(text) > LONGEST:
+        text = _in_utf8(text)
+        if 4 * len(text) > LONGEST and len(text.encode()) > LONGEST:
             self.bad(TOO_LONG, number, f"the document is {TOO_LONG}")
             return None
         source = record.get("source")
         named = str(source) if isinstance(source, str | int | float) else self.source
-        return {**record, "text": _in_utf8(text), "source": _in_utf8(named)}
+        return {**record, "text": text, "source": _in_utf8(named)}
 
 
 def _in_utf8(text: str) -> str:
     "Without halves of surrogate pairs, which JSON can name and no file can hold"
     return text if text.isascii() else text.encode("utf-8", "ignore").decode()
+
+
+# %% ../nbs/a04_documents.ipynb #f7c08fd7
+def fits_line(
+    text: str,  # of a document, clean
+    source: str,  # of the same
+) -> bool:
+    "Whether a document, written as a line of a corpus, is short enough to be read again"
+    if 6 * (len(text) + len(source)) + 100 < LONGEST:  # in JSON a character has at most 6 bytes
+        return True
+    line = json.dumps(dict(text=text, source=source), ensure_ascii=False) + "\n"
+    return len(line.encode()) <= LONGEST
 
 
 # %% ../nbs/a04_documents.ipynb #139f68db
@@ -329,20 +344,17 @@ def _parquet_rows(path: Path, reader: _Reader) -> Iterator[dict]:
 
 def _parquet_records(path: Path, reader: _Reader) -> Iterator[dict | None]:
     "Text and source of each row; None where they are not UTF-8"
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pq.read_schema(path)
-    is_text = {
-        f.name: pa.types.is_string(f.type) or pa.types.is_large_string(f.type) for f in schema
-    }
+    is_text = {column.name: _is_text(column.type) for column in pq.read_schema(path)}
     field = reader.column or next((f for f in _TEXT_FIELDS if f in is_text), "")
-    if not is_text.get(field):
-        yield {}  # and no other row has a text
-        return
     columns = [name for name in (field, "source") if is_text.get(name)]
     # a text that a page holds once and names a thousand times is in memory once
     table = pq.ParquetFile(path, read_dictionary=columns)
+    if field not in columns:
+        expected = f'expected a column of texts with the name "{reader.column or "text"}"'
+        reader.bad("no text", 1, expected, table.metadata.num_rows)
+        return
     for i in range(table.num_row_groups):
         group = table.metadata.row_group(i)
         n_bytes = group.total_byte_size // max(1, group.num_rows)  # of a row, on average
@@ -352,6 +364,15 @@ def _parquet_records(path: Path, reader: _Reader) -> Iterator[dict | None]:
         for batch in table.iter_batches(n_rows, row_groups=[i], columns=columns):
             for values in zip(*batch.columns, strict=True):
                 yield _as_python(batch.schema.names, values)
+
+
+def _is_text(kind: Any) -> bool:
+    "Whether a column of this Arrow type holds texts, as they are or by number (a category)"
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _as_python(names: list[str], values: tuple) -> dict | None:
@@ -614,7 +635,14 @@ def _reads(name: str, folder: Path, file: Path) -> bool:
 
 
 # %% ../nbs/a04_documents.ipynb #947ad6e7
-def text_faults(
+def reasons_of(
+    counts: dict[str, int],  # reason -> number of lines or documents
+) -> str:
+    "Example: reasons_of({'no text': 1, 'invalid JSON': 2}) -> '2 invalid JSON, 1 no text'"
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.items()))
+
+
+def part_faults(
     lang: str,  # language code
     refs: list[str],  # its sources
     n_train: int,  # documents in its training part
@@ -624,8 +652,7 @@ def text_faults(
 ) -> list[str]:  # one line, or none
     "Why no later stage could use the text of a language"
     n_docs = n_train + n_valid
-    reasons = [f"{n:,} {reason}" for reason, n in sorted(drops.items())]
-    why = ", ".join(reasons) or "the sources hold no document"
+    why = reasons_of(drops) or "the sources hold no document"
     where = ", ".join(refs)
     if not n_docs and drops["another script"]:
         return [

@@ -10,12 +10,14 @@ __all__ = ["heldout_docs", "heldout_texts", "domain_docs", "eval_docs", "text_fa
 
 # %% ../nbs/a24c_heldout.ipynb #08715865
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from .corpora import corpus_langs, missing_language
 from .corpus import is_heldout
-from .documents import read_docs, up_to
+from .documents import read_docs, reasons_of, up_to
+from .machine import say
 from .options import faults_of, split_name
 from .stages import Artifact, require
 
@@ -59,6 +61,7 @@ def heldout_texts(
 def domain_docs(
     domain: str,  # "LANG/NAME=REF"
     n_chars: int,  # as many documents as this holds; 0: all
+    bad: Counter | None = None,  # receives {reason: bad lines}
 ) -> list[dict]:  # text, domain
     "Held-out text from elsewhere"
     name, ref = split_name(domain)
@@ -67,7 +70,7 @@ def domain_docs(
         ref and lang and kind,
         f"domains: {str(domain)!r}, expected LANG/NAME=REF, such as zh/news=news.jsonl",
     )
-    rows = (row for row in read_docs(ref) if row["text"].strip())
+    rows = (row for row in read_docs(ref, counts=bad) if row["text"].strip())
     named = (dict(text=row["text"], domain=name) for row in rows)
     docs = list(up_to(named, n_chars, _size))
     require(docs, f"domains: {domain} is empty, expected held-out text; give another file")
@@ -96,7 +99,10 @@ def eval_docs(
             if doc["text"]
         ]
     for domain in domains or []:
-        docs = domain_docs(domain, n_chars)
+        bad: Counter = Counter()
+        docs = domain_docs(domain, n_chars, bad)
+        if bad:
+            say("domains", f"{domain}: left out {reasons_of(bad)}")
         lang = docs[0]["domain"].split("/")[0]
         out[lang] = out.get(lang, []) + docs
     return out

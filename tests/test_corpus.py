@@ -19,7 +19,14 @@ from cmixtral_nb.corpus import (
     corpus,
     is_heldout,
 )
-from cmixtral_nb.documents import UNREADABLE, doc_files, open_text, parse_sources, read_docs
+from cmixtral_nb.documents import (
+    TOO_LONG,
+    UNREADABLE,
+    doc_files,
+    open_text,
+    parse_sources,
+    read_docs,
+)
 from cmixtral_nb.languages import lang_script, script_pattern, script_share
 from cmixtral_nb.stages import StageError
 
@@ -91,6 +98,53 @@ def test_folder_glob_and_column(here):
     assert texts("c.jsonl") == ["y"]
     jsonl(here / "c#1.jsonl", [{"text": "z"}])
     assert texts("c#1.jsonl") == ["z"]
+
+
+def test_texts_of_parquet_in_any_type(here):
+    "pandas writes a category as a dictionary, other libraries write views"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    words = pa.array([row["text"] for row in ROWS])
+    sources = pa.array(["poems", "debian:manual"] * 20).dictionary_encode()
+    for kind in (pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        is_category = pa.types.is_dictionary(kind)
+        column = words.dictionary_encode() if is_category else words.cast(kind)
+        pq.write_table(pa.table(dict(text=column, source=sources)), "a.parquet")
+        rows = list(read_docs("a.parquet"))
+        assert rows == [
+            dict(text=row["text"], source=source)
+            for row, source in zip(ROWS, sources.to_pylist(), strict=True)
+        ]
+    pq.write_table(pa.table(dict(text=words.cast(pa.binary()))), "b.parquet")
+    counts: Counter = Counter()
+    assert not list(read_docs("b.parquet", counts=counts)) and counts == {"no text": len(ROWS)}
+    with pytest.raises(StageError, match='b.parquet:1: expected a column of texts .* "text"'):
+        list(read_docs("b.parquet", on_error="stop"))
+
+
+def test_whatever_is_written_can_be_read(here):
+    "A document that is short enough as text may be too long as a line of JSON, or as UTF-8"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (here / "quotes.txt").write_text('"' * 9_000_000)  # each takes two bytes in JSON
+    pq.write_table(pa.table(dict(text=["长" * 6_000_000, "短" * 20])), "a.parquet")
+    jsonl(here / "a.jsonl", ROWS)
+    made = corpus(["xx=quotes.txt", "xx=a.parquet", "xx=a.jsonl"], out="c", valid_share=0.5)
+    assert made.stats["xx"]["dropped"] == {TOO_LONG: 2}
+    read = [*corpus_texts("c", "xx"), *corpus_texts("c", "xx", "valid")]
+    assert sorted(read) == sorted(["短" * 20, *(row["text"] for row in ROWS)])
+
+
+def test_no_document_is_empty(here):
+    "Whatever is asked for: where nothing is left there is none"
+    jsonl(here / "a.jsonl", [{"text": "\x00"}, {"text": " \n"}, *ROWS, {"text": "一" * 50}])
+    jsonl(here / "b.jsonl", [{"text": "一" * 50 + "\n" + "一" * 50}])
+    made = corpus(["xx=a.jsonl", "xx=b.jsonl"], out="c", min_chars=0, valid_share=0.5)
+    assert made.stats["xx"]["dropped"]["too short"] == 2
+    assert made.stats["xx"]["dropped"]["only repeated paragraphs"] == 1
+    assert all([*corpus_texts("c", "xx"), *corpus_texts("c", "xx", "valid")])
 
 
 def test_builtin_parallel_keeps_both_sides():
