@@ -45,7 +45,6 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import ADAPTER_WEIGHTS
 from .experts import cast_once
-from .files import StoppedError
 from .machine import default_dtype, meet, peak_bytes, process_rank, say, world_size
 from .plan import peak_flops
 from .qlora import parameter_table
@@ -288,8 +287,7 @@ def watched_trainer() -> type:  # a subclass of transformers' Trainer
             numbers = inputs.pop("numbers")
             self.n_tokens += inputs["input_ids"].numel()
             loss = super().training_step(model, inputs, *args, **kw)
-            step, kept = self.state.global_step + 1, Path(self.args.output_dir)
-            stop_at_nan(loss, step, numbers, self.learning_rates(), kept)
+            stop_at_nan(loss, self.state.global_step + 1, numbers, self.learning_rates())
             return loss
 
         def evaluate(self, *args, **kw):
@@ -314,19 +312,15 @@ def stop_at_nan(
     step: int,  # that it belongs to
     numbers: list[int],  # of its examples
     rates: dict[str, float],  # option -> learning rate
-    folder: Path | None = None,  # of checkpoints
 ) -> None:
-    "`StageError` if a loss is NaN or infinite; `StoppedError`, which keeps checkpoints, if any"
+    "`StageError` if a loss is NaN or infinite"
     import torch
 
     if torch.isfinite(loss):
         return
     named = ", ".join(map(str, numbers))
     lower = " or ".join(f"{option} (now {rate:g})" for option, rate in rates.items())
-    fault = f"loss is {loss.item()} at step {step}, examples {named}; lower {lower}"
-    if kept := saved_checkpoints(folder) if folder else []:
-        raise StoppedError(f"{fault}; {kept[-1]} is kept")
-    raise StageError(fault)
+    raise StageError(f"loss is {loss.item()} at step {step}, examples {named}; lower {lower}")
 
 
 # %% ../nbs/a20_training.ipynb #0da0ebaf
