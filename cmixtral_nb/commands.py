@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .checkpoints import HUB_ID
 from .files import StageError
 from .machine import grow_segments
 from .options import LARGEST, as_list, nearest, refuse
@@ -233,8 +234,9 @@ def _may_be_hub_id(word: str) -> bool:
     "Example: 'mistralai/Mixtral-8x7B-v0.1' may be one; './a', 'a/b/c' and a path that exists not"
     if "hub:" in word or word == "hub":
         return True
-    is_path = word.count("/") != 1 or word[0] in "./-~"
-    return not is_path and not os.path.lexists(word)
+    ref = word.split("=", 1)[-1]  # of NAME=REF
+    is_id = HUB_ID.fullmatch(ref) and ref[0] not in ".-"
+    return bool(is_id) and not any(map(os.path.lexists, (ref, word)))
 
 
 def _words(value: Any) -> list[str]:
@@ -299,6 +301,11 @@ def faults_of_users(
         return ["not enough memory; cmixtral plan shows what a recipe needs"]
     if type(e).__name__ == "OutOfMemoryError":  # of PyTorch, which may not be installed
         return ["not enough memory on the GPU; cmixtral plan shows what fits"]
+    if "No executable batch size" in str(e):  # of accelerate, which has halved it down to one
+        return [
+            "not enough memory, even for one text at a time; "
+            "give a smaller --length, --load-in-4bit or another --device"
+        ]
     if isinstance(e, RecursionError):
         return ["an input is nested too deeply to be read"]
     return [_system_fault(e)] if isinstance(e, OSError) else []
@@ -319,6 +326,8 @@ def _explain(e: Exception, argv: list[str]) -> int:
     "Say what ended a command; the exit status"
     if os.environ.get(TRACEBACK):
         raise e
+    if isinstance(e, StageError) and not e.args:
+        return 2  # one of several processes; the first one says it
     if faults := faults_of_users(e):
         for fault in faults:
             print(f"StageError: {_shown(str(fault))}", file=sys.stderr)
