@@ -17,8 +17,11 @@ __all__ = [
     "SpacedBase",
     "pre_tokenizers",
     "base_faults",
+    "why_unreadable",
     "base_file",
     "is_byte_base",
+    "for_whole_texts",
+    "shaped_base",
     "read_byte_base",
     "merge_of",
     "template",
@@ -263,8 +266,10 @@ def base_faults(
 
 
 # %% ../nbs/a09b_byte_bases.ipynb #05e672de
-def _loaded(base: ByteBase) -> str:
-    "Why the library `tokenizers` does not take a file; empty where it does"
+def why_unreadable(
+    base: ByteBase,  # of the right shape
+) -> str:  # empty where it can be read
+    "Why the library `tokenizers` does not take a file"
     try:
         base.tok.get_vocab_size()
     except Exception as e:  # its errors have no class of their own
@@ -297,6 +302,25 @@ def _of_its_kind(config: dict[str, Any]) -> ByteBase:
     return SpacedBase(config) if config["model"].get("byte_fallback") is True else ByteBase(config)
 
 
+def for_whole_texts(
+    config: dict[str, Any],  # a tokenizer.json
+) -> dict[str, Any]:
+    "The same without a length to cut texts off at, or to fill them up to, from a fine-tune"
+    return config | {key: None for key in ("truncation", "padding") if config.get(key)}
+
+
+def shaped_base(
+    path: str | Path,  # a tokenizer.json
+) -> ByteBase:
+    "A BPE tokenizer, whether it can be extended or not; `StageError` where its file is no such"
+    config = for_whole_texts(read_shaped(path, _SHAPE))
+    kind = config["model"]["type"]
+    require(kind == "BPE", f"{path} is a {visible(kind, 40)} tokenizer, expected byte-level BPE")
+    fault = shape_fault(config, _BPE_SHAPE)
+    require(not fault, f"{path}: {fault}")
+    return _of_its_kind(config)
+
+
 def read_byte_base(
     ref: str | Path,  # a folder with tokenizer.json, such a file, or a name of `TEKKEN`
 ) -> ByteBase:
@@ -304,13 +328,8 @@ def read_byte_base(
     if str(ref) in TEKKEN:
         return tekken(str(ref))
     path = base_file(ref)
-    config = read_shaped(path, _SHAPE)
-    kind = config["model"]["type"]
-    require(kind == "BPE", f"{path} is a {visible(kind, 40)} tokenizer, expected byte-level BPE")
-    fault = shape_fault(config, _BPE_SHAPE)
-    require(not fault, f"{path}: {fault}")
-    base = _of_its_kind(config)
-    faults = base_faults(base) or [fault for fault in [_loaded(base)] if fault]
+    base = shaped_base(path)
+    faults = base_faults(base) or [fault for fault in [why_unreadable(base)] if fault]
     refuse(f"{path}: {fault}; expected another base" for fault in faults)
     return base
 
@@ -433,7 +452,9 @@ _TEMPLATE_BYTES = 2**20
 def config_folder(
     ref: str | Path,  # a folder, a tokenizer.json, or a name of `TEKKEN`
 ) -> Path:
-    "Where the configuration of a base is, if it has one"
+    "Where the configuration of a base is, if it has one; tekken has none"
+    if str(ref) in TEKKEN:  # its name is no path: nothing is read from the working directory
+        return package_file("mistral_common", TEKKEN[str(ref)], "mistral-common").parent
     path = Path(ref)
     return path if path.is_dir() else path.parent
 
@@ -452,9 +473,10 @@ def _config_of(ref: str | Path) -> dict[str, Any]:
     return config
 
 
-def _named(token: Any) -> Any:
+def _named(token: Any) -> str | None:
     "The name of a control token: written as a text, or under the key `content`"
-    return token.get("content") if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def _kept(config: dict[str, Any], known: set[str]) -> dict[str, Any]:
@@ -492,7 +514,7 @@ def cut_is_lost(
 ) -> bool:
     "Whether transformers cuts the texts of such a model by a rule of its own, not by the file's"
     model_config = config_folder(ref) / "config.json"
-    if str(ref) in TEKKEN or not model_config.is_file():
+    if not model_config.is_file():
         return False
     from transformers import AutoTokenizer
 

@@ -26,8 +26,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cmixtral_nb.byte_bases import (
+    BYTE_OF,
+    base_file,
+    for_whole_texts,
+    is_byte_base,
+    pre_tokenizers,
+    shaped_base,
+    to_bytes,
+    why_unreadable,
+)
+
 from .audit import SHIPPED_LANGS, main_script, piece_scripts
-from .byte_bases import BYTE_OF, base_file, is_byte_base, pre_tokenizers, to_bytes
 from .bytelevel import GPT2_CUT
 from .certificate import hostile_texts
 from .documents import read_docs
@@ -91,7 +101,7 @@ def rule_tokenizer(
     "A tokenizer that cuts words as llama.cpp would; names of control tokens in a text are text"
     from tokenizers import Tokenizer
 
-    tok = Tokenizer.from_str(json.dumps(config))
+    tok = Tokenizer.from_str(json.dumps(for_whole_texts(config)))
     tok.encode_special_tokens = True
     if rule:
         set_rule(tok, rule)
@@ -249,13 +259,20 @@ def byte_level_config(
         return None
     file = base_file(folder)
     config = read_shaped(file, {"model": {"type": TEXT}, "pre_tokenizer?": ANYTHING})
-    kinds = {step.get("type") for step in pre_tokenizers(config)}
     require(
-        config["model"]["type"] == "BPE" and "ByteLevel" in kinds,
+        config["model"]["type"] == "BPE" and any(map(_is_byte_level, pre_tokenizers(config))),
         f"{file} is neither byte-level BPE nor beside a tokenizer.model, which llama.cpp's "
         "converter needs; run: cmixtral export --to hf, or --to vllm",
     )
-    return config
+    base = shaped_base(file)
+    fault = why_unreadable(base)
+    require(not fault, f"{file}: {fault}")
+    return base.config
+
+
+def _is_byte_level(step: dict[str, Any]) -> bool:
+    "Whether a step turns text into bytes"
+    return step.get("type") == "ByteLevel"
 
 
 def model_rule(

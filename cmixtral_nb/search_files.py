@@ -36,7 +36,7 @@ from .languages import script_pattern
 from .options import at_least, between, faults_of, range_faults, refuse, split_name
 from .pieces import base_tokenizer_model, read_pieces
 from .stages import Artifact, StageError, read_json, require, write_json, write_text
-from .tokenizer_files import check_special, read_bpe
+from .tokenizer_files import check_special, read_bpe, require_model_is_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,7 +125,8 @@ def whole_numbers(
 def _base_faults(base: str, chars: list[str] | None) -> list[str]:
     "Why a base cannot be extended, or not with these numbers of characters"
     if not is_byte_base(base):
-        return faults_of(lambda: read_bpe(base_tokenizer_model(base)))
+        faults = faults_of(lambda: read_bpe(base_tokenizer_model(base)))
+        return faults or faults_of(require_model_is_all, base)
     faults = faults_of(known_base, base)
     if chars:
         faults.append(
@@ -250,7 +251,8 @@ def vocab_option_faults(
     if is_byte_base(base):
         return faults + byte_vocab_option_faults(base, tokens)
     faults += faults_of(script_pattern, script)
-    return faults + faults_of(lambda: check_special(base_tokenizer_model(base), tokens or []))
+    own = faults_of(lambda: check_special(base_tokenizer_model(base), tokens or []))
+    return [*faults, *(own or faults_of(require_model_is_all, base))]
 
 
 def check_vocab(

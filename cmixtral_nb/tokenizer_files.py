@@ -21,10 +21,12 @@ __all__ = [
     "append_special",
     "require_new_tokens",
     "check_special",
+    "require_model_is_all",
     "write_vocab",
 ]
 
 # %% ../nbs/a09_tokenizer_files.ipynb #b94f1df2
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -32,7 +34,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import refuse
-from .pieces import LONGEST_PIECE, Piece, read_model
+from .pieces import LONGEST_PIECE, Piece, base_tokenizer_model, read_model
+from .shapes import TEXT, read_shaped, whole
 from .stages import Artifact, StageError, require, write_json, write_text
 
 if TYPE_CHECKING:
@@ -222,12 +225,14 @@ def encode_plain(
     tok: PreTrainedTokenizerBase | Tokenizer,  # a loaded tokenizer
     texts: Iterable[str],  # documents
 ) -> list[list[int]]:  # ids, without BOS and EOS
-    "Encode text as text: `<s>` or a chat marker is spelled out, never the control token"
+    "Encode text as text, whole: `<s>` or a chat marker is spelled out, never the control token"
     fast = getattr(tok, "backend_tokenizer", tok)
     if not hasattr(fast, "encode_special_tokens"):
         slow: Any = tok
         how = dict(add_special_tokens=False, split_special_tokens=True)
         return [slow(text, **how)["input_ids"] for text in texts]
+    fast.no_truncation()  # a fine-tune may have left a length in its file
+    fast.no_padding()
     before = fast.encode_special_tokens
     fast.encode_special_tokens = True
     try:
@@ -276,11 +281,14 @@ def append_special(
     kinds = type(model.pieces[0])
     lowest = min(p.score for p in model.pieces)
     n_before = len(model.pieces)
+    require_new_tokens({p.piece for p in model.pieces}, tokens)
     for token in tokens:
         model.pieces.add(piece=token, score=0, type=kinds.CONTROL)
     n_missing = -len(model.pieces) % multiple if multiple else 0
-    for i in range(n_missing):
-        model.pieces.add(piece=f"<unused{i}>", score=lowest, type=kinds.UNUSED)
+    known = {p.piece for p in model.pieces}
+    free = (name for i in itertools.count() if (name := f"<unused{i}>") not in known)
+    for name in itertools.islice(free, n_missing):
+        model.pieces.add(piece=name, score=lowest, type=kinds.UNUSED)
     model.trainer_spec.vocab_size = len(model.pieces)
     names = {kinds.CONTROL: "control", kinds.UNUSED: "unused"}
     added = enumerate(model.pieces[n_before:], n_before)
@@ -311,6 +319,37 @@ def check_special(
 ) -> None:
     "The same for the pieces of a sentencepiece base"
     require_new_tokens({p.piece for p in read_bpe(base_file).pieces}, tokens)
+
+
+# %% ../nbs/a09_tokenizer_files.ipynb #7ce19146
+def _later_tokens(model_file: Path, n_pieces: int) -> list[str]:
+    "Tokens that the tokenizer.json beside a tokenizer.model has after the pieces of the model"
+    fast = model_file.parent / "tokenizer.json"
+    if model_file.name != "tokenizer.model" or not fast.is_file():
+        return []
+    config = read_shaped(fast, {"added_tokens?": [{"id": whole(), "content": TEXT}]})
+    added = config.get("added_tokens") or []
+    return [token["content"] for token in added if token["id"] >= n_pieces]
+
+
+def require_model_is_all(
+    ref: str | Path,  # a base with a sentencepiece model
+) -> None:
+    "`StageError` where only the tokenizer.json of a base says all of its tokens"
+    model_file = base_tokenizer_model(ref)
+    pieces = read_model(model_file).pieces
+    remedy = f"give --base {model_file.parent / 'tokenizer.json'}"
+    own = [p.piece for p in pieces if p.type == p.USER_DEFINED]
+    later = _later_tokens(model_file, len(pieces))
+    faults = []
+    if own:
+        faults.append(f"{len(own):,} user-defined pieces, such as {own[0]!r}, expected none")
+    if later:
+        faults.append(
+            f"tokenizer.json has tokens after its {len(pieces):,}, such as {later[0]!r}, and new "
+            "pieces would get their ids"
+        )
+    refuse(f"{model_file}: {fault}; {remedy}" for fault in faults)
 
 
 # %% ../nbs/a09_tokenizer_files.ipynb #7ef9ca51

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from cmixtral_nb.byte_bases import (
     ByteBase,
     SpacedBase,
+    config_folder,
     read_byte_base,
     to_letters,
     write_byte_tokenizer,
@@ -28,6 +29,7 @@ from cmixtral_nb.byte_vocab import (
     byte_checks,
     forged,
     load_as_in_model,
+    model_rows,
     neighbours,
     stock_frame,
     tiktoken_of,
@@ -44,6 +46,7 @@ from cmixtral_nb.bytelevel import (
 )
 from cmixtral_nb.certificate import certify, hostile_texts
 from cmixtral_nb.init import init
+from cmixtral_nb.llama_rules import rule_tokenizer
 from cmixtral_nb.pieces import base_tokenizer_model
 from cmixtral_nb.stages import StageError, read_json
 from cmixtral_nb.tokenizer import tokenizer
@@ -435,3 +438,31 @@ def test_what_stands_in_front_stays(folder, tmp_path):
     loaded = load_tokenizer(tmp_path / "new")
     assert stock_frame(loaded) == ([bos[1]], [eos[1]]) == (before.front, before.back)
     assert failed_lines(framed, after.base, own, texts_of("Khmer", 1), loaded) == {}
+
+
+# ---- files that say more than a tokenizer should
+
+
+def test_no_text_is_cut_off_or_filled_up(folder, tmp_path):
+    "A fine-tune may have left a length in its file"
+    config = json.loads((folder / "tokenizer.json").read_text())
+    side = dict(direction="Right", strategy="LongestFirst", max_length=3, stride=0)
+    fill = dict(strategy={"Fixed": 9}, direction="Right", pad_id=0, pad_type_id=0, pad_token="!")
+    config |= dict(truncation=side, padding=fill | dict(pad_to_multiple_of=None))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
+    texts = ["c", ENGLISH]
+    whole = encode_plain(load_tokenizer(folder), texts)
+    base = read_byte_base(tmp_path)
+    assert BpeView(base).encode(texts) == whole == encode_plain(rule_tokenizer(config), texts)
+    loaded = load_tokenizer(tmp_path)
+    assert encode_plain(loaded, texts) == whole != [[], whole[1][:3]]
+    write_byte_tokenizer(base, tmp_path / "new")
+    written = read_json(tmp_path / "new" / "tokenizer.json")
+    assert written["truncation"] is written["padding"] is None
+
+
+def test_tekken_takes_nothing_of_the_working_directory(folder, monkeypatch):
+    "Where another model's files may be"
+    monkeypatch.chdir(folder)
+    assert (model_rows("."), model_rows("tekken")) == (ROWS, 0)
+    assert not (config_folder("tekken") / "tokenizer_config.json").exists()

@@ -21,7 +21,7 @@ from cmixtral_nb.certificate import (
 )
 from cmixtral_nb.corpus import corpus
 from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_model, read_pieces
-from cmixtral_nb.search import base_pieces, run_model, select_pieces
+from cmixtral_nb.search import base_pieces, run_model, search, select_pieces
 from cmixtral_nb.stages import Artifact, StageError, read_json, tokenizer_fingerprint, write_json
 from cmixtral_nb.tokenizer import tokenizer, train_pieces
 from cmixtral_nb.tokenizer_files import (
@@ -482,6 +482,18 @@ def test_another_bpe_base(made, tmp_path):
         **FEW,
     )
     assert (v.stats["n_base"], v.stats["n_vocab"], v.stats["n_chars"]) == (32900, 33100, 20)
+
+
+def test_a_base_with_tokens_that_its_model_lacks(made, tmp_path):
+    "Control tokens of a fine-tune, whose ids the new pieces would get"
+    folder = write_tokenizer(base_tokenizer_model(), tmp_path / "base")
+    config = read_json(folder / "tokenizer.json")
+    config["added_tokens"].append(dict(config["added_tokens"][0], id=32000, content="<|im_end|>"))
+    write_json(folder / "tokenizer.json", config)
+    with pytest.raises(StageError, match="such as '<.im_end.>', and new pieces would get their ids"):
+        vocab(made.pieces, out=tmp_path / "v", base=str(folder), n_pieces=200)
+    with pytest.raises(StageError, match="give --base .*tokenizer.json"):
+        search(made.pieces, made.corpus, out=tmp_path / "s", base=str(folder))
 
 
 def test_a_unigram_base_is_refused(made, tmp_path):
