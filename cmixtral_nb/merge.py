@@ -38,7 +38,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from cmixtral_nb.adapters import (
     Adapter,
     Pair,
-    is_embedding,
     is_finite,
     is_linear,
     merge_option_faults,
@@ -52,6 +51,7 @@ from cmixtral_nb.checkpoints import (
     DTYPES,
     copy_config,
     copy_tokenizer,
+    is_embedding,
     is_written,
     load_tensor,
     n_bytes,
@@ -69,7 +69,7 @@ from .experts import Place, Source, StackedFile
 from .loading import TOO_LITTLE, one_tensor_at_a_time, streamed
 from .machine import say
 from .options import as_list
-from .stages import require, stage
+from .stages import StageError, require, stage
 from .stored_experts import OnDisk, Stacked, mixture_on_disk
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
@@ -525,7 +525,12 @@ def _write_rest(src: Sources, model: Path, out: Path, n_rows: int) -> dict[str, 
 def _measured(src: Sources, out: Path, n_rows: int) -> dict[str, float]:
     "How far the logits are from model and adapter, and what 4 bits would leave of the update"
     merged = open_sources(out, [], into="original")
-    found = dict(logit_difference=_compare(src, merged, out, n_rows))
+    try:
+        found = dict(logit_difference=_compare(src, merged, out, n_rows))
+    except StageError:
+        for shard in set(merged.files.values()):
+            shard.unlink()  # nothing to go on from
+        raise
     left = left_in_4bit(src, merged)
     return found if left is None else found | dict(left_in_4bit=round(left, 2))
 
@@ -554,6 +559,7 @@ def _say(stats: dict, is_guess: bool) -> None:
     inputs=("model", "adapter"),
     ignore=("device",),
     resumable=True,
+    work="*.safetensors",  # whole shards
     check=check_average,
     options=merge_option_faults,
     found=merge_target,  # the manifest holds what `into` came to
