@@ -26,7 +26,6 @@ __all__ = [
     "Pair",
     "Adapter",
     "plain_shapes",
-    "is_embedding",
     "adapter_faults",
     "is_finite",
     "merge_faults",
@@ -43,11 +42,20 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoints import read_header, resolve_model, tensor_files
+from cmixtral_nb.checkpoints import (
+    embedding_rows,
+    is_embedding,
+    is_head,
+    read_header,
+    resolve_model,
+    row_tensors,
+    tensor_files,
+)
+
 from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import Range, as_list, faults_of, one_of, range_faults, refuse
-from .shapes import TEXT, TRUTH, number, read_shaped, visible, whole
+from .shapes import TEXT, TRUTH, number, read_shaped, shape_fault, visible, whole
 from .small_floats import storage_method
 from .stages import StageError, input_fingerprint, read_json, require, write_json
 from .stored_experts import OnDisk, Stacked, mixture_on_disk
@@ -65,11 +73,12 @@ def plain_name(
 ) -> str:  # without peft's prefixes, with the new name of Mixtral's experts
     "Example: 'base_model.model.lm_head.base_layer.weight' -> 'lm_head.weight'"
     name = name.removeprefix("base_model.model.").replace(BLOCK_ON_DISK, BLOCK_IN_MEMORY)
+    name = re.sub(r"^embed_out\.", "lm_head.", name)  # Pythia, on disk
     return _PEFT_WRAPPERS.sub("", name)
 
 
 # %% ../nbs/a18_adapters.ipynb #cbadd422
-_NOT_IN_4BIT = re.compile(r"(embed_tokens|wte|lm_head|\.gate)\.weight$")
+_NOT_IN_4BIT = re.compile(r"(^|\.)(gate|wpe|embed_positions)\.weight$")  # router, positions
 
 
 def is_linear(
@@ -77,7 +86,8 @@ def is_linear(
     shape: list[int],  # its shape
 ) -> bool:
     "Whether 4-bit training held this weight in 4 bits: every `nn.Linear` but head and router"
-    return len(shape) == 2 and name.endswith(".weight") and not _NOT_IN_4BIT.search(name)
+    kept = is_embedding(name) or is_head(name) or bool(_NOT_IN_4BIT.search(name))
+    return len(shape) == 2 and name.endswith(".weight") and not kept
 
 
 # %% ../nbs/a18_adapters.ipynb #78d64cca
@@ -248,6 +258,10 @@ def _rank_faults(config: dict[str, Any], header: dict[str, dict]) -> list[str]:
 # %% ../nbs/a18_adapters.ipynb #28e653ea
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_STATS = {  # of a manifest: what a merge asks for
+    "quantised?": [TEXT],
+    "quantised_dtype?": one_of("", "float32", "float16", "bfloat16"),
+}
 
 
 def require_adapter(
@@ -264,15 +278,19 @@ def require_adapter(
         f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}; run: cmixtral pretrain --out DIR",
     )
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        for other in sorted(folder.glob("adapter_model.*")):
+        pickles = [folder / f"adapter_model.{ending}" for ending in ("bin", "pt", "pth")]
+        for pickle in filter(Path.is_file, pickles):
             raise StageError(
-                f"{folder}: {other.name} is a pickle, which can run any code when opened; "
+                f"{folder}: {pickle.name} is a pickle, which can run any code when opened; "
                 "save the adapter as safetensors"
             )
         raise StageError(f"{folder}: {ADAPTER_WEIGHTS} is missing; expected a PEFT adapter")
     read_header(folder / ADAPTER_WEIGHTS)
     path = folder / ADAPTER_CONFIG
     refuse(f"{path}: {fault}" for fault in _config_faults(read_shaped(path, _SHAPE)))
+    if (folder / "manifest.json").is_file():
+        fault = shape_fault(read_manifest(folder)["stats"], _STATS, "stats")
+        require(not fault, f"{folder / 'manifest.json'}: {fault}")
     return folder
 
 
@@ -568,34 +586,20 @@ def _row_faults(a: Adapter, name: str, size: list[int], shape: list[int] | None)
 
 
 # %% ../nbs/a18_adapters.ipynb #4f1abd06
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embeddings)\.weight$")
-
-
-def is_embedding(
-    name: str,  # plain name of a weight
-) -> bool:
-    "Whether a weight is the table with one row for each token"
-    return bool(_EMBEDDING.search(name))
-
-
-def _has_vocabulary(name: str) -> bool:
-    "Whether a weight has one row for each token: embedding and head"
-    return is_embedding(name) or name.endswith("lm_head.weight")
-
-
 def _whole_faults(a: Adapter, shapes: dict[str, list[int]]) -> list[str]:
     "What is wrong with matrices that an adapter brings whole; embedding and head may grow"
     faults = []
     for name, tensor in a.whole.items():
         new, old = a.shape(tensor), shapes.get(name)
         if old is None:
-            if not name.endswith("lm_head.weight"):  # a tied head becomes one of its own
+            if not is_head(name):  # a tied head becomes one of its own
                 faults.append(f"{a.path}: the model has no {name}")
             continue
         if len(new) != len(old) or not new:
             faults.append(f"{a.path}: {name} is {new}, the model has {old}")
             continue
-        fits = new[0] >= old[0] if _has_vocabulary(name) else new[0] == old[0]
+        may_grow = is_embedding(name) or is_head(name)
+        fits = new[0] >= old[0] if may_grow else new[0] == old[0]
         if not fits or new[1:] != old[1:]:
             faults.append(f"{a.path}: {name} is {new}, the model has {old}")
     if not _rows_agree(a, shapes):
@@ -605,13 +609,13 @@ def _whole_faults(a: Adapter, shapes: dict[str, list[int]]) -> list[str]:
 
 def _rows_agree(a: Adapter, shapes: dict[str, list[int]]) -> bool:
     "Whether embedding and head have as many rows as each other once the adapter is merged"
-    shapes_of = [a.shape(tensor) for name, tensor in a.whole.items() if _has_vocabulary(name)]
+    shapes_of = [a.shape(a.whole[name]) for name in row_tensors(a.whole)]
     if not all(shapes_of):
         return False
     sizes = {shape[0] for shape in shapes_of}
     if len(sizes) > 1:
         return False
-    of_model = [name for name in shapes if _has_vocabulary(name)]
+    of_model = row_tensors(shapes)
     grown = any(a.shape(a.whole[n])[0] != shapes[n][0] for n in of_model if n in a.whole)
     return not grown or all(name in a.whole for name in of_model)
 
@@ -689,7 +693,7 @@ def merge_faults(
 
 def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     "Where a model and adapters that are each sound do not fit together"
-    faults = []
+    faults = faults_of(embedding_rows, resolve_model(model))
     shards = sorted(set(tensor_files(resolve_model(model)).values()))
     head = {name: entry for shard in shards for name, entry in read_header(shard).items()}
     stored = [name for name in head if ".absmax" in name or ".quant_state" in name]

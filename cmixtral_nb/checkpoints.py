@@ -11,12 +11,16 @@ __all__ = [
     "INDEX",
     "HUB_ID",
     "HUB_FILES",
+    "HUB_COPIES",
     "TOKENIZER_FILES",
     "read_header",
     "tensor_files",
     "tensor_shapes",
     "load_tensor",
+    "is_embedding",
+    "is_head",
     "row_tensors",
+    "embedding_rows",
     "specs_of",
     "n_bytes",
     "ahead",
@@ -250,12 +254,43 @@ def load_tensor(
         raise StageError(f"{files[name]}: {visible(name)} cannot be read ({e})") from None
 
 
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embeddings|word_embeddings|embed_in)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+
+
+def is_embedding(
+    name: str,  # of a weight
+) -> bool:
+    "Whether a weight is the table that a token's embedding row is looked up in"
+    return bool(_EMBEDDING.search(name))
+
+
+def is_head(
+    name: str,  # of a weight
+) -> bool:
+    "Whether a weight makes the logits, with one row for each token"
+    return bool(_HEAD.search(name))
+
+
 def row_tensors(
-    files: dict[str, Path],  # from `tensor_files`
+    names: Iterable[str],  # of tensors
 ) -> list[str]:  # the embedding, and the head unless it is tied to it
     "Names of the tensors with one row for each token"
-    endings = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
-    return [name for name in files if name.endswith(endings)]
+    return [name for name in names if is_embedding(name) or is_head(name)]
+
+
+def embedding_rows(
+    folder: str | Path,  # HF model folder
+) -> int:
+    "How many tokens a model has a row for; `config.json` may leave that to its class"
+    shapes = tensor_shapes(folder)
+    tables = row_tensors(shapes)
+    require(
+        tables,
+        f"{folder} has no embedding by a name that is known, such as embed_tokens.weight; "
+        "expected a causal language model",
+    )
+    return min(shapes[name][0] for name in tables)
 
 
 # %% ../nbs/a11_checkpoints.ipynb #7237953b
@@ -451,6 +486,7 @@ def write_index(
 # %% ../nbs/a11_checkpoints.ipynb #a4ccffb2
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # such as mistralai/Mixtral-8x7B-v0.1
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # nothing that runs
+HUB_COPIES = ["consolidated*", "*/*"]  # the weights once more, for other programs
 
 
 def _download(name: str) -> Path:
@@ -458,7 +494,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
     except Exception as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise StageError(
@@ -488,12 +524,12 @@ def resolve_model(
     config = folder / "config.json"
     missing = [f"{folder} has no config.json; expected an HF model folder"]
     refuse((missing if not config.is_file() else []) + faults_of(tensor_files, folder))
-    found = read_shaped(config, {})
+    says = read_shaped(config, {})
     require(
-        "model_type" in found,
+        "model_type" in says,
         f"{config} names no model_type; expected an HF model folder",
     )
-    require_config(config, found, tensor_shapes(folder))
+    require_config(config, says, tensor_shapes(folder))
     return folder
 
 
@@ -598,7 +634,10 @@ def copy_config(
 ) -> None:
     "config.json with the new size, and the generation settings"
     config = read_json(model / "config.json")
-    write_json(out / "config.json", dict(config, vocab_size=n_rows, **changes))
+    new = dict(vocab_size=n_rows, **changes)
+    if isinstance(config.get("text_config"), dict):  # of a model that sees pictures too
+        config["text_config"] |= new
+    write_json(out / "config.json", config | new)
     if (model / "generation_config.json").is_file():
         shutil.copyfile(model / "generation_config.json", out / "generation_config.json")
 
@@ -622,5 +661,7 @@ def write_special_ids(
     for file in (folder / "config.json", folder / "generation_config.json"):
         if file.is_file():
             config = read_json(file)
-            named = {key: getattr(tok, key) for key in keys if key in config}
-            write_json(file, {**config, **named})
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict):
+                    part |= {key: getattr(tok, key) for key in keys if key in part}
+            write_json(file, config)

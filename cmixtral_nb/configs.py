@@ -8,6 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = [
     "OLD_MIXTRAL",
+    "experts_per_token",
     "size_faults",
     "kind_faults",
     "tensor_faults",
@@ -27,6 +28,10 @@ from .shapes import TEXT, TRUTH, number, shape_fault, visible, whole
 
 # %% ../nbs/a11b_configs.ipynb #135b9c92
 _SIZE = whole(1, 10**7)
+_SIZES = Range(
+    lambda value: all(map(_SIZE.holds, value if isinstance(value, list) and value else [value])),
+    f"{_SIZE.want}, or a list of such",
+)
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _DTYPE = Range(
     lambda value: isinstance(value, str) and value.removeprefix("torch.") in _DTYPES,
@@ -36,7 +41,7 @@ _SHAPE = {
     "model_type": TEXT,
     "vocab_size?": _SIZE,
     "hidden_size?": _SIZE,
-    "intermediate_size?": _SIZE,
+    "intermediate_size?": _SIZES,  # Gemma 3n: one for each layer
     "num_hidden_layers?": whole(1, 10_000),
     "num_attention_heads?": _SIZE,
     "num_key_value_heads?": _SIZE,
@@ -45,6 +50,7 @@ _SHAPE = {
     "num_experts?": whole(0, 10_000),
     "n_routed_experts?": whole(0, 10_000),
     "num_experts_per_tok?": whole(0, 10_000),
+    "top_k_experts?": whole(0, 10_000),
     "moe_intermediate_size?": _SIZE,
     "shared_expert_intermediate_size?": whole(0, 10**7),  # 0: none
     "max_position_embeddings?": whole(1, 10**10),
@@ -60,15 +66,29 @@ _SHAPE = {
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as families call them
+_TOP_K = ("num_experts_per_tok", "top_k_experts")  # the second: Gemma 4
+
+
+def experts_per_token(
+    sizes: Any,  # configuration of a language model, as transformers has it
+) -> int:  # 0: it names none
+    "How many experts of a layer a token meets"
+    return next((n for name in _TOP_K if (n := getattr(sizes, name, None))), 0)
 
 
 def size_faults(
     config: dict[str, Any],  # config.json as read
 ) -> list[str]:  # empty, or what is wrong
     "Sizes that are none, or do not go together"
+    faults = _own_faults(config)
+    text = config.get("text_config")  # of a model that sees pictures too
+    return faults + (_own_faults({"model_type": "", **text}) if isinstance(text, dict) else [])
+
+
+def _own_faults(config: dict[str, Any]) -> list[str]:
+    "Of one configuration, without those that it holds"
     one_each = [shape_fault(config, {name: part}) for name, part in _SHAPE.items()]
-    faults = [fault for fault in one_each if fault]
-    return faults or _relation_faults(config)
+    return [fault for fault in one_each if fault] or _relation_faults(config)
 
 
 def _relation_faults(config: dict[str, Any]) -> list[str]:
@@ -76,7 +96,8 @@ def _relation_faults(config: dict[str, Any]) -> list[str]:
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     width, heads, kv_heads, head_width = (config.get(name) for name in names)
     experts = next((config[key] for key in _EXPERTS if config.get(key)), 0)
-    top_k = config.get("num_experts_per_tok")
+    named_k = next((name for name in _TOP_K if config.get(name) is not None), _TOP_K[0])
+    top_k = config.get(named_k)
     faults = []
     if width and heads and not head_width and width % heads:
         faults.append(f"hidden_size is {width:,}, expected a multiple of {heads:,} heads")
@@ -86,7 +107,7 @@ def _relation_faults(config: dict[str, Any]) -> list[str]:
             f"num_key_value_heads, {kv_heads:,}"
         )
     if experts and top_k is not None and not 0 < top_k <= experts:
-        faults.append(f"num_experts_per_tok is {top_k:,}, expected 1 to {experts:,}, the experts")
+        faults.append(f"{named_k} is {top_k:,}, expected 1 to {experts:,}, the experts")
     return faults
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import plain_name
-from .checkpoints import load_tensor, resolve_model, tensor_files
+from .checkpoints import embedding_rows, load_tensor, resolve_model, tensor_files
 from .loading import model_config, streamed
 from .options import above, at_least, between, faults_of, range_faults, refuse
 from .stages import read_json
@@ -186,7 +186,7 @@ def logit_change(
     "How differently two models answer, one matrix in memory at a time"
     import torch
 
-    n_rows = read_json(Path(dense) / "config.json")["vocab_size"]
+    n_rows = embedding_rows(dense)
     ids = torch.tensor([[i * 7919 % n_rows for i in range(row, row + 12)] for row in range(4)])
     before = _logits(Path(dense), ids)
     return ((_logits(Path(mixture), ids) - before).abs().max() / before.abs().max()).item()

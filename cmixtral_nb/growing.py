@@ -13,12 +13,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmixtral_nb.checkpoints import (
+    embedding_rows,
+    is_head,
+    load_tensor,
+    resolve_model,
+    row_tensors,
+    tensor_files,
+)
+
 from .adapters import is_finite
-from .checkpoints import load_tensor, resolve_model, row_tensors, tensor_files
 from .corpora import corpus_langs
 from .options import faults_of, one_of, range_faults, refuse
 from .probe import probe_langs
-from .stages import Artifact, StageError, read_json, require
+from .stages import Artifact, StageError, require
 from .tokenizer_files import load_tokenizer, new_tokens
 
 if TYPE_CHECKING:
@@ -26,6 +34,17 @@ if TYPE_CHECKING:
 
 
 # %% ../nbs/a14b_growing.ipynb #c7e7c72c
+def _faults_of_ids(tok: PreTrainedTokenizerBase, folder: Path) -> list[str]:
+    "A row belongs to each id: there may be none that stands for nothing"
+    highest = max(tok.get_vocab().values(), default=-1)
+    if highest < len(tok):
+        return []
+    return [
+        f"{folder} has a tokenizer of {len(tok):,} tokens whose highest id is {highest:,}; "
+        "expected ids without a gap"
+    ]
+
+
 def old_and_new(
     model: Path,  # HF model folder
     tokenizer: Artifact | str | Path,  # folder of the new tokenizer
@@ -38,7 +57,8 @@ def old_and_new(
         f"{folder} does not exist; expected a tokenizer; run: cmixtral vocab --out {folder}",
     )
     new, old = load_tokenizer(folder), load_tokenizer(model)
-    n_rows = read_json(model / "config.json").get("vocab_size", len(old))
+    refuse(_faults_of_ids(old, model) + _faults_of_ids(new, folder))
+    n_rows = embedding_rows(model)
     require(
         n_rows >= len(old),
         f"{model} has {n_rows:,} rows for {len(old):,} tokens; expected at least as many",
@@ -67,11 +87,12 @@ def row_faults(
 ) -> list[str]:  # one line for each of embedding and head that is no matrix of numbers
     "What is wrong with the rows that a model has"
     files = tensor_files(model)
-    names = row_tensors(files)
-    if not names:
-        return [f"{model} has no embed_tokens.weight; expected a causal language model"]
-    faults = []
-    for name in names:
+    faults = faults_of(embedding_rows, model)
+    if any(
+        is_head(name.removesuffix("bias") + "weight") for name in files if name.endswith("bias")
+    ):
+        faults.append(f"{model} has a head with a bias; expected one without, as most models have")
+    for name in row_tensors(files):
         rows = load_tensor(files, name)
         if not is_finite(rows):
             bad = (~rows.isfinite()).any(-1).nonzero()[:, 0].tolist()

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .configs import kind_faults, size_faults
+from .configs import experts_per_token, kind_faults, size_faults
 from .experts import lora_matrices, not_in_4bit
 from .machine import quiet
 from .options import refuse
@@ -34,9 +34,9 @@ MOST_LAYERS = 1000
 
 def _faults(config: dict[str, Any]) -> list[str]:
     "What is wrong with a configuration before anything is built, also where its text model has one"
+    faults = size_faults(config) or kind_faults(config)
     nested = config.get("text_config")
-    parts = [config, *([{"model_type": "", **nested}] if isinstance(nested, dict) else [])]
-    faults = [fault for part in parts for fault in size_faults(part)] or kind_faults(config)
+    parts = [config, nested] if isinstance(nested, dict) else [config]
     depths = [part.get("num_hidden_layers") or 1 for part in parts]
     if not faults and max(depths) > MOST_LAYERS:
         at_most = f"expected at most {MOST_LAYERS:,}"
@@ -277,7 +277,7 @@ def _anatomy(text: str) -> Anatomy:
         piece.owner for piece in found if piece.leaf == "down_proj" and is_experts(piece.owner)
     ]
     n_experts = max((len(stack.down_proj) for stack in stacks), default=0)
-    n_used = getattr(sizes, "num_experts_per_tok", None) or 0
+    n_used = experts_per_token(sizes)
     require(
         not n_experts or 1 <= n_used <= n_experts,
         f"config.json: num_experts_per_tok is {n_used}, expected 1 to {n_experts}, the experts",

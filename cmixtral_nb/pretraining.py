@@ -19,19 +19,21 @@ __all__ = [
 ]
 
 # %% ../nbs/a20b_pretraining.ipynb #97cfad5b
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bits import bits_per_byte
-from .checkpoints import resolve_model
-from .corpora import corpus_texts
+from .checkpoints import embedding_rows, resolve_model
+from .corpora import corpus_langs, corpus_texts, missing_language
 from .loading import attention_faults
 from .machine import gpu_bytes, process_rank, world_size
 from .manifests import read_manifest
 from .options import at_least, between, faults_of, range_faults, refuse
 from .pack import valid_texts
 from .packages import package_faults
+from .packing import source_faults
 from .plan import plan_faults
 from .qlora import parameter_table, quantised
 from .stages import Artifact, input_fingerprint, read_json, same_tokenizer, write_json
@@ -45,15 +47,31 @@ def pretrain_option_faults(
     rows: str,  # of the embedding, that are trained
     steps: int,  # 0: by epochs
     epochs: float,  # where there are no steps
+    rank: int,  # of LoRA; 0: none
+    rows_steps: int,  # first steps, in which only the embedding rows are trained
     **others: Any,  # options that have a range, and what earlier stages make
 ) -> list[str]:  # one line for each fault
     "What is wrong with options of `pretrain`, before there are a model and tokens"
     lowest_rank = 1 if rows == "none" else 0  # something must be trained
-    options = dict(others, rows=rows, steps=steps)
+    options = dict(others, rows=rows, steps=steps, rank=rank, rows_steps=rows_steps)
     if not steps:  # else they decide
         options["epochs"] = epochs
     narrower = dict(rank=at_least(lowest_rank), n_old=at_least(0))
-    return range_faults(options, alarm_bits=at_least(0), alarm_gain=between(0, 1), **narrower)
+    narrower |= dict(alarm_bits=at_least(0), alarm_gain=between(0, 1))
+    if faults := range_faults(options, **narrower):
+        return faults
+    if rows_steps and rows == "none":
+        return [f"rows_steps is {rows_steps}, but rows is none: nothing would be trained in them"]
+    return _idle_lora_faults(rank, rows_steps, steps) if steps else []
+
+
+def _idle_lora_faults(rank: int, rows_steps: int, steps: int) -> list[str]:
+    "LoRA begins after `rows_steps`, so there must be steps after them"
+    if not rank or rows_steps < steps:
+        return []
+    return [
+        f"rows_steps is {rows_steps:,}, expected below steps, {steps:,}: LoRA would not be trained"
+    ]
 
 
 def check_pretrain(
@@ -75,16 +93,20 @@ def check_pretrain(
     faults = faults_of(same_tokenizer, tokens, owner, remedy)
     faults += _vocabulary_faults(packed, model, folder)
     faults += _example_faults(packed, options)
+    faults += _corpus_faults(packed, corpus)
     faults += attention_faults(folder, options["attn"])
     faults += _watch_faults(packed, options)
     faults += wrong
+    if not faults and not options["steps"]:
+        steps = _steps_of_epochs(packed, options)
+        faults += _idle_lora_faults(options["rank"], options["rows_steps"], steps)
     if not faults:
         faults = _memory_faults(packed, model, folder, device, options)
     refuse(faults)
 
 
 def _vocabulary_faults(packed: Artifact, model: str | Path, folder: Path) -> list[str]:
-    n_embedding_rows = read_json(folder / "config.json")["vocab_size"]
+    n_embedding_rows = embedding_rows(folder)
     n_ids = packed.stats["vocab_size"]
     if n_ids <= n_embedding_rows:
         return []
@@ -103,6 +125,28 @@ def _example_faults(packed: Artifact, options: dict[str, Any]) -> list[str]:
         f"{packed} has {n_examples:,} examples, a step takes {n_step:,} "
         "(batch × accumulation × devices); lower --batch"
     ]
+
+
+def _steps_of_epochs(packed: Artifact, options: dict[str, Any]) -> int:
+    "As the Trainer counts them: the last step of an epoch may be smaller"
+    n_batches = packed.stats["n_rows"] // (options["batch"] * world_size())
+    return math.ceil(options["epochs"] * math.ceil(n_batches / options["accumulation"]))
+
+
+def _corpus_faults(packed: Artifact, corpus: str | Path | None) -> list[str]:
+    "Why another corpus has no held-out text of each language; a single one may be a file"
+    if corpus is None:
+        return []
+    langs = list(packed.stats["sources"])
+    if there := corpus_langs(corpus):
+        without = [lang for lang in langs if not (Path(corpus) / f"{lang}.valid.jsonl").is_file()]
+        return [missing_language(corpus, lang, there, "valid") for lang in without]
+    if len(langs) > 1:
+        return [
+            f"{corpus} is no corpus, but {packed} needs held-out text of {', '.join(langs)}; "
+            "run: cmixtral corpus --sources zh=REF en=REF --out DIR"
+        ]
+    return source_faults(corpus, langs)
 
 
 def _watch_faults(packed: Artifact, options: dict[str, Any]) -> list[str]:

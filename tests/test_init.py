@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from cmixtral_nb import checkpoints, distill
-from cmixtral_nb.checkpoints import INDEX, load_tensor, resolve_model, tensor_files
+from cmixtral_nb.checkpoints import INDEX, embedding_rows, load_tensor, resolve_model, tensor_files
 from cmixtral_nb.corpus import corpus
 from cmixtral_nb.distill import log_shares, sample, stretches
 from cmixtral_nb.init import (
@@ -34,6 +34,7 @@ from cmixtral_nb.init import (
     probe_methods,
     spell,
 )
+from cmixtral_nb.loading import load_model
 from cmixtral_nb.mixtral import small_config
 from cmixtral_nb.pieces import Piece, base_tokenizer_model
 from cmixtral_nb.probe import paired_differences, rank_methods, train_briefly
@@ -207,6 +208,25 @@ def test_any_model_with_embedding_and_head(tok, tmp_path, kind, tied):
     assert b.shape[-1] == len(OLD) + 3 and not info["missing_keys"]
     assert torch.allclose(a, b[..., : len(OLD)], atol=1e-6)
     assert (wide.lm_head.weight is wide.get_input_embeddings().weight) == tied
+
+
+def test_a_model_that_sees_pictures(tok, tmp_path):
+    "Gemma 3 keeps the sizes of its language model in `text_config`"
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(sizes, vocab_size=len(OLD), num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    config = Gemma3Config(text_config=text, vision_config=dict(sizes, image_size=28, patch_size=14))
+    folder = write_tok(tmp_path / "seeing", OLD)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    said = read_json(folder / "config.json")
+    assert "vocab_size" not in said
+    assert embedding_rows(folder) == len(OLD) == said["text_config"]["vocab_size"]
+    a = init(folder, tok, out=tmp_path / "out")
+    assert embedding_rows(a.path) == len(OLD) + 3
+    net = load_model(a.path)
+    assert net.get_input_embeddings().weight.shape[0] == len(OLD) + 3
+    assert net.config.get_text_config().vocab_size == len(OLD) + 3
 
 
 @pytest.mark.parametrize("padding", [1, 3, 10])
@@ -649,6 +669,22 @@ def test_model_without_its_tokenizer(refuses, model, tok):
 def test_fewer_rows_than_tokens(refuses, model, tok, tmp_path):
     write_tok(model, OLD + ["国大"])
     refuses("has 266 rows for 267 tokens", model, write_tok(tmp_path / "y", OLD + ["国大"] + NEW))
+
+
+def test_a_head_with_a_bias(refuses, tok, tmp_path):
+    "Phi-1.5: one number more for each token, which would stay as it is"
+    from transformers import PhiConfig, PhiForCausalLM
+
+    p = write_tok(tmp_path / "phi", OLD)
+    PhiForCausalLM(PhiConfig(**LLAMA)).save_pretrained(p)
+    refuses("has a head with a bias", p, tok)
+
+
+def test_ids_with_a_gap(refuses, model, tok):
+    said = read_json(tok / "tokenizer.json")
+    said["model"]["vocab"]["龙"] += 1
+    write_json(tok / "tokenizer.json", said)
+    refuses(r"269 tokens whose highest id is 269; expected ids without a gap", model, tok)
 
 
 def test_truncated_shard(refuses, model, tok):

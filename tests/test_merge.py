@@ -19,11 +19,17 @@ from safetensors.torch import load_file, save_file
 from test_experts import FAMILIES
 from test_experts import logits as family_logits
 from test_experts import saved as saved_family
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralForCausalLM,
+)
 
 from cmixtral_nb.adapter_forms import single_form, stacked_form, write_form
 from cmixtral_nb.adapters import Adapter, plain_name, save_adapter
-from cmixtral_nb.checkpoints import INDEX, load_tensor, tensor_files, write_tensors
+from cmixtral_nb.checkpoints import INDEX, load_tensor, row_tensors, tensor_files, write_tensors
 from cmixtral_nb.experts import lora_matrices, split_experts
 from cmixtral_nb.loading import load_model, streamed
 from cmixtral_nb.merge import (
@@ -183,6 +189,34 @@ def test_same_bits_as_peft(llama, tmp_path, kw):
     assert (
         max((got[k] - want[k]).abs().max().item() for k in got) < 1e-7 and got.keys() == want.keys()
     )
+
+
+def foreign(folder, kind):
+    "A small model of a family that calls its tables otherwise, and an adapter for it"
+    sizes = dict(vocab_size=V, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    wide = dict(intermediate_size=64) if kind == "gpt_neox" else {}
+    torch.manual_seed(0)
+    asked = AutoConfig.for_model(kind, **sizes, **wide)
+    AutoModelForCausalLM.from_config(asked).save_pretrained(folder)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["query_key_value"])
+    net = shake(get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config))
+    net.save_pretrained(folder / "adapter")
+    return net
+
+
+@pytest.mark.parametrize("kind, names", [("gpt_neox", 2), ("falcon", 1)])
+def test_tables_by_other_names(tmp_path, kind, names):
+    "Pythia has embed_in and embed_out, Falcon word_embeddings; neither was ever in 4 bits"
+    folder = tmp_path / kind
+    net = foreign(folder, kind)
+    net.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    got = tensors(run(folder, folder / "adapter", tmp_path, into="original").path)
+    want = tensors(tmp_path / "theirs")
+    assert got.keys() == want.keys() and len(row_tensors(got)) == names
+    assert max((got[k] - want[k]).abs().max().item() for k in got) < 1e-7
+    rounded = tensors(run(folder, folder / "adapter", tmp_path, "r", into="dequantised").path)
+    same = {k for k in got if torch.equal(got[k], rounded[k])}
+    assert set(row_tensors(got)) <= same and any("dense" in k for k in got.keys() - same)
 
 
 PER_EXPERT = ["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"]
@@ -523,6 +557,27 @@ def test_manifest_says_what_was_in_4_bits(model, adapter, tmp_path):
         dict(kind="adapter", files={}, fingerprint="y", inputs={}, stats=dict(quantised=[])),
     )
     assert run(model, adapter, tmp_path, "p").stats["n_dequantised"] == 0
+
+
+@pytest.mark.parametrize(
+    "stats, match",
+    [
+        (dict(quantised=True), "manifest.json: stats.quantised is True, expected a list"),
+        (dict(quantised=[], quantised_dtype="os"), "stats.quantised_dtype is 'os', expected"),
+    ],
+)
+def test_a_manifest_that_says_nonsense(refuses, model, adapter, stats, match):
+    write_manifest(adapter, inputs={}, stats=stats)
+    refuses(match, model, adapter)
+
+
+def test_a_table_of_no_known_name(refuses, tmp_path):
+    folder = tmp_path / "falcon"
+    foreign(folder, "falcon")
+    found = load_file(folder / "model.safetensors")
+    found["transformer.tokens.weight"] = found.pop("transformer.word_embeddings.weight")
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    refuses("has no embedding by a name that is known", folder, folder / "adapter")
 
 
 def test_adapter_of_another_tool_changes_its_own_matrices_alone(model, tmp_path, capsys):
@@ -913,6 +968,8 @@ def test_pickled_truncated_and_missing_weights(refuses, model, adapter):
     f.write_bytes(whole[:-1])
     refuses("is truncated", model, adapter)
     f.unlink()
+    refuses("adapter_model.safetensors is missing", model, adapter)
+    (adapter / "adapter_model.gguf").write_bytes(b"GGUF")  # no pickle
     refuses("adapter_model.safetensors is missing", model, adapter)
     (adapter / "adapter_model.bin").write_bytes(b"\x80\x04")
     refuses("adapter_model.bin is a pickle, which can run any code", model, adapter)

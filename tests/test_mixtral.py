@@ -172,7 +172,7 @@ def test_hub_only_for_hub_ids(tmp_path, monkeypatch, model):
 def test_hub_failure_is_one_line(monkeypatch):
     import huggingface_hub
 
-    def fail(name, allow_patterns):
+    def fail(name, allow_patterns, ignore_patterns):
         assert not any("bin" in p or p.endswith(".py") for p in allow_patterns)
         raise OSError("cannot reach the hub\nmore\nlines")
 
