@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .executors import PLAIN, begin_work, end_work, parts_folder, start_jobs
+from .executors import PLAIN, done_by_tasks, parts_folder
 from .packing import encode_part
 from .stages import input_fingerprint, tokenizer_fingerprint
 
@@ -55,11 +55,8 @@ def encoded_by_tasks(
         ratios=ratios,
         seed=seed,
     )
-    begin_work(folder, asked, _FOLDERS)
     places = dict(corpus=corpus, tokenizer=tokenizer, out=encoded)
     how: dict[str, Any] = {name: Path(path).resolve() for name, path in places.items()}
-    with start_jobs(engine, tasks, where or []) as jobs:
-        step = partial(_encode, ratios=ratios, how=dict(how, seed=seed))
-        jobs.run("encode", step, tasks, folder / "logs")
-    yield encoded
-    end_work(folder, _FOLDERS)
+    steps = dict(encode=partial(_encode, ratios=ratios, how=dict(how, seed=seed)))
+    with done_by_tasks(folder, asked, _FOLDERS, steps, engine, tasks, where):
+        yield encoded

@@ -24,7 +24,6 @@ import itertools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from heapq import merge
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +133,8 @@ def join_buckets(
     for bucket in buckets:
         sizes.update(bucket.sizes)
     n_chars = sum(bucket.n_chars for bucket in buckets)
-    return Source(1.0, lambda: merge(*map(read_runs, files)), n_chars, sizes=dict(sizes))
+    tree = files[0].with_name("joined.tree")  # where there are too many to open at once
+    return Source(1.0, lambda: merged_runs(files, tree), n_chars, sizes=dict(sizes))
 
 
 # %% ../nbs/a06b_counted.ipynb #105ced27

@@ -15,19 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cmixtral_nb.executors import (
-    PLAIN,
-    begin_work,
-    end_work,
-    engine_faults,
-    parts_folder,
-    start_jobs,
-)
-
 from .byte_bases import TEKKEN, is_byte_base
 from .byte_pieces import counting_of, thinning_of
 from .counted import count_task, counted_source, merge_task
 from .documents import doc_files
+from .executors import PLAIN, done_by_tasks, engine_faults, parts_folder
 from .lexicons import Source
 from .packing import sharing_faults
 
@@ -70,12 +62,12 @@ def counted_by_tasks(
     limit_chars, salts = thinning_of(**how)
     counted = counting_of(**how).identity
     asked = dict(tasks=tasks, counted=counted, limit_chars=limit_chars, salts=salts)
-    begin_work(folder, asked, _FOLDERS)
-    with start_jobs(engine, tasks, where or []) as jobs:
-        for name, step in (("count", _count), ("merge", _merge)):
-            jobs.run(name, partial(step, folder=counts, how=how), tasks, folder / "logs")
-    yield counted_source(counts, options["lang"])
-    end_work(folder, _FOLDERS)
+    steps = {
+        name: partial(step, folder=counts, how=how)
+        for name, step in (("count", _count), ("merge", _merge))
+    }
+    with done_by_tasks(folder, asked, _FOLDERS, steps, engine, tasks, where):
+        yield counted_source(counts, options["lang"])
 
 
 # %% ../nbs/a16b_counting_jobs.ipynb #97d1bca1

@@ -20,17 +20,19 @@ __all__ = [
     "parts_folder",
     "begin_work",
     "end_work",
+    "done_by_tasks",
 ]
 
 # %% ../nbs/a04e_executors.ipynb #4bb25b69
 import contextlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -42,6 +44,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import one_of, range_faults
 from .packages import package_fault
+from .shapes import ANYTHING, read_shaped
 from .stages import StageError, fingerprint, read_json, require, write_json
 
 if TYPE_CHECKING:
@@ -66,10 +69,13 @@ def executor_class(
         ) from None
 
 
+_TRUTHS = {"true": True, "false": False}
+
+
 def executor_options(
     where: Iterable[str],  # NAME=VALUE
 ) -> dict[str, Any]:
-    "Example: ['partition=cpu', 'cpus_per_task=4'] -> {'partition': 'cpu', 'cpus_per_task': 4}"
+    "Example: ['partition=cpu', 'requeue=false'] -> {'partition': 'cpu', 'requeue': False}"
     options = {}
     for entry in [where] if isinstance(where, str) else where or []:
         name, equals, value = str(entry).partition("=")
@@ -77,7 +83,8 @@ def executor_options(
             name.isidentifier() and equals and value,
             f"where: {entry!r}, expected NAME=VALUE, such as partition=cpu",
         )
-        options[name] = int(value) if value.isdigit() else value
+        is_number = re.fullmatch("-?[0-9]+", value)
+        options[name] = int(value) if is_number else _TRUTHS.get(value.lower(), value)
     return options
 
 
@@ -305,7 +312,7 @@ def begin_work(
     note = folder / _REQUEST
     if note.is_file():
         require(
-            read_json(note).get("key") == key,
+            read_shaped(note, {"key?": ANYTHING}).get("key") == key,
             f"{folder} holds the work of another request; finish that one, or delete the folder",
         )
         return
@@ -334,3 +341,22 @@ def end_work(
     (folder / _REQUEST).unlink(missing_ok=True)
     for path in gone:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def done_by_tasks(
+    folder: Path,  # of `parts_folder`
+    asked: dict[str, Any],  # as for `begin_work`
+    own: Iterable[str],  # likewise
+    steps: Mapping[str, _Step],  # name of a job -> what each of its tasks does, in order
+    engine: str,  # of `ENGINES`
+    tasks: int,  # of each job
+    where: Iterable[str] | None = None,  # NAME=VALUE, for the engine
+) -> Iterator[None]:
+    "What the tasks of some jobs write, for as long as it is needed"
+    begin_work(folder, asked, own)
+    with start_jobs(engine, tasks, where or []) as jobs:
+        for name, step in steps.items():
+            jobs.run(name, step, tasks, folder / "logs")
+    yield
+    end_work(folder, own)

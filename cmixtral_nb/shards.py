@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from .documents import can_cut, doc_files, n_hub_files, read_part
@@ -41,7 +42,7 @@ class Part:
     "A file, or the lines of it that begin between two bytes"
 
     ref: str  # the source that names it, as for `read_docs`
-    file: str | int  # its name; of a data set of the hub, its number
+    file: str | int  # its whole path; of a data set of the hub, its number
     start: int = 0  # byte
     end: int = 0  # byte after the last, 0: all; of the hub, how many files there are
     n_bytes: int = 0  # of it on disk; 0: unknown
@@ -56,7 +57,7 @@ def parts_of(
         n_files = n_hub_files(ref)
         return [Part(ref, number, end=n_files) for number in range(n_files)]
     parts = []
-    for path in doc_files(ref):
+    for path in map(Path.absolute, doc_files(ref)):  # tasks may run in another working directory
         n_bytes = path.stat().st_size
         if n_bytes <= size_bytes or not can_cut(path):
             parts.append(Part(ref, str(path), n_bytes=n_bytes))
