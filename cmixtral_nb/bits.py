@@ -16,6 +16,7 @@ __all__ = [
     "bits_per_byte",
     "require_finite",
     "head_loss",
+    "plain_logits",
     "without_logits",
 ]
 
@@ -316,10 +317,12 @@ def _head_of(module: nn.Module) -> _Head | None:  # None: more than a product wi
     return _Head(module.weight.detach(), module.weight, None)
 
 
-def _plain_logits(config: PretrainedConfig) -> bool:
+def plain_logits(
+    config: PretrainedConfig,  # of a causal language model
+) -> bool:
     "Whether the logits are what the head returns, neither scaled nor capped (Gemma, Granite, ...)"
-    settings = config.to_dict()
-    changed = re.compile("logits?_.*(scal|cap)|lm_head_multiplier")
+    settings = config.to_dict() | config.get_text_config().to_dict()
+    changed = re.compile("logits?_.*(scal|cap)|lm_head_multiplier|output_multiplier|^softcap$")
     return not any(changed.search(name) and settings[name] not in (None, 1) for name in settings)
 
 
@@ -423,7 +426,7 @@ def without_logits(
     model: PreTrainedModel,  # any causal language model, without peft's wrapper
 ) -> None:
     "From now on its training steps take the loss from the hidden states, and return no logits"
-    if _plain_logits(model.config):
+    if plain_logits(model.config):
         hooks = _HeadLeftOut()
         model.register_forward_pre_hook(hooks.before, with_kwargs=True)
         model.register_forward_hook(hooks.after, always_call=True)
