@@ -7,7 +7,6 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = [
-    "BYTE_PIECES",
     "alp",
     "byte_pieces",
     "base_pieces",
@@ -79,6 +78,7 @@ from .languages import script_pattern
 from .machine import say
 from .pieces import Piece, base_tokenizer_model, read_model, read_pieces
 from .runs import mark_pattern, run_pattern, weighted_totals
+from .spaced_bases import BYTE_PIECES
 from .stages import require, stage
 from .tokenizer import base_cutter, bpe_parts
 
@@ -101,9 +101,6 @@ def alp(
 
 
 # %% ../nbs/03_search.ipynb #ad7c7f30
-BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
 def byte_pieces(
     char: str,  # a character that the base lacks
 ) -> tuple[str, ...]:
@@ -536,12 +533,8 @@ def choose(
     "The knee of the best ALP, or less where pieces would be seen too rarely, or nothing"
     best = best_by_total(rows)
     fewest_tokens = min(row["n_tokens"] for row in rows if row["domain"] == "mean")
-    saved = 1 - fewest_tokens / base_tokens
-    if saved < min_saving:
-        return _refusal(
-            best,
-            f"{max(best):,} pieces save {saved:.1%} of the tokens, less than {min_saving:.0%}",
-        )
+    if 1 - fewest_tokens / base_tokens < min_saving:
+        return _refusal(best, _too_little(max(best), fewest_tokens / base_tokens, min_saving))
 
     bend = knee(list(best), [row["alp"] for row in best.values()])
     largest = max(best) if bend is None else int(bend)
@@ -551,6 +544,9 @@ def choose(
 
     n_pieces = max(affordable)
     where = _where(n_pieces, best, bend, min_seen)
+    left = best[n_pieces]["n_tokens"] / base_tokens
+    if 1 - left < min_saving:
+        return _refusal(best, f"{_too_little(n_pieces, left, min_saving)}; it is {where}")
     why = _reasons(best[n_pieces], where, base_tokens, budget, merges)
     return _verdict(n_pieces, best[n_pieces], why)
 
@@ -592,6 +588,11 @@ def _reasons(row: dict, where: str, base_tokens: float, budget: float, merges: b
             f"{_seen(row['per_last_row'], budget):,.0f} times"
         )
     return words
+
+
+def _too_little(n_pieces: int, left: float, min_saving: float) -> str:
+    "Why pieces are not worth it that leave this share of the tokens"
+    return f"{n_pieces:,} pieces save {1 - left:.1%} of the tokens, less than {min_saving:.0%}"
 
 
 def _seldom(best: dict[int, dict], budget: float, min_seen: float) -> str:
@@ -670,7 +671,8 @@ def draw_again(
             counts = times @ _matrix([block.counts[total] for block in own])  # (draws, tokens)
             n_tokens[:, place] += counts.sum(1)
             for draw, of_draw in enumerate(counts):
-                alps[draw, place] += alp(of_draw, int(n_sentences[draw])) / len(blocks)
+                # a draw may have no sentence of the script
+                alps[draw, place] += alp(of_draw, max(1, int(n_sentences[draw]))) / len(blocks)
     return Drawn(totals, alps, n_tokens)
 
 
@@ -701,8 +703,8 @@ def blocks_of(
     for domain, texts in docs.items():
         # every n-th document: block 0 gets the documents 0, n, 2n ...
         blocks = [cut(texts[i::n_blocks]) for i in range(min(n_blocks, len(texts)))]
-        if own := [block for block in blocks if block.n_sentences]:
-            found[domain] = own
+        if any(block.n_sentences for block in blocks):
+            found[domain] = blocks
     return found
 
 
@@ -769,6 +771,14 @@ def _grid(
 _Text = TypeVar("_Text", Heldout, ByteText)
 
 
+def _no_script(corpus: str | Path, lang: str, script: str) -> str:
+    "What to say where no text has the script"
+    return (
+        f"{corpus}: the held-out {lang} text has no {script} characters; "
+        f"run: cmixtral corpus --sources {lang}=REF"
+    )
+
+
 def _with_the_script(read: dict[str, _Text], missing: str) -> dict[str, _Text]:
     "The domains that have text in the script; `StageError(missing)` where none has"
     texts = {domain: text for domain, text in read.items() if text.n_sentences}
@@ -803,14 +813,14 @@ def _try_pieces(
     totals: list[str] | None,
     chars: list[str] | None,
     width: int,
-    missing: str,  # what to say where no text has the script
+    missing: Callable[[str], str],  # script -> what to say where no text has it
 ) -> _Tried:
     "Vocabularies of a sentencepiece base"
     base_file = base_tokenizer_model(base)
     candidates = read_pieces(pieces, script)
     have = base_pieces(base_file, script)
     read = {domain: read_heldout(texts, base_file, script) for domain, texts in docs.items()}
-    texts = _with_the_script(read, missing.format(script))
+    texts = _with_the_script(read, missing(script))
     rows = search_table(candidates, have, texts, *_grid(candidates, have, totals, chars), width)
 
     @functools.cache  # one model for all blocks
@@ -855,7 +865,7 @@ def _try_merges(
     base: str,
     totals: list[str] | None,
     width: int,
-    missing: str,  # what to say where no text has the script
+    missing: Callable[[str], str],  # script -> what to say where no text has it
 ) -> _Tried:
     "Vocabularies of a byte-level base"
     found = read_merges(pieces, base)
@@ -865,7 +875,7 @@ def _try_merges(
         domain: read_byte_text(texts, grown, script, _SENTENCE_END)
         for domain, texts in docs.items()
     }
-    texts = _with_the_script(read, missing.format(script))
+    texts = _with_the_script(read, missing(script))
     n = len(found.merges)
     asked = whole_numbers("totals", totals, 1) or [max(1, n * i // 16) for i in range(1, 17)]
     sizes = sorted({min(total, n) for total in asked})  # more than all is all
@@ -880,12 +890,18 @@ def _try_merges(
     return _Tried(byte_table(found, texts, sizes, width), before, texts, n, script, ceiling, cut)
 
 
+_FEW_DOCS = 5  # drawn anew, fewer are alike too often
+
+
 def _spread(tried: _Tried, docs: dict[str, list[str]], choice: dict) -> dict:
     "What other documents would have said of the order that was chosen"
+    n_docs = sum(map(len, docs.values()))
+    if n_docs < _FEW_DOCS:
+        say("search", f"no interval: {n_docs} documents are too few to say what others would")
+        return dict(n_docs=n_docs, knee_range=None, saved_range=None)
     own = {row["n_pieces"] for row in tried.rows if row["n_chars"] == choice["n_chars"]}
     blocks = blocks_of(docs, functools.partial(tried.cut, choice["n_chars"], [0, *sorted(own)]))
     spread = spread_of(blocks, choice["n_pieces"] or max(own))
-    n_docs = sum(map(len, docs.values()))
     say(
         "search",
         f"other documents like these {n_docs:,}: the knee of this order from {spread.knee[0]:,} "
@@ -931,10 +947,7 @@ def search(
 ):
     "Try vocabularies on held-out text: what each saves and costs, the knee, and a verdict"
     docs = heldout(corpus, lang, limit_chars, domains)
-    missing = (
-        f"{corpus}: the held-out {lang} text has no {{}} characters; "
-        f"run: cmixtral corpus --sources {lang}=REF"
-    )
+    missing = functools.partial(_no_script, corpus, lang)
     if is_byte_base(base):
         tried = _try_merges(pieces, docs, base, totals, width, missing)
     else:

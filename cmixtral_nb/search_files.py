@@ -22,7 +22,7 @@ __all__ = [
 # %% ../nbs/a10b_search_files.ipynb #226dba98
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from .byte_pieces import byte_script_faults, known_base
 from .byte_vocab import byte_vocab_faults, byte_vocab_option_faults
 from .certificate import CERTIFICATE_RANGES
 from .corpora import corpus_langs, lang_faults, missing_language
-from .documents import read_docs
+from .documents import read_docs, up_to
 from .languages import script_pattern
 from .options import at_least, between, faults_of, range_faults, refuse, split_name
 from .pieces import base_tokenizer_model, read_pieces
@@ -54,7 +54,8 @@ def _by_source(rows: Iterable[dict], limit_chars: int) -> dict[str, list[str]]:
             n_chars[source] += len(row["text"])
     small = [source for source in texts if n_chars[source] < 0.02 * n_chars.total()]
     if len(small) > 1:
-        texts["other"] = [text for source in small for text in texts.pop(source)]
+        joined = [text for source in small for text in texts.pop(source)]
+        texts["other"] = texts.get("other", []) + joined  # a large source may be called so
     return texts
 
 
@@ -62,19 +63,13 @@ def _named_domain(given: str, limit_chars: int) -> tuple[str, list[str]]:
     "Name and documents of NAME=REF"
     name, ref = split_name(given)
     require(name and ref, f"domains: {given!r}, expected NAME=REF, such as news=news.jsonl")
-    groups = _by_source(read_docs(ref), limit_chars).values()
-    docs = list(itertools.chain.from_iterable(groups))
+    docs = list(up_to((row["text"] for row in read_docs(ref)), limit_chars))
     require(docs, f"domains: {given} is empty, expected held-out text; give another file")
     return name, docs
 
 
-def heldout(
-    corpus: Artifact | str | Path,  # a corpus folder, or a file or folder of text
-    lang: str = "zh",  # language
-    limit_chars: int = 0,  # of each domain; 0: all
-    domains: list[str] | None = None,  # more text, "NAME=REF" each
-) -> dict[str, list[str]]:  # domain -> documents
-    "Held-out text by domain; `StageError` where there is none"
+def _heldout_rows(corpus: Artifact | str | Path, lang: str) -> Iterator[dict]:
+    "Held-out documents of a corpus, or those of a file, one after another"
     path = Path(getattr(corpus, "path", corpus))
     require(
         path.exists(),
@@ -85,9 +80,29 @@ def heldout(
     if langs := corpus_langs(path):
         file = path / f"{lang}.valid.jsonl"
         require(file.stat().st_size, missing_language(path, lang, langs, "valid"))
-    texts = _by_source(read_docs(file), limit_chars)
-    texts.update(_named_domain(given, limit_chars) for given in domains or [])
-    require(any(texts.values()), f"{path} holds no text to judge by; give held-out text")
+    rows = read_docs(file)
+    first = list(itertools.islice(rows, 1))
+    require(first, f"{path} holds no text to judge by; give held-out text")
+    return itertools.chain(first, rows)
+
+
+def heldout(
+    corpus: Artifact | str | Path,  # a corpus folder, or a file or folder of text
+    lang: str = "zh",  # language
+    limit_chars: int = 0,  # of each domain; 0: all
+    domains: list[str] | None = None,  # more text, "NAME=REF" each
+) -> dict[str, list[str]]:  # domain -> documents
+    "Held-out text by domain; `StageError` where there is none"
+    texts = _by_source(_heldout_rows(corpus, lang), limit_chars)
+    for given in domains or []:
+        name, docs = _named_domain(given, limit_chars)
+        require(name not in texts, f"domains: {given}: there is a domain {name}; give another name")
+        texts[name] = docs
+    require(
+        "mean" not in texts,
+        "a domain is called mean, as is the row of all together; rename that source of the corpus, "
+        "or that of --domains",
+    )
     return texts
 
 
@@ -175,7 +190,7 @@ def check_search(
         [
             *search_option_faults(script=script, base=base, **options),
             *candidates,
-            *faults_of(heldout, corpus, lang, 1),
+            *faults_of(_heldout_rows, corpus, lang),
         ]
     )
 

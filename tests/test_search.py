@@ -1,8 +1,10 @@
 "Choosing a vocabulary: ALP against its definition, closed selections, bad inputs."
 
+import itertools
 import json
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,6 +270,11 @@ def test_verdict_asks_what_is_saved_and_what_will_be_trained():
     assert "the largest total up to no knee, so the last (200) of 2 totals" in choice["why"]
     assert "at which one of the last tenth of the pieces is seen 20 times" in choice["why"]
     assert "one of the last tenth of the pieces 50 times" in choice["why"]
+    choice = choose(rows, 1050, budget=1e6, min_saving=0.2)  # 200 pieces would save enough
+    assert choice["n_pieces"] == 0
+    assert choice["why"].startswith(
+        "do not extend: 100 pieces save 14.3% of the tokens, less than 20%; it is the largest total"
+    )
     choice = choose(rows, 2000, budget=1e5)
     assert choice["n_pieces"] == 0
     seldom = (
@@ -458,6 +465,36 @@ def test_nothing_held_out_and_nothing_to_cut(made, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_braces_in_a_path_are_a_path(made, tmp_path):
+    pieces = made[2]
+    folder = tmp_path / "{zh}{}"
+    folder.mkdir()
+    (folder / "a.txt").write_text("第一篇文章讲词表的扩充。", encoding="utf-8")
+    (folder / "en.txt").write_text("no Han at all")
+    assert search(pieces, folder / "a.txt", out=tmp_path / "s").stats["n_docs"] == 1
+    with pytest.raises(StageError, match="{zh}{}/en.txt: the held-out zh text has no Han"):
+        search(pieces, folder / "en.txt", out=tmp_path / "t")
+
+
+def test_no_more_text_is_read_than_asked_for(made, tmp_path, monkeypatch):
+    "A data set of the hub has no end that one could wait for"
+    from cmixtral_nb import search_files
+
+    def endless(ref):
+        return ({"text": "词表" * 5, "source": str(i % 7)} for i in itertools.count())
+
+    (tmp_path / "a.txt").write_text("词表", encoding="utf-8")
+    monkeypatch.setattr(search_files, "read_docs", endless)
+    options: dict[str, Any] = dict(
+        base="mixtral", chars=None, totals=None, domains=["news=hub:a/b"]
+    )
+    assert search_files.search_option_faults(**options, script="Han") == []
+    with pytest.raises(StageError, match="width is 0"):
+        search(made[2], tmp_path / "a.txt", out=tmp_path / "s", domains=["n=hub:a/b"], width=0)
+    name, docs = search_files._named_domain("news=hub:a/b", 95)
+    assert (name, len(docs)) == ("news", 10)  # of all sources together
+
+
 @pytest.mark.parametrize(
     "content, words",
     [("{", "not valid JSON"), ('{"n_pieces": "9"}', "holds no choice"), ("[]", "holds no choice")],
@@ -499,7 +536,31 @@ def test_spread_is_the_same_again_and_each_domain_has_one_vote():
     with_empty = blocks_of(
         {"x": ["甲", ""], "y": [""]}, lambda docs: block({}, n_sentences=len("".join(docs)))
     )
-    assert {domain: len(own) for domain, own in with_empty.items()} == {"x": 1}
+    assert {domain: len(own) for domain, own in with_empty.items()} == {"x": 2}
+
+
+def test_spread_lies_around_the_number_that_all_documents_give():
+    "Half of the documents have no character of the script; their tokens count as well"
+    docs = [f"词表{i}" if i % 2 else f"list {i}" for i in range(20)]
+
+    def cut(own):
+        n_han = sum("词" in doc for doc in own)
+        tokens = Counter(a=10 * len(own))
+        return Block({0: tokens, 1: tokens - Counter(a=5 * n_han)}, n_han)
+
+    low, high = spread_of(blocks_of({"x": docs}, cut), 1).saved
+    assert low < 0.25 < high < 0.5
+
+
+def test_few_documents_give_no_interval(made, tmp_path, capsys):
+    d, _, pieces = made
+    for n_docs in (4, 5):
+        texts = "\n\n".join(f"第{i}篇文章讲词表的扩充。" for i in range(n_docs))
+        (tmp_path / "a.txt").write_text(texts, encoding="utf-8")
+        found = search(pieces, tmp_path / "a.txt", out=tmp_path / f"s{n_docs}").stats
+        assert (found["saved_range"] is None) == (n_docs == 4) == (found["knee_range"] is None)
+    said = capsys.readouterr().out
+    assert "no interval: 4 documents are too few" in said and "like these 5:" in said
 
 
 def test_blocks_together_are_the_documents():
