@@ -30,6 +30,7 @@ __all__ = [
 
 # %% ../nbs/a03_machine.ipynb #e56fd957
 import contextlib
+import math
 import os
 import re
 import sys
@@ -170,8 +171,46 @@ def progress(
 
 
 # %% ../nbs/a03_machine.ipynb #be299363
+# file with the limit of a control group -> file with what it uses; the newer kind, the older one
+_LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
+_CACHED = re.compile(r"^(?:total_)?(?:in)?active_file (\d+)$", re.MULTILINE)  # given back if needed
+
+
+def _room(group: Path) -> float:
+    "Bytes that the processes of a control group may still take; infinite where nothing limits it"
+    for limit, used in _LIMITS.items():
+        with suppress(OSError, ValueError):  # no such file, or the limit is "max"
+            room = int((group / limit).read_text()) - int((group / used).read_text())
+            return room + sum(map(int, _CACHED.findall((group / "memory.stat").read_text())))
+    return math.inf
+
+
+def _groups(
+    own: str = "/proc/self/cgroup",  # says which group a process belongs to
+    root: str = "/sys/fs/cgroup",
+) -> list[Path]:
+    "The control groups that limit the memory of this process: its own, and those around it"
+    try:
+        lines = Path(own).read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:  # such as "0::/user.slice" or "4:memory:/docker/27eb"
+        _, controllers, name = line.split(":", 2)
+        if controllers in ("", "memory"):
+            top = Path(root, controllers)
+            group = top / name.strip("/")
+            found += [one for one in (group, *group.parents) if one.is_relative_to(top)]
+    return found
+
+
 def available_bytes() -> int:
     "RAM that a process can have now, in bytes; 0 where the system does not say"
+    return int(max(0, min(_free_bytes(), *map(_room, _groups()), math.inf)))
+
+
+def _free_bytes() -> int:
+    "RAM of the machine that is free now, in bytes; 0 where the system does not say"
     try:
         import psutil
 
