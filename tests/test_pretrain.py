@@ -223,6 +223,18 @@ def test_refused_before_loading(here, tmp_path, monkeypatch):
     fails("no manifest.json", tokens="model")
     fails("does not exist", model="nothing")
     fails("(?s)expected a tokens.*dropout is 1", tokens="nothing", dropout=1)  # both at once
+    fails("rows_steps is 4, expected below steps, 4: LoRA would not be trained", rows_steps=4)
+    fails("rows_steps is 99, .* below steps, 54", rows_steps=99, steps=0, epochs=2)  # 27 an epoch
+    fails("rows_steps is 1, but rows is none", rows_steps=1, rows="none")
+    fails("missing does not exist|missing is neither", corpus=here / "missing")
+    both = here / "both"
+    both.mkdir()
+    for name in ("zh.train", "zh.valid", "en.train", "en.valid"):
+        shutil.copy(here / "zh.jsonl", both / f"{name}.jsonl")
+    pack(both, here / "model", here / "two", mix=["1:zh", "1:en"], length=32)
+    (both / "en.valid.jsonl").unlink()
+    fails("zh.jsonl is no corpus, .*two needs", tokens="two", corpus=here / "zh.jsonl")
+    fails("has no held-out en text; run: cmixtral corpus --valid", tokens="two", corpus=both)
     tokenizer_file = shutil.copytree(here / "model", here / "other") / "tokenizer.json"
     larger = read_json(tokenizer_file)
     larger["added_tokens"].append(dict(id=32000, content="<|x|>", special=True))
