@@ -16,6 +16,7 @@ __all__ = [
     "read_whole",
     "lines_between",
     "begun_lines",
+    "in_utf8",
     "fits_line",
     "doc_files",
     "n_hub_files",
@@ -277,16 +278,18 @@ class _Reader:
             expected = f'expected an object with a string under "{self.column or "text"}"'
             self.bad("no text", number, expected)
             return None
-        text = _in_utf8(text)
+        text = in_utf8(text)
         if 4 * len(text) > LONGEST and len(text.encode()) > LONGEST:
             self.bad(TOO_LONG, number, f"the document is {TOO_LONG}")
             return None
         source = record.get("source")
         named = str(source) if isinstance(source, str | int | float) else self.source
-        return {**record, "text": text, "source": _in_utf8(named)}
+        return {**record, "text": text, "source": in_utf8(named)}
 
 
-def _in_utf8(text: str) -> str:
+def in_utf8(
+    text: str,  # of JSON
+) -> str:
     "Without halves of surrogate pairs, which JSON can name and no file can hold"
     return text if text.isascii() else text.encode("utf-8", "ignore").decode()
 

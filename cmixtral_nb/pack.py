@@ -245,22 +245,21 @@ def pack(
                 encode_part(*how, folder, lang, ratio, valid_share, seed, workers=workers)
             parts = Parts(folder, lang, writer.dtype)
             sources[lang] = _pack_source(writer, number, parts, ratio, seed)
+            require(  # or training would never see it
+                sources[lang]["n_rows"],
+                f"{corpus} gives {sources[lang]['n_tokens']:,} tokens of {lang}, less than one "
+                f"example of {length:,}; give more text, a larger ratio or a smaller --length",
+            )
             shutil.rmtree(out / "parts", ignore_errors=True)
             held_out = source_texts(corpus, lang, "valid", valid_share)
             valid_file = out / f"valid.{lang}.jsonl"
             sources[lang]["n_valid"] = _write_valid(valid_file, held_out, valid_chars)
-        n_tokens = sum(source["n_tokens"] for source in sources.values())
-        require(
-            writer.n_examples,
-            f"{corpus} gives {n_tokens:,} tokens, less than one example of {length:,}; "
-            "give more text or a smaller --length",
-        )
     writer.finish(fingerprint([tokenizer_key, sources, length]))
     _say_packed(writer, sources)
     return dict(
         tokenizer=tokenizer_key,
         n_rows=writer.n_examples,
-        n_tokens=n_tokens,
+        n_tokens=sum(source["n_tokens"] for source in sources.values()),
         length=length,
         dtype=writer.dtype,
         vocab_size=len(tok),

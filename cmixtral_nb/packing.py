@@ -36,6 +36,7 @@ __all__ = [
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from fractions import Fraction
@@ -47,7 +48,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .checkpoints import ahead
 from .corpora import corpus_langs, corpus_texts, missing_language
 from .corpus import is_heldout
-from .documents import doc_files, text_batches
+from .documents import doc_files, in_utf8, text_batches
 from .executors import PLAIN, engine_faults
 from .options import at_least, between, faults_of, range_faults, refuse
 from .stages import StageError, read_json, require, write_json
@@ -89,7 +90,7 @@ def parse_mix(
     ratios: dict[str, float] = {}
     for entry in entries:
         ratio, lang = _split_entry(str(entry))
-        if not lang or not 0 < ratio < math.inf:
+        if not re.fullmatch(r"[\w-]+", lang) or not 0 < ratio < math.inf:  # files are named so
             faults.append(
                 f"mix has {entry!r}, expected RATIO:LANG with a ratio above 0, such as 0.5:en"
             )
@@ -235,10 +236,12 @@ def _text_of(line: bytes) -> str | None:
     "The document of a line of a corpus; None where the line holds none"
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     text = record.get("text") if isinstance(record, dict) else None
-    return text if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    return in_utf8(text) if b"\\u" in line else text  # half a character has to be spelled so
 
 
 # %% ../nbs/a15_packing.ipynb #463e7122

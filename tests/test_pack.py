@@ -406,6 +406,8 @@ def test_text_never_becomes_control(here, tmp_path):
         (["0:zh"], "above 0"),
         (["x:zh"], "RATIO:LANG"),
         (["1:"], "RATIO:LANG"),
+        (["1:../../x"], "RATIO:LANG"),
+        (["1:[z]h"], "RATIO:LANG"),
         (["nan:zh"], "above 0"),
         (["1:zh", ".5:zh"], "mix names zh twice; give one ratio, such as 1.5:zh"),
     ],
@@ -437,13 +439,36 @@ def test_faults_come_together_and_leave_nothing(here, tmp_path):
 def test_a_bad_line_is_named(here, tmp_path):
     c = write_corpus(tmp_path / "c", zh=["词表"] * 9)
     f = c / "zh.train.jsonl"
-    for bad in ('{"text": ', '{"txt": "a"}', '{"text": 7}'):
+    for bad in ('{"text": ', '{"txt": "a"}', '{"text": 7}', '{"text": ' + "[" * 100_000):
         f.write_text('{"text": "词表"}\n' * 4 + bad + "\n")
         with pytest.raises(
             StageError, match='zh.train.jsonl:5: expected an object with a string under "text"'
         ):
             pack(c, here / "tok", tmp_path / "t", mix=["zh"], length=8)
     assert not list(tmp_path.glob("t*"))
+
+
+def test_half_a_character_is_left_out(here, tmp_path):
+    "As where a corpus is made; files from elsewhere may hold it"
+    c = write_corpus(tmp_path / "c", zh=["词表"] * 9)
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    for out, line in ((half, r'{"text": "\uD83d词表\uDE00"}'), (whole, '{"text": "词表"}')):
+        (c / "zh.train.jsonl").write_text(f"{line}\n" * 9)
+        pack(c, here / "tok", out, mix=["zh"], length=8)
+    assert load_examples(half)[:] == load_examples(whole)[:]
+
+
+def test_a_source_shorter_than_an_example_is_said(here, tmp_path):
+    "Else its tokens would be counted, and no example would hold one"
+    c = write_corpus(tmp_path / "c", zh=["词表扩充"] * 40, en=["a word"] * 4)
+    mix = ["1:zh", "0.5:en"]
+    with pytest.raises(StageError, match="tokens of en, less than one example of 64; give more"):
+        pack(c, here / "tok", tmp_path / "t", mix=mix, length=64)
+    assert not list(tmp_path.glob("t*"))
+    made = pack(c, here / "tok", tmp_path / "t", mix=mix, length=8)
+    assert made.stats["sources"]["en"]["n_rows"] == 2
+    with pytest.raises(StageError, match="gives 0 tokens of en"):
+        pack(c, here / "tok", tmp_path / "n", mix=["1:zh", "1e-7:en"], length=8)
 
 
 def test_a_worker_that_dies(tok, monkeypatch):
