@@ -37,6 +37,8 @@ from cmixtral_nb.checkpoints import (
     copy_config,
     copy_tokenizer,
     copy_weights,
+    is_embedding,
+    is_head,
     load_tensor,
     resolve_model,
     row_tensors,
@@ -96,10 +98,16 @@ def pieces_of(
 
 
 # %% ../nbs/06_init.ipynb #ebeeb598
+def _stand_in(tok: PreTrainedTokenizerBase) -> int:
+    "The id for what a tokenizer cannot spell"
+    return next((i for i in (tok.unk_token_id, tok.eos_token_id) if i is not None), 0)
+
+
 def _spell_as_the_seed(tok: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[list[int]]:
     "Decoded and encoded again, with BOS and ▁ where the tokenizer puts them"
     texts = [piece_bytes(piece).decode(errors="replace") for piece in pieces]
-    return tok(texts, add_special_tokens=True)["input_ids"]
+    found = tok(texts, add_special_tokens=True)["input_ids"]
+    return [ids or [_stand_in(tok)] for ids in found]
 
 
 def spell(
@@ -120,7 +128,6 @@ def speller(
     bpe = tok.backend_tokenizer.model  # below the normaliser, which would put ▁ in front
     vocab = tok.get_vocab()
     in_letters = _is_byte_level(tok)
-    unknown = next((i for i in (tok.unk_token_id, tok.eos_token_id) if i is not None), 0)
 
     def ids_of(piece: str) -> list[int]:
         name = to_letters(piece_bytes(piece)) if in_letters else piece
@@ -130,6 +137,7 @@ def speller(
             return [vocab[byte[0]] for byte in _BYTE.finditer(name) if byte[0] in vocab]
         return [token.id for token in bpe.tokenize(name)]
 
+    unknown = _stand_in(tok)
     return lambda piece: ids_of(piece) or [unknown]
 
 
@@ -354,7 +362,7 @@ def _made(
     for name in row_tensors(files):
         W = load_tensor(files, name)
         old_rows = W[: len(old_pieces)]  # without those that pad the matrix
-        head = name.endswith("lm_head.weight")
+        head = is_head(name)
         rows = new_rows(old_rows, spellings, method, seed, change.pieces, old_pieces, head)
         if change.taken:
             rows[[*change.taken]] = old_rows[[*change.taken.values()]]
@@ -365,7 +373,7 @@ def _made(
 
 def _taught(files: dict[str, Path], change: _Change, taught: Taught) -> _Grown:
     "Rows that a model has taught; a head that was one matrix with the embedding is its own now"
-    embedding = next(name for name in row_tensors(files) if not name.endswith("lm_head.weight"))
+    embedding = next(filter(is_embedding, files))
     matrices, norms = {}, {}
     for name, rows in ((embedding, taught.embedding), ("lm_head.weight", taught.head)):
         W = load_tensor(files, name if name in files else embedding)
@@ -475,8 +483,10 @@ def _about_lessons(stats: dict[str, Any]) -> str:
         return ""
     found = stats["distill"]
     errors = " to ".join(f"{error:.2f}" for error in found["error"])
+    losses = " to ".join(f"{loss:.2f}" for loss in found["head_loss"])
+    of_head = f"; loss of the head {losses} nats a token" if losses else ""
     own = "; the head is a matrix of its own now" if found["untied"] else ""
-    return f"; error of the states {errors}; {found['n_lowered']:,} old rows lowered{own}"
+    return f"; error of the states {errors}{of_head}; {found['n_lowered']:,} old rows lowered{own}"
 
 
 @stage(

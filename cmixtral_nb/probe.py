@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .base import text_blocks
-from .bits import bits_per_byte, head_loss
+from .bits import bits_per_byte, head_loss, plain_logits
 from .corpora import corpus_langs, corpus_texts
 from .figures import BLUE, GREY, in_style, panels
 from .languages import language_name
@@ -80,11 +80,24 @@ def probe_texts(
         held_out = [text[:2000] for text in corpus_texts(corpus, lang, "valid", limit_chars)]
         if held_out:
             valid[lang] = held_out
+    require(documents, f"{corpus} has no text to train on; run: cmixtral corpus --limit-chars N")
     random.Random(0).shuffle(documents)
     return ProbeTexts(tok, encode_plain(tok, documents), valid)
 
 
 # %% ../nbs/a14_probe.ipynb #2285babd
+def _next_token_loss(net: PreTrainedModel, ids: Tensor) -> Tensor:
+    "Cross entropy; all logits are held only where they are more than a product with the head"
+    from torch.nn.functional import cross_entropy
+
+    head, targets = net.get_output_embeddings(), ids[:, 1:].flatten()
+    if plain_logits(net.config) and getattr(head, "bias", None) is None:
+        hidden = net.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return head_loss(hidden[:, :-1].flatten(0, 1), head.weight, targets)
+    logits = net(input_ids=ids, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
+
+
 def train_briefly(
     net: PreTrainedModel,  # changed
     blocks: Tensor,  # (n, length) token ids
@@ -102,10 +115,7 @@ def train_briefly(
     for step in range(steps):
         first = step * batch
         ids = blocks[[i % len(blocks) for i in range(first, first + batch)]].to(net.device)
-        hidden = net.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        head = net.get_output_embeddings().weight
-        loss = head_loss(hidden[:, :-1].flatten(0, 1), head, ids[:, 1:].flatten())
-        loss.backward()
+        _next_token_loss(net, ids).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -141,9 +151,14 @@ def probe_model(
     lr: float = 1e-3,  # peak learning rate
 ) -> dict[str, float]:  # language -> bits per byte of held-out text after the steps
     "Train one candidate briefly and measure it"
-    net = load_float32(folder)
     tok = texts.tok
     blocks = text_blocks(texts.train, length, **special_ids(tok), seed=seed)
+    require(
+        len(blocks) > 0,
+        f"a probe reads blocks of {length} tokens, the corpus has "
+        f"{sum(map(len, texts.train))} to train on; give a larger one",
+    )
+    net = load_float32(folder)
     train_briefly(net, blocks, steps, batch, lr)
     return {
         lang: bits_per_byte(net, tok, documents, length)["bits_per_byte"]

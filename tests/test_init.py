@@ -23,7 +23,8 @@ from transformers import (
 from cmixtral_nb import checkpoints, distill
 from cmixtral_nb.checkpoints import INDEX, embedding_rows, load_tensor, resolve_model, tensor_files
 from cmixtral_nb.corpus import corpus
-from cmixtral_nb.distill import log_shares, sample, stretches
+from cmixtral_nb.distill import Sample, stretches
+from cmixtral_nb.heads import log_shares
 from cmixtral_nb.init import (
     METHODS,
     init,
@@ -324,6 +325,16 @@ def test_mean_and_seed_spell_differently(real):
     )
 
 
+def test_what_the_old_tokenizer_drops_is_its_unknown_token(tmp_path):
+    "As the seed spells, with a tokenizer that puts nothing in front and has no such character"
+    t = Tokenizer(models.BPE(vocab={"<unk>": 0, "a": 1}, merges=[]))
+    t.add_special_tokens(["<unk>"])
+    silent = load_tokenizer(save_tok(t, tmp_path / "silent", unk_token="<unk>"))
+    spellings = spell(silent, ["a", "龙"], "seed")
+    assert spellings == [[1], [0]]
+    assert new_rows(torch.eye(2), spellings, "seed").tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=6))
 def test_mean_rows_lie_between_their_parts(spellings):
@@ -602,7 +613,10 @@ def test_stretches_are_the_text(ids, length):
 
 @given(st.integers(0, 30), st.integers(1, 30))
 def test_a_sample_holds_each_item_once(n, size):
-    kept = sample(([i] for i in range(n)), size, seed=3)
+    few = Sample(size, seed=3)
+    for i in range(n):
+        few.add([i])
+    kept = few.drawn()
     assert len(kept) == min(n, size) and len({i for (i,) in kept}) == len(kept)
 
 
@@ -759,6 +773,14 @@ def test_a_probe_needs_held_out_text(refuses, model, tok, tmp_path):
         tok,
         probe=tmp_path / "a.txt",
     )
+
+
+def test_a_probe_of_three_words(refuses, model, tok, read):
+    (read / "zh.valid.jsonl").write_text((read / "zh.train.jsonl").read_text())
+    (read / "zh.train.jsonl").write_text("")
+    refuses("has no text to train on", model, tok, probe=read)
+    (read / "zh.train.jsonl").write_text(json.dumps({"text": "abc"}) + "\n")
+    refuses("blocks of 128 tokens, the corpus has .* to train on", model, tok, probe=read)
 
 
 def test_all_faults_at_once(model, tmp_path):
