@@ -125,7 +125,7 @@ def _targets(a: Adapter, disk: OnDisk) -> list[_Target]:
                 disk.parameters[parameter],
                 matrices,
                 rank=max(a.rank_alpha(name)[0] for name in names),
-                scale=a.scale(names[0]),
+                scale=next(filter(None, map(a.scale, names)), 1.0),  # all 0: nothing is added
                 dtype=a.head[first]["dtype"],
             )
         )

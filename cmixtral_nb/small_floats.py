@@ -116,7 +116,8 @@ def storage_method(
 def _block(config: Any) -> tuple[int, int]:
     "Rows and columns that share a scale in FP8"
     sizes = _settings(config).get("weight_block_size") or (128, 128)
-    ok = len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
+    ok = isinstance(sizes, list | tuple) and len(sizes) == 2
+    ok = ok and all(isinstance(size, int) and size > 0 for size in sizes)
     require(ok, f"weight_block_size is {sizes!r}, expected two numbers, such as [128, 128]")
     return tuple(sizes)
 
