@@ -19,9 +19,9 @@ from cmixtral_nb.recipes import (
     Step,
     arguments,
     command,
+    named_text,
     read_recipe,
     recipe_steps,
-    recipe_text,
 )
 
 from .machine import process_rank, say, trim_memory
@@ -109,7 +109,7 @@ def run(
     force: bool = False,  # make the stages anew even where they are up to date
 ) -> Path:  # folder of the run
     "Run a recipe from the corpus to the report"
-    asked, text = read_recipe(recipe), recipe_text(recipe)
+    asked, text = read_recipe(recipe), named_text(recipe)
     refuse(check_recipe(asked))
     out = Path(out or f"runs/{asked['name']}")
     _require_our_folder(out)

@@ -26,6 +26,7 @@ __all__ = [
     "recipe_file",
     "recipe_text",
     "read_recipe",
+    "named_text",
     "source_langs",
     "languages",
     "base_model",
@@ -359,6 +360,15 @@ def read_recipe(
     except RecursionError:
         raise StageError(f"{path}: not valid TOML (nested too deeply)") from None
     return {"name": path.stem, **tables}
+
+
+def named_text(
+    recipe: str,  # name of a shipped recipe, or a TOML file that can be read
+) -> str:
+    "The text of a recipe with the name that it has now, whatever its file will be called"
+    text = recipe_text(recipe)
+    has_name = "name" in tomllib.loads(text)
+    return text if has_name else f'name = "{recipe_file(recipe).stem}"\n{text}'
 
 
 # %% ../nbs/a30_recipes.ipynb #9a8d8383
