@@ -9,7 +9,6 @@ from __future__ import annotations
 __all__ = [
     "MOST_CHARS",
     "LENGTH",
-    "MOST_PARTS",
     "BATCH",
     "SHARED_LR",
     "OWN_LR",
@@ -17,13 +16,10 @@ __all__ = [
     "STATE",
     "stretches",
     "groups",
-    "sample",
+    "Sample",
     "Lessons",
     "read_lessons",
     "corpus_documents",
-    "unit_direction",
-    "log_shares",
-    "head_rows",
     "first_layers",
     "teacher_states",
     "pupil_states",
@@ -46,6 +42,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cmixtral_nb.heads import (
+    MOST_PARTS,
+    STEPS,
+    Places,
+    head_rows,
+    learn_head,
+    log_shares,
+    parts,
+    unit_direction,
+)
+
+from .bits import plain_logits
 from .corpora import corpus_langs, corpus_texts
 from .machine import default_device
 from .packing import start_id
@@ -87,21 +95,33 @@ def groups(
         yield some
 
 
-def sample(
-    items: Iterable[list[int]],  # of any number, read once
-    n: int,  # how many to keep
-    seed: int,  # of the draw
-) -> list[list[int]]:  # n of them, or all; in an order that is drawn, too
+class Sample:
     "A sample of a stream in which each item has the same chance; memory for n items"
-    draw = random.Random(seed)
-    kept: list[list[int]] = []
-    for seen, item in enumerate(items):
-        if seen < n:
-            kept.append(item)
-        elif (place := draw.randrange(seen + 1)) < n:
-            kept[place] = item
-    draw.shuffle(kept)
-    return kept
+
+    def __init__(
+        self,
+        n: int,  # how many to keep
+        seed: int,  # of the draw
+    ):
+        self.n, self.n_seen = n, 0
+        self.draw = random.Random(seed)
+        self.kept: list[list[int]] = []
+
+    def add(
+        self,
+        item: list[int],  # the next of the stream
+    ) -> None:
+        "Keep an item in place of another one, or not"
+        self.n_seen += 1
+        if len(self.kept) < self.n:
+            self.kept.append(item)
+        elif (place := self.draw.randrange(self.n_seen)) < self.n:
+            self.kept[place] = item
+
+    def drawn(self) -> list[list[int]]:  # n of the items, or all
+        "In an order that is drawn, too"
+        self.draw.shuffle(self.kept)
+        return self.kept
 
 
 # %% ../nbs/a14c_distill.ipynb #928b1461
@@ -115,6 +135,7 @@ class Lessons(NamedTuple):
 
     counts: Tensor  # (n_tokens,) how often each token of the new vocabulary occurs
     stretches: list[list[int]]  # new ids, to learn from
+    plain: list[list[int]]  # new ids of stretches with few new tokens, a quarter as many
 
 
 def read_lessons(
@@ -125,21 +146,19 @@ def read_lessons(
     length: int = LENGTH,  # old tokens in a stretch
     seed: int = 0,  # of the sample
 ) -> Lessons:
-    "Count tokens, and keep a sample of the stretches that hold new ones"
+    "Count tokens, and keep samples of the stretches"
     import torch
 
     counts = torch.zeros(len(spellings), dtype=torch.int64)
     is_new = [len(spelling) > 1 for spelling in spellings]
-
-    def useful() -> Iterator[list[int]]:
-        for some in groups(texts, 64):
-            for ids in encode_plain(tok, some):
-                counts.add_(torch.bincount(torch.tensor(ids).long(), minlength=len(counts)))
-                for stretch in stretches(ids, spellings, length):
-                    if sum(is_new[i] for i in stretch) >= _LEAST_NEW * len(stretch):
-                        yield stretch
-
-    return Lessons(counts, sample(useful(), n_stretches, seed))
+    rich, plain = Sample(n_stretches, seed), Sample(-(-n_stretches // 4), seed)
+    for some in groups(texts, 64):
+        for ids in encode_plain(tok, some):
+            counts.add_(torch.bincount(torch.tensor(ids).long(), minlength=len(counts)))
+            for stretch in stretches(ids, spellings, length):
+                share = sum(is_new[i] for i in stretch) / len(stretch)
+                (rich if share >= _LEAST_NEW else plain).add(stretch)
+    return Lessons(counts, rich.drawn(), plain.drawn())
 
 
 def corpus_documents(
@@ -149,53 +168,6 @@ def corpus_documents(
     "The training text of all languages of a corpus, one after another"
     for lang in corpus_langs(corpus):
         yield from corpus_texts(corpus, lang, "train", most_chars)
-
-
-# %% ../nbs/a14c_distill.ipynb #1a054bd1
-def unit_direction(
-    states: Tensor,  # (n, d) last hidden states, where a token of the text comes next
-    ridge: float = 0.1,  # as a share of the mean square of a coordinate
-) -> Tensor:  # (d,) u, with states @ u close to 1
-    "The direction along which hidden states of the text have length 1, by least squares"
-    import torch
-
-    h = states.double()
-    square = h.T @ h / len(h)
-    square += ridge * square.diag().mean() * torch.eye(len(square), device=h.device)
-    return torch.linalg.solve(square, h.mean(0)).to(states.dtype)
-
-
-def log_shares(
-    spellings: list[list[int]],  # old ids of each token of the new vocabulary
-    counts: Tensor,  # (n_tokens,) how often the text has each
-    smooth: float = 0.5,  # added to each count, so that an unseen token has a share
-) -> Tensor:  # (n_tokens,) float32; 0 for a token that is alone in its group
-    "Logarithm of the share of each token among those whose spelling begins with the same old one"
-    import torch
-
-    first = torch.tensor([spelling[0] for spelling in spellings])
-    smoothed = counts.double() + smooth
-    of_group = torch.zeros(int(first.max()) + 1, dtype=torch.float64)
-    of_group.index_add_(0, first, smoothed)
-    return (smoothed / of_group[first]).log().float()
-
-
-def head_rows(
-    W: Tensor,  # (n_old, d) head, any floating type
-    spellings: list[list[int]],  # old ids of each token of the new vocabulary
-    shares: Tensor,  # (n_tokens,) from `log_shares`
-    u: Tensor,  # (d,) from `unit_direction`
-    chunk: int = 4096,  # rows in float32 at once
-) -> Tensor:  # (n_tokens, d), W's dtype
-    "Each row: that of the first old token, moved along u by the logarithm of the share"
-    import torch
-
-    first = torch.tensor([spelling[0] for spelling in spellings])
-    rows = W.new_empty(len(first), W.shape[1])
-    for start in range(0, len(first), chunk):
-        part = slice(start, start + chunk)
-        rows[part] = (W[first[part]].float() + shares[part, None] * u).to(W.dtype)
-    return rows
 
 
 # %% ../nbs/a14c_distill.ipynb #7659a8e3
@@ -229,7 +201,6 @@ def teacher_states(
     batch: list[list[int]],  # stretches of new ids
     spellings: list[list[int]],  # old ids of each new id
     start: int,  # old id that starts a text
-    before: bool = False,  # the state before each new token instead: what predicts it
 ) -> Tensor:  # (tokens, d)
     "Hidden states of the old spelling, at the end of each new token"
     import torch
@@ -239,31 +210,32 @@ def teacher_states(
         states = body(input_ids=_padded(flat, body.device), use_cache=False).last_hidden_state
     found = []
     for row, ids in zip(states, batch, strict=True):
-        ends = torch.tensor([0, *(len(spellings[i]) for i in ids)]).cumsum(0)
-        found.append(row[ends[:-1] if before else ends[1:]])
+        ends = torch.tensor([len(spellings[i]) for i in ids]).cumsum(0)
+        found.append(row[ends])
     return torch.cat(found)
 
 
 def pupil_states(
     body: Any,  # of the frozen model
     batch: list[list[int]],  # stretches of new ids
-    embed: Callable[[Tensor], Tensor],  # (n, longest) ids -> (n, longest, d)
+    rows_of: Callable[[Tensor], Tensor],  # (n, longest) ids -> (n, longest, d), rows of a matrix
     start: int,  # new id that starts a text
-) -> Tensor:  # (tokens, d), with a gradient for what `embed` uses
+    before: bool = False,  # the state before each token instead: what predicts it
+) -> Tensor:  # (tokens, d), with a gradient for what `rows_of` uses
     "Hidden states of the same text as new tokens"
     import torch
 
     ids = _padded([[start, *stretch] for stretch in batch], body.device)
-    states = body(inputs_embeds=embed(ids), use_cache=False).last_hidden_state
+    # what the embedding of some families, such as Gemma, multiplies its rows by
+    scale = getattr(body.get_input_embeddings(), "embed_scale", 1.0)
+    states = body(inputs_embeds=rows_of(ids) * scale, use_cache=False).last_hidden_state
+    first = 0 if before else 1
     return torch.cat(
-        [row[1 : len(stretch) + 1] for row, stretch in zip(states, batch, strict=True)]
+        [row[first : first + len(ids)] for row, ids in zip(states, batch, strict=True)]
     )
 
 
 # %% ../nbs/a14c_distill.ipynb #136ec3ce
-MOST_PARTS = 6  # places of a spelling that have a matrix; a longer one keeps its first 5 and last
-
-
 class Embeddings:
     "Embedding rows of a new vocabulary, under training"
 
@@ -279,9 +251,7 @@ class Embeddings:
         self.parts = torch.zeros(n, MOST_PARTS, dtype=torch.long, device=W.device)
         self.weight = torch.zeros(n, MOST_PARTS, device=W.device)  # 1 / parts, or 0
         for i, spelling in enumerate(spellings):
-            some = spelling
-            if len(some) > MOST_PARTS:
-                some = [*some[: MOST_PARTS - 1], some[-1]]
+            some = parts(spelling)
             self.parts[i, : len(some)] = torch.tensor(some)
             self.weight[i, : len(some)] = 1 / len(some)
         self.n_parts = (self.weight > 0).sum(1)
@@ -480,7 +450,7 @@ class Taught(NamedTuple):
 
     embedding: Tensor  # (n_tokens, d) float32
     head: Tensor  # (n_tokens, d) float32
-    stats: dict[str, Any]  # n_unseen, n_lowered, n_stretches, error
+    stats: dict[str, Any]  # n_unseen, n_lowered, n_stretches, error, head_loss
 
 
 def _load_frozen(model: Path) -> PreTrainedModel:
@@ -492,23 +462,43 @@ def _load_frozen(model: Path) -> PreTrainedModel:
         f"distill reads models with layers and a last norm, found {type(body).__name__}; "
         "take --method mean",
     )
+    require(
+        plain_logits(net.config),
+        f"distill needs logits as the head gives them, found {type(net).__name__}, which scales or "
+        "caps them; take --method mean",
+    )
     return net.to(default_device()).requires_grad_(False).eval()
 
 
-def _head_matrix(
-    net: PreTrainedModel, spellings: list[list[int]], lessons: Lessons, start: int
-) -> Tensor:
-    "The head of a new vocabulary, from counts and from hidden states of a few stretches"
+_HEAD_STRETCHES = 200  # that the head learns from, and a quarter as many plain ones
+
+
+def _places(
+    net: PreTrainedModel,
+    lessons: Lessons,
+    rows: Tensor,  # (n_tokens, d) of the embedding, on the model's device
+    start: int,  # new id that starts a text
+) -> Places:
+    "What the last layer says at each place of a text, and which token comes there"
     import torch
 
-    few = lessons.stretches[: 4 * BATCH]
-    states = [
-        teacher_states(net.base_model, some, spellings, start, before=True)
-        for some in groups(few, BATCH)
-    ]
-    u = unit_direction(torch.cat(states)).cpu()
-    W = net.get_output_embeddings().weight.detach().cpu()
-    return head_rows(W, spellings, log_shares(spellings, lessons.counts), u)
+    read = lessons.stretches[:_HEAD_STRETCHES] + lessons.plain[: _HEAD_STRETCHES // 4]
+    with torch.no_grad():
+        states = [
+            pupil_states(net.base_model, batch, lambda ids: rows[ids], start, before=True)
+            for batch in groups(read, BATCH)
+        ]
+    return Places(torch.cat(states), torch.tensor([i for ids in read for i in ids]).to(rows.device))
+
+
+def _teach_head(
+    net: PreTrainedModel, spellings: list[list[int]], lessons: Lessons, places: Places, steps: int
+) -> tuple[Tensor, list[float]]:  # rows, and the loss of each step
+    "The counted part of the head, and what is learned from the context"
+    W = net.get_output_embeddings().weight.detach()
+    u = unit_direction(places.states)
+    counted = head_rows(W, spellings, log_shares(spellings, lessons.counts).to(W.device), u)
+    return learn_head(W, counted, spellings, places, steps)
 
 
 def distill(
@@ -517,7 +507,7 @@ def distill(
     new: PreTrainedTokenizerBase,  # the tokenizer it gets
     spellings: list[list[int]],  # old ids of each token of the new one
     texts: Iterable[str],  # documents in both languages, read once
-    steps: int = 50,  # optimiser steps for the embedding; 0: mean rows there
+    steps: int = 50,  # optimiser steps for the embedding; 0: mean rows, and a head that is counted
     seed: int = 0,  # of the sample of text
     state: Path | None = None,  # file to go on from
 ) -> Taught:
@@ -532,16 +522,19 @@ def distill(
     )
     net = _load_frozen(model)
     starts = start_id(old), start_id(new)
-    head = _head_matrix(net, spellings, lessons, starts[0])
     batches = [*groups(lessons.stretches, BATCH)]
     embeddings, errors = teach_embeddings(net, spellings, batches, steps, starts, state)
-    rows = [embeddings.rows(tokens) for tokens in torch.arange(len(spellings)).split(4096)]
+    tokens = torch.arange(len(spellings)).split(4096)
+    rows = torch.cat([embeddings.rows(some).detach() for some in tokens])
+    places = _places(net, lessons, rows, starts[1])
+    head, losses = _teach_head(net, spellings, lessons, places, STEPS if steps else 0)
     is_new = torch.tensor([len(spelling) > 1 for spelling in spellings])
     begins_new = {spelling[0] for spelling in spellings if len(spelling) > 1}
     stats = dict(
         n_unseen=int((lessons.counts[is_new] == 0).sum()),
         n_lowered=sum(spelling[0] in begins_new for spelling in spellings if len(spelling) == 1),
         n_stretches=len(lessons.stretches),
-        error=[round(error, 4) for error in (errors[:1] + errors[-1:])],
+        error=[round(error, 4) for error in errors[:1] + errors[-1:]],
+        head_loss=[round(loss, 4) for loss in losses[:1] + losses[-1:]],
     )
-    return Taught(torch.cat(rows).detach().cpu(), head, stats)
+    return Taught(rows.cpu(), head.cpu(), stats)
