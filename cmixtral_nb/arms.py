@@ -51,7 +51,7 @@ from .languages import language_name
 from .options import refuse
 from .plan import step_flops
 from .report import Cell, element, number_cell, section, svg, table
-from .run_files import efficiency_of, log_rows, run_manifests, speed_rows
+from .run_files import efficiency_of, log_rows, run_manifests, speed_rows, writing_of
 from .shapes import number, read_shaped, whole
 from .stages import StageError, read_json
 
@@ -313,9 +313,9 @@ def _context(run: Path, evaluations: dict[str, dict], lang: str) -> dict | None:
     return dict(tokens=n_tokens, **{arm: round(n_tokens * x) for arm, x in density.items() if x})
 
 
-def _writing(run: Path) -> dict | None:
-    "Characters per second of both arms, and their ratio with its interval"
-    measured = (efficiency_of(run / "efficiency") or {}).get("writing", {})
+def _writing(run: Path, lang: str) -> dict | None:
+    "Characters of a language per second of both arms, and their ratio with its interval"
+    measured = writing_of(efficiency_of(run / "efficiency"), lang)
     if not {"merged", "control"} <= set(measured):
         return None
     speeds = {"extended": measured["merged"], "control": measured["control"]}
@@ -358,10 +358,11 @@ def arms_of(
     if evaluations is None or not set(needed) <= set(manifests):
         return None
     found = {arm: measures(evaluation) for arm, evaluation in evaluations.items()}
+    packed = manifests["control_tokens"]["stats"]["sources"]
     langs = [
         lang
         for lang in [language, *kept]
-        if lang in manifests["control_tokens"]["stats"]["sources"]
+        if packed.get(lang, {}).get("row_tokens")  # 0: less text than one example
         and all("rows" in found[arm].get(lang, {}) for arm in ARMS)
     ]
     if language not in langs:
@@ -378,7 +379,7 @@ def arms_of(
         budgets={what: at_equal(*pair[language], spent, curves) for what, spent in budgets.items()},
         saved={lang: _saved(manifests, lang) for lang in langs},
         bytes_read=_bytes_read(manifests),
-        writing=_writing(run),
+        writing=_writing(run, language),
         context=_context(run, evaluations, language),
         curves=curves,
         breakeven=_breakeven(run, language),

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoints import named_models, resolve_model
+from .corpora import corpus_langs, missing_language
 from .heldout import eval_docs, text_faults
 from .loading import load_model
 from .machine import say
-from .options import above, faults_of, named_refs, range_faults, refuse
+from .options import above, faults_of, named_refs, range_faults, refuse, split_name
 from .pieces import base_tokenizer_model
 from .results import markdown_table
 from .stages import stage, write_json, write_text
@@ -250,12 +251,21 @@ def _option_faults(tokenizers=None, models=None, domains=None, **others):
     return faults + text_faults(None, domains)
 
 
-def _check(models, corpus, **options):
+def _lang_faults(lang: str, corpus: Path | None, domains: list[str] | None) -> list[str]:
+    "Why there is no text in a language, where a corpus is to have it"
+    others = [split_name(domain)[0].split("/")[0] for domain in domains or []]
+    if not lang or corpus is None or lang in [*corpus_langs(corpus), *others]:
+        return []
+    return [missing_language(corpus, lang, corpus_langs(corpus), "valid", "--lang")]
+
+
+def _check(models, corpus, lang="", domains=None, **options):
     "Everything that can be wrong with a request, before anything is loaded"
-    faults = _option_faults(models=models, **options)
+    faults = _option_faults(models=models, domains=domains, **options)
     if models:
         faults += faults_of(named_models, models)
-    refuse([*faults, *text_faults(corpus, [])])
+    no_text = text_faults(corpus, [])
+    refuse([*faults, *(no_text or _lang_faults(lang, corpus, domains))])
 
 
 # %% ../nbs/a25_efficiency.ipynb #b9ef1c02
@@ -272,6 +282,7 @@ def efficiency(
     models: list[str] = None,  # "NAME=FOLDER" each: their tokenizers, and how fast they write
     corpus: Path = None,  # held-out text of this corpus; None: of the text that ships
     domains: list[str] = None,  # more text, "LANG/NAME=REF" each
+    lang: str = "",  # language that models write; empty, or not in the text: the first of the text
     n_chars: int = 200_000,  # characters of each language; 0: all
     seconds: float = 1.0,  # for each measurement of speed
     new_tokens: int = 48,  # that a model writes of each of twelve texts; 0: do not measure
@@ -285,30 +296,30 @@ def efficiency(
     )
     texts: dict[str, list[str]] = {}  # of each language, and of each of its domains
     whole: list[str] = []
-    for lang, docs in eval_docs(corpus, n_chars, domains).items():
-        texts[lang] = [doc["text"] for doc in docs]
-        whole += texts[lang]
+    for one, docs in eval_docs(corpus, n_chars, domains).items():
+        texts[one] = [doc["text"] for doc in docs]
+        whole += texts[one]
         for domain in sorted({doc["domain"] for doc in docs}):
             texts[domain] = [doc["text"] for doc in docs if doc["domain"] == domain]
     tokens, speed = token_table(toks, texts), speed_table(toks, whole, seconds)
-    first = next(iter(texts))  # the new language
+    lang = lang if lang in texts else next(iter(texts))
     writing = {}
     if new_tokens:
         for name, ref in found.items():
             lm = load_model(ref, load_in_4bit=load_in_4bit, device=device)
             writing[name] = dict(
-                writing_speed(lm, load_tokenizer(toks[name]), texts[first], new_tokens),
+                writing_speed(lm, load_tokenizer(toks[name]), texts[lang], new_tokens),
                 device=lm.device.type,
                 dtype=str(lm.dtype).removeprefix("torch."),
             )
             del lm  # before the next one is loaded
-    measured = dict(tokens=tokens, speed=speed, writing=writing)
+    measured = dict(tokens=tokens, speed=speed, writing=writing, lang=lang)
     write_json(out / "efficiency.json", measured)
     write_text(out / "tables.md", efficiency_text(measured))
     counts = [
         f"{row['tokenizer']} {row['n_tokens']:,} tokens ({row['change']:+.1%})"
         for row in tokens
-        if row["domain"] == first
+        if row["domain"] == lang
     ]
-    say("efficiency", f"{first}: " + ", ".join(counts))
+    say("efficiency", f"{lang}: " + ", ".join(counts))
     return dict(n_tokenizers=len(toks), n_domains=len(texts), writing=writing)

@@ -643,7 +643,7 @@ def _writing_table(models: dict[str, dict], source: str) -> str:
 # %% ../nbs/a26_report.ipynb #e66dd0a0
 _FEWER_TOKENS = """<p>The same text in tokens: fewer tokens are less time, less memory and more text
 in the context.</p>"""
-_ONE_TEXT = "<p>The same held-out texts, token by token, ± standard deviation over the texts.</p>"
+_ONE_TEXT = "The same held-out texts, token by token, ± standard deviation over the texts."
 
 
 def efficiency_section(
@@ -661,7 +661,9 @@ def efficiency_section(
     parts.append("<h3>Speed of the tokenizers</h3>")
     parts.append(_speed_table(measured["speed"], source))
     if measured["writing"]:
-        parts.append("<h3>Speed of writing</h3>" + _ONE_TEXT)
+        lang = measured.get("lang")  # earlier versions do not say it
+        title = f"Speed of writing {visible(language_name(lang))}" if lang else "Speed of writing"
+        parts += [element("h3", escape(title)), element("p", _ONE_TEXT)]
         parts.append(_writing_table(measured["writing"], source))
     return section("Efficiency", *parts)
 

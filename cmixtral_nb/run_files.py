@@ -14,6 +14,7 @@ __all__ = [
     "speed_rows",
     "sample_rows",
     "efficiency_of",
+    "writing_of",
     "health_of",
     "router_of",
 ]
@@ -65,7 +66,7 @@ _OF_FOLDER: dict[str, Any] = {  # folder of a stage -> what is shown of its mani
         "stats": {
             "length": whole(1),
             "vocab_size": whole(1),
-            "sources": {str: {"row_tokens": number(1e-9)}},
+            "sources": {str: {"row_tokens": number(0)}},  # 0: less text than one example
         }
     },
     "control_adapter": {
@@ -136,7 +137,12 @@ _WRITING = {
     "device": TEXT,
     "dtype": TEXT,
 }
-_EFFICIENCY = {"tokens": [_TOKENS], "speed": [_CODEC], "writing": {str: _WRITING}}
+_EFFICIENCY = {
+    "tokens": [_TOKENS],
+    "speed": [_CODEC],
+    "writing": {str: _WRITING},
+    "lang?": TEXT,  # that models wrote; earlier versions do not say it
+}
 
 
 def log_rows(
@@ -162,10 +168,20 @@ def sample_rows(
 
 def efficiency_of(
     folder: Path,  # of an efficiency artifact
-) -> dict | None:  # tokens, speed, writing; None where nothing was measured
+) -> dict | None:  # tokens, speed, writing, perhaps lang; None where nothing was measured
     "What efficiency.json holds"
     file = folder / "efficiency.json"
     return read_shaped(file, _EFFICIENCY) if file.is_file() else None
+
+
+def writing_of(
+    measured: dict | None,  # of `efficiency_of`
+    lang: str,  # code of a language
+) -> dict[str, dict]:  # model -> its speed; empty where nothing was measured, or another language
+    "How fast models write a language"
+    if measured is None or measured.get("lang", lang) != lang:
+        return {}
+    return measured["writing"]
 
 
 _PIECE = {

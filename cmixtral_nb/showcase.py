@@ -44,6 +44,7 @@ from .languages import language_name
 from .machine import package_data
 from .recipes import read_recipe
 from .results import markdown_table
+from .run_files import writing_of
 from .run_report import report_data
 from .stages import StageError, read_json, require, write_json
 from .tokenizer_files import encode_plain, load_tokenizer
@@ -216,7 +217,7 @@ def _kept_run(
         "points": _points(data),
         "merge": data["merge"],
         "exams": [row for row in measured if row["kind"] == "exam"],
-        "writing": (data["efficiency"] or {}).get("writing", {}),
+        "writing": writing_of(data["efficiency"], data["language"]),
         **_time(data["stages"]),
         "versions": data["versions"],
     }

@@ -242,6 +242,17 @@ def test_arms_on_other_bytes_say_so(arms, tmp_path):
     assert found and found["sentences"][0].startswith("the arms were evaluated on different text")
 
 
+def test_a_language_that_fills_no_example_is_left_out(arms, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(arms[0], copy, symlinks=True)
+    file = copy / "control_tokens" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["stats"]["sources"]["en"]["row_tokens"] = 0.0
+    file.write_text(json.dumps(manifest))
+    found = arms_of(copy, "zh", ["en"])
+    assert found and list(found["text"]) == ["zh"] == list(found["saved"])
+
+
 # ---- the run
 
 

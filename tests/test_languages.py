@@ -230,6 +230,7 @@ def test_the_vocabulary_of_any_language(langs, tmp_path):
     mix = arguments(pack, asked, tmp_path)["mix"]
     assert mix == [f"1:{langs.split()[0]}", *(f"0.5:{lang}" for lang in kept)]
     assert step.command == "efficiency"
+    assert arguments(step, asked, tmp_path)["lang"] == langs.split()[0]
 
 
 OUTSIDE: dict[type, list[Any]] = {
