@@ -47,6 +47,15 @@ from cmixtral_nb.exams import (
     subject_table,
     task_faults,
 )
+from cmixtral_nb.options import (
+    Range,
+    as_list,
+    at_least,
+    faults_of,
+    range_faults,
+    refuse,
+    split_name,
+)
 from cmixtral_nb.shapes import (
     ANYTHING,
     NAME,
@@ -64,8 +73,7 @@ from .checkpoints import resolve_model
 from .heldout import text_faults
 from .languages import language_name
 from .machine import say, versions
-from .options import at_least, faults_of, range_faults, refuse
-from .stages import read_json, require, tokenizer_fingerprint, write_json, write_text
+from .stages import require, tokenizer_fingerprint, write_json, write_text
 from .templates import check_template
 from .tokenizer_files import load_tokenizer
 
@@ -198,6 +206,14 @@ def tables_text(
 PLACES = ("model", "data", "corpus", "adapter")  # options that name a file or folder
 
 
+def _seen_from(folder: Path, name: str, item: Any) -> str:
+    "A value of an option, as it is typed in a folder; of NAME=REF the reference is a place"
+    label, ref = split_name(item) if name == "domains" else ("", str(item))
+    if name in (*PLACES, "domains") and Path(ref).exists():
+        ref = os.path.relpath(ref, folder)
+    return f"{label}={ref}" if label else ref
+
+
 def repeat_command(
     command: Callable,  # the stage, such as `evaluate`
     asked: dict,  # option -> value
@@ -212,9 +228,7 @@ def repeat_command(
         words.append("--" + name.replace("_", "-"))
         if isinstance(value, bool):
             continue
-        for item in value if isinstance(value, list | tuple) else [value]:
-            is_place = name in PLACES and Path(str(item)).exists()
-            words.append(os.path.relpath(item, folder) if is_place else str(item))
+        words += [_seen_from(folder, name, item) for item in as_list(value)]
     return shlex.join([*words, "--out", "again"])
 
 
@@ -267,29 +281,31 @@ def tokenizer_home(
     return Path(adapter) if adapter and tokenizer_fingerprint(adapter) else folder
 
 
+_IDS = Range(
+    lambda vocab: isinstance(vocab, list) or not shape_fault(vocab, {str: whole()}),
+    "a list of pieces, or a number for each",
+)
+_TOKENIZER = {"model": {"vocab?": _IDS}, "added_tokens?": [{"id": whole()}]}
+
+
 def _largest_id(tokenizer: dict) -> int:
     "Of what a tokenizer.json holds; its vocabulary is a dict (BPE) or a list (unigram)"
-    vocab = tokenizer.get("model", {}).get("vocab", {})
+    vocab = tokenizer["model"].get("vocab") or {}
     ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
-    ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
+    ids += [token["id"] for token in tokenizer.get("added_tokens") or []]
     return max(ids, default=0)
 
 
-def tokenizer_faults(
-    folder: Path,  # of a model
-    adapter: str | Path | None = None,  # PEFT adapter on it
-    chat: bool = False,  # a chat template is needed
-) -> list[str]:  # one line each
-    "What is wrong with the tokenizer of a model: missing, larger than the model, no template"
-    home = tokenizer_home(folder, adapter)
-    if not (home / "tokenizer.json").is_file():
-        return [
-            f"{home} has no tokenizer.json; "
-            "run: cmixtral vocab --out DIR, and copy its files beside the model"
-        ]
+def _check_tokenizer(folder: Path, home: Path, chat: bool) -> None:
+    "`StageError` with what is wrong with a tokenizer for a model"
+    require(
+        (home / "tokenizer.json").is_file(),
+        f"{home} has no tokenizer.json; "
+        "run: cmixtral vocab --out DIR, and copy its files beside the model",
+    )
     faults = []
-    n_tokens = _largest_id(read_json(home / "tokenizer.json")) + 1
-    n_rows = read_json(folder / "config.json").get("vocab_size")
+    n_tokens = _largest_id(read_shaped(home / "tokenizer.json", _TOKENIZER)) + 1
+    n_rows = read_shaped(folder / "config.json", {"vocab_size?": whole()}).get("vocab_size")
     if n_rows and n_tokens > n_rows and home == folder:
         faults.append(
             f"{home} has a tokenizer of {n_tokens:,} tokens, {folder} a model of {n_rows:,} rows; "
@@ -299,7 +315,16 @@ def tokenizer_faults(
         faults.append(
             f"{home} has no chat template; leave out --chat, or run: cmixtral sft --model {folder}"
         )
-    return faults
+    refuse(faults)
+
+
+def tokenizer_faults(
+    folder: Path,  # of a model
+    adapter: str | Path | None = None,  # PEFT adapter on it
+    chat: bool = False,  # a chat template is needed
+) -> list[str]:  # one line each
+    "What is wrong with the tokenizer of a model: missing, larger than the model, no template"
+    return faults_of(_check_tokenizer, folder, tokenizer_home(folder, adapter), chat)
 
 
 def _has_template(folder: Path) -> bool:
@@ -307,7 +332,7 @@ def _has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     config = folder / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in read_json(config)
+    return config.is_file() and bool(read_shaped(config, {}).get("chat_template"))
 
 
 # %% ../nbs/a24b_results.ipynb #16a4a56e
@@ -425,6 +450,18 @@ def _bits_fault(results: dict[str, dict]) -> str:
     return shape_fault(_bits_columns(results), {str: _BITS}, "results.bpb.bits_per_byte")
 
 
+def _asked(written: dict) -> dict:
+    "What was asked, in our words: lm-eval says null for no limit, and shots for each task"
+    config = dict(written.get("config") or {})
+    if "limit" in config:
+        limit = config["limit"] or 0
+        config["limit"] = int(limit) if number().holds(limit) and limit == int(limit) else limit
+    shots = written.get("n-shot")
+    if "shots" not in config and isinstance(shots, dict) and shots:
+        config["shots"] = ", ".join(sorted({str(n) for n in shots.values()}))
+    return config
+
+
 def load_evaluation(
     ref: Any,  # evaluation folder, results.json of ours or of lm-eval, or what one holds
 ) -> dict:  # results, documents, questions, config
@@ -444,7 +481,7 @@ def load_evaluation(
         results=written["results"],
         documents=read_lines(file.parent / "documents.jsonl", _DOCUMENT),
         questions=read_lines(file.parent / "questions.jsonl", _QUESTION),
-        config=written.get("config") or {},
+        config=_asked(written),
     )
 
 
