@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .checkpoints import HUB_ID
 from .corpora import corpus_langs
 from .documents import read_docs
 from .gain import verdicts
@@ -23,7 +24,7 @@ from .languages import language_name
 from .machine import package_data, say
 from .options import nearest
 from .pipeline import run_states
-from .recipes import CHAIN, languages, read_recipe
+from .recipes import CHAIN, base_model, languages, read_recipe
 from .report import TRAINED, value_text
 from .results import markdown_table, read_lines
 from .run_files import speed_rows
@@ -80,8 +81,8 @@ class ModelFacts:
 
     name: str  # on the hub
     model: str  # which one of `rows`
-    base_model: str | None  # hub id; None: trained from scratch
-    licence: str  # of the weights, as the hub spells it
+    base_model: str | None  # hub id; None: the base is not on the hub
+    licence: str  # of the weights, as the hub spells it; empty: none is named
     languages: list[str]
     about: str  # a sentence or two
     manifests: dict[str, dict]  # folder -> manifest, of all that the model is made of
@@ -122,7 +123,7 @@ def _card_head(facts: ModelFacts) -> str:
         )
     return ModelCardData(
         language=facts.languages,
-        license=facts.licence,
+        license=facts.licence or None,
         base_model=facts.base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -390,9 +391,11 @@ def _licences(recipe: dict, manifests: dict[str, dict]) -> dict[str, str]:
 
 
 def _hub_id(recipe: dict) -> str | None:
-    "The base of a run, if it is a model of the hub"
-    base = recipe.get("init", {}).get("model")
-    return base if base and not Path(base).exists() else None
+    "The base of a run, if it is a model of the hub; as `resolve_model` takes it"
+    base = base_model(recipe)
+    name = base.removeprefix("hub:")
+    is_here = Path(base).exists() or Path(base).parent.is_dir()
+    return name if HUB_ID.fullmatch(name) and not is_here else None
 
 
 def _about(recipe: dict, model: str) -> str:
@@ -423,7 +426,7 @@ def card(
     run: Path,  # folder of a run
     model: str = "",  # which of its models: base, model, merged, chat; default: the last it has
     name: str = "",  # of the model on the hub; default: recipe and model
-    licence: str = "apache-2.0",  # of the weights, as the hub spells it
+    licence: str = "",  # of the weights, as the hub spells it; default: the card names none
     out: Path | None = None,  # file to write; default: cards/MODEL.md in the run
 ) -> None:
     "Write a model card for the hub from the manifests of a run"
@@ -458,4 +461,4 @@ def card(
     file = Path(out or run / "cards" / f"{model}.md")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, model_card(facts))
-    say("card", f"{file}")
+    say("card", f"{file}" + ("" if licence else ", without a licence; name one with --licence"))
