@@ -126,6 +126,16 @@ def test_stopped_after_its_last_step_it_trains_no_more(here, whole, monkeypatch)
         pretrain(here / "model", here / "tokens", here / "ended", **ARGS)
     kept = saved_checkpoints(here / "ended.tmp/checkpoints")
     assert [c.name for c in kept] == ["checkpoint-2", "checkpoint-4"]
+    with pytest.raises(StageError, match="holds unfinished work, made with log_every=1, now 5; "):
+        pretrain(here / "model", here / "tokens", here / "ended", **{**ARGS, "log_every": 5})
+
+    def busy(*args, **kw):
+        raise StageError("not enough memory on the GPU")  # another process has it
+
+    with monkeypatch.context() as m, pytest.raises(StageError, match="not enough memory"):
+        m.setattr("cmixtral_nb.pretrain.load_model", busy)
+        pretrain(here / "model", here / "tokens", here / "ended", **ARGS)
+    assert saved_checkpoints(here / "ended.tmp/checkpoints") == kept
     monkeypatch.setattr(Trainer, "training_step", lambda *a, **kw: pytest.fail("a fifth step"))
     again = pretrain(here / "model", here / "tokens", here / "ended", **ARGS)
     assert again.fingerprint == whole.fingerprint
