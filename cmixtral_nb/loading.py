@@ -94,8 +94,8 @@ def model_config(
     if shapes:
         require_config(path, json.loads(config.to_json_string(use_diff=False)), shapes)
     if any(_EXPERT_IN_4BIT.search(name) for name in shapes):
-        said = storage_method(config) == "bitsandbytes"
-        require(said, f"{path}: the weights are in 4 bits, and it has no quantization_config")
+        fault = f"{path}: the weights are in 4 bits, and it has no quantization_config"
+        require(storage_method(config), fault)
         config.quantization_config = _for_single_experts(config.quantization_config)
     return config
 
