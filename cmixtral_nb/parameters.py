@@ -106,7 +106,7 @@ def _part(child_name: str, child: nn.Module, path: str, owner: nn.Module) -> str
     words = set(re.split("[._]", path or child_name))
     if any(map(is_experts, child.modules())):
         return "router" if words & {"gate", "router"} and "proj" not in words else "shared"
-    if words & {"gate", "router"} and not path:  # beside the experts
+    if child_name == "router" or (words & {"gate", "router"} and not path):  # beside the experts
         return "router"
     has_network = any(hasattr(child, name) for name in ("down_proj", "gate_up_proj", "fc2", "w2"))
     return "mlp" if has_network else "attention"

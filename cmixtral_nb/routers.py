@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from .configs import experts_per_token
 from .experts import is_router, single_experts
 
 if TYPE_CHECKING:
@@ -146,8 +147,7 @@ def routed_share(
     if not mixtures:
         return 1.0
     sizes = model.config.get_text_config()
-    n_chosen = getattr(sizes, "num_experts_per_tok", None) or sizes.top_k_experts  # Gemma 4
-    return n_chosen / mixtures[0].layout.n_experts
+    return experts_per_token(sizes) / mixtures[0].layout.n_experts
 
 
 # %% ../nbs/a20c_routers.ipynb #21e1f0c6

@@ -165,6 +165,15 @@ FAMILIES = {
     "qwen3": _SMALL,
     "gemma3_text": _SMALL,
     "gemma3": dict(text_config=_SMALL),
+    "gemma4_text": dict(
+        _SMALL,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=40,
+        hidden_size_per_layer_input=0,
+        global_head_dim=20,
+    ),
 }
 
 
