@@ -322,7 +322,7 @@ def read_merge_table(
 ) -> list[Merge]:  # in the order of their ranks
     "Merges, each of which can be appended; `StageError` with the first lines that cannot"
     try:
-        head, *lines = read_whole(path, _TABLE_BYTES).decode().split("\n")
+        head, *lines = read_whole(path, _TABLE_BYTES).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise StageError(f"{path} is not UTF-8, expected a table of merges") from None
     require(head.split("\t") == _HEAD, f"{path}:1: expected {', '.join(_HEAD)} with tabs between")

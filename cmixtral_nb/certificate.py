@@ -365,7 +365,8 @@ class SentencePieceView:
     def entry(self, i: int) -> tuple:
         "All that belongs to an id: piece, score and type"
         sp = self.sp
-        return self.piece(i), sp.get_score(i), sp.is_control(i), sp.is_unknown(i), sp.is_byte(i)
+        kinds = sp.is_control(i), sp.is_unknown(i), sp.is_byte(i), sp.is_unused(i)
+        return self.piece(i), sp.get_score(i), *kinds
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self.sp.encode(texts)

@@ -138,6 +138,7 @@ _TYPES = "tokenizer.ggml.token_type"
 _MERGE = Range(
     lambda value: isinstance(value, str) and len(value.split(" ")) == 2, "two pieces and a blank"
 )
+_WITH_BOS = ("llama-bpe", "tekken")  # llama.cpp's rules that put BOS in front unless it is told
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -168,7 +169,7 @@ def tokenizer_faults(
     remedy = "take the model's own folder, with its tokenizer.json"
     if kind != "gpt2":
         return [f"its tokenizer is of type {kind!r}, expected gpt2 (byte-level BPE); {remedy}"]
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         return [f"{_RULE} is {rule!r}, expected one of {', '.join(RULES)}; {remedy}"]
     fault = shape_fault(metadata, _LISTS)
     if not fault:
@@ -197,7 +198,7 @@ def gguf_tokenizer(
     tok = Tokenizer.from_str(json.dumps(config))
     set_rule(tok, RULES[rule])
     number = metadata.get("tokenizer.ggml.bos_token_id")
-    begins = metadata.get("tokenizer.ggml.add_bos_token", rule == "llama-bpe")
+    begins = metadata.get("tokenizer.ggml.add_bos_token", rule in _WITH_BOS)
     if begins and number is not None:
         bos = tokens[number]
         tok.post_processor = processors.TemplateProcessing(

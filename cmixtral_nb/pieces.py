@@ -191,7 +191,7 @@ _TABLE_BYTES = 64_000_000  # 40,000 pieces take one
 def _table(path: Path) -> list[Piece]:
     "Pieces of a table whose head names its columns, or of a list with one piece in each line"
     try:
-        lines = read_whole(path, _TABLE_BYTES).decode().splitlines()
+        lines = read_whole(path, _TABLE_BYTES).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise StageError(f"{path} is not UTF-8, expected a table of pieces") from None
     rows = [(n, line.split("\t")) for n, line in enumerate(lines, 1) if line.strip()]

@@ -41,7 +41,8 @@ class SpacedPieces:
     @cached_property
     def _byte_of(self) -> dict[int, int]:
         "The byte of each byte piece"
-        return {self.vocab[name]: byte for byte, name in enumerate(BYTE_PIECES)}
+        names = enumerate(BYTE_PIECES)
+        return {self.vocab[name]: byte for byte, name in names if name in self.vocab}
 
     @cached_property
     def _texts(self) -> dict[int, str]:

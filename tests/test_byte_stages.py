@@ -146,6 +146,9 @@ def test_merges_are_read_as_they_were_learned(here, pieces):
     assert len(set(made)) == 500 and not set(made) & set(found.base.bytes_of.values())
     counts = [merge.count for merge in found.merges]
     assert counts == sorted(counts, reverse=True)
+    table = (pieces["repaired"] / "merges.tsv").read_text(encoding="utf-8")
+    (here / "again.tsv").write_text(table, encoding="utf-8-sig")  # as Excel and Notepad write it
+    assert read_merge_table(here / "again.tsv", found.base, found.own) == found.merges
 
 
 def test_what_is_said_is_what_is_measured(here, pieces):

@@ -9,7 +9,7 @@ from conftest import cmixtral
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from cmixtral_nb.byte_bases import LETTER_OF
-from cmixtral_nb.gguf_models import convert, gguf_file, gguf_tokenizer, read_gguf
+from cmixtral_nb.gguf_models import convert, gguf_file, gguf_tokenizer, read_gguf, tokenizer_faults
 from cmixtral_nb.llama_rules import RULES
 from cmixtral_nb.stages import StageError
 from cmixtral_nb.upcycle import upcycle
@@ -128,6 +128,19 @@ def test_the_beginning_is_added_where_the_file_says_so(net, tmp_path):
     how = dict(add_add_bos_token=True, add_bos_token_id=len(TOKENS) - 1)
     metadata = read_gguf(write_gguf(tmp_path / "small.gguf", net, **how)).metadata
     assert gguf_tokenizer(metadata).tok.encode("ab").tokens == ["<|end|>", "ab"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_where_a_file_says_nothing_the_rule_says_it(rule, net, tmp_path):
+    "llama.cpp sets add_bos for these two"
+    file = write_gguf(tmp_path / "small.gguf", net, pre=rule, add_bos_token_id=len(TOKENS) - 1)
+    tokens = gguf_tokenizer(read_gguf(file).metadata).tok.encode("ab").tokens
+    assert (tokens[0] == "<|end|>") == (rule in ("llama-bpe", "tekken"))
+
+
+def test_a_rule_that_is_no_name():
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": ["smollm"]}
+    assert "tokenizer.ggml.pre is ['smollm'], expected one of" in tokenizer_faults(metadata)[0]
 
 
 FAULTS = {

@@ -172,6 +172,7 @@ NEW_WORD = dict(piece="囍囍囍囍", score=-4e9)
         (prefer, dict(piece="nf"), "old pieces are cut as before", ""),
         (edit, dict(score=-9.0), OLD_PIECES, "END"),
         (edit, dict(type=3), OLD_PIECES, "END"),
+        (edit, dict(type=5), OLD_PIECES, "END"),  # unused: no text gives it
         (append, dict(piece="e t", score=0), "new pieces reachable", "e t"),
         (append, NEW_WORD, "new pieces reachable", "囍囍囍囍"),
         (append, NEW_WORD, "new pieces have all their characters", "囍囍囍囍"),
