@@ -219,17 +219,18 @@ def made_counts(
 def describe_pieces(
     model_file: Path,  # sentencepiece model
     runs: Path | Counter,  # what it was trained on: a file of runs, or run -> count
-) -> list[Piece]:  # characters by count, then words in the order of their merges; no marks
+    script: str = "Han",  # whose own marks are pieces, such as the full stop of Khmer
+) -> list[Piece]:  # characters by count, then words in the order of their merges; no other marks
     "The pieces of a trained model with their kinds and counts; without words that are never made"
     rows = runs.items() if isinstance(runs, Counter) else read_runs(runs)
     by_rank = sorted(normal_pieces(model_file), key=lambda row: -row[1])
     words = [text for text, _ in by_rank if kind_of(text) == "word"]
     made = made_counts(token_totals(rows, model_file), words)
-    mark = mark_pattern()
+    own, mark = script_pattern(script), mark_pattern()
     pieces = [
         Piece(text, score, kind_of(text), made[text])
         for text, score in by_rank
-        if not mark.fullmatch(text)
+        if own.fullmatch(text) or not mark.fullmatch(text)
     ]
     return sorted((p for p in pieces if p.count or p.kind == "char"), key=piece_order)
 
@@ -310,7 +311,7 @@ def learn_pieces(
     n_extra = len(marks | token_of.keys())
     train_pieces(runs, model_file, n_pieces + n_extra, max_chars, threads)
     runs_file = model_file.with_suffix(".runs")
-    pieces = describe_pieces(model_file, runs_file)
+    pieces = describe_pieces(model_file, runs_file, script)
     runs_file.unlink()
     if base_file:
         pieces = from_symbols(pieces, token_of)

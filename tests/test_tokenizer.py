@@ -26,6 +26,7 @@ from cmixtral_nb.lexicons import (
 from cmixtral_nb.pieces import Piece, base_tokenizer_model, read_model, read_pieces, write_pieces
 from cmixtral_nb.raking import cut_runs, rake_runs, run_weights, word_cutter, word_ratios
 from cmixtral_nb.runs import count_runs, find_runs, mass, read_runs, run_pattern, write_runs
+from cmixtral_nb.search import base_pieces, growth
 from cmixtral_nb.stages import StageError
 from cmixtral_nb.tokenizer import (
     base_symbols,
@@ -258,6 +259,26 @@ def test_other_scripts(here):
 
 
 @pytest.mark.parametrize(
+    "lang, script, text, mark",
+    [
+        ("am", "Ethiopic", "ሰላም ናት። ሰላም ናት። ቤት ናት፣", "።"),
+        ("km", "Khmer", "ភាសាខ្មែរ។ ភាសា។ ភាសាខ្មែរ។", "។"),
+        ("my", "Myanmar", "မြန်မာ။ ဘာသာ။ မြန်မာ။", "။"),
+        ("hy", "Armenian", "բարեւ։ հայերեն։ բարեւ։", "։"),
+    ],
+)
+def test_marks_of_the_script_are_pieces(here, lang, script, text, mark):
+    "They are characters of the script, which the base spells in bytes as it does the others"
+    (here / "t.txt").write_text("\n\n".join([text] * 5), encoding="utf-8")
+    how = dict(lang=lang, script=script, n_pieces=60, n_chars=0)
+    pieces = read_pieces(tokenizer(here / "t.txt", out=here / "p", **how), script)
+    count_of = {p.piece: p.count for p in pieces}
+    assert count_of[mark] == 5 * text.count(mark)
+    steps = growth(pieces, base_pieces(base_tokenizer_model(), script))
+    assert any(mark in step.parts for step in steps)  # words with it can be built
+
+
+@pytest.mark.parametrize(
     "lang, script, text, piece",
     [
         ("ja", "Han Kana", "東京タワーへ行きました。東京タワーは高いです。", "東京タワー"),
@@ -292,6 +313,15 @@ def test_table_round_trip(tmp_path_factory, rows):
     write_pieces(f, pieces)
     if pieces:
         assert sorted(read_pieces(f)) == sorted(pieces)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_table(here):
+    "Excel and Notepad begin a file with it"
+    table = "piece\tscore\tkind\tcount\n中\t-1\tchar\t500\n中国\t0\tword\t9\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        (here / "t.tsv").write_text(table, encoding=encoding)
+        wanted = [Piece("中", -1, "char", 500), Piece("中国", 0, "word", 9)]
+        assert read_pieces(here / "t.tsv") == wanted
 
 
 def test_plain_list_and_foreign_model(here):
@@ -408,6 +438,11 @@ def test_broken_lexicons(here, text, words):
         tokenizer("a.txt", out="q", n_pieces=80, n_chars=0, lexicons=["0.3:w.txt"])
     assert all(w in str(e.value) for w in words)
     assert not (here / "q").exists()
+
+
+def test_a_list_of_another_script_is_refused():
+    with pytest.raises(StageError, match="wordfreq has no word of Khmer characters alone"):
+        read_lexicon("wordfreq", "Khmer", "fa")
 
 
 def test_jieba_and_wordfreq_have_everyday_words():
