@@ -186,6 +186,12 @@ def _contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
+def _step(root: Path, what: str, *command: str) -> None:
+    "One step before a commit, which says itself what is wrong"
+    done = subprocess.run(command, cwd=root)
+    require(done.returncode == 0, f"{what} failed, see above; correct it, then prepare again")
+
+
 def prepare(
     root: str | Path = ".",  # checkout of the project
     run: list[str] | None = None,  # notebooks to execute again, such as 03_search; "all" for each
@@ -196,22 +202,19 @@ def prepare(
     _require_extra("dev", "execnb", "mypy", "nbdev", "nbqa", "ruff")
     before = _contents(root)
 
-    def call(*command: str) -> None:
-        subprocess.run(command, cwd=root, check=True)
-
-    def python(code: str) -> None:
-        call(sys.executable, "-c", code)
+    def python(what: str, code: str) -> None:
+        _step(root, what, sys.executable, "-c", code)
 
     for command in FORMAT:
-        call(*command)
-    python(EXPORT)
+        _step(root, "format", *command)
+    python("export", EXPORT)
     for book in sorted((root / "nbs").glob("*.ipynb")):
         if run and ("all" in run or book.stem in run):
             say("prepare", f"running {book.name}")
-            python(f"from cmixtral_nb.notebooks import execute; execute({str(book)!r})")
-    python(CLEAN)
+            python(book.name, f"from cmixtral_nb.notebooks import execute; execute({str(book)!r})")
+    python("cleaning", CLEAN)
     for command in FORMAT:
-        call(*command)
+        _step(root, "format", *command)
     write_front(root)
     failed = [
         what
