@@ -158,24 +158,10 @@ def _short(files: dict, n: int = 20) -> dict:
     return first
 
 
-def _ratio(values: dict, of: str, to: str, lang: str) -> float | None:
-    "A measured value of one model divided by that of another; None where one is missing"
-    if lang not in values.get(of, {}) or lang not in values.get(to, {}):
-        return None
-    return values[of][lang] / values[to][lang]
-
-
-def _gain(bits: dict, density: dict, language: str, kept: list[str]) -> dict[str, float | None]:
-    "What changed from model to model, from bits per byte and characters per token"
-    forgotten = {
-        f"bits_per_byte_{lang}_of_base": _ratio(bits, "adapter", "base", lang) for lang in kept
-    }
-    return {
-        f"characters_per_token_{language}": _ratio(density, "model", "base", language),
-        f"bits_per_byte_{language}_of_init": _ratio(bits, "adapter", "model", language),
-        **forgotten,
-        f"bits_per_byte_{language}_merged_of_adapter": _ratio(bits, "merged", "adapter", language),
-    }
+def _gain(density: dict, language: str) -> dict[str, float | None]:  # None: not measured
+    "How many times the characters a token of the new language holds; all other gains: `changes`"
+    before, after = (density.get(model, {}).get(language) for model in ("base", "model"))
+    return {f"characters_per_token_{language}": after / before if before and after else None}
 
 
 # %% ../nbs/a28_run_report.ipynb #0942c374
@@ -241,7 +227,7 @@ def _gathered(
             folder: dict(manifest, files=_short(manifest["files"]))
             for folder, manifest in manifests.items()
         },
-        gain=_gain(bits, density, language, kept),
+        gain=_gain(density, language),
         verdicts=verdicts(rows),
         control=arms_of(out, language, kept),
     )
