@@ -19,7 +19,6 @@ __all__ = [
     "Chapter",
     "Part",
     "read_book",
-    "table",
     "contents",
     "contents_zh",
     "folded",
@@ -40,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .notebooks import cells, checkout
+from .results import markdown_table
 from .showcase import cuts_picture, results
 from .stages import read_json, write_text
 
@@ -86,15 +86,6 @@ def read_book(
 
 
 # %% ../nbs/a34_book.ipynb #407ffdec
-def table(
-    head: list[str],  # one cell a column
-    rows: list[list[str]],  # cells hold no |
-) -> str:
-    "A table in markdown"
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _row(chapter: Chapter, title: str, between: str, does: str) -> list[str]:
     "Title with its link, commands, what they do"
     commands = between.join(f"`cmixtral {command}`" for command in chapter.commands)
@@ -112,7 +103,7 @@ def contents(
         for chapter in part.chapters
         if part.table and part.appendix == appendix
     ]
-    return table(["appendix" if appendix else "chapter", "command", "what it does"], rows)
+    return markdown_table(["appendix" if appendix else "chapter", "command", "what it does"], rows)
 
 
 def contents_zh(
@@ -127,7 +118,7 @@ def contents_zh(
             for chapter in part.chapters
             if chapter.zh and part.appendix == appendix
         ]
-        tables += [table([head, "命令", "作用"], rows)] if rows else []
+        tables += [markdown_table([head, "命令", "作用"], rows)] if rows else []
     return "\n\n".join(tables)
 
 

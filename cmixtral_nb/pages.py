@@ -29,13 +29,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .book import Chapter, read_book, table
+from .book import Chapter, read_book
 from .commands import GROUPS, parser
 from .machine import package_data
 from .notebooks import cells, setting
 from .plan import CARDS, PEAK_FLOPS, fit_text, frozen_bytes, time_plan
 from .preflight import disk_of, plan_inputs, plan_of, tokens_of
 from .recipes import read_recipe
+from .results import markdown_table
 
 
 # %% ../nbs/a35_pages.ipynb #41b0f703
@@ -209,7 +210,9 @@ def _code(text: str) -> str:
 
 def _page_table(head: list[str], rows: Iterable[list[str]]) -> str:
     "A table whose cells may hold any text"
-    return table(head, [[c.replace("|", "\\|").replace("\n", " ") for c in row] for row in rows])
+    return markdown_table(
+        head, [[c.replace("|", "\\|").replace("\n", " ") for c in row] for row in rows]
+    )
 
 
 def messages_page() -> str:  # markdown
