@@ -203,7 +203,7 @@ def _layer_fault(config: dict[str, Any], shapes: dict[str, tuple]) -> str:
 
 
 def tensor_faults(
-    config: dict[str, Any],  # with all its sizes, as a configuration's `to_dict` has them
+    config: dict[str, Any],  # config.json as read, or with the sizes that transformers adds
     shapes: dict[str, tuple],  # name -> shape, as in the headers of the weights; empty: unknown
 ) -> list[str]:  # empty, or what is wrong
     "Where a configuration and its weights do not go together"
