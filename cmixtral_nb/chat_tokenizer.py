@@ -15,6 +15,7 @@ __all__ = [
     "template_for",
     "chat_template",
     "starts_with_bos",
+    "control_tokens",
     "chat_tokenizer",
     "form_of",
     "write_chat_tokenizer",
@@ -143,6 +144,13 @@ def starts_with_bos(
     return tok.bos_token not in (None, form.begin)
 
 
+def control_tokens(
+    tok: PreTrainedTokenizerBase,
+) -> list[str]:  # in order
+    "The tokens that are orders; other added ones, such as Gemma's runs of line ends, are text"
+    return sorted(token.content for token in tok.added_tokens_decoder.values() if token.special)
+
+
 def chat_tokenizer(
     tok: PreTrainedTokenizerBase,  # of the model; changed in place
     template: str = "huozi",  # name in `FORMS`
@@ -155,8 +163,7 @@ def chat_tokenizer(
     tok.add_special_tokens(
         dict(eos_token=form.end, pad_token=PAD, additional_special_tokens=[begin])
     )
-    added = [token.content for token in tok.added_tokens_decoder.values()]
-    tok.chat_template = chat_template(form, sorted(added), starts_with_bos(tok, form))
+    tok.chat_template = chat_template(form, control_tokens(tok), starts_with_bos(tok, form))
     return tok
 
 

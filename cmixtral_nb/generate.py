@@ -10,6 +10,7 @@ __all__ = [
     "nucleus",
     "encode_prompt",
     "stop_ids",
+    "default_settings",
     "generate_text",
     "decode_after",
     "generate",
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 # %% ../nbs/12_generate.ipynb #a441c38b
+import io
 import json
 import re
 import sys
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from cmixtral_nb.samples import (
     check_generate,
+    context_of,
     read_prompts,
     request_faults,
     require_room,
@@ -43,6 +46,7 @@ from cmixtral_nb.templates import (
     words_of,
 )
 
+from .chat_tokenizer import control_tokens
 from .checkpoints import named_models, resolve_model
 from .loading import load_model
 from .machine import say
@@ -82,11 +86,6 @@ def _as_trimmed(found: str, typed: dict[str, str]) -> str:
     return words if found.endswith(_EDGE) else words.rstrip()
 
 
-def _control(tok: PreTrainedTokenizerBase) -> set[str]:
-    "The tokens that are orders"
-    return {token.content for token in tok.added_tokens_decoder.values() if token.special}
-
-
 def encode_prompt(
     tok: PreTrainedTokenizerBase,  # with a chat template, where the prompt is a conversation
     prompt: str | list[dict],  # text to continue, or messages (role, content) for the template
@@ -100,10 +99,10 @@ def encode_prompt(
     marked = [dict(message, content=mark) for message, mark in zip(prompt, edged, strict=True)]
     text = render(tok, marked)
     require_marks(text, list(typed), [message["role"] for message in prompt])
-    control = _control(tok)
-    longest_first = sorted(map(re.escape, control), key=len, reverse=True)
+    control = control_tokens(tok)
+    orders = "|".join(sorted(map(re.escape, control), key=len, reverse=True))  # the longest first
     ids: list[int] = []
-    for part in re.split(f"({'|'.join(longest_first)})", text):
+    for part in re.split(f"({orders})", text) if orders else [text]:
         if part in control:
             ids.append(tok.convert_tokens_to_ids(part))
         elif part:
@@ -124,7 +123,9 @@ def stop_ids(
 
 # %% ../nbs/12_generate.ipynb #f0dc40b3
 @contextmanager
-def _default_settings(model: PreTrainedModel) -> Iterator[None]:
+def default_settings(
+    model: PreTrainedModel,  # perhaps with an adapter
+) -> Iterator[None]:
     "A model without what its generation_config.json sets, with transformers' own defaults"
     from transformers import GenerationConfig
 
@@ -154,14 +155,13 @@ def generate_text(
 
     ids = encode_prompt(tok, prompt)
     ends = stop_ids(model, tok)
-    room = getattr(model.config, "max_position_embeddings", None) or 10**9
-    require_room(len(ids), max_new_tokens, room)
+    require_room(len(ids), max_new_tokens, context_of(model))
     x = torch.tensor([ids], device=model.device)
     how: dict = dict(do_sample=False)
     if temperature > 0:
         how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     torch.manual_seed(seed)
-    with torch.no_grad(), _default_settings(model):
+    with torch.no_grad(), default_settings(model):
         y = model.generate(
             input_ids=x,
             attention_mask=torch.ones_like(x),
@@ -239,6 +239,8 @@ def generate(
 # %% ../nbs/12_generate.ipynb #632b086f
 def _lines() -> Iterator[str]:
     "Lines from standard input; a prompt only where somebody sees it"
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes of another encoding end no conversation
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")
@@ -308,7 +310,7 @@ def chat(
     check_template(tok)
     net = load_model(model, adapter=adapter, load_in_4bit=load_in_4bit, attn=attn, device=device)
     start = [dict(role="system", content=system)] if system else []
-    room = net.config.max_position_embeddings - max_new_tokens
+    room = context_of(net) - max_new_tokens
     talk = list(start)
     for line in _lines():
         words = line.strip()

@@ -13,6 +13,7 @@ __all__ = [
     "sampling_faults",
     "request_faults",
     "check_generate",
+    "context_of",
     "require_room",
     "samples_table",
 ]
@@ -20,14 +21,19 @@ __all__ = [
 # %% ../nbs/a21d_samples.ipynb #1f222b9d
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoints import named_models, resolve_model
+from .documents import in_utf8
 from .options import Range, faults_of, range_faults, refuse
 from .packages import package_faults
-from .stages import require
+from .shapes import visible
+from .stages import StageError, require
 from .templates import check_template
 from .tokenizer_files import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% ../nbs/a21d_samples.ipynb #bf5fdfb3
 _BEGINNINGS = {  # language -> texts that a base model can go on with
@@ -48,7 +54,19 @@ PROMPTS = [prompt for lang in _BEGINNINGS for prompt in prompts_of(lang)]
 
 def _is_file(prompt: str) -> bool:
     "Whether a prompt names a file; longer texts than a name may be are not even looked for"
-    return len(prompt.encode()) < 256 and Path(prompt).is_file()
+    return len(prompt.encode(errors="surrogatepass")) < 256 and Path(prompt).is_file()
+
+
+def _lines_of(path: str) -> list[str]:
+    "The lines of a file that say something; `StageError` where they are not UTF-8"
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # a byte-order mark is no part of a prompt
+    except UnicodeDecodeError as e:
+        number = data.count(b"\n", 0, e.start) + 1
+        raise StageError(f"{path}:{number}: invalid UTF-8; save the file as UTF-8") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return [line for line in lines if line.strip()]
 
 
 def read_prompts(
@@ -58,14 +76,15 @@ def read_prompts(
     asked: list[str] = []
     for prompt in [prompts] if isinstance(prompts, str | Path) else prompts or PROMPTS:
         if _is_file(str(prompt)):
-            lines = Path(prompt).read_text("utf-8").splitlines()
-            asked += [line for line in lines if line.strip()]
+            asked += _lines_of(str(prompt))
         else:
             asked.append(str(prompt))
     require(
         asked and all(prompt.strip() for prompt in asked),
         "an empty prompt; expected text to continue",
     )
+    broken = [prompt for prompt in asked if in_utf8(prompt) != prompt]
+    refuse([f"a prompt is no UTF-8, {visible(prompt, 40)}; type it anew" for prompt in broken])
     return asked
 
 
@@ -110,6 +129,14 @@ def _check_tokenizer(ref: str) -> None:
 
 
 # %% ../nbs/a21d_samples.ipynb #cef15fe5
+def context_of(
+    model: PreTrainedModel,
+) -> int:
+    "Tokens that a model holds; a billion where it has no limit, as Mamba"
+    config = model.config.get_text_config()  # that of Gemma 3 and others is a part of the whole
+    return getattr(config, "max_position_embeddings", None) or 10**9
+
+
 def require_room(
     n_prompt: int,  # tokens of the prompt
     max_new_tokens: int,  # tokens that the answer may take

@@ -14,6 +14,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -62,24 +63,26 @@ def _form(model: str | Path) -> str:
 # %% ../nbs/a23_serve.ipynb #cd649b23
 def port_free(
     host: str,  # address to listen at
-    port: int,  # 1 to 65535
+    port: int,  # 1 to 65535; 0: any
 ) -> bool:
     "Whether a server can listen there"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
-        except OSError:
-            return False
+    except (OSError, TypeError, ValueError):  # the last two: a name that none can be
+        return False
     return True
 
 
 def _port_faults(host: str, port: int) -> list[str]:
     "Why a server cannot listen there"
     faults = range_faults(dict(port=port))
-    if not faults and not port_free(host, port):
-        faults = [f"port {port} of {host} is in use; take another with --port"]
+    if not port_free(host, 0):
+        faults.append(f"{host} is no address of this machine; take another with --host")
+    elif not faults and not port_free(host, port):
+        faults.append(f"port {port} of {host} is in use; take another with --port")
     return faults
 
 
@@ -167,7 +170,8 @@ def serve(
     path = served_model(model)
     command = serve_command(path, host, port, name, context, python, adapter)
     say("serve", shlex.join(command))
-    say("serve", f"OpenAI-compatible at http://{host}:{port}/v1, model {name}")
+    place = f"[{host}]" if ":" in host else host
+    say("serve", f"OpenAI-compatible at http://{place}:{port}/v1, model {name}")
     try:
         status = subprocess.run(command, env=dict(os.environ, HF_HUB_OFFLINE="1")).returncode
     except KeyboardInterrupt:
@@ -210,7 +214,8 @@ def _page_faults(url: str, host: str, port: int, **sampling) -> list[str]:
     faults += range_faults(sampling) + _port_faults(host, port)
     try:
         urlopen(url.rstrip("/") + "/models", timeout=5).close()
-    except (OSError, ValueError) as e:  # nobody listens, or this is no address
+    except (OSError, ValueError, HTTPException) as e:
+        # nobody listens, or one who does not speak HTTP, or this is no address
         reason = getattr(e, "reason", e)
         faults.append(f"no server answers at {url} ({reason}); run: cmixtral serve")
     return faults

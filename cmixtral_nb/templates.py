@@ -32,7 +32,8 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from .chat_tokenizer import FORMS, chat_template, starts_with_bos
+from .chat_tokenizer import FORMS, chat_template, control_tokens, starts_with_bos
+from .documents import in_utf8
 from .shapes import visible
 from .stages import StageError, require
 
@@ -181,7 +182,7 @@ def words_of(
     if isinstance(message, dict) and isinstance(message.get("role"), str):
         words = message.get("content")
         if isinstance(words, str):
-            return words
+            return in_utf8(words)  # a terminal hands on bytes that are none as halves of characters
     raise StageError(f"a message is {visible(message, 60)}, expected text as role and as content")
 
 
@@ -189,8 +190,8 @@ def is_ours(
     tok: PreTrainedTokenizerBase,  # with a chat template
 ) -> bool:
     "Whether a chat template is one that `chat_template` wrote, to the letter"
-    added = sorted(token.content for token in tok.added_tokens_decoder.values())
-    ours = [chat_template(f, added, starts_with_bos(tok, f)) for f in FORMS.values()]
+    control = control_tokens(tok)
+    ours = [chat_template(f, control, starts_with_bos(tok, f)) for f in FORMS.values()]
     return tok.chat_template in ours
 
 

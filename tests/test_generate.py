@@ -1,5 +1,6 @@
 "What the chapter on generation does not show: other templates, hostile words, bad requests"
 
+import io
 import json
 import shutil
 from typing import Any
@@ -293,6 +294,25 @@ def test_a_prompt_longer_than_the_context(model, tok, tmp_path):
     with pytest.raises(StageError, match="the prompt has"):
         g.generate([f"a={model}"], prompts=["长" * 9000], out=tmp_path / "o")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_bytes_of_another_encoding_end_no_chat(chat_tok, encoding, monkeypatch):
+    data = io.BytesIO("中\n".encode("gbk") + b"/exit\n")
+    errors = "strict" if encoding == "utf-8" else "surrogateescape"  # as Python opens a terminal
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(data, encoding, errors))
+    line, last = g._lines()
+    assert last == "/exit" and "\ufffd" in line
+    for words in (line, "\udcd6\udcd0 hello"):
+        assert g.encode_prompt(chat_tok, [dict(role="user", content=words)])
+
+
+def test_a_tokenizer_without_orders(chat_tok, monkeypatch):
+    "Its text is one piece, not one for each character"
+    talk = [dict(role="user", content="one two three")]
+    monkeypatch.setattr(g, "control_tokens", lambda tok: [])
+    text = chat_tok.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    assert g.encode_prompt(chat_tok, talk) == g.encode_plain(chat_tok, [text])[0]
 
 
 def test_chat_goes_on_after_a_message_of_a_megabyte(model, tmp_path, capsys):
