@@ -130,7 +130,7 @@ def _check_tokenizer(ref: str) -> None:
 
 # %% ../nbs/a21d_samples.ipynb #cef15fe5
 def context_of(
-    model: PreTrainedModel,
+    model: PreTrainedModel,  # of any family
 ) -> int:
     "Tokens that a model holds; a billion where it has no limit, as Mamba"
     config = model.config.get_text_config()  # that of Gemma 3 and others is a part of the whole
