@@ -20,6 +20,7 @@ __all__ = [
 
 # %% ../nbs/a21c_finetuning.ipynb #60f8941b
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from cmixtral_nb.conversations import (
     source_faults,
 )
 
-from .chat_tokenizer import FORMS, PAD, template_for
+from .chat_tokenizer import FORMS, PAD, chat_tokenizer, template_for
 from .checkpoints import resolve_model
 from .corpus import is_heldout
 from .loading import attention_faults
@@ -47,14 +48,17 @@ from .options import at_least, faults_of, one_of, range_faults, refuse
 from .packages import package_faults
 from .plan import plan_faults
 from .qlora import parameter_table, quantised
-from .stages import input_fingerprint, require, tokenizer_fingerprint
-from .tokenizer_files import load_tokenizer
+from .stages import StageError, input_fingerprint, require, tokenizer_fingerprint
+from .templates import check_template
+from .tokenizer_files import encode_plain, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/a21c_finetuning.ipynb #edecd9c9
+_Cut = Callable[[str], list[int]]  # a text -> ids
+
+
 def request_faults(
     conversations: list[str] | None = None,  # files, or names of what ships; None: builtin
     lang: str | None = None,  # code of the new language; None: those that ship
@@ -80,15 +84,19 @@ def request_faults(
 
 def check_sft(
     model: str | Path,  # folder or hub id
+    load_bpe: Callable[[Path], _Cut],  # folder -> BPE whose merges can be skipped
     device: str | None = None,  # None: a GPU where there is one
     **options: Any,  # the others, all of them
 ) -> None:
     "`StageError` with everything that is wrong with a request to `sft`"
     faults = request_faults(**options) + package_faults(dict(options, device=device))
-    faults += faults_of(_require_tokenizer, model, options["bpe_dropout"])
+    faults += faults_of(_require_tokenizer, model)
+    if options["bpe_dropout"] and not faults:
+        faults += faults_of(_require_bpe, model, load_bpe)
     if not faults:
         template = options["template"] or template_for(options["lang"])
         faults = faults_of(_require_marks, model, options["rows"], template)
+        faults += faults_of(_require_template, model, template)
         faults += attention_faults(resolve_model(model), options["attn"])
         faults += plan_faults(
             resolve_model(model),
@@ -101,22 +109,49 @@ def check_sft(
     refuse(faults)
 
 
-def _require_tokenizer(model: str | Path, bpe_dropout: float) -> None:
-    folder = resolve_model(model)
-    faults = []
-    if not (folder / "tokenizer.json").is_file():
-        faults.append(
-            f"{model} holds no tokenizer.json; "
-            f"run: cmixtral init --model {model} --tokenizer DIR --out DIR"
+def _require_tokenizer(model: str | Path) -> None:
+    require(
+        (resolve_model(model) / "tokenizer.json").is_file(),
+        f"{model} holds no tokenizer.json; "
+        f"run: cmixtral init --model {model} --tokenizer DIR --out DIR",
+    )
+
+
+def _require_bpe(model: str | Path, load_bpe: Callable[[Path], _Cut]) -> None:
+    "Without a skipped merge BPE-dropout must cut as the tokenizer does"
+    tok = load_tokenizer(resolve_model(model))
+    kind = type(tok.backend_tokenizer.model).__name__
+    require(
+        kind == "BPE",
+        f"{model} has a {kind} tokenizer, BPE-dropout needs BPE; use --bpe-dropout 0",
+    )
+    try:
+        bpe = load_bpe(resolve_model(model))
+    except RuntimeError as e:  # of sentencepiece
+        raise StageError(f"{model}/tokenizer.model: {e}; use --bpe-dropout 0") from None
+    for text in _probes(tok):
+        require(
+            bpe(text) == encode_plain(tok, [text])[0],
+            f"BPE-dropout would cut {text!r} otherwise than the tokenizer of {model} does; "
+            "use --bpe-dropout 0",
         )
-    elif bpe_dropout and not (folder / "tokenizer.model").is_file():
-        kind = load_tokenizer(folder).backend_tokenizer.model
-        if type(kind).__name__ != "BPE":
-            faults.append(
-                f"{model} has a {type(kind).__name__} tokenizer, BPE-dropout needs BPE; "
-                "use --bpe-dropout 0"
-            )
-    refuse(faults)
+
+
+def _probes(tok: PreTrainedTokenizerBase, n: int = 20) -> list[str]:
+    "English, and the last words of the vocabulary: those of a new language, if it was extended"
+    is_mark = {id: token.special for id, token in tok.added_tokens_decoder.items()}
+    texts = (tok.decode([id]) for id in reversed(range(len(tok))) if not is_mark.get(id))
+    words = (text for text in texts if _is_word(text.strip()))
+    return ["How old is the river?", *itertools.islice(words, n)]
+
+
+def _is_word(text: str) -> bool:
+    "Example: 'over', '词' and 'ថ្ងៃ' are; '', '<unused7>' and 'x1' are not"
+    return bool(text) and all(c.isalpha() or not c.isascii() for c in text)
+
+
+def _require_template(model: str | Path, template: str) -> None:
+    check_template(chat_tokenizer(load_tokenizer(resolve_model(model)), template))
 
 
 def _require_marks(model: str | Path, rows: str, template: str) -> None:

@@ -333,6 +333,7 @@ class Rounds:
         bpe_dropout: float = 0,  # of `dropout_encoder`
         seed: int = 0,  # of the orders and of BPE-dropout
         loss_on: str = "answers",  # tokens under the loss: answers, all
+        length: int | None = None,  # tokens that are read of a conversation; None: all
     ):
         self.talks = talks
         self.tok = tok
@@ -341,6 +342,7 @@ class Rounds:
         self.bpe_dropout = bpe_dropout
         self.seed = seed
         self.loss_on = loss_on
+        self.length = length
         self.orders: dict[int, list[int]] = {}  # the round that was asked for last
 
     def __len__(self) -> int:
@@ -352,6 +354,8 @@ class Rounds:
         lap, place = divmod(k, len(self.talks))
         talk = self.talks[self.order(lap)[place]]
         ids, mask = encode_chat(self.tok, talk, encode=self._encoder(k))
+        if not any(mask[: self.length]):  # dropout makes texts longer, and left no answer to read
+            ids, mask = encode_chat(self.tok, talk)
         if self.loss_on == "all":
             mask = [0] + [1] * (len(ids) - 1)  # nothing comes before the first token
         return ids, mask
@@ -439,7 +443,7 @@ def _answer_nats(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
     ignore=("device", "lang", "kept"),
     resumable=True,
     work="checkpoints/checkpoint-*/complete",
-    check=check_sft,
+    check=partial(check_sft, load_bpe=load_bpe),
     options=request_faults,
     found=decided,
     parallel=True,
@@ -515,7 +519,7 @@ def sft(
     )
     run = trainer(
         net,
-        Rounds(talks.train, tok, bpe, n_steps * n_step, bpe_dropout, seed, loss_on),
+        Rounds(talks.train, tok, bpe, n_steps * n_step, bpe_dropout, seed, loss_on, length),
         args,
         partial(collate_chat, length=length),
         rows_lr=rows_lr or lr,

@@ -530,6 +530,19 @@ def test_every_conversation_is_read_once_a_round(tok):
     assert r.order(0) != s.Rounds(talks, tok, None, 1, seed=5).order(0)
 
 
+def test_dropout_leaves_an_answer_within_length(tok, bpe):
+    "A question that dropout makes longer than `length` is cut as ever"
+    question = "How long may a question be until nothing is read of its answer? " * 3
+    talk = [dict(role="user", content=question), TALK[1]]
+    ids, mask = s.encode_chat(tok, talk)
+    length = mask.index(1) + 1  # one token of the answer
+    cut = s.Rounds([talk], tok, bpe, 20, bpe_dropout=0.3, length=length)
+    assert all(any(mask[:length]) for _, mask in cut)
+    assert cut[0] == (ids, mask)
+    free = s.Rounds([talk], tok, bpe, 20, bpe_dropout=0.3)
+    assert not any(any(mask[:length]) for _, mask in free)
+
+
 def test_the_loss_may_count_prompts_too(tok):
     "All tokens but the first of each conversation, before which is nothing; the same are read"
     talks = [[dict(role="user", content=str(i)), TALK[1]] for i in range(7)]
@@ -646,6 +659,32 @@ def test_a_model_without_its_tokenizer(model, tmp_path):
     (d / "tokenizer.json").unlink()
     with pytest.raises(StageError, match="holds no tokenizer.json"):
         s.sft(d, out=tmp_path / "o", bpe_dropout=0)
+
+
+def test_dropout_needs_the_merges_of_the_tokenizer(model, tmp_path):
+    "Not a Unigram model's scores, not an old tokenizer.model, and not a file of another kind"
+    d = tmp_path / "m"
+    d.mkdir()
+    for f in model.iterdir():
+        (d / f.name).symlink_to(f)
+    (d / "tokenizer.model").unlink()
+    (d / "tokenizer.model").write_text("IQ== 0\n")  # as tiktoken writes its ranks
+    with pytest.raises(StageError, match="^.*m/tokenizer.model: .*; use --bpe-dropout 0$"):
+        s.sft(d, out=tmp_path / "o")
+    (d / "tokenizer.json").unlink()
+    unigram = Tokenizer(models.Unigram([("a", -1.0), ("</s>", -2.0)], unk_id=0))
+    PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="</s>").save_pretrained(d)
+    with pytest.raises(StageError, match="m has a Unigram tokenizer, BPE-dropout needs BPE"):
+        s.sft(d, out=tmp_path / "o")
+
+
+def test_a_template_that_does_not_compile_is_refused_before_training(model, tmp_path):
+    with (
+        patch("cmixtral_nb.chat_tokenizer.chat_template", lambda *form: "{% if %}"),
+        patch.object(s, "load_model", lambda *a, **kw: pytest.fail("loaded")),
+        pytest.raises(StageError, match="the chat template does not render"),
+    ):
+        s.sft(model, out=tmp_path / "o", bpe_dropout=0)
 
 
 KHMER = ["សួស្តី", "រាជធានីកម្ពុជាឈ្មោះអ្វី?", "អរគុណ", "ថ្ងៃនេះក្តៅណាស់"]
