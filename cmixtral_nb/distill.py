@@ -462,15 +462,16 @@ def _load_frozen(model: Path) -> PreTrainedModel:
         f"distill reads models with layers and a last norm, found {type(body).__name__}; "
         "take --method mean",
     )
+    head = net.get_output_embeddings()
     require(
-        plain_logits(net.config),
-        f"distill needs logits as the head gives them, found {type(net).__name__}, which scales or "
-        "caps them; take --method mean",
+        plain_logits(net.config) and getattr(head, "bias", None) is None,
+        f"distill needs logits that are the head's rows times the last state, found "
+        f"{type(net).__name__}, which scales, caps or shifts them; take --method mean",
     )
     return net.to(default_device()).requires_grad_(False).eval()
 
 
-_HEAD_STRETCHES = 200  # that the head learns from, and a quarter as many plain ones
+_HEAD_STRETCHES = 400  # that the head learns from, and a quarter as many plain ones
 
 
 def _places(
@@ -514,7 +515,8 @@ def distill(
     "Let a frozen model with its old tokenizer teach the rows of new tokens"
     import torch
 
-    lessons = read_lessons(new, spellings, texts, max(4, steps) * BATCH, seed=seed)
+    n_stretches = max(steps * BATCH, _HEAD_STRETCHES)
+    lessons = read_lessons(new, spellings, texts, n_stretches, seed=seed)
     require(
         lessons.stretches,
         "distill: the corpus has no text in which a quarter of the tokens is new; expected text "

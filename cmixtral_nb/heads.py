@@ -134,7 +134,7 @@ class HeadRows:
 
 
 # %% ../nbs/a14d_heads.ipynb #10bd46b5
-STEPS = 200
+STEPS = 400
 BATCH = 1024  # places in a step
 MAP_LR = 0.5  # learning rate of a number of a map, times the width of the model
 SHIFT_LR = 2e-3  # of a shift, as a share of the old rows' root mean square
