@@ -25,7 +25,7 @@ from cmixtral_nb.health import (
 )
 from cmixtral_nb.heldout import heldout_texts
 from cmixtral_nb.pack import load_examples
-from cmixtral_nb.stages import Artifact
+from cmixtral_nb.stages import Artifact, StageError
 from cmixtral_nb.tokenizer import tokenizer
 from cmixtral_nb.tokenizer_files import encode_plain, load_tokenizer
 from cmixtral_nb.vocab import vocab
@@ -77,6 +77,14 @@ def test_a_table_of_frequencies_has_a_lift_of_one(made):
     assert len(rows) == 400
     lifts = [row["lift"] for row in rows if row["places"]]
     assert np.allclose(lifts, 1, rtol=1e-3)
+
+
+def test_a_model_that_gives_nan_has_no_health(made):
+    _, tok = made
+    model = llama(len(tok))
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(StageError, match="gives NaN or infinity in float32"):
+        score_places(model, tok, ["一二三"], LENGTH)
 
 
 def trained_without(withheld: list[int], made, steps: int) -> LlamaForCausalLM:
