@@ -48,7 +48,7 @@ from cmixtral_nb.llama_rules import (
 
 from .checkpoints import link_file, resolve_model, tensor_files
 from .experts import METHOD
-from .generate import encode_prompt, stop_ids
+from .generate import default_settings, encode_prompt, stop_ids
 from .loading import load_model
 from .machine import available_bytes, package_data, say
 from .options import Range, at_least, faults_of, one_of, range_faults, refuse
@@ -234,7 +234,7 @@ def our_answers(
     answers = []
     for talk in talks:
         prompt = torch.tensor([encode_prompt(tok, talk)])
-        with torch.no_grad():
+        with torch.no_grad(), default_settings(net):
             whole = net.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -298,11 +298,8 @@ def to_gguf(
     in_two_steps = outtype == "q4_k_m"  # which the converter does not know
     first = out.with_suffix(".f16.gguf") if in_two_steps else out
     first_type = "f16" if in_two_steps else outtype
-    convert = [sys.executable, str(converter), str(model)]
-    if rule:
-        telling = package_data("data/convert_gguf.py")
-        convert[1:1] = [str(telling)]
-        convert[3:3] = [rule]
+    guard = package_data("data/convert_gguf.py")  # keeps it from running code of the model
+    convert = [sys.executable, str(guard), str(converter), rule or "-", str(model)]
     options = ["--outtype", first_type, "--outfile", str(first)]
     _run([*convert, *options], f"{model} cannot be converted")
     if in_two_steps:
@@ -338,6 +335,8 @@ def ids_read_back(
 
 # %% ../nbs/a22_engines.ipynb #cb5e0f25
 _OF_THE_STAGE = ("manifest.json", "request.json")  # say how the model was made, not what it is
+# code, and the weights once more in forms that may hold code or that nobody here reads
+_LEFT = {".py", ".pkl", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 
 
 def link_model(
@@ -346,7 +345,7 @@ def link_model(
 ) -> None:
     "The files of a model in another folder; weights share their place on disk where it can"
     for file in sorted(model.iterdir()):
-        if not file.is_file() or file.name in _OF_THE_STAGE:
+        if not file.is_file() or file.name in _OF_THE_STAGE or file.suffix in _LEFT:
             continue
         if file.suffix == ".safetensors":
             link_file(file, out / file.name)
@@ -370,6 +369,12 @@ def _stored_faults(folder: Path, to: str) -> list[str]:
     ]
 
 
+def _names_an_end(folder: Path) -> bool:
+    "Whether a model's configuration names a token that ends a text"
+    files = [folder / "generation_config.json", folder / "config.json"]
+    return any(read_json(f).get("eos_token_id") is not None for f in files if f.is_file())
+
+
 def check_model(
     folder: Path,  # of a model
     to: str,  # form that it shall have: hf, vllm, gguf
@@ -383,6 +388,11 @@ def check_model(
     else:
         faults.append(
             f"{folder} has no chat template; run: cmixtral sft --model {folder} --out DIR"
+        )
+    if tok.eos_token_id is None and not _names_an_end(folder):
+        faults.append(
+            f"{folder} names no token that ends an answer; "
+            "give it as eos_token in tokenizer_config.json"
         )
     refuse(faults)
 

@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace as Name
 from unittest.mock import patch
 
@@ -66,10 +67,21 @@ def reads(tok, answers=(), change=lambda ids: ids):
     return ask
 
 
-def test_transformers_alone_makes_our_ids_and_answers(chat, tok):
+@pytest.fixture(scope="module")
+def penalised(chat, tok, tmp_path_factory):
+    "The same model, whose generation_config.json has a say in what it writes"
+    model = shutil.copytree(chat, tmp_path_factory.mktemp("penalised") / "m")
+    (said,) = v.our_answers(chat, tok, v.check_talks(tok)[:1], 4)
+    settings = read_json(model / "generation_config.json")
+    settings |= dict(repetition_penalty=5.0, suppress_tokens=said)
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    return model
+
+
+def test_transformers_alone_makes_our_ids_and_answers(chat, tok, penalised):
     "The one engine that is always here, in a process that has nothing of this package"
     talks = v.check_talks(tok)
-    got = v.ask_engine("hf", chat, talks, 4)
+    got = v.ask_engine("hf", penalised, talks, 4)
     r = v.compare(tok, talks, got, v.our_answers(chat, tok, talks, 4))
     assert (r["ids_equal"], r["ids_of"], r["obeys"], r["answers_equal"]) == (8, 8, False, 1.0)
     for form in v.ENGINES:
@@ -79,6 +91,26 @@ def test_transformers_alone_makes_our_ids_and_answers(chat, tok):
             if line.strip().startswith(("import ", "from "))
         ]
         assert imports and not any("cmixtral" in line for line in imports)
+
+
+def test_settings_of_a_model_do_not_make_it_differ(chat, tok, penalised):
+    "What generation_config.json adds is no fault of the files, and vLLM is asked without it"
+    talks = v.check_talks(tok)[:1]
+    assert v.our_answers(penalised, tok, talks, 6) == v.our_answers(chat, tok, talks, 6)
+
+
+def test_an_answer_has_to_end(chat, tmp_path):
+    model = shutil.copytree(chat, tmp_path / "m")
+    config = read_json(model / "tokenizer_config.json")
+    config["eos_token"] = None
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "special_tokens_map.json").unlink()
+    assert faults_of(v.check_model, model, "hf") == []  # another file names it
+    for name in ("generation_config.json", "config.json"):
+        named = dict(read_json(model / name), eos_token_id=None)
+        (model / name).write_text(json.dumps(named))
+    (fault,) = faults_of(v.check_model, model, "hf")
+    assert "names no token that ends an answer; give it as eos_token" in fault
 
 
 LLAMA_CPP = """
@@ -154,7 +186,9 @@ def test_what_a_probe_tells(tmp_path, monkeypatch, form, name, source, version, 
 def test_four_bits_are_made_by_the_other_python(chat, tmp_path):
     "q4_k_m: 16 bits by the converter, then the quantiser of the Python that has llama.cpp"
     converter = tmp_path / v.CONVERTER
-    converter.write_text("import sys; open(sys.argv[-1], 'w').write(' '.join(sys.argv[1:4]))")
+    converter.write_text(
+        "import sys\ndef main(): open(sys.argv[-1], 'w').write(' '.join(sys.argv[1:4]))"
+    )
     python = tmp_path / "python"
     python.write_text(
         f"#!{sys.executable}\nimport shutil, sys\n"
@@ -759,6 +793,27 @@ def test_what_keeps_the_page_from_opening(cli):
     ):
         assert any(part in e for e in err), part
     assert err[-1].endswith("run: cmixtral serve")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:80a/v1", "http://127.0.0.1:{port}/v1", "nothing", "http://[::1/v1"]
+)
+def test_what_speaks_no_http_is_no_server(url):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+
+        def greet():
+            caller, _ = s.accept()
+            with caller:
+                caller.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                caller.recv(1000)
+
+        Thread(target=greet, daemon=True).start()
+        faults = serve._page_faults(
+            url.format(port=s.getsockname()[1]), "127.0.0.1", port(), temperature=1, top_p=1
+        )
+    assert "no server answers at" in faults[-1] and faults[-1].endswith("run: cmixtral serve")
 
 
 def test_the_page_sends_what_every_server_takes():

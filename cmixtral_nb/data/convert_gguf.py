@@ -1,14 +1,34 @@
-"""convert_gguf.py CONVERTER RULE ...: llama.cpp's converter, told which of its rules cuts words.
+"""convert_gguf.py CONVERTER RULE ...: llama.cpp's converter, without code of the model's folder.
 
-By itself it looks the rule up by the ids of a check text; those of an extended tokenizer are in no
-table. What follows RULE are the converter's own arguments.
+For some families it asks transformers to run such code, which is refused here. RULE says which of
+llama.cpp's rules cuts words: by itself it looks that up by the ids of a check text, and those of an
+extended tokenizer are in no table; with "-" it does. What follows are the converter's own arguments.
 """
 
 import importlib.util
 import sys
 from pathlib import Path
 
+import transformers
+
 LOOK_UP = "get_vocab_base_pre"  # its method that returns the name of the rule
+LOADERS = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoTokenizer")
+
+
+def trust_nobody():
+    "Let transformers load no class from a model's folder, whatever it is asked"
+    for name in LOADERS:
+        loader = getattr(transformers, name)
+        loader.from_pretrained = untrusting(loader.from_pretrained)
+
+
+def untrusting(load):
+    "A function that loads with transformers' own classes alone"
+
+    def loaded(*arguments, **options):
+        return load(*arguments, **{**options, "trust_remote_code": False})
+
+    return loaded
 
 
 def load(converter):
@@ -31,14 +51,21 @@ def classes_that_look_up():
                 yield value
 
 
-def main(converter, rule, *arguments):
-    sys.argv = [converter, *arguments]
-    module = load(converter)
+def name_rule(converter, rule):
+    "Let the converter take a rule instead of looking it up"
     found = {*classes_that_look_up()}
     if not found:
         sys.exit(f"{converter} has no {LOOK_UP}, so that its rule cannot be named")
     for one in found:
         setattr(one, LOOK_UP, lambda self, tokenizer: rule)
+
+
+def main(converter, rule, *arguments):
+    sys.argv = [converter, *arguments]
+    trust_nobody()
+    module = load(converter)
+    if rule != "-":
+        name_rule(converter, rule)
     module.main()
 
 

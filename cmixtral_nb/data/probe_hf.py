@@ -19,6 +19,14 @@ def answer(model, ids, n_tokens):
     return whole[0, len(ids) :].tolist()
 
 
+def without_settings(model):
+    "The model with nothing left of its generation settings but which token ends a text"
+    ends = model.generation_config.eos_token_id
+    pad = model.generation_config.pad_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    return model
+
+
 def main():
     asked = json.load(sys.stdin)
     tok = transformers.AutoTokenizer.from_pretrained(asked["model"])
@@ -29,7 +37,7 @@ def main():
     answers = []
     if asked["n_tokens"]:
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(asked["model"], dtype="float32").eval()
+        model = without_settings(load(asked["model"], dtype="float32").eval())
         answers = [answer(model, ids, asked["n_tokens"]) for ids in prompts]
     with open(asked["out"], "w", encoding="utf-8") as file:
         json.dump(dict(version=transformers.__version__, ids=prompts, answers=answers), file)
