@@ -1,8 +1,9 @@
 """convert_gguf.py CONVERTER RULE ...: llama.cpp's converter, without code of the model's folder.
 
 For some families it asks transformers to run such code, which is refused here. RULE says which of
-llama.cpp's rules cuts words: by itself it looks that up by the ids of a check text, and those of an
-extended tokenizer are in no table; with "-" it does. What follows are the converter's own arguments.
+llama.cpp's rules cuts words: by itself it looks that up by the ids of a check text, and those of
+an extended tokenizer are in no table; with "-" it does. What follows are the converter's own
+arguments.
 """
 
 import importlib.util
