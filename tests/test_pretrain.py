@@ -306,7 +306,7 @@ def test_an_alarm_stops_a_run_and_the_same_command_goes_on(here, capsys):
         (here / f"{lang}.long.jsonl").write_text("\n".join(lines))
     sources = [f"{lang}={here}/{lang}.long.jsonl" for lang in texts]
     text = corpus(sources, here / "text", valid_share=0.3)
-    mix = ["1:zh", "0.04:en"]
+    mix = ["1:zh", "0.1:en"]
     tokens = pack(text, here / "model", here / "long", mix=mix, length=64)
     how = {**ARGS, "lr": 0.1, "steps": 6, "batch": 4, "eval_chars": 20_000, "save_every": 9}
     how["alarm_bits"] = 0.01
