@@ -32,6 +32,7 @@ __all__ = [
     "neighbours",
     "own_words",
     "reach_line",
+    "plain_added_line",
     "repair_line",
     "append_merges",
     "byte_vocab_option_faults",
@@ -658,6 +659,21 @@ def reach_line(
     )
 
 
+def plain_added_line(
+    ext: ByteExtension,  # what is compared
+) -> dict | None:  # None where there are none
+    "Added tokens that are not special, such as Qwen's <tool_call>: text gives them, as before"
+    after = ext.after
+    ids = [i for i in sorted(after.added) if i not in after.silent]
+    if not ids:
+        return None
+    return dict(
+        counted="added tokens that are not special: a text that holds their name gives them",
+        cases=len(ids),
+        examples=[repr(after.piece(i))[:80] for i in ids[:3]],
+    )
+
+
 def repair_line(
     ext: ByteExtension,  # with a repaired regular expression
 ) -> dict:
@@ -738,7 +754,8 @@ def append_merges(
     changed = changed_documents(before, after, corpus, script, lang, limit_chars)
     lines = certify(ext, byte_checks(ext))
     reached = reach_line(ext, measured)
-    counted = [reached] if ext.cut is before else [reached, repair_line(ext)]
+    repair = None if ext.cut is before else repair_line(ext)
+    counted = [line for line in (reached, plain_added_line(ext), repair) if line]
     certificate = write_certificate(out, [*lines, *counted], changed)
     if "tiktoken ranks give the same ids" in certificate:
         write_ranks(out / RANKS, after.base)

@@ -225,7 +225,11 @@ def encode_plain(
     tok: PreTrainedTokenizerBase | Tokenizer,  # a loaded tokenizer
     texts: Iterable[str],  # documents
 ) -> list[list[int]]:  # ids, without BOS and EOS
-    "Encode text as text, whole: `<s>` or a chat marker is spelled out, never the control token"
+    """Encode text as text, whole: `<s>` or a chat marker is spelled out, never the control token
+
+    Added tokens that are not special, such as Gemma's runs of blanks or Qwen's `<tool_call>`,
+    are text to their tokenizer, and so they are here.
+    """
     fast = getattr(tok, "backend_tokenizer", tok)
     if not hasattr(fast, "encode_special_tokens"):
         slow: Any = tok
