@@ -155,6 +155,7 @@ def generate_text(
 
     ids = encode_prompt(tok, prompt)
     ends = stop_ids(model, tok)
+    pads = [i for i in (tok.pad_token_id, *ends, 0) if i is not None]  # one text is never padded
     require_room(len(ids), max_new_tokens, context_of(model))
     x = torch.tensor([ids], device=model.device)
     how: dict = dict(do_sample=False)
@@ -166,8 +167,8 @@ def generate_text(
             input_ids=x,
             attention_mask=torch.ones_like(x),
             max_new_tokens=max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=ends[0] if tok.pad_token_id is None else tok.pad_token_id,
+            eos_token_id=ends or None,
+            pad_token_id=pads[0],
             use_cache=True,
             streamer=streamer,
             **how,

@@ -137,6 +137,16 @@ def test_what_follows_a_prompt_keeps_its_spaces(tok, before, after):
         assert before + g.decode_after(tok, head, ids[len(head) :]) == before + after
 
 
+def test_without_an_end_a_text_has_its_full_length(model):
+    tok = load_tokenizer(model)
+    m = g.load_model(model, device="cpu")
+    tok.eos_token = tok.pad_token = None
+    m.generation_config.eos_token_id = m.config.eos_token_id = None
+    assert g.stop_ids(m, tok) == []
+    written = g.generate_text(m, tok, "hello", max_new_tokens=3, temperature=0)
+    assert (written["n_tokens"], written["stop"]) == (3, "length")
+
+
 def test_both_ends_count(model, tok):
     import torch
 

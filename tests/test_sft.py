@@ -290,7 +290,8 @@ def test_the_system_prompt_is_kept_wherever_it_stands():
     beside = dict(system="s", conversations=said)
     assert to_messages(beside) == to_messages(dict(beside, system=[dict(text="s")]))
     assert to_messages(beside) == [system, *TALK]
-    for empty in ("", " ", None, []):
+    empties: list[Any] = ["", " ", None, []]
+    for empty in empties:
         first = dict(system, content=empty)
         assert to_messages(dict(messages=[first, *TALK])) == TALK
         assert to_messages(dict(system="s", messages=[first, *TALK])) == [system, *TALK]
