@@ -135,7 +135,7 @@ class Lessons(NamedTuple):
 
     counts: Tensor  # (n_tokens,) how often each token of the new vocabulary occurs
     stretches: list[list[int]]  # new ids, to learn from
-    plain: list[list[int]]  # new ids of stretches with few new tokens, a quarter as many
+    plain: list[list[int]]  # new ids of stretches with few new tokens, half as many
 
 
 def read_lessons(
@@ -151,7 +151,7 @@ def read_lessons(
 
     counts = torch.zeros(len(spellings), dtype=torch.int64)
     is_new = [len(spelling) > 1 for spelling in spellings]
-    rich, plain = Sample(n_stretches, seed), Sample(-(-n_stretches // 4), seed)
+    rich, plain = Sample(n_stretches, seed), Sample(-(-n_stretches // 2), seed)
     for some in groups(texts, 64):
         for ids in encode_plain(tok, some):
             counts.add_(torch.bincount(torch.tensor(ids).long(), minlength=len(counts)))
@@ -471,7 +471,7 @@ def _load_frozen(model: Path) -> PreTrainedModel:
     return net.to(default_device()).requires_grad_(False).eval()
 
 
-_HEAD_STRETCHES = 400  # that the head learns from, and a quarter as many plain ones
+_HEAD_STRETCHES = 300  # that the head learns from, and half as many plain ones, which are longer
 
 
 def _places(
@@ -483,7 +483,7 @@ def _places(
     "What the last layer says at each place of a text, and which token comes there"
     import torch
 
-    read = lessons.stretches[:_HEAD_STRETCHES] + lessons.plain[: _HEAD_STRETCHES // 4]
+    read = lessons.stretches[:_HEAD_STRETCHES] + lessons.plain[: _HEAD_STRETCHES // 2]
     with torch.no_grad():
         states = [
             pupil_states(net.base_model, batch, lambda ids: rows[ids], start, before=True)

@@ -186,7 +186,7 @@ class _Lesson:
 
 def _rate(step: int, steps: int) -> float:
     "Share of the learning rate: up in ten steps, down to zero at the end"
-    return min(1, (step + 1) / 10) * (1 - step / steps)
+    return min(1, (step + 1) / 10) * (1 - step / max(1, steps))
 
 
 def learn_head(

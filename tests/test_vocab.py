@@ -491,7 +491,9 @@ def test_a_base_with_tokens_that_its_model_lacks(made, tmp_path):
     config = read_json(folder / "tokenizer.json")
     config["added_tokens"].append(dict(config["added_tokens"][0], id=32000, content="<|im_end|>"))
     write_json(folder / "tokenizer.json", config)
-    with pytest.raises(StageError, match="such as '<.im_end.>', and new pieces would get their ids"):
+    with pytest.raises(
+        StageError, match="such as '<.im_end.>', and new pieces would get their ids"
+    ):
         vocab(made.pieces, out=tmp_path / "v", base=str(folder), n_pieces=200)
     with pytest.raises(StageError, match="give --base .*tokenizer.json"):
         search(made.pieces, made.corpus, out=tmp_path / "s", base=str(folder))
