@@ -471,7 +471,7 @@ def _load_frozen(model: Path) -> PreTrainedModel:
     return net.to(default_device()).requires_grad_(False).eval()
 
 
-_HEAD_STRETCHES = 300  # that the head learns from, and half as many plain ones, which are longer
+_HEAD_STRETCHES = 400  # that the head learns from, and half as many plain ones, which are longer
 
 
 def _places(
