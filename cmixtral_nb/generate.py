@@ -23,7 +23,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -240,8 +240,8 @@ def generate(
 # %% ../nbs/12_generate.ipynb #632b086f
 def _lines() -> Iterator[str]:
     "Lines from standard input; a prompt only where somebody sees it"
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes of another encoding end no conversation
+    with suppress(AttributeError, io.UnsupportedOperation):  # in a notebook, or once it was read
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")

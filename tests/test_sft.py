@@ -160,10 +160,14 @@ def test_every_added_token_in_every_role(model, tmp_path):
     added = {i: t.content for i, t in tok.added_tokens_decoder.items()}
     base = {"<s>", "</s>", "<unk>", "[INST]", "secret", "<tool>"}
     assert set(added.values()) == base | {BEGIN, END, PAD}
+    marks = ["<s>"] + [BEGIN, END] * 3
     for t in added.values():
         talk = [dict(role=r, content=f"a{t}b {t}") for r in ("system", "user", "assistant")]
-        ids = rendered_ids(tok, talk)
-        assert [added[i] for i in ids if i in added] == ["<s>"] + [BEGIN, END] * 3, t
+        found = [added[i] for i in rendered_ids(tok, talk) if i in added]
+        assert [name for name in found if name != "<tool>"] == marks, t
+        # what is no special token is text and stays as it is, here as in training
+        trained = [added.get(i) for i in encode_plain(tok, [talk[0]["content"]])[0]]
+        assert found.count("<tool>") == 3 * trained.count("<tool>"), t
 
 
 def test_words_in_parts(either):
