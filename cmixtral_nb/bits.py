@@ -17,6 +17,7 @@ __all__ = [
     "require_finite",
     "head_loss",
     "plain_logits",
+    "logits_are_products",
     "without_logits",
 ]
 
@@ -324,6 +325,14 @@ def plain_logits(
     settings = config.to_dict() | config.get_text_config().to_dict()
     changed = re.compile("logits?_.*(scal|cap)|lm_head_multiplier|output_multiplier|^softcap$")
     return not any(changed.search(name) and settings[name] not in (None, 1) for name in settings)
+
+
+def logits_are_products(
+    model: PreTrainedModel,  # any causal language model
+) -> bool:
+    "Whether a logit is the last hidden state times the head's row, and nothing else"
+    head = model.get_output_embeddings()
+    return plain_logits(model.config) and getattr(head, "bias", None) is None
 
 
 # %% ../nbs/a12_bits.ipynb #6a47b57f

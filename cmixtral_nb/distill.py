@@ -49,11 +49,12 @@ from cmixtral_nb.heads import (
     head_rows,
     learn_head,
     log_shares,
-    parts,
+    spelling_table,
     unit_direction,
+    warm_then_down,
 )
 
-from .bits import plain_logits
+from .bits import logits_are_products
 from .corpora import corpus_langs, corpus_texts
 from .machine import default_device
 from .packing import start_id
@@ -248,13 +249,9 @@ class Embeddings:
 
         n, d = len(spellings), W.shape[1]
         self.W = W
-        self.parts = torch.zeros(n, MOST_PARTS, dtype=torch.long, device=W.device)
-        self.weight = torch.zeros(n, MOST_PARTS, device=W.device)  # 1 / parts, or 0
-        for i, spelling in enumerate(spellings):
-            some = parts(spelling)
-            self.parts[i, : len(some)] = torch.tensor(some)
-            self.weight[i, : len(some)] = 1 / len(some)
-        self.n_parts = (self.weight > 0).sum(1)
+        self.parts, self.n_parts = (x.to(W.device) for x in spelling_table(spellings))
+        there = torch.arange(MOST_PARTS, device=W.device) < self.n_parts[:, None]
+        self.weight = there / self.n_parts[:, None]  # 1 / parts, or 0
         self.shared = {  # by place in a spelling, and by the number of parts
             "map": torch.zeros(MOST_PARTS, d, d, device=W.device),
             "shift": torch.zeros(MOST_PARTS + 1, d, device=W.device),
@@ -373,11 +370,6 @@ def state_error(
     return (((pupil - taught) / scale) ** 2).mean()
 
 
-def _factor(step: int, steps: int) -> float:
-    "Of the learning rate: up in five steps, down to zero at the end"
-    return min(1, (step + 1) / 5) * (1 - step / steps)
-
-
 def teach_embeddings(
     net: PreTrainedModel,  # frozen, with its old rows, float32
     spellings: list[list[int]],  # old ids of each token of the new vocabulary
@@ -398,7 +390,8 @@ def teach_embeddings(
         for step in range(len(teaching.errors), steps):
             batch = batches[step % len(batches)]
             taught = teacher_states(body, batch, spellings, starts[0])
-            error = _lesson(body, teaching, batch, taught, scale, starts[1], _factor(step, steps))
+            factor = warm_then_down(step, steps, warm=5)
+            error = _lesson(body, teaching, batch, taught, scale, starts[1], factor)
             require(
                 math.isfinite(error),
                 f"distill: the error of step {step} is {error}, expected a number; take --method "
@@ -462,9 +455,8 @@ def _load_frozen(model: Path) -> PreTrainedModel:
         f"distill reads models with layers and a last norm, found {type(body).__name__}; "
         "take --method mean",
     )
-    head = net.get_output_embeddings()
     require(
-        plain_logits(net.config) and getattr(head, "bias", None) is None,
+        logits_are_products(net),
         f"distill needs logits that are the head's rows times the last state, found "
         f"{type(net).__name__}, which scales, caps or shifts them; take --method mean",
     )

@@ -17,10 +17,12 @@ __all__ = [
     "log_shares",
     "head_rows",
     "parts",
+    "spelling_table",
     "changed_tokens",
     "HeadRows",
     "Places",
     "log_totals",
+    "warm_then_down",
     "learn_head",
 ]
 
@@ -91,6 +93,17 @@ def parts(
     return spelling
 
 
+def spelling_table(
+    spellings: list[list[int]],  # old ids of some tokens
+) -> tuple[Tensor, Tensor]:  # (n, MOST_PARTS) their parts, 0 behind the last; (n,) how many
+    "Spellings as a table"
+    import torch
+
+    cut = [parts(spelling) for spelling in spellings]
+    table = torch.tensor([ids + [0] * (MOST_PARTS - len(ids)) for ids in cut])
+    return table, torch.tensor([len(ids) for ids in cut])
+
+
 def changed_tokens(
     spellings: list[list[int]],  # old ids of each token of the new vocabulary
 ) -> Tensor:  # (k,) new tokens, and old ones that begin a new one
@@ -112,14 +125,10 @@ class HeadRows:
     ):
         import torch
 
-        k, d = counted.shape
         self.W, self.counted = W, counted
-        self.later = torch.zeros(k, MOST_PARTS - 1, dtype=torch.long, device=W.device)
-        self.n_later = torch.zeros(k, dtype=torch.long, device=W.device)
-        for i, spelling in enumerate(spellings):
-            ids = parts(spelling)[1:]
-            self.later[i, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-            self.n_later[i] = len(ids)
+        table, n_parts = (x.to(W.device) for x in spelling_table(spellings))
+        self.later, self.n_later = table[:, 1:], n_parts - 1
+        d = W.shape[1]
         self.map = torch.zeros(MOST_PARTS - 1, d, d, device=W.device, requires_grad=True)
         self.shift = torch.zeros(MOST_PARTS, d, device=W.device, requires_grad=True)
 
@@ -184,9 +193,13 @@ class _Lesson:
         return (total - of_changed.where(column >= 0, self.logit[some])).mean()
 
 
-def _rate(step: int, steps: int) -> float:
-    "Share of the learning rate: up in ten steps, down to zero at the end"
-    return min(1, (step + 1) / 10) * (1 - step / max(1, steps))
+def warm_then_down(
+    step: int,  # from 0
+    steps: int,  # of the training
+    warm: int,  # steps in which the rate rises
+) -> float:
+    "Share of the learning rate at a step: up at first, down to zero at the end"
+    return min(1, (step + 1) / warm) * (1 - step / max(1, steps))
 
 
 def learn_head(
@@ -209,7 +222,9 @@ def learn_head(
         dict(params=[head.shift], lr=SHIFT_LR * size, weight_decay=0.0),
     ]
     adam = torch.optim.AdamW(parameters, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: warm_then_down(step, steps, warm=10)
+    )
     draw = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .base import text_blocks
-from .bits import bits_per_byte, head_loss, plain_logits
+from .bits import bits_per_byte, head_loss, logits_are_products
 from .corpora import corpus_langs, corpus_texts
 from .figures import BLUE, GREY, in_style, panels
 from .languages import language_name
@@ -90,10 +90,10 @@ def _next_token_loss(net: PreTrainedModel, ids: Tensor) -> Tensor:
     "Cross entropy; all logits are held only where they are more than a product with the head"
     from torch.nn.functional import cross_entropy
 
-    head, targets = net.get_output_embeddings(), ids[:, 1:].flatten()
-    if plain_logits(net.config) and getattr(head, "bias", None) is None:
+    targets = ids[:, 1:].flatten()
+    if logits_are_products(net):
         hidden = net.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return head_loss(hidden[:, :-1].flatten(0, 1), head.weight, targets)
+        return head_loss(hidden[:, :-1].flatten(0, 1), net.get_output_embeddings().weight, targets)
     logits = net(input_ids=ids, use_cache=False).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
 

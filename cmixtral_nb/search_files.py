@@ -32,6 +32,7 @@ from .byte_vocab import byte_vocab_faults, byte_vocab_option_faults
 from .certificate import CERTIFICATE_RANGES
 from .corpora import corpus_langs, lang_faults, missing_language
 from .documents import read_docs, up_to
+from .figures import save_svg
 from .languages import script_pattern
 from .options import at_least, between, faults_of, range_faults, refuse, split_name
 from .pieces import base_tokenizer_model, read_pieces
@@ -203,16 +204,13 @@ def write_search(
     figure: Figure,  # of plot_search
 ) -> None:
     "Write table.tsv, choice.json and curve.svg"
-    import matplotlib
-
     lines = ["\t".join(rows[0])]
     for row in rows:
         cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
         lines.append("\t".join(cells))
     write_text(out / "table.tsv", "\n".join(lines) + "\n")
     write_json(out / "choice.json", choice)
-    with matplotlib.rc_context({"svg.hashsalt": "cmixtral"}):  # ids that do not change
-        figure.savefig(out / "curve.svg", metadata={"Date": None})
+    save_svg(figure, out / "curve.svg")
 
 
 def several(
