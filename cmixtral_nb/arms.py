@@ -144,7 +144,9 @@ def text_sentence(
     saved: float,  # share of the tokens
 ) -> str:
     "What may be said at equal text"
-    tokens = f"saves {_size(saved)} of tokens" if saved > 0 else f"takes {_size(saved)} more tokens"
+    tokens = f"saves {_size(saved)} of the tokens of the training text"
+    if saved <= 0:
+        tokens = f"takes {_size(saved)} more tokens for the training text"
     size, span = _size(found["change"]), _span(found)
     direction = "fewer" if found["change"] < 0 else "more"
     what = f"{size} {direction} bits per byte of {name} than the control at equal text{span}"
@@ -382,7 +384,7 @@ def arms_of(
         writing=_writing(run, language),
         context=_context(run, evaluations, language),
         curves=curves,
-        breakeven=_breakeven(run, language),
+        crossing=_crossing(run, language),
     )
     return dict(data, sentences=sentences(data))
 
@@ -393,15 +395,17 @@ def _bytes_read(manifests: dict) -> dict[str, float]:
     return {lang: n * stats["steps"] for lang, n in stats["bytes_per_step"].items()}
 
 
-def _breakeven(run: Path, language: str) -> str:
+def _crossing(run: Path, language: str) -> dict:
     "Where the curves of the arms cross; empty where there are too few evaluations along the way"
     folders = [run / folder for folder in ARMS.values()]
     try:
         refuse(pair_faults(*folders))
         pair = fit_pair(folders[0], folders[1], language)
     except StageError:
-        return ""
-    return in_words(pair.crossing(), pair.budget)
+        return {}
+    verdict = pair.crossing()
+    finite = {k: None if v == float("inf") else v for k, v in verdict._asdict().items()}
+    return dict(finite, budget=pair.budget, told=in_words(verdict, pair.budget))
 
 
 def sentences(
@@ -413,8 +417,8 @@ def sentences(
     told = [data["fault"]] if data["fault"] else []
     told.append(text_sentence(name, data["text"][language], data["saved"][language]))
     told += [budget_sentence(what, name, found) for what, found in data["budgets"].items()]
-    if data["breakeven"]:
-        told.append(data["breakeven"])
+    if data["crossing"]:
+        told.append(data["crossing"]["told"])
     for lang, found in data["text"].items():
         if lang != language:
             told.append(_kept_sentence(language_name(lang), found))

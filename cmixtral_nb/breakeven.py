@@ -163,7 +163,7 @@ def in_words(
     times: float = 10,  # how far was looked, in budgets
 ) -> str:
     "The verdict as one line"
-    end = megabytes(times * budget)
+    end = f"{megabytes(times * budget)} ({times:g} times the text read)"
     if v.verdict == "pays" and v.high == 0:
         return "extension pays: fewer bits per byte from the start"
     if v.verdict == "pays":

@@ -73,7 +73,7 @@ def stretches(
     spellings: list[list[int]],  # old ids of each new id
     length: int,  # most old tokens in a stretch, that of the start counted
 ) -> Iterator[list[int]]:  # new ids
-    "Example: stretches([5, 5, 5], [...: [1, 2]], length=5) -> [5, 5], [5]"
+    "Example: spellings[5] = [1, 2]; stretches([5, 5, 5], spellings, length=5) -> [5, 5], [5]"
     stretch: list[int] = []
     room = length - 1
     for i in ids:

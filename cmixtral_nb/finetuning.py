@@ -44,7 +44,7 @@ from .checkpoints import resolve_model
 from .corpus import is_heldout
 from .loading import attention_faults
 from .machine import gpu_bytes, say, world_size
-from .options import at_least, faults_of, one_of, range_faults, refuse
+from .options import TRAINED_IN, at_least, faults_of, one_of, range_faults, refuse
 from .packages import package_faults
 from .plan import plan_faults
 from .qlora import parameter_table, quantised
@@ -75,6 +75,7 @@ def request_faults(
         length=at_least(16),
         rows=one_of("all", "none"),
         loss_on=one_of("answers", "all"),
+        dtype=TRAINED_IN,
         template=one_of(*FORMS),
     )
     if kept and lang is None:

@@ -38,7 +38,7 @@ def unit_direction(
     states: Tensor,  # (n, d) last hidden states, where a token of the text comes next
     ridge: float = 0.1,  # as a share of the mean square of a coordinate
 ) -> Tensor:  # (d,) u, with states @ u close to 1
-    "The direction along which hidden states of the text have length 1, by least squares"
+    "A vector whose inner product with hidden states of the text is near 1, by least squares"
     import torch
 
     h = states.double()
@@ -145,7 +145,7 @@ class HeadRows:
 # %% ../nbs/a14d_heads.ipynb #10bd46b5
 STEPS = 400
 BATCH = 1024  # places in a step
-MAP_LR = 0.5  # learning rate of a number of a map, times the width of the model
+MAP_LR = 0.5  # divided by the width of the model: learning rate of the maps
 SHIFT_LR = 2e-3  # of a shift, as a share of the old rows' root mean square
 DECAY = 0.03  # share of a map that a step takes away, at the full rate
 

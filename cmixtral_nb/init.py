@@ -147,7 +147,7 @@ def _equally_long(
     part_bytes: int,  # memory for one part of a spelling
     chunk_bytes: int,  # memory for a group
 ) -> Iterator[list[int]]:
-    "Groups of places whose spellings have the same length, each small enough"
+    "Batches of places whose spellings have the same length, each small enough"
     places: dict[int, list[int]] = {}
     for i, spelling in enumerate(spellings):
         places.setdefault(len(spelling), []).append(i)

@@ -56,7 +56,7 @@ from cmixtral_nb.experts import (
 from .adapter_forms import single_form
 from .checkpoints import resolve_model, tensor_shapes
 from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
-from .machine import default_dtype, native_dtype, quiet, say, trim_memory
+from .machine import chosen_dtype, quiet, say, trim_memory
 from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
 from .options import faults_of, refuse
@@ -284,10 +284,10 @@ def _dtype_of(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype
     "That of the device, unless told otherwise"
     import torch
 
-    dtype = dtype or default_dtype(device)
-    if dtype == "native":
-        dtype = native_dtype(device)
-    return dtype if dtype == "auto" or not isinstance(dtype, str) else getattr(torch, dtype)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = chosen_dtype(dtype, device)
+    return name if name == "auto" else getattr(torch, name)
 
 
 def _require_4bit(model: PreTrainedModel, path: str | Path, most: float = 0.55) -> None:

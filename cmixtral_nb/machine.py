@@ -25,6 +25,7 @@ __all__ = [
     "device_faults",
     "default_dtype",
     "native_dtype",
+    "chosen_dtype",
     "quiet",
 ]
 
@@ -310,6 +311,14 @@ def native_dtype(
     if device == "cpu" and _processor_flags() & _BF16:
         return "bfloat16"
     return default_dtype(device)
+
+
+def chosen_dtype(
+    asked: str | None,  # float32, bfloat16, float16, native; None: by device
+    device: str,  # "cpu", or a GPU such as "cuda:0"
+) -> str:  # of weights and products: float32, bfloat16, float16
+    "What an option `dtype` means on this machine"
+    return native_dtype(device) if asked == "native" else asked or default_dtype(device)
 
 
 # %% ../nbs/a03_machine.ipynb #becdaa1d

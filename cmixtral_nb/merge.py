@@ -451,7 +451,7 @@ def _sentences(folder: Path, n_rows: int) -> list[list[int]]:
 
 
 def _worst(of_tokens: Tensor, most: float) -> float:
-    "The largest difference in 16 bits, where a rounding can flip a token: not a lone one"
+    "The largest difference of a token; where only one is over `most`, the second largest"
     first, second = of_tokens.sort(descending=True).values[:2].tolist()
     return second if first > most else first
 

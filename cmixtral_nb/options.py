@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "LARGEST",
     "OPTIMIZERS",
+    "TRAINED_IN",
     "RANGES",
     "Range",
     "at_least",
@@ -107,6 +108,9 @@ OPTIMIZERS = (  # of transformers, that need no package beyond the plain install
     "paged_lion_8bit",
     "paged_lion_32bit",
 )
+
+# dtypes of weights and products, in training; a T4 takes float16, with a scaler, by itself
+TRAINED_IN = one_of("float32", "bfloat16", "native")
 
 RANGES = {
     "accumulation": between(1, 2**16),

@@ -125,7 +125,7 @@ def run(
         write_text(out / "recipe.toml", text)
     for number, step in enumerate(chosen, 1):
         if is_first:
-            print(f"[{number}/{len(chosen)}] ", end="")
+            print(f"[{number}/{len(chosen)}] ", end="", flush=True)
         _run_step(step, asked, out, force)
     if is_first and to in ("", "report"):
         command("report")(out)

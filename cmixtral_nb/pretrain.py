@@ -58,7 +58,7 @@ from .adapters import save_adapter
 from .averages import forget, keep_last_callback
 from .checkpoints import resolve_model
 from .loading import load_model
-from .machine import process_rank, say, world_size
+from .machine import chosen_dtype, process_rank, say, world_size
 from .pack import collate, load_examples
 from .placement import device_of
 from .qlora import add_lora
@@ -237,6 +237,7 @@ def pretrain(
     out: Path,  # folder to write
     corpus: Path = None,  # take the held-out texts from here; None: those that `pack` kept
     load_in_4bit: bool = True,  # hold the frozen weights, experts too, in NF4
+    dtype: str | None = None,  # float32, bfloat16, native: 16 bits if fast; None: by device
     rank: int = 64,  # r of LoRA; 0: none, the embedding rows alone
     alpha: float = 128,  # the update is scaled by alpha / rank
     dropout: float = 0.05,  # on the input of LoRA
@@ -272,7 +273,11 @@ def pretrain(
     # The model
     device = device_of(device)
     packed = Artifact.load(tokens, "tokens")
-    net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
+    done = ready_checkpoints(out / "checkpoints")
+    dtype = chosen_dtype(dtype, device)
+    net = load_model(
+        model, load_in_4bit=load_in_4bit, dtype=dtype, attn=attn, device=device, trainable=True
+    )
     keep_documents_apart(net)
     weigh_balance(net, aux, accumulation)
     net = add_lora(net, rank, alpha, dropout, rows, old_rows(model, n_old), seed)
@@ -281,12 +286,12 @@ def pretrain(
     texts = held_out_texts(tokens, corpus, eval_chars)
     watch = Watch(watched_langs(kept, texts), alarm_bits, alarm_gain, stop_on_alarm)
     # The Trainer
-    done = ready_checkpoints(out / "checkpoints")
     args = training_arguments(
         out / "checkpoints",
         device,
         zero,
         checkpointing,
+        dtype,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         max_steps=steps or -1,

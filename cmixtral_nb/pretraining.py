@@ -30,7 +30,7 @@ from .corpora import corpus_langs, corpus_texts, missing_language
 from .loading import attention_faults
 from .machine import gpu_bytes, process_rank, world_size
 from .manifests import read_manifest
-from .options import at_least, between, faults_of, range_faults, refuse
+from .options import TRAINED_IN, at_least, between, faults_of, range_faults, refuse
 from .pack import valid_texts
 from .packages import package_faults
 from .packing import source_faults
@@ -57,7 +57,7 @@ def pretrain_option_faults(
     if not steps:  # else they decide
         options["epochs"] = epochs
     narrower = dict(rank=at_least(lowest_rank), n_old=at_least(0))
-    narrower |= dict(alarm_bits=at_least(0), alarm_gain=between(0, 1))
+    narrower |= dict(dtype=TRAINED_IN, alarm_bits=at_least(0), alarm_gain=between(0, 1))
     if faults := range_faults(options, **narrower):
         return faults
     if rows_steps and rows == "none":

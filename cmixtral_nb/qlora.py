@@ -95,7 +95,7 @@ def quantised(
 # %% ../nbs/08_qlora.ipynb #cf6e9baa
 def without_lora(
     model: nn.Module,  # with or without LoRA
-) -> list[str]:  # names of modules and of fused parameters
+) -> list[str]:  # names of modules and of stacked parameters
     "Matrices of the layers, attention, experts and others but routers, that have no LoRA"
     from peft.tuners.lora.layer import ParamWrapper
 

@@ -330,8 +330,8 @@ def tiles(
 def _lead(data: dict) -> str:
     "Title, what the page is, the first screen"
     told = (
-        "What a new vocabulary gained and what it cost, measured on text that no stage has seen. "
-        "Numbers lead to the manifest they come from; in brackets 95% intervals."
+        "What a new vocabulary gained and what it cost, measured on text that no stage was trained "
+        "on. Numbers lead to the manifest they come from; in brackets 95% intervals."
     )
     if not data["kept"]:
         told += (

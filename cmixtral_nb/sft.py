@@ -59,7 +59,7 @@ from .adapters import save_adapter
 from .checkpoints import resolve_model
 from .conversations import run_langs
 from .loading import load_model
-from .machine import meet, process_rank, say, world_size
+from .machine import chosen_dtype, meet, process_rank, say, world_size
 from .placement import device_of
 from .pretrain import run_to_end, trainer, weigh_balance
 from .qlora import add_lora
@@ -455,6 +455,7 @@ def sft(
     lang: str | None = None,  # code of the new language, which chooses from builtin; None: zh, en
     kept: list[str] | None = None,  # codes of the languages that the base should keep
     load_in_4bit: bool = True,  # hold the frozen weights, experts too, in NF4
+    dtype: str | None = None,  # float32, bfloat16, native: 16 bits if fast; None: by device
     rank: int = 64,  # r of LoRA
     alpha: float = 128,  # the update is scaled by alpha / rank
     dropout: float = 0.05,  # on the input of LoRA
@@ -492,7 +493,11 @@ def sft(
     talks = select_talks(
         conversations, encode, on_error, n_translations, length, valid_share, langs
     )
-    net = load_model(model, load_in_4bit=load_in_4bit, attn=attn, device=device, trainable=True)
+    done = ready_checkpoints(out / "checkpoints")
+    dtype = chosen_dtype(dtype, device)
+    net = load_model(
+        model, load_in_4bit=load_in_4bit, dtype=dtype, attn=attn, device=device, trainable=True
+    )
     _grow_marks(net, tok, load_tokenizer(folder))
     keep_documents_apart(net)
     weigh_balance(net, aux, accumulation)
@@ -500,10 +505,10 @@ def sft(
     n_step = batch * accumulation * world_size()  # conversations of a step
     n_steps = steps or max(1, round(epochs * len(talks.train) / n_step))
     bpe = load_bpe(folder) if bpe_dropout else None
-    done = ready_checkpoints(out / "checkpoints")
     args = training_arguments(
         out / "checkpoints",
         device,
+        dtype=dtype,
         learning_rate=lr,
         optim=optim,
         seed=seed,

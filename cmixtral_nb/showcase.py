@@ -147,7 +147,7 @@ def _samples(data: dict, prompts: list[str]) -> list[dict]:
     return [{k: s[k] for k in keys} for s in data["samples"] if s["prompt"] in prompts]
 
 
-_CONTROL_KEYS = "text", "saved", "bytes_read", "budgets", "breakeven"
+_CONTROL_KEYS = "text", "saved", "bytes_read", "budgets", "crossing"
 
 
 def _control(data: dict) -> dict:
@@ -307,6 +307,10 @@ WORDS = {  # language of the page -> texts
         "在 {first:+.1%} 到 {last:+.1%} 之间{span}。",
         "span": "（95% 区间 {change_low:+.1%} 到 {change_high:+.1%}，{n} 篇文档{unsure}）",
         "no span": "（只有 {n} 篇文档，不足以给出区间）",
+        "pays": "由两条训练曲线推算：读完约 {middle} 文本时扩充开始划算。",
+        "does not pay": "由两条训练曲线推算：读完 {end}（已读文本的十倍）以内，扩充都不划算。",
+        "undecided": "由两条训练曲线推算，尚无定论：读完 {end}（已读文本的十倍）以内，"
+        "扩充开始划算的概率为 {share:.0%}，且不早于 {low}（95%）。",
         "compute": "计算量",
         "time": "训练时间",
         "prompt": "开头",
@@ -484,7 +488,18 @@ def _control_verdicts_zh(kept: dict) -> list[str]:
                 span=_span_zh(budget),
             )
         )
-    return told
+    return told + _crossing_zh(found["crossing"])
+
+
+def _crossing_zh(found: dict) -> list[str]:
+    "Where the curves of both arms cross, in Chinese; nothing where that was not asked"
+    if not found:
+        return []
+    ends = {
+        end: megabytes(found[end]) for end in ("low", "middle", "high") if found[end] is not None
+    }
+    told = WORDS["zh"][found["verdict"]]
+    return [told.format(**ends, share=found["share"], end=megabytes(10 * found["budget"]))]
 
 
 def _control_verdicts(kept: dict, lang: str) -> list[str]:
@@ -497,8 +512,8 @@ def _control_verdicts(kept: dict, lang: str) -> list[str]:
     name = language_name(new)
     first = text_sentence(name, found["text"][new], found["saved"][new])
     others = [budget_sentence(what, name, budget) for what, budget in found["budgets"].items()]
-    if found["breakeven"]:
-        others.append(found["breakeven"])
+    if found["crossing"]:
+        others.append(found["crossing"]["told"])
     told = [f"{line[0].upper()}{line[1:]}." for line in (first, *others)]
     read = megabytes(found["bytes_read"][new])
     told[0] = WORDS["en"]["beside"].format(read=read, name=name, told=told[0])
@@ -509,11 +524,12 @@ def run_verdicts(
     kept: dict,  # from `keep_run`
     lang: str = "en",  # of the page: en or zh
 ) -> list[str]:
-    "What training did to each language, to exams and to the speed; what the control shows"
+    "What training did to each language, what the control shows, and exams and speed"
     codes = _codes(kept)
     told = [_verdict(code, kept["languages"][code], lang) for code in codes]
+    told += _control_verdicts(kept, lang)
     told += [_exam_verdict(exam, lang) for exam in kept.get("exams", [])]
-    return told + _writing_verdict(kept, lang) + _control_verdicts(kept, lang)
+    return told + _writing_verdict(kept, lang)
 
 
 def run_text(

@@ -327,7 +327,7 @@ def stop_at_nan(
 def say_inexact(
     attention: str,  # of the model: sdpa, eager, flash_attention_2
 ) -> None:
-    "One line where a resumed run will not be equal to the last bit, and what makes it so"
+    "One line where Flash Attention keeps a resumed run from being equal to the last bit"
     told = os.environ.get("FLASH_ATTENTION_DETERMINISTIC") == "1"
     if attention.startswith("flash_attention") and not told:
         say(
@@ -376,13 +376,14 @@ def training_arguments(
     device: str,  # "cpu", or a GPU
     zero: int = 0,  # 2: DeepSpeed ZeRO-2; its configuration is written beside the checkpoints
     checkpointing: bool | None = None,  # compute activations again, backward; None: on a GPU
+    dtype: str | None = None,  # of weights and products, from `chosen_dtype`; None: by device
     **kw,  # more of transformers' TrainingArguments
 ) -> TrainingArguments:
     "TrainingArguments that touch neither the network nor the home folder"
     from transformers import TrainingArguments
 
     on_gpu = device != "cpu"
-    dtype = default_dtype(device)
+    dtype = dtype or default_dtype(device)
     say_idle_gpus(device)
     more: dict[str, Any] = dict(kw)
     if zero:
@@ -481,7 +482,7 @@ def checkpoint_fault(
 
 def ready_checkpoints(
     folder: Path,  # holds checkpoint-N folders
-) -> list[Path]:  # oldest first; the last is whole and was read through
+) -> list[Path]:  # oldest first; the last is whole and was checked
     "Checkpoints to continue from; what is half-written or damaged is removed, by one process"
     drop_half_written(folder)
     if process_rank() == 0:
@@ -536,7 +537,7 @@ _LEAK = 0.05  # standard deviations; the last bit moves a logit by far less
 def leak_between_documents(
     model: PreTrainedModel,  # a causal language model
     n: int = 16,  # tokens of each document
-) -> float:  # in standard deviations of the logits; of half of the tokens it is less
+) -> float:  # the median over the tokens, in standard deviations of the logits
     "How much another first document of an example moves the logits of the second"
     import torch
 

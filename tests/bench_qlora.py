@@ -7,6 +7,10 @@ python tests/bench_qlora.py step       # milliseconds per step, in turn: stock f
                                        # bfloat16, ours in bfloat16, ours in 4 bits, and ours as
                                        # peft would compute it, without casting once and adding
                                        # LoRA at once; at 1,024 and at 2,048 tokens a step
+python tests/bench_qlora.py cpu MODEL TOKENS  # processor seconds of a step of one example, in turn:
+                                       # in float32, in bfloat16, and in bfloat16 with each expert's
+                                       # tokens as many as they are; MODEL and TOKENS are folders
+                                       # `model` and `tokens` of a run, say of `laptop`
 """
 
 import shutil
@@ -169,6 +173,48 @@ def step(batch, length=256, turns=7):
         )
 
 
+def with_lora(folder: Path, dtype: str):
+    "A model of a run, ready to train as the recipe `laptop` does"
+    from cmixtral_nb.loading import load_model
+    from cmixtral_nb.pretraining import old_rows
+    from cmixtral_nb.qlora import add_lora
+
+    net = load_model(folder, load_in_4bit=True, dtype=dtype, device="cpu", trainable=True)
+    return add_lora(net, 32, 64, 0.0, "new", old_rows(folder)).train()
+
+
+def cpu(folder: Path, tokens: Path, turns: int = 6) -> None:
+    from unittest.mock import patch
+
+    import torch
+
+    from cmixtral_nb.experts import in_even_parts
+    from cmixtral_nb.pack import load_examples
+    from cmixtral_nb.routers import as_in_training
+
+    torch.set_num_threads(1)
+    nets = {dtype: with_lora(folder, dtype) for dtype in ("float32", "bfloat16")}
+    ways = {
+        "float32": (nets["float32"], in_even_parts),
+        "bfloat16": (nets["bfloat16"], in_even_parts),
+        "bfloat16, as many as they are": (nets["bfloat16"], lambda expert, part: expert(part)),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    examples = load_examples(tokens)
+    for turn in range(turns + 2):  # the first two of each do not count
+        x = torch.tensor([examples[turn]["input_ids"]])
+        for name, (net, parts) in ways.items():
+            start = time.process_time()
+            with as_in_training(net), patch("cmixtral_nb.experts.in_even_parts", parts):
+                net(input_ids=x, labels=x, use_cache=False).loss.backward()
+            net.zero_grad()
+            if turn > 1:
+                found[name].append(time.process_time() - start)
+    for name, seconds in found.items():
+        share = statistics.median(a / b for a, b in zip(seconds, found["float32"], strict=True))
+        print(f"{name:32}{statistics.median(seconds):6.2f} s a step, {share:.2f} of float32")
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["load", where]:
@@ -178,5 +224,7 @@ if __name__ == "__main__":
         case ["step"]:
             for batch in 4, 8:
                 step(batch)
+        case ["cpu", model, tokens]:
+            cpu(Path(model), Path(tokens))
         case _:
             sys.exit(__doc__)
