@@ -381,7 +381,7 @@ def breakeven(
         first, last = arm.bits[0], arm.bits[-1]
         say(
             "breakeven",
-            f"{name}: {first:.3f} bits per byte at birth, {last:.3f} after "
+            f"{name}: {first:.3f} bits per byte before training, {last:.3f} after "
             f"{megabytes(float(arm.read[-1]))} of {lang}, {len(arm.read)} evaluations",
         )
     told = in_words(v, budget, times)

@@ -110,7 +110,8 @@ OPTIMIZERS = (  # of transformers, that need no package beyond the plain install
 )
 
 # dtypes of weights and products, in training; a T4 takes float16, with a scaler, by itself
-TRAINED_IN = one_of("float32", "bfloat16", "native")
+_IN_TRAINING = one_of("float32", "bfloat16", "native")
+TRAINED_IN = Range(lambda value: value is None or _IN_TRAINING.holds(value), _IN_TRAINING.want)
 
 RANGES = {
     "accumulation": between(1, 2**16),

@@ -207,6 +207,24 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "training: checkpoint-3 is damaged" in capsys.readouterr().out
 
 
+def test_in_16_bits_on_a_cpu(here, whole, tmp_path):
+    "Weights are in bfloat16 as on a GPU, what is trained in float32; it learns what 32 bits learn"
+    half = pretrain(here / "model", here / "tokens", tmp_path / "half", **ARGS, dtype="bfloat16")
+    assert half.stats["quantised_dtype"] == "bfloat16"
+    assert whole.stats["quantised_dtype"] == "float32"
+    kept = load_file(half.path / "adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+    for when in ("before", "after"):
+        in_32 = whole.stats["bpb"]["zh"][when]
+        assert half.stats["bpb"]["zh"][when] == pytest.approx(in_32, rel=0.02), when
+
+
+@pytest.mark.parametrize("asked", ["float16", "auto", "int8"])
+def test_a_dtype_that_cannot_be_trained(here, tmp_path, asked):
+    with pytest.raises(StageError, match="expected float32, bfloat16"):
+        pretrain(here / "model", here / "tokens", tmp_path / "out", **ARGS, dtype=asked)
+
+
 def test_another_seed_is_another_run(here, whole):
     b = pretrain(here / "model", here / "tokens", here / "seed", **{**ARGS, "seed": 1, "steps": 1})
     assert read_log(b)[1]["loss"] != read_log(whole)[1]["loss"]
