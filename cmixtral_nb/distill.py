@@ -56,7 +56,7 @@ from cmixtral_nb.heads import (
 
 from .bits import logits_are_products
 from .corpora import corpus_langs, corpus_texts
-from .machine import default_device
+from .machine import chosen_dtype, default_device
 from .packing import start_id
 from .probe import load_float32
 from .stages import Artifact, require
@@ -471,14 +471,16 @@ def _places(
     lessons: Lessons,
     rows: Tensor,  # (n_tokens, d) of the embedding, on the model's device
     start: int,  # new id that starts a text
+    dtype: str,  # of the products
 ) -> Places:
     "What the last layer says at each place of a text, and which token comes there"
     import torch
 
     read = lessons.stretches[:_HEAD_STRETCHES] + lessons.plain[: _HEAD_STRETCHES // 2]
-    with torch.no_grad():
+    kind = getattr(torch, dtype)
+    with torch.no_grad(), torch.autocast(rows.device.type, kind, dtype != "float32"):
         states = [
-            pupil_states(net.base_model, batch, lambda ids: rows[ids], start, before=True)
+            pupil_states(net.base_model, batch, lambda ids: rows[ids], start, before=True).float()
             for batch in groups(read, BATCH)
         ]
     return Places(torch.cat(states), torch.tensor([i for ids in read for i in ids]).to(rows.device))
@@ -503,6 +505,7 @@ def distill(
     steps: int = 50,  # optimiser steps for the embedding; 0: mean rows, and a head that is counted
     seed: int = 0,  # of the sample of text
     state: Path | None = None,  # file to go on from
+    dtype: str | None = None,  # of the pass for the head, as in `chosen_dtype`; None: float32
 ) -> Taught:
     "Let a frozen model with its old tokenizer teach the rows of new tokens"
     import torch
@@ -520,7 +523,8 @@ def distill(
     embeddings, errors = teach_embeddings(net, spellings, batches, steps, starts, state)
     tokens = torch.arange(len(spellings)).split(4096)
     rows = torch.cat([embeddings.rows(some).detach() for some in tokens])
-    places = _places(net, lessons, rows, starts[1])
+    read_in = chosen_dtype(dtype or "float32", rows.device.type)
+    places = _places(net, lessons, rows, starts[1], read_in)
     head, losses = _teach_head(net, spellings, lessons, places, STEPS if steps else 0)
     is_new = torch.tensor([len(spelling) > 1 for spelling in spellings])
     begins_new = {spelling[0] for spelling in spellings if len(spelling) > 1}

@@ -24,7 +24,7 @@ from cmixtral_nb.checkpoints import (
 
 from .adapters import is_finite
 from .corpora import corpus_langs
-from .options import faults_of, one_of, range_faults, refuse
+from .options import TRAINED_IN, faults_of, one_of, range_faults, refuse
 from .probe import probe_langs
 from .stages import Artifact, StageError, require
 from .tokenizer_files import load_tokenizer, new_tokens
@@ -111,7 +111,8 @@ def init_option_faults(
     **others: Any,  # options that have a range, and what earlier stages make
 ) -> list[str]:  # one line for each
     "What is wrong with options of `init`, before there are a model and a tokenizer"
-    faults = range_faults(dict(others, method=method), method=one_of(*methods))
+    options = dict(others, method=method)
+    faults = range_faults(options, method=one_of(*methods), dtype=TRAINED_IN)
     if method == "distill" and corpus is None:
         faults.append("method distill reads text, found no corpus; give --corpus DIR")
     return faults

@@ -392,6 +392,7 @@ def write_rows(
     transplant: bool = False,  # whether the new tokenizer replaces the old one
     corpus: Artifact | str | Path | None = None,  # text for "distill"
     steps: int = 50,  # optimiser steps of "distill"
+    dtype: str | None = None,  # in which "distill" reads text for the head; None: float32
 ) -> dict[str, Any]:  # n_old, n_new, n_rows, n_taken, sub_tokens, norms; distill
     "The model with a row for each new token"
     files = tensor_files(src)
@@ -404,7 +405,7 @@ def write_rows(
     if corpus is not None and method == "distill":
         whole = [[i] for i in range(change.n_kept)] + spellings
         texts, state = corpus_documents(corpus), out / STATE
-        taught = distill(src, change.old, change.new, whole, texts, steps, seed, state)
+        taught = distill(src, change.old, change.new, whole, texts, steps, seed, state, dtype)
         grown = _taught(files, change, taught)
         state.unlink(missing_ok=True)
         config["tie_word_embeddings"] = False
@@ -507,6 +508,7 @@ def init(
     seeds: int = 3,  # orders of the probe's batches
     transplant: bool = False,  # make all rows anew, for a tokenizer that does not extend the old
     corpus: Path | None = None,  # text for the method "distill", in the new language and the old
+    dtype: str | None = None,  # of what "distill" reads: native, 16 bits if fast; None: float32
 ):
     "Give each new token a row in embedding and head; other shards are linked, not copied"
     src = resolve_model(model)
@@ -517,7 +519,7 @@ def init(
         )
         found["probe"] = _report_probe(out, results)
         method = found["probe"][0]["method"]
-    stats = write_rows(src, tokenizer, out, method, seed, transplant, corpus, steps)
+    stats = write_rows(src, tokenizer, out, method, seed, transplant, corpus, steps, dtype)
     say(
         "init",
         f"{stats['n_new']:,} new rows by {method}, {stats['sub_tokens']:.2f} sub-tokens each on "

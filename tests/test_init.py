@@ -530,6 +530,16 @@ def test_counted_head_rows_differ_from_the_first_part_in_one_direction(
     assert residue.norm() < 0.02 * moves.norm()
 
 
+def test_distillation_that_reads_in_16_bits(model, tok, read, tmp_path):
+    "The embedding is the same, the head nearly"
+    both = [taught(model, tok, tmp_path / str(d), read, dtype=d) for d in (None, "bfloat16")]
+    in_32, in_16 = (all_tensors(a.path) for a in both)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(in_32[name], in_16[name])
+    before, after = in_32["lm_head.weight"].float(), in_16["lm_head.weight"].float()
+    assert 0 < (after - before).norm() < 0.02 * before.norm()
+
+
 def test_a_token_without_text_gets_the_shared_part_alone(model, tok, read, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "SHARED_LR", {"map": 0.0, "shift": 0.0})
     a = taught(model, tok, tmp_path / "out", read)
