@@ -100,8 +100,8 @@ MERGES = ("dequantised", "original")
 
 def mix_of(corpus: Path, tokenizer: Path, work: Path, replay: int) -> list[str]:
     "All Chinese once, and so much English that it is `replay` per cent of the tokens"
-    if not replay:  # so few that no document is drawn; English is still measured
-        return ["1:zh", "0.0001:en"]
+    if not replay:  # a few examples in a thousand: English is still measured, and hardly read
+        return ["1:zh", "0.002:en"]
     sources = pack(
         corpus, tokenizer, out=work / "tokens-whole", mix=["1:zh", "1:en"], length=LENGTH
     ).stats["sources"]
