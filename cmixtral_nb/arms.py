@@ -37,6 +37,7 @@ from cmixtral_nb.breakeven import (
     in_words,
     megabytes,
     pair_faults,
+    verdict_numbers,
 )
 from cmixtral_nb.results import (
     by_language,
@@ -144,8 +145,9 @@ def text_sentence(
     saved: float,  # share of the tokens
 ) -> str:
     "What may be said at equal text"
-    tokens = f"saves {_size(saved)} of the tokens of the training text"
-    if saved <= 0:
+    if saved > 0:
+        tokens = f"saves {_size(saved)} of the tokens of the training text"
+    else:
         tokens = f"takes {_size(saved)} more tokens for the training text"
     size, span = _size(found["change"]), _span(found)
     direction = "fewer" if found["change"] < 0 else "more"
@@ -403,9 +405,7 @@ def _crossing(run: Path, language: str) -> dict:
         pair = fit_pair(folders[0], folders[1], language)
     except StageError:
         return {}
-    verdict = pair.crossing()
-    finite = {k: None if v == float("inf") else v for k, v in verdict._asdict().items()}
-    return dict(finite, budget=pair.budget, told=in_words(verdict, pair.budget))
+    return verdict_numbers(pair.crossing(), pair.budget)
 
 
 def sentences(

@@ -14,6 +14,7 @@ __all__ = [
     "megabytes",
     "judge",
     "in_words",
+    "verdict_numbers",
     "Forecast",
     "forecast",
     "Arm",
@@ -27,7 +28,7 @@ __all__ = [
 
 # %% ../nbs/a27b_breakeven.ipynb #88fcbf9f
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .figures import BLUE, GREY, RED, in_style, panels, save_svg
 from .machine import say
@@ -175,6 +176,16 @@ def in_words(
         f"undecided: with a probability of {v.share:.0%} the curves cross within {end}, "
         f"not before {megabytes(v.low)} (95%); train longer, or evaluate more often"
     )
+
+
+def verdict_numbers(
+    v: Verdict,
+    budget: float,  # bytes that were read
+    times: float = 10,  # how far was looked, in budgets
+) -> dict[str, Any]:  # the fields of `Verdict`, None for infinite; told, budget
+    "The verdict as a JSON file can hold it"
+    finite = {key: None if value == float("inf") else value for key, value in v._asdict().items()}
+    return dict(finite, told=in_words(v, budget, times), budget=budget)
 
 
 # %% ../nbs/a27b_breakeven.ipynb #e8cfb0d6
@@ -384,13 +395,10 @@ def breakeven(
             f"{name}: {first:.3f} bits per byte before training, {last:.3f} after "
             f"{megabytes(float(arm.read[-1]))} of {lang}, {len(arm.read)} evaluations",
         )
-    told = in_words(v, budget, times)
-    say("breakeven", told)
+    found = verdict_numbers(v, budget, times)
+    say("breakeven", found["told"])
     if out is not None:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         save_svg(plot_arms(arms, curves, v, budget, times), out / "breakeven.svg")
-        found = {
-            key: None if value == float("inf") else value for key, value in v._asdict().items()
-        }
-        write_json(out / "breakeven.json", dict(found, told=told, lang=lang, budget=budget))
+        write_json(out / "breakeven.json", dict(found, lang=lang))

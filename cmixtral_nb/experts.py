@@ -467,7 +467,7 @@ def single_experts_class() -> type[nn.Module]:
             rows = cast_once(x).view(len(experts), -1, self.layout.width)
             chosen = rows.ne(0).any(-1)
             parts = zip(experts, rows, chosen, strict=True)
-            results = torch.cat([expert(part[own]) for expert, part, own in parts])
+            results = torch.cat([in_even_parts(expert, part[own]) for expert, part, own in parts])
             y = results.new_zeros(rows.shape)
             y[chosen] = results
             return y.view(x.shape)

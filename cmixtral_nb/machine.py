@@ -314,7 +314,7 @@ def native_dtype(
 
 
 def chosen_dtype(
-    asked: str | None,  # float32, bfloat16, float16, native; None: by device
+    asked: str | None,  # float32, bfloat16, float16, native; None: by device; others stay
     device: str,  # "cpu", or a GPU such as "cuda:0"
 ) -> str:  # of weights and products: float32, bfloat16, float16
     "What an option `dtype` means on this machine"
