@@ -144,7 +144,7 @@ def _all_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 100_000 and all(map(_MODULE.holds, value))
 
 
-_MODULES = Range(_all_names, "a list of names of modules")
+_MODULES = Range(_all_names, "a list with names of modules alone")
 _PATTERN_OR_MODULES = Range(
     lambda value: isinstance(value, str) or _all_names(value),
     "names of modules in a list, or a pattern",

@@ -47,6 +47,7 @@ from cmixtral_nb.results import (
     total_bytes,
 )
 
+from .figures import BLUE, RED
 from .gain import change, percent, too_few, value_of, verdict
 from .languages import language_name
 from .options import refuse
@@ -516,7 +517,7 @@ def arms_figure(
         figure.subplots(1, len(scales), squeeze=False)[0], scales.items(), strict=True
     ):
         for (arm, curve), colour, mark in zip(
-            curves.items(), ("#d1495b", "#3a7ca5"), ("o-", "s--"), strict=True
+            curves.items(), (BLUE, RED), ("o-", "s--"), strict=True
         ):
             shares, bits = zip(*curve, strict=True)
             axes.plot([x * ends[arm] for x in shares], bits, mark, color=colour, ms=4, label=arm)

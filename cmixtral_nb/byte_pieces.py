@@ -350,7 +350,7 @@ class BytePieces(NamedTuple):
     "What a folder of pieces of a byte-level base holds"
 
     base: ByteBase  # with the regular expression that the merges were learned with
-    merges: list[Merge]  # in the order of their ranks; every beginning is a vocabulary
+    merges: list[Merge]  # in the order of their ranks; the first N are a vocabulary
     own: OwnBytes  # of the new language
     params: dict[str, Any]  # of `tokenizer`: script, letters, companions, rule, repair …
     stats: dict[str, Any]  # of `tokenizer`: base_sha256, own_letters, ceiling …

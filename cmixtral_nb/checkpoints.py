@@ -396,7 +396,7 @@ def write_tensors(
     part = path.with_name(path.name + ".part")
     head = _header(specs)
     digest = hashlib.sha256(head)
-    block = 2**20  # stays in the processor's cache; one large write costs eight times as much
+    block = 2**20  # small enough to stay in the processor's cache
     sent = 0
     with open(part, "wb") as f, ThreadPoolExecutor(2) as pool:
         _reserve(f, len(head) + n_bytes(specs))

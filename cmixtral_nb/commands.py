@@ -231,7 +231,7 @@ FROM_HUB = (  # options that may name something of the hub
 
 
 def _may_be_hub_id(word: str) -> bool:
-    "Example: 'mistralai/Mixtral-8x7B-v0.1' may be one; './a', 'a/b/c' and a path that exists not"
+    "Example: 'mistralai/Mixtral-8x7B-v0.1' may be one; not './a', 'a/b/c', an existing path"
     if "hub:" in word or word == "hub":
         return True
     ref = word.split("=", 1)[-1]  # of NAME=REF

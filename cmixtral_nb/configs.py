@@ -79,7 +79,7 @@ def experts_per_token(
 def size_faults(
     config: dict[str, Any],  # config.json as read
 ) -> list[str]:  # empty, or what is wrong
-    "Sizes that are none, or do not go together"
+    "Sizes that are out of bounds, or do not go together"
     faults = _own_faults(config)
     text = config.get("text_config")  # of a model that sees pictures too
     return faults + (_own_faults({"model_type": "", **text}) if isinstance(text, dict) else [])

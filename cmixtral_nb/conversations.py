@@ -74,7 +74,7 @@ def _is_text_part(part: Any) -> bool:
 
 
 # %% ../nbs/a21_conversations.ipynb #7483e21d
-_MOST_CHARS = 1_000_000  # of a conversation; the longest context reads a tenth of it
+_MOST_CHARS = 1_000_000  # of a conversation; training reads the first `length` tokens of it
 
 
 def _checked(messages: list[dict]) -> list[dict]:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["corpus_langs", "missing_language", "lang_faults", "corpus_texts"]
+__all__ = ["corpus_langs", "missing_language", "held_out_faults", "lang_faults", "corpus_texts"]
 
 # %% ../nbs/a04b_corpora.ipynb #59997cf8
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .documents import read_docs, reasons_of, up_to
@@ -48,6 +48,19 @@ def missing_language(
         f"{corpus} has no {wanted}, it has {', '.join(langs)}; "
         f"{choice}run: cmixtral corpus --sources {lang}=REF --out DIR"
     )
+
+
+def held_out_faults(
+    corpus: Artifact | str | Path,  # a corpus folder
+    langs: Iterable[str],  # whose held-out text is wanted
+) -> list[str]:  # one line for each language without it
+    "Where a corpus has no held-out text: no file of it, or an empty one"
+    folder, there = _folder(corpus), corpus_langs(corpus)
+    parts = {lang: folder / f"{lang}.valid.jsonl" for lang in langs}
+    without = [
+        lang for lang, part in parts.items() if not part.is_file() or not part.stat().st_size
+    ]
+    return [missing_language(corpus, lang, there, "valid") for lang in without]
 
 
 def lang_faults(

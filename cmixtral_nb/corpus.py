@@ -297,6 +297,14 @@ def _stats(
 FEW_CHARS = 2_000  # of held-out text: below, a number made of them says little
 
 
+def _more_held_out(n_chars: int, valid_share: float) -> str:
+    "What would hold out enough text of a language with so many characters in all"
+    wanted = math.ceil(100 * FEW_CHARS / n_chars) / 100
+    if wanted > 0.5 or valid_share >= 0.5:  # no more than half may be held out
+        return "add text"
+    return f"give --valid-share {min(0.5, max(wanted, 2 * valid_share)):g} or more"
+
+
 def _report(lang: str, stats: dict, valid_share: float):
     "Say what a language has, and what was dropped of it"
     n_valid_chars = stats["valid"]["n_chars"]
@@ -307,11 +315,10 @@ def _report(lang: str, stats: dict, valid_share: float):
         f"{stats['valid']['n_docs']:,} documents held out; dropped: {dropped or 'none'}",
     )
     if valid_share and n_valid_chars < FEW_CHARS:
-        percent = math.ceil(100 * FEW_CHARS / stats["n_chars"])  # that would give enough
         say(
             "corpus",
             f"{lang}: {n_valid_chars:,} characters are held out, too few to judge a vocabulary "
-            f"or a model by; give --valid-share {min(0.5, percent / 100):g} or more",
+            f"or a model by; {_more_held_out(stats['n_chars'], valid_share)}",
         )
 
 

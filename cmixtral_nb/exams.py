@@ -670,7 +670,7 @@ def _accuracy(benchmark: str, part: str, metric: str, questions: list[dict]) -> 
 
 
 def _mean_accuracy(total: dict, subjects: list[dict]) -> dict:
-    "The line of the mean of subjects, whose errors add up"
+    "The line of the mean of subjects, whose squared errors add up"
     k = len(subjects)
     value = sum(s["value"] for s in subjects) / k
     half = sum(((s["high"] - s["low"]) / 2) ** 2 for s in subjects) ** 0.5 / k

@@ -104,8 +104,8 @@ def engine_faults(
     if faults:
         return faults
     if engine == PLAIN:
-        extra = "tasks" if tasks != 1 else "where" if where else ""
-        return [f"{extra} is for many tasks; give --engine local, slurm or ray"] if extra else []
+        extra = f"tasks is {tasks}, which" if tasks != 1 else "where" if where else ""
+        return [f"{extra} needs --engine local, slurm or ray"] if extra else []
     try:
         options = executor_options(where)
         if faults := _option_faults(engine, options):
@@ -200,7 +200,7 @@ def _n_cores() -> int:
 
 
 def _begin(parent: int, n_threads: int) -> None:
-    "A process that has its share of the cores, and ends when nobody waits for it any more"
+    "Set up a process of the pool: its share of the cores, and an end when its parent ends"
     os.environ.setdefault("RAYON_NUM_THREADS", str(n_threads))  # of tokenizers
 
     def watch():

@@ -234,7 +234,7 @@ def discard(
 
 # %% ../nbs/a01d_folders.ipynb #4dcf1884
 def _is_unchanged(file: Path, written: dict, manifest_time: int) -> bool:
-    "Whether a file is the one that the stage wrote; it is read only where its time says it may not"
+    "Whether a file is the one that the stage wrote; it is read only if newer than the manifest"
     status = file.lstat()
     if status.st_size != written["bytes"]:
         return False
@@ -244,7 +244,7 @@ def _is_unchanged(file: Path, written: dict, manifest_time: int) -> bool:
 def foreign_files(
     out: Path,  # a complete artifact
 ) -> list[str]:  # names, sorted
-    "Files in an artifact that its stage did not write, or not like this"
+    "Files in an artifact that its stage did not write, or that were changed since"
     listed = read_manifest(out)["files"]
     time = (out / "manifest.json").stat().st_mtime_ns
     found = []
@@ -324,7 +324,7 @@ def place_of(
 def mount_fault(
     out: Path,  # folder that a stage will make
 ) -> str:  # empty where a folder can be renamed to it
-    "Why a complete folder cannot get its name, which the system would say after all the work"
+    "Why the folder could not get its name after all the work; said before it"
     if not os.path.ismount(place_of(out)):
         return ""
     return f"{out} is where a disk is mounted, expected a folder on it; give --out {out}/NAME"

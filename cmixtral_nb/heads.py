@@ -95,7 +95,7 @@ def parts(
 
 def spelling_table(
     spellings: list[list[int]],  # old ids of some tokens
-) -> tuple[Tensor, Tensor]:  # (n, MOST_PARTS) their parts, 0 behind the last; (n,) how many
+) -> tuple[Tensor, Tensor]:  # (n, MOST_PARTS) their parts, 0 after the last; (n,) how many
     "Spellings as a table"
     import torch
 

@@ -187,7 +187,7 @@ def _require_chinese(script: str) -> None:
 
 
 def _wordfreq(lang: str, script: str) -> Counter:
-    "wordfreq's largest list of a language, per thousand million words"
+    "wordfreq's largest list of a language, counts per billion words"
     from wordfreq import get_frequency_dict
 
     size = _wordfreq_size(lang)

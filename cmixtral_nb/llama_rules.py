@@ -57,7 +57,7 @@ _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 
 
 def _cased(letter: str, contraction: str, digits: str) -> str:
-    "Words whose large letters come first, as llama.cpp tells them: by ASCII alone"
+    "Words with capitals first; as in llama.cpp, only ASCII letters have a case"
     front = r"[^\r\n\p{L}\p{N}]?"
     large, small = f"(?:(?![a-z]){letter})", f"(?:(?![A-Z]){letter})"
     words = f"{front}{large}*{small}+{contraction}|{front}{large}+{small}*{contraction}"
@@ -200,7 +200,7 @@ class Price(NamedTuple):
     chars_per_token_own: float  # with the tokenizer's own
 
     def told(self) -> str:
-        "Example: 'qwen35 (3 of 1,900 texts get other ids; 2.88 characters per token, not 2.89)'"
+        "Example: 'qwen2 (0 of 90 texts get other ids; 2.597 characters per token, own rule 2.597)'"
         rates = f"{self.chars_per_token:.3f} characters per token, own rule "
         rates += f"{self.chars_per_token_own:.3f}"
         return f"{self.rule} ({self.n_changed} of {self.n_texts:,} texts get other ids; {rates})"

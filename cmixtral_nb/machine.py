@@ -87,7 +87,7 @@ class Trimmer:
         self,
         n_bytes: int,  # that were read and will be freed
     ):
-        "What is counted is given back before the next one is read"
+        "Note what was read; `trim` gives it back later"
         self.n_bytes += n_bytes
 
     def trim(self):

@@ -417,9 +417,9 @@ class Parts:
 
     def stream(
         self,
-        n_tokens: int = 2**20,  # in a piece
+        n_tokens: int = 2**20,  # in a chunk
     ) -> Iterator[ndarray]:
-        "All documents in the order of the corpus, in pieces"
+        "All documents in the order of the corpus, in chunks"
         import numpy as np
 
         for path in self.files:
@@ -440,9 +440,9 @@ def gather(
     parts: Parts,
     order: ndarray,  # numbers of documents
     counts: ndarray,  # of the parts
-    n_docs: int = 1000,  # documents in a piece
+    n_docs: int = 1000,  # documents in a chunk
 ) -> Iterator[ndarray]:
-    "Documents in another order, in pieces of the stream"
+    "Documents in another order, in chunks of the stream"
     import numpy as np
 
     token_bytes = np.dtype(parts.dtype).itemsize

@@ -165,7 +165,7 @@ def _model_of_folder(folder: Path) -> Path:
     if fast.is_file() and b"ByteLevel" in read_whole(fast, _JSON_BYTES):
         raise StageError(
             f"{folder} is a byte-level BPE tokenizer, expected sentencepiece BPE "
-            "(Mixtral, Mistral, Llama-2); extend another base"
+            f"(Mixtral, Mistral, Llama-2); it gets merges by: cmixtral tokenizer --base {folder}"
         )
     raise StageError(
         f"{folder} holds no tokenizer.model (sentencepiece); expected mixtral, "
@@ -176,7 +176,7 @@ def _model_of_folder(folder: Path) -> Path:
 # %% ../nbs/a08_pieces.ipynb #7a85db12
 def write_pieces(
     path: str | Path,  # file to write
-    pieces: Iterable[Piece],  # in the order that the table shall have
+    pieces: Iterable[Piece],  # in the order of the table's lines
 ):
     "A table for people: piece, score, kind, count, separated by tabs"
     lines = [f"{p.piece}\t{p.score:g}\t{p.kind}\t{p.count}\n" for p in pieces]
@@ -185,7 +185,7 @@ def write_pieces(
 
 # %% ../nbs/a08_pieces.ipynb #2683cfa2
 _CONTROL = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")  # <s>, [INST], [/INST]
-_TABLE_BYTES = 64_000_000  # 40,000 pieces take one
+_TABLE_BYTES = 64_000_000  # 40,000 pieces take about 1 MB
 
 
 def _table(path: Path) -> list[Piece]:

@@ -247,7 +247,7 @@ def _control_disk(recipe: dict, disk: dict[str, int], n_tokens: int) -> dict[str
 
 
 # %% ../nbs/a31_preflight.ipynb #fe7ef6a5
-_LONGER = 2.0  # tokens of a text without the new pieces, times those with them: assumed
+_LONGER = 2.5  # tokens of a text without the new pieces, times those with them: assumed
 
 
 def longer_without(

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bits import bits_per_byte
 from .checkpoints import embedding_rows, resolve_model
-from .corpora import corpus_langs, corpus_texts, missing_language
+from .corpora import corpus_langs, corpus_texts, held_out_faults
 from .loading import attention_faults
 from .machine import gpu_bytes, process_rank, world_size
 from .manifests import read_manifest
@@ -138,9 +138,8 @@ def _corpus_faults(packed: Artifact, corpus: str | Path | None) -> list[str]:
     if corpus is None:
         return []
     langs = list(packed.stats["sources"])
-    if there := corpus_langs(corpus):
-        without = [lang for lang in langs if not (Path(corpus) / f"{lang}.valid.jsonl").is_file()]
-        return [missing_language(corpus, lang, there, "valid") for lang in without]
+    if corpus_langs(corpus):
+        return held_out_faults(corpus, langs)
     if len(langs) > 1:
         return [
             f"{corpus} is no corpus, but {packed} needs held-out text of {', '.join(langs)}; "

@@ -281,8 +281,8 @@ WORDS = {  # language of the page -> texts
         "chat": "after tuning to chat",
     },
     "zh": {
-        "what": "**`cmixtral run {recipe}`**（{minutes:.0f} 分钟）在基座的 {n_base:,} 个词表项之后"
-        "加入 {n_pieces:,} 个{name}词表项。"
+        "what": "**`cmixtral run {recipe}`**（{minutes:.0f} 分钟）。{about}在基座的 "
+        "{n_base:,} 个词表项之后加入 {n_pieces:,} 个{name}词表项。"
         "全部留出的{name}文本**少用 {saved:.1%} 的 token**（每个 token "
         "{before:.3f} → {after:.3f} 个字符）。分词器校验（certificate）共 {cases:,} 例，"
         "{failed}：其他文本的编码不变。",
@@ -299,7 +299,7 @@ WORDS = {  # language of the page -> texts
         "不足以给出区间。",
         "exam": "{name}：训练后比基座 **{points:+.1f} 个百分点**"
         "（95% 区间 {low:+.1f} 到 {high:+.1f}，{n} 道题{unsure}）。",
-        "writing": "每秒写出的{name}字符数是基座的 **{ratio:.1f} 倍**"
+        "writing": "每秒生成的{name}字符数是基座的 **{ratio:.1f} 倍**"
         "（{before:.1f} → {after:.1f}，以运行所用的机器为准）。",
         "beside": "与对照（同样的模型，不扩充词表，读过同样的 {read} {name}）相比："
         "{name}每字节比特数**{moved} {size:.1%}**{span}，token 少用 {saved:.0%}。",
@@ -307,9 +307,10 @@ WORDS = {  # language of the page -> texts
         "在 {first:+.1%} 到 {last:+.1%} 之间{span}。",
         "span": "（95% 区间 {change_low:+.1%} 到 {change_high:+.1%}，{n} 篇文档{unsure}）",
         "no span": "（只有 {n} 篇文档，不足以给出区间）",
-        "pays": "由两条训练曲线推算：读完约 {middle} 文本时扩充开始划算。",
-        "does not pay": "由两条训练曲线推算：读完 {end}（已读文本的十倍）以内，扩充都不划算。",
-        "undecided": "由两条训练曲线推算，尚无定论：读完 {end}（已读文本的十倍）以内，"
+        "pays": "由两条训练曲线推算：训练文本达到约 {middle} 时扩充开始划算。",
+        "does not pay": "由两条训练曲线推算：训练文本在 {end}（已读文本的十倍）以内，"
+        "扩充都不划算。",
+        "undecided": "由两条训练曲线推算，尚无定论：训练文本在 {end}（已读文本的十倍）以内，"
         "扩充开始划算的概率为 {share:.0%}，且不早于 {low}（95%）。",
         "compute": "计算量",
         "time": "训练时间",
@@ -323,11 +324,21 @@ WORDS = {  # language of the page -> texts
         "chat": "指令微调之后",
     },
 }
+_ABOUT_ZH = {  # recipe -> what it says about itself
+    "tiny": "随包语料，真正的 Mixtral 分词器，一个 1700 万参数的 Mixtral：太小，写不出句子。",
+    "laptop": "英文小模型 SmolLM2-135M-Instruct，改造成四个专家的 Mixtral，"
+    "学习随包语料里的中文手册。",
+}
 _NAMES_ZH = {"zh": "中文", "en": "英文", "km": "高棉文", "ja": "日文"}
 
 
 def _name(code: str, lang: str) -> str:
     return _NAMES_ZH.get(code, code) if lang == "zh" else language_name(code)
+
+
+def _about(kept: dict, lang: str) -> str:
+    "What the recipe says about itself; nothing in Chinese for a recipe that is not ours"
+    return _ABOUT_ZH.get(kept["recipe"], "") if lang == "zh" else kept["about"]
 
 
 def _failed(n: int, lang: str) -> str:
@@ -342,7 +353,8 @@ def _values(kept: dict, lang: str) -> dict[str, Any]:
     cuts = kept["cuts"]
     before, after = kept["held_out"]["base"], kept["held_out"]["extended"]
     return {
-        **{key: kept[key] for key in ("recipe", "about", "n_base", "n_pieces", "cases")},
+        **{key: kept[key] for key in ("recipe", "n_base", "n_pieces", "cases")},
+        "about": _about(kept, lang),
         "sentence": kept["sentence"],
         "failed": _failed(kept["failed"], lang),
         "name": _name(kept["language"], lang),

@@ -38,7 +38,8 @@ class TextStep(NamedTuple):
     alone: bool = False  # one task, whatever there is
 
 
-# measured above; `corpus` reads some 15 MB a second, and its tasks keep the cleaned text, too
+# count, merge, pack: slopes of the table above; `corpus` reads some 15 MB a second, and its tasks
+# keep the cleaned text, too
 TEXT_STEPS = (
     TextStep("corpus", 70.0, 0.0, 2.0, 0.5),
     TextStep("tokenizer: count", 142.0, 0.0, 0.9, 0.6),

@@ -103,6 +103,31 @@ worst = 5
 """
 
 
+LONGEST_FIRST = [  # test files by the minutes they take; all others come after them
+    "test_notebooks.py",
+    "test_appendices.py",
+    "test_hostile.py",  # makes the micro run, while the other worker needs none of it
+    "test_pretrain.py",
+    "test_site.py",
+    "test_pipeline.py",
+    "test_languages.py",
+    "test_plain.py",
+    "test_merge.py",
+    "test_project.py",
+    "test_control.py",
+    "test_gguf.py",
+    "test_serve.py",
+    "test_report.py",
+    "test_any_base.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    "The longest files first: one that began last would keep one worker busy and the other idle"
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def cmixtral(*args, cwd=None, env=None, code="", timeout=600):
     "Run the command in a process of its own; `code` runs before it (to inject a fault)"
     run = f"{code}\nimport sys\nfrom cmixtral_nb.commands import main\nsys.exit(main())"

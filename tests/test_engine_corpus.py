@@ -280,7 +280,7 @@ def test_ray_gives_the_same_corpus(two_languages, tmp_path):
     "options, says",
     [
         (["--engine", "moon"], "engine is 'moon', expected plain, local, slurm or ray"),
-        (["--tasks", "2"], "tasks is for many tasks; give --engine local, slurm or ray"),
+        (["--tasks", "2"], "tasks is 2, which needs --engine local, slurm or ray"),
         (["--near"], "near-duplicates are found by tasks; give --engine local, slurm or ray"),
         (["--filters", "best"], "filters: 'best' is unknown, expected gopher-quality"),
         (["--engine", "slurm"], "engine slurm: missing a required argument: 'time'; give --where"),

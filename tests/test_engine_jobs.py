@@ -191,7 +191,7 @@ def test_a_task_that_fails_is_named(made, here, stage):  # noqa: F811
     "command, says",
     [
         ("tokenizer --engine moon", "engine is 'moon', expected plain, local, slurm or ray"),
-        ("pack --mix 1:zh --tasks 2", "tasks is for many tasks; give --engine local, slurm or ray"),
+        ("pack --mix 1:zh --tasks 2", "tasks is 2, which needs --engine local, slurm or ray"),
         ("tokenizer --engine local --limit-chars 9", "limit_chars is 9, but tasks count a whole"),
         ("pack --mix 1:zh --engine local --workers 4", "workers is 4, but with --engine local"),
         ("pack --mix 1:zh --engine slurm", "engine slurm: missing a required argument: 'time'"),
