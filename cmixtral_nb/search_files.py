@@ -30,7 +30,7 @@ from .byte_bases import is_byte_base
 from .byte_pieces import byte_script_faults, known_base
 from .byte_vocab import byte_vocab_faults, byte_vocab_option_faults
 from .certificate import CERTIFICATE_RANGES
-from .corpora import corpus_langs, lang_faults, missing_language
+from .corpora import corpus_langs, held_out_faults, lang_faults
 from .documents import read_docs, up_to
 from .figures import save_svg
 from .languages import script_pattern
@@ -78,9 +78,9 @@ def _heldout_rows(corpus: Artifact | str | Path, lang: str) -> Iterator[dict]:
     )
     refuse(lang_faults(path, lang))
     file = path
-    if langs := corpus_langs(path):
+    if corpus_langs(path):
+        refuse(held_out_faults(path, [lang]))
         file = path / f"{lang}.valid.jsonl"
-        require(file.stat().st_size, missing_language(path, lang, langs, "valid"))
     rows = read_docs(file)
     first = list(itertools.islice(rows, 1))
     require(first, f"{path} holds no text to judge by; give held-out text")

@@ -549,3 +549,20 @@ def test_attribution_names_every_source_that_ships():
         row = next(s for s in of_file if source in s)
         assert f"| {n:,} |" in row
         assert row.endswith(f"| {licence} |"), row
+
+
+@pytest.mark.parametrize(
+    "n_docs, valid_share, advice",
+    [
+        (40, 0.5, "add text"),  # no more than half may be held out
+        (900, 0.02, "give --valid-share 0.1 or more"),  # what the characters ask for
+        (2000, 0.03, "give --valid-share 0.06 or more"),  # more than was given, at least
+    ],
+)
+def test_what_would_hold_out_enough(tmp_path, capsys, n_docs, valid_share, advice):
+    rows = [
+        json.dumps({"text": f"第{i:05}篇文章，讲词表的扩充和词汇，{i}。"}) for i in range(n_docs)
+    ]
+    (tmp_path / "zh.jsonl").write_text("\n".join(rows))
+    corpus([f"zh={tmp_path}/zh.jsonl"], tmp_path / "out", valid_share=valid_share, min_chars=5)
+    assert f"too few to judge a vocabulary or a model by; {advice}\n" in capsys.readouterr().out

@@ -389,7 +389,8 @@ def test_base_tokenizer(here, monkeypatch):
     (here / "m/tokenizer.json").write_text('{"pre_tokenizer": {"type": "ByteLevel"}}')
     with pytest.raises(
         StageError,
-        match="m is a byte-level BPE tokenizer, expected sentencepiece BPE .*tokenizer --base m",
+        match="m is a byte-level BPE tokenizer, expected sentencepiece BPE .*; "
+        "it gets merges by: cmixtral tokenizer --base m$",
     ):
         base_tokenizer_model("m")
     (here / "m/tokenizer.model").write_bytes(b"x")
