@@ -25,6 +25,7 @@ __all__ = [
     "put_contents",
     "sidebar",
     "write_sidebar",
+    "neighbours",
     "chain_svg",
     "markdown",
     "write_results",
@@ -140,9 +141,12 @@ def put_contents(
     from execnb.nbio import dict2nb, nb2str
 
     notebook = read_json(page)
-    for cell in notebook["cells"]:
-        if cell["id"] == cell_id:
-            cell["source"] = text.splitlines(keepends=True)
+    source = text.splitlines(keepends=True)
+    found = [cell for cell in notebook["cells"] if cell["id"] == cell_id]
+    if all(cell["source"] == source for cell in found):
+        return
+    for cell in found:
+        cell["source"] = source
     write_text(page, nb2str(dict2nb(notebook)))
 
 
@@ -176,6 +180,38 @@ def write_sidebar(
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     settings["website"]["sidebar"]["contents"] = sidebar(book)
     write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100))
+
+
+# %% ../nbs/a34_book.ipynb #n3b0a112
+def _link(chapter: Chapter) -> str:
+    return f"[{chapter.number} {chapter.title}]({chapter.notebook}.ipynb)"
+
+
+def neighbours(
+    book: list[Part],  # from `read_book`
+    nbs: Path,  # folder of the notebooks
+) -> dict[str, str]:  # name of each appendix -> one line of markdown
+    "What stands before an appendix, which stories link to it, and what comes after it"
+    stories = [c for part in book if part.table and not part.appendix for c in part.chapters]
+    texts = [markdown(nbs / f"{story.notebook}.ipynb") for story in stories]
+    appendices = [c for part in book if part.appendix for c in part.chapters]
+    lines = {}
+    for before, here, after in zip(
+        [None, *appendices], appendices, [*appendices[1:], None], strict=False
+    ):
+        from_stories = [
+            _link(story)
+            for story, text in zip(stories, texts, strict=True)
+            if f"]({here.notebook}.ipynb" in text
+        ]
+        parts = {
+            "Before": [_link(before)] if before else [],
+            "The chapter" if len(from_stories) == 1 else "The chapters": from_stories,
+            "Next": [_link(after)] if after else [],
+        }
+        said = [f"{name}: {', '.join(links)}." for name, links in parts.items() if links]
+        lines[here.notebook] = " ".join(said)
+    return lines
 
 
 # %% ../nbs/a34_book.ipynb #337aca62
@@ -290,7 +326,7 @@ def write_results(
 def write_front(
     root: str | Path = ".",  # checkout of the project
 ) -> None:
-    "Sidebar, tables, pictures and README.md, from `book.toml`, kept runs and `index.ipynb`"
+    "Sidebar, tables, links, pictures and README.md, from `book.toml`, kept runs, `index.ipynb`"
     root = checkout(root)
     nbs, book = root / "nbs", read_book(root)
     write_sidebar(nbs / "_quarto.yml", book)
@@ -299,6 +335,8 @@ def write_front(
     put_contents(nbs / "index.ipynb", appendices, "appendices")
     put_contents(nbs / "zh.ipynb", contents_zh(book))
     write_results(root)
+    for notebook, line in neighbours(book, nbs).items():
+        put_contents(nbs / f"{notebook}.ipynb", line, "neighbours")
     write_text(nbs / "chain.svg", chain_svg())
     relative = r"\]\((?!https?:|#)([\w.]+\.(?:ipynb|png|svg))"
     text = re.sub(relative, r"](nbs/\1", markdown(nbs / "index.ipynb"))

@@ -846,7 +846,7 @@ def _read_past(model: nn.Module) -> set[nn.Module]:
 
 
 def _held_badly(width: int) -> bool:
-    "Whether NF4 loses a quarter of rows of this width, not a tenth; toys may lose it"
+    "Whether NF4 may lose a quarter of rows of this width, not a tenth; toys may lose it"
     return width >= _REAL and width % _BLOCK > 0
 
 
@@ -889,7 +889,7 @@ def width_faults(
     widths = {width for layout in layouts.values() for _, width in layout.shapes.values()}
     return [
         f"matrices of experts have rows of {width:,} weights, expected a multiple of {_BLOCK}: "
-        "4 bits would lose a quarter of them; use load_in_4bit=False"
+        "4 bits may lose a quarter of them; use load_in_4bit=False"
         for width in sorted(widths)
         if _held_badly(width)
     ]

@@ -35,7 +35,7 @@ from .checkpoints import require_space
 from .llama_rules import RULES, set_rule
 from .machine import available_bytes, quiet, say
 from .options import Range, one_of, range_faults, refuse
-from .packages import EXTRAS, require_package
+from .packages import EXTRAS, package_fault, require_package
 from .shapes import TEXT, TRUTH, shape_fault, whole
 from .stages import StageError, input_fingerprint, require, stage
 
@@ -86,8 +86,12 @@ def read_gguf(
     source: str | Path,  # a .gguf file, or package:NAME
 ) -> Gguf:
     "Metadata and size of a GGUF file; the tensors stay on disk"
-    require_package("gguf")
-    path = gguf_file(source)
+    faults = list(filter(None, [package_fault("gguf")]))
+    try:
+        path = gguf_file(source)
+    except StageError as e:
+        raise StageError(*faults, *e.args) from None
+    refuse(faults)
     return _read_once(path, _identity(path))
 
 

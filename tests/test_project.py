@@ -53,6 +53,14 @@ def test_the_book_has_each_notebook_once():
     assert sorted(named) == [p.stem for p in NBS]
 
 
+def test_an_appendix_ends_with_its_neighbours():
+    "`prepare` fills that cell; without it a reader who came by a link would not find back"
+    for part in read_book(ROOT):
+        for chapter in part.chapters if part.appendix else ():
+            text, cell = sources(ROOT / "nbs" / f"{chapter.notebook}.ipynb")[-1]
+            assert cell["id"] == "neighbours" and "](" in text, chapter.notebook
+
+
 def test_the_book_names_each_command_once():
     from cmixtral_nb.recipes import MODULES as COMMANDS
 

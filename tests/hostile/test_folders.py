@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmixtral_nb import stages
 from cmixtral_nb.commands import main
 from cmixtral_nb.manifests import manifest_fault, ownership_fault, read_manifest
 from cmixtral_nb.stages import StageError, read_json, stage
@@ -159,6 +160,21 @@ def test_of_four_one_wins_and_three_say_so(tmp_path):
             assert len(err.splitlines()) == (status != 0)
         assert sorted(p.name for p in out.iterdir()) == ["0.txt", "1.txt", "2.txt", "manifest.json"]
         assert not (tmp_path / f"o{n}.tmp").exists()
+
+
+def test_what_another_process_finished_in_the_last_moment_is_told(tmp_path, capsys, monkeypatch):
+    "Between the first look and the lock: it is found, not made again, and both say what they did"
+    take_at_once = stages.take
+
+    def take_late(out):
+        monkeypatch.undo()
+        letters(out=out)  # the other process
+        return take_at_once(out)
+
+    monkeypatch.setattr(stages, "take", take_late)
+    assert letters(out=tmp_path / "o").stats == {"n_letters": 3}
+    assert capsys.readouterr().out == f"letters: {tmp_path / 'o'} is up to date\n"
+    assert not (tmp_path / "o.tmp").exists()
 
 
 def test_four_commands_at_once(tmp_path):
