@@ -14,6 +14,7 @@ __all__ = [
     "sign",
     "signed",
     "empty",
+    "set_aside",
     "discard",
     "foreign_files",
     "clear_away",
@@ -222,6 +223,25 @@ def empty(
             path.unlink()
 
 
+def _free_name(path: Path) -> Path:
+    "The path, or with a number where it is taken"
+    candidates = (path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))
+    return next(one for one in (path, *candidates) if not os.path.lexists(one))
+
+
+def set_aside(
+    tmp: Path,  # `o.tmp`, which this process has taken
+) -> Path:  # `o.unfinished`, or with a number where that is taken
+    "Move what lies there away, with a copy of the mark; renamed to `o.tmp`, it can be gone on from"
+    kept = _free_name(tmp.with_name(tmp.name.removesuffix(".tmp") + ".unfinished"))
+    kept.mkdir()
+    shutil.copyfile(tmp / MARK, kept / MARK)
+    for path in tmp.iterdir():
+        if path.name != MARK:
+            os.rename(path, kept / path.name)
+    return kept
+
+
 def discard(
     tmp: Path,  # a folder that this process has taken
 ) -> None:
@@ -258,12 +278,6 @@ def foreign_files(
             if not is_ours or not _is_unchanged(path, listed[name], time):
                 found.append(name)
     return sorted(found)
-
-
-def _free_name(path: Path) -> Path:
-    "The path, or with a number where it is taken"
-    candidates = (path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))
-    return next(one for one in (path, *candidates) if not os.path.lexists(one))
 
 
 def clear_away(

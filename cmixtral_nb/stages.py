@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cmixtral_nb.files import (
     StageError,
@@ -54,6 +54,7 @@ from cmixtral_nb.folders import (
     place_fault,
     place_of,
     release,
+    set_aside,
     sign,
     signed,
     take,
@@ -468,6 +469,9 @@ def _seal(
 
 
 # %% ../nbs/a01_stages.ipynb #b29311b2
+_Unfinished = Literal["refuse", "keep", "delete"]  # what becomes of work of another request
+
+
 def _no_space(e: BaseException) -> bool:
     "Whether the disk was full; libraries in Rust and C++ say so in the text of their errors"
     if getattr(e, "errno", None) == errno.ENOSPC:
@@ -488,20 +492,36 @@ def _has_work(tmp: Path, work: str) -> bool:
     return bool(work) and any(path.name != MARK for path in tmp.glob(work))
 
 
-def _begin(tmp: Path, lock: int, request: dict, work: str, command: str, anew: bool) -> None:
+def _leave_unfinished(tmp: Path, changes: str, command: str, unfinished: _Unfinished) -> None:
+    "What becomes of work that another request has begun; what is still there will be deleted"
+    held = f"{tmp} holds unfinished work, made with {changes}"
+    require(
+        unfinished != "refuse",
+        f"{held}; to finish it give the command as it was, to begin anew give --force, "
+        "to keep both choose another --out",
+    )
+    if unfinished == "keep":
+        kept = set_aside(tmp)
+        say(command, f"{held}; that is now in {kept}, and this begins anew")
+    else:
+        say(command, f"{held}; beginning anew")
+
+
+def _begin(
+    tmp: Path,  # `out.tmp`, taken
+    lock: int,  # on its mark
+    request: dict,  # from `_request`
+    work: str,  # files (a glob) from which it can go on
+    command: str,
+    unfinished: _Unfinished,
+) -> None:
     "An empty `out.tmp` with the mark of this process; what the same request left there stays"
     left = signed(lock)
     if not work or left.get("key") != request["key"]:
         if _has_work(tmp, work):
             old = left.get("asked")
             changes = _changes(old, request) if old else "another request"
-            held = f"{tmp} holds unfinished work, made with {changes}"
-            require(
-                anew,
-                f"{held}; to finish it give the command as it was, to begin anew give --force, "
-                "to keep both choose another --out",
-            )
-            say(command, f"{held}; beginning anew")
+            _leave_unfinished(tmp, changes, command, unfinished)
         empty(tmp)
     sign(lock, request)
 
@@ -536,7 +556,7 @@ def _write(
     out: Path,
     work: str,  # files (a glob) from which it goes on after an interruption; empty: from none
     look: Callable,  # for what another process may have made meanwhile
-    anew: bool = False,  # begin anew where another request has left unfinished work
+    unfinished: _Unfinished = "refuse",  # what another request has begun there
 ) -> Artifact:
     "Run `function` in `out.tmp`, seal it, rename it; of several processes the first one does that"
     place, tmp = place_of(out), _tmp_of(out)
@@ -549,7 +569,7 @@ def _write(
             say(function.__name__, f"{out} is up to date")
             return made
         if first:
-            _begin(tmp, lock, request, work, function.__name__, anew)
+            _begin(tmp, lock, request, work, function.__name__, unfinished)
         meet()
         reset_peak()
         stats = function(**{**args, "out": tmp})
@@ -672,7 +692,8 @@ class _Stage:
             return old
         goes_on = self.resumable(**named) if callable(self.resumable) else self.resumable
         work = self.work if goes_on else ""
-        return _write(self.function, request, named, out, work, look, force or replace_stale)
+        unfinished: _Unfinished = "delete" if force else "keep" if replace_stale else "refuse"
+        return _write(self.function, request, named, out, work, look, unfinished)
 
 
 def _with_force(function: Callable) -> inspect.Signature:
