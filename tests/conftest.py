@@ -1,5 +1,6 @@
 "One micro run of the whole chain, shared by the tests that need real artifacts."
 
+import compileall
 import os
 import shutil
 import subprocess
@@ -120,6 +121,12 @@ LONGEST_FIRST = [  # test files by the minutes they take; all others come after 
     "test_report.py",
     "test_any_base.py",
 ]
+
+
+def pytest_configure(config):
+    "Python's bytecode of the package, even where PYTHONDONTWRITEBYTECODE is set: thousands load it"
+    if not hasattr(config, "workerinput"):  # once, before the workers begin
+        compileall.compile_dir(Path(__file__).parents[1] / "cmixtral_nb", quiet=2)
 
 
 def pytest_collection_modifyitems(items):

@@ -5,17 +5,22 @@ the large libraries, and never the package itself.
     done.returncode, done.stdout, done.stderr  # as of subprocess.run
 
 It is a process of its own, with its own folder, arguments, search path and `__main__`, and it
-ends as Python ends. What a library reads from the environment while it is imported was read
-before, so a call with variables of its own (`env`), or on a GPU, starts Python as usual.
+ends as Python ends: what was registered for the end is called, and the status is Python's. Only
+the objects are not taken apart one by one; of all those libraries that takes half a second, and
+there are thousands of forks. What a library reads from the environment while it is imported was
+read before, so a call with variables of its own (`env`), or on a GPU, starts Python as usual.
 """
 
+import atexit
 import gc
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -156,9 +161,40 @@ def serve() -> dict:
     os._exit(0)
 
 
+def _run(code: str) -> int:
+    "Exit status of a program, negative where a signal ended it"
+    try:
+        exec(compile(code, "<string>", "exec"), sys.modules["__main__"].__dict__)
+    except SystemExit as e:
+        if e.code is None or isinstance(e.code, int):
+            return (e.code or 0) & 0xFF
+        print(e.code, file=sys.stderr)
+        return 1
+    except BaseException as e:
+        sys.excepthook(type(e), e, e.__traceback__)
+        return -signal.SIGINT if isinstance(e, KeyboardInterrupt) else 1
+    return 0
+
+
+def _end(status: int) -> None:
+    "Wait for threads, call what waits for the end, write what is buffered, and end"
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        print(f"Exception ignored on flushing sys.stdout: {e}", file=sys.stderr)
+        status = 120
+    sys.stderr.flush()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
 if __name__ == "__main__":
     for name in PRELOADED:
         __import__(name)
     asked = serve()
     _become(asked)
-    exec(compile(asked["code"], "<string>", "exec"), sys.modules["__main__"].__dict__)
+    _end(_run(asked["code"]))

@@ -5,6 +5,7 @@ an annotation that names a type of a library which is imported only where it is 
 and each page begins in the checkout, though the chapter before it went elsewhere.
 """
 
+import gc
 import os
 
 import fastcore.docments as docments
@@ -32,3 +33,4 @@ docments.signature, driver.main = signature, main
 if __name__ == "__main__":
     refresh_quarto_yml()
     proc_nbs(n_workers=0, force=True)
+    gc.freeze()  # the shell of each notebook collects garbage as it ends: a minute for all
