@@ -385,7 +385,7 @@ def gpu_page() -> str:  # markdown
     recipe = read_recipe("paper")
     pretrain, sft = plan_inputs(recipe, "pretrain"), plan_inputs(recipe, "sft")
     settings, n_tokens = pretrain["settings"], tokens_of(recipe)
-    disk = disk_of(recipe, pretrain, plan_of(recipe)["trainable"], n_tokens)
+    disk = disk_of(recipe, pretrain, plan_of(recipe), n_tokens)
     disk |= {"together": sum(disk.values())}
     four, sixteen = (
         frozen_bytes(pretrain["config"], pretrain["vocab_size"], load_in_4bit) / 1e9

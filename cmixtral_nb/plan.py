@@ -911,7 +911,7 @@ def disk_plan(
     config: ModelConfig,  # "mixtral" (8x7B), a model folder, or a configuration
     vocab_size: int,  # after extension
     trained: int,  # parameters, LoRA and embedding rows
-    optim: str,  # of transformers
+    optimiser: int,  # bytes of what it keeps: "optimiser" of `memory_plan`
     n_tokens: int = 0,  # to train on; 0: not known, left out
     width: int = 2,  # bytes of a weight in the checkpoint
     folder: Path | None = None,  # model folder, for the sizes of its shards; None: as on the hub
@@ -928,8 +928,7 @@ def disk_plan(
     }
     if n_tokens:
         disk["pack: tokens"] = n_tokens * (2 if vocab_size <= 2**16 else 4)
-    checkpoint = trained * (4 + optimiser_bytes(optim))
-    disk["pretrain: checkpoints while it runs"] = round(3 * checkpoint)
+    disk["pretrain: checkpoints while it runs"] = 3 * (4 * trained + optimiser)
     disk["pretrain: adapter"] = 4 * trained
     disk["merge: model"] = width * count_parameters(config, vocab_size)["total"]
     return disk

@@ -209,7 +209,7 @@ def tokens_of(
 def disk_of(
     recipe: dict[str, Any],  # as read
     inputs: dict[str, Any],  # from `plan_inputs`, for pretrain
-    trained: dict[str, int],  # parameters by kind: "trainable" of `plan_of`
+    planned: dict[str, Any],  # memory, from `plan_of`, for pretrain
     n_tokens: int,  # from `tokens_of`
 ) -> dict[str, int]:  # what, with its stage -> bytes
     "Bytes that the stages of a recipe leave on disk"
@@ -219,8 +219,8 @@ def disk_of(
     disk = disk_plan(
         config,
         inputs["vocab_size"],
-        sum(trained.values()),
-        inputs["settings"]["optim"],
+        sum(planned["trainable"].values()),
+        planned["bytes"]["optimiser"],
         n_tokens,
         width=4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2,
         folder=Path(model) if here else None,
@@ -458,7 +458,7 @@ def plan(
     print(_hours_text(asked, n_tokens, utilisation))
     if "control" in read:
         print(_control_text(read, folder, n_tokens, utilisation, device))
-    print(disk_text(disk_of(read, asked, memory["trainable"], n_tokens)))
+    print(disk_text(disk_of(read, asked, memory, n_tokens)))
     if n_bytes := corpus_bytes(read, folder):
         print("\nbefore training:\n\n" + text_table(n_bytes))
     steps = recipe_steps(read)

@@ -611,7 +611,7 @@ def test_disk_of_a_local_model_reads_its_shards(tmp_path):
     net = MixtralForCausalLM(small_config(**CONFIG))
     net.save_pretrained(tmp_path, max_shard_size="9KB")
     files = {f: f.stat().st_size for f in tmp_path.glob("*.safetensors")}
-    d = disk_plan(tmp_path, 61, 100, "adamw_torch", 1000, 4, tmp_path)
+    d = disk_plan(tmp_path, 61, 100, 800, 1000, 4, tmp_path)
     assert (
         len(files) > 3
         and d["base checkpoint"]
@@ -624,9 +624,9 @@ def test_disk_of_a_local_model_reads_its_shards(tmp_path):
         and d["pretrain: checkpoints while it runs"] == 3 * 100 * 12
         and d["merge: model"] == 4 * (net.num_parameters() + 32)
     )
-    assert disk_plan("mixtral", 70_000, 0, "adamw_torch", 1000)[
+    assert disk_plan("mixtral", 70_000, 0, 0, 1000)[
         "pack: tokens"
-    ] == 4000 and "pack: tokens" not in disk_plan("mixtral", 57_000, 0, "")
+    ] == 4000 and "pack: tokens" not in disk_plan("mixtral", 57_000, 0, 0)
 
 
 def test_time_where_the_tokens_are_not_known():
