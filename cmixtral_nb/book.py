@@ -187,14 +187,18 @@ def _link(chapter: Chapter) -> str:
     return f"[{chapter.number} {chapter.title}]({chapter.notebook}.ipynb)"
 
 
+def _text(notebook: Path) -> str:
+    return "\n".join(cell["source"] for cell in cells(notebook))
+
+
 def neighbours(
     book: list[Part],  # from `read_book`
     nbs: Path,  # folder of the notebooks
 ) -> dict[str, str]:  # name of each appendix -> one line of markdown
     "What stands before an appendix, which stories link to it, and what comes after it"
-    stories = [c for part in book if part.table and not part.appendix for c in part.chapters]
-    texts = [markdown(nbs / f"{story.notebook}.ipynb") for story in stories]
     appendices = [c for part in book if part.appendix for c in part.chapters]
+    stories = [c for part in book if not part.appendix for c in part.chapters if c.number]
+    texts = [_text(nbs / f"{story.notebook}.ipynb") for story in stories]
     lines = {}
     for before, here, after in zip(
         [None, *appendices], appendices, [*appendices[1:], None], strict=False
