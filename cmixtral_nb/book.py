@@ -25,9 +25,9 @@ __all__ = [
     "put_contents",
     "sidebar",
     "write_sidebar",
-    "neighbours",
     "chain_svg",
     "markdown",
+    "neighbours",
     "write_results",
     "write_front",
 ]
@@ -87,10 +87,14 @@ def read_book(
 
 
 # %% ../nbs/a34_book.ipynb #407ffdec
+def _link(chapter: Chapter, title: str) -> str:
+    return f"[{chapter.number} {title}]({chapter.notebook}.ipynb)"
+
+
 def _row(chapter: Chapter, title: str, between: str, does: str) -> list[str]:
     "Title with its link, commands, what they do"
     commands = between.join(f"`cmixtral {command}`" for command in chapter.commands)
-    return [f"[{chapter.number} {title}]({chapter.notebook}.ipynb)", commands, does]
+    return [_link(chapter, title), commands, does]
 
 
 def contents(
@@ -182,42 +186,6 @@ def write_sidebar(
     write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100))
 
 
-# %% ../nbs/a34_book.ipynb #n3b0a112
-def _link(chapter: Chapter) -> str:
-    return f"[{chapter.number} {chapter.title}]({chapter.notebook}.ipynb)"
-
-
-def _text(notebook: Path) -> str:
-    return "\n".join(cell["source"] for cell in cells(notebook))
-
-
-def neighbours(
-    book: list[Part],  # from `read_book`
-    nbs: Path,  # folder of the notebooks
-) -> dict[str, str]:  # name of each appendix -> one line of markdown
-    "What stands before an appendix, which stories link to it, and what comes after it"
-    appendices = [c for part in book if part.appendix for c in part.chapters]
-    stories = [c for part in book if not part.appendix for c in part.chapters if c.number]
-    texts = [_text(nbs / f"{story.notebook}.ipynb") for story in stories]
-    lines = {}
-    for before, here, after in zip(
-        [None, *appendices], appendices, [*appendices[1:], None], strict=False
-    ):
-        from_stories = [
-            _link(story)
-            for story, text in zip(stories, texts, strict=True)
-            if f"]({here.notebook}.ipynb" in text
-        ]
-        parts = {
-            "Before": [_link(before)] if before else [],
-            "The chapter" if len(from_stories) == 1 else "The chapters": from_stories,
-            "Next": [_link(after)] if after else [],
-        }
-        said = [f"{name}: {', '.join(links)}." for name, links in parts.items() if links]
-        lines[here.notebook] = " ".join(said)
-    return lines
-
-
 # %% ../nbs/a34_book.ipynb #337aca62
 WAY = {  # what is made -> its stages, each with what it leaves
     "a vocabulary": {
@@ -307,6 +275,33 @@ def markdown(
             code = re.sub(r"^#\|.*\n?", "", cell["source"], flags=re.MULTILINE).strip("\n")
             parts.append(f"```python\n{code}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+# %% ../nbs/a34_book.ipynb #n3b0a112
+def _words_with_links(name: str, chapters: list[Chapter]) -> list[str]:
+    "One sentence, or none where there is no chapter"
+    links = [_link(chapter, chapter.title) for chapter in chapters]
+    return [f"{name}: {', '.join(links)}."] if links else []
+
+
+def neighbours(
+    book: list[Part],  # from `read_book`
+    nbs: Path,  # folder of the notebooks
+) -> dict[str, str]:  # name of each appendix -> one line of markdown
+    "What stands before an appendix, which stories link to it, and what comes after it"
+    stories = [c for part in book if not part.appendix for c in part.chapters if c.number]
+    texts = {c.notebook: markdown(nbs / f"{c.notebook}.ipynb") for c in stories}
+    appendices = [c for part in book if part.appendix for c in part.chapters]
+    lines = {}
+    for place, here in enumerate(appendices):
+        linking = [c for c in stories if f"]({here.notebook}.ipynb" in texts[c.notebook]]
+        said = [
+            *_words_with_links("Before", appendices[:place][-1:]),
+            *_words_with_links("The chapter" if len(linking) == 1 else "The chapters", linking),
+            *_words_with_links("Next", appendices[place + 1 :][:1]),
+        ]
+        lines[here.notebook] = " ".join(said)
+    return lines
 
 
 # %% ../nbs/a34_book.ipynb #e3404bbe

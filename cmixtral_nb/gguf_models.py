@@ -34,8 +34,8 @@ from .byte_bases import ByteBase, write_byte_tokenizer
 from .checkpoints import require_space
 from .llama_rules import RULES, set_rule
 from .machine import available_bytes, quiet, say
-from .options import Range, one_of, range_faults, refuse
-from .packages import EXTRAS, package_fault, require_package
+from .options import Range, faults_of, one_of, range_faults, refuse
+from .packages import EXTRAS, require_package
 from .shapes import TEXT, TRUTH, shape_fault, whole
 from .stages import StageError, input_fingerprint, require, stage
 
@@ -86,12 +86,8 @@ def read_gguf(
     source: str | Path,  # a .gguf file, or package:NAME
 ) -> Gguf:
     "Metadata and size of a GGUF file; the tensors stay on disk"
-    faults = list(filter(None, [package_fault("gguf")]))
-    try:
-        path = gguf_file(source)
-    except StageError as e:
-        raise StageError(*faults, *e.args) from None
-    refuse(faults)
+    refuse(faults_of(require_package, "gguf") + faults_of(gguf_file, source))
+    path = gguf_file(source)
     return _read_once(path, _identity(path))
 
 

@@ -10,7 +10,6 @@ __all__ = [
     "EXTRAS",
     "Extra",
     "installed_version",
-    "wanted_versions",
     "install_command",
     "package_fault",
     "require_package",
@@ -72,7 +71,7 @@ def installed_version(
         return ""
 
 
-def wanted_versions(
+def _wanted_versions(
     package: str,  # as it is imported, of `EXTRAS`
 ) -> Any:  # a SpecifierSet; that of any version where nothing is known
     "The range of versions that our own metadata gives for a package of an extra"
@@ -97,7 +96,7 @@ def install_command(
     needed = EXTRAS[package]
     what = f"cmixtral_nb[{needed.extra}]"
     if needed.alone:
-        what = f"{needed.distribution}{wanted_versions(package)}"
+        what = f"{needed.distribution}{_wanted_versions(package)}"
     words = ["pip install", needed.remark, f"'{what}'"]
     return " ".join(word for word in words if word)
 
@@ -110,7 +109,7 @@ def package_fault(
     name, version = EXTRAS[package].distribution, installed_version(package)
     if not version:
         return f"{name} is not installed; run: {install_command(package)}"
-    wanted = wanted_versions(package)
+    wanted = _wanted_versions(package)
     if not wanted.contains(version, prereleases=True):
         return f"{name} is {version}, expected {wanted}; run: {install_command(package)}"
     return ""
