@@ -17,6 +17,7 @@ __all__ = [
     "training_seconds",
     "curve_of",
     "same_bytes",
+    "same_reading",
     "speed_ratio",
     "arms_of",
     "sentences",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a27d_arms.ipynb #3c9eef50
+import math
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -298,6 +300,28 @@ def same_bytes(
     )
 
 
+def _bytes_read(adapter: dict) -> dict[str, float]:
+    "Bytes of text that a training has read, by language; from the manifest of its adapter"
+    stats = adapter["stats"]
+    return {lang: n * stats["steps"] for lang, n in stats["bytes_per_step"].items()}
+
+
+def same_reading(
+    extended: dict,  # manifest of an adapter
+    control: dict,  # likewise
+) -> str:  # what is wrong; empty where both have read as much of each language
+    "Whether two trainings have read as much; a batch is counted for each GPU, so they may not"
+    read, other = _bytes_read(extended), _bytes_read(control)
+    for lang, n_bytes in read.items():
+        if not math.isclose(n_bytes, other.get(lang, 0), rel_tol=1e-3):
+            return (
+                f"the arms were trained on different text: {n_bytes:,.0f} bytes of {lang!r} with "
+                f"new pieces, {other.get(lang, 0):,.0f} without; train both in as many steps and "
+                "on as many GPUs"
+            )
+    return ""
+
+
 # %% ../nbs/a27d_arms.ipynb #ea722935
 def _saved(manifests: dict, lang: str) -> float:
     "Share of the tokens that the new pieces save in training text of a language"
@@ -335,8 +359,6 @@ def speed_ratio(
     b: dict,  # of another model
 ) -> dict:  # ratio, low, high
     "How many times faster a model writes than another, with the 95% interval of few texts"
-    import math
-
     from scipy.stats import t
 
     ratio = a["chars_per_second"] / b["chars_per_second"]
@@ -376,26 +398,21 @@ def arms_of(
     pair = {lang: (found["extended"][lang], found["control"][lang]) for lang in langs}
     curves = {arm: curve_of(log, language) for arm, log in logs.items()}
     budgets = _budgets(run, manifests) if all(curves.values()) else {}
+    unequal = same_reading(*(manifests[ARMS[arm]] for arm in ("extended", "control")))
     data: dict[str, Any] = dict(
         language=language,
-        fault=same_bytes(evaluations["extended"], evaluations["control"]),
+        fault=same_bytes(evaluations["extended"], evaluations["control"]) or unequal,
         text={lang: _compared(*pair[lang]) for lang in langs},
         spent={what: spent._asdict() for what, spent in budgets.items()},
         budgets={what: at_equal(*pair[language], spent, curves) for what, spent in budgets.items()},
         saved={lang: _saved(manifests, lang) for lang in langs},
-        bytes_read=_bytes_read(manifests),
+        bytes_read=_bytes_read(manifests[ARMS["control"]]),
         writing=_writing(run, language),
         context=_context(run, evaluations, language),
         curves=curves,
         crossing=_crossing(run, language),
     )
     return dict(data, sentences=sentences(data))
-
-
-def _bytes_read(manifests: dict) -> dict[str, float]:
-    "Bytes of text that both arms have read, by language"
-    stats = manifests[ARMS["control"]]["stats"]
-    return {lang: n * stats["steps"] for lang, n in stats["bytes_per_step"].items()}
 
 
 def _crossing(run: Path, language: str) -> dict:

@@ -160,7 +160,7 @@ class Places(NamedTuple):
 def log_totals(
     states: Tensor,  # (n, d)
     rows: Tensor,  # (m, d)
-    chunk: int = 512,  # places at once
+    chunk: int = 64,  # places at once; so few that their logits stay in a processor's cache
 ) -> Tensor:  # (n,)
     "At each place: the logarithm of the sum of exp(logit) over all rows"
     import torch

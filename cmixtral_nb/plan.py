@@ -915,6 +915,7 @@ def disk_plan(
     n_tokens: int = 0,  # to train on; 0: not known, left out
     width: int = 2,  # bytes of a weight in the checkpoint
     folder: Path | None = None,  # model folder, for the sizes of its shards; None: as on the hub
+    keep_last: int = 1,  # adapters that `pretrain` keeps, the last included
 ) -> dict[str, int]:  # stage -> bytes
     "Bytes on disk that the stages leave"
     shape = _shape(config)
@@ -930,6 +931,8 @@ def disk_plan(
         disk["pack: tokens"] = n_tokens * (2 if vocab_size <= 2**16 else 4)
     disk["pretrain: checkpoints while it runs"] = 3 * (4 * trained + optimiser)
     disk["pretrain: adapter"] = 4 * trained
+    if keep_last > 1:
+        disk["pretrain: adapters of earlier steps"] = 4 * trained * (keep_last - 1)
     disk["merge: model"] = width * count_parameters(config, vocab_size)["total"]
     return disk
 

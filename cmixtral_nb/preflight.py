@@ -224,6 +224,7 @@ def disk_of(
         n_tokens,
         width=4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2,
         folder=Path(model) if here else None,
+        keep_last=settings("pretrain", recipe)["keep_last"],
     )
     if "sft" in recipe:
         adapter = plan_of(recipe, "sft")["trainable"]
@@ -302,7 +303,10 @@ def corpus_bytes(
     recipe: dict[str, Any],  # as read
     out: Path | None = None,  # folder of the run, where the corpus may have been made
 ) -> float:  # 0: not known yet
-    "Bytes of text, all languages: of the corpus, or of as many tokens as the recipe names"
+    """Bytes of text, all languages: of the corpus, or of as many tokens as the recipe names
+
+    Until there is a corpus, text that the key `mix` takes twice counts twice.
+    """
     made = [n["n_bytes"] for n in _stats(out, "corpus").values() if "n_bytes" in n]
     return sum(made) or recipe.get("tokens", 0) * TOKEN_BYTES
 

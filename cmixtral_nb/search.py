@@ -17,6 +17,7 @@ __all__ = [
     "select_pieces",
     "stretches",
     "Heldout",
+    "heldout_reader",
     "read_heldout",
     "scores_below",
     "run_model",
@@ -280,24 +281,36 @@ def _spelled(tokens: Counter, known: set[str]) -> Counter:
     return spelled
 
 
+def heldout_reader(
+    base_file: str | Path,  # sentencepiece model of the base
+    script: str = "Han",  # script to judge
+) -> Callable[[Iterable[str]], Heldout]:  # documents -> what to cut
+    "A function that cuts documents with the base and takes the runs out"
+    cutter = base_cutter(base_file)
+    known = {cutter.id_to_piece(i) for i in range(len(cutter))}
+    own, is_run = script_pattern(script), run_pattern(script)
+
+    def read(texts: Iterable[str]) -> Heldout:
+        counts: Counter = Counter()  # of runs and of all other tokens
+        n_chars = n_sentences = 0
+        for text in texts:
+            counts.update(stretches(_base_tokens(cutter, known, text), script))
+            n_chars += len(text)
+            n_sentences += sum(bool(own.search(s)) for s in _SENTENCE_END.split(text))
+        runs = Counter({s: n for s, n in counts.items() if is_run.fullmatch(s)})
+        rest = Counter({s: n for s, n in counts.items() if s not in runs})
+        return Heldout(runs, _spelled(rest, known), n_chars, n_sentences)
+
+    return read
+
+
 def read_heldout(
     texts: Iterable[str],  # documents
     base_file: str | Path,  # sentencepiece model of the base
     script: str = "Han",  # script to judge
 ) -> Heldout:
-    "Cut documents with the base and take the runs out"
-    cutter = base_cutter(base_file)
-    known = {cutter.id_to_piece(i) for i in range(len(cutter))}
-    own, is_run = script_pattern(script), run_pattern(script)
-    counts: Counter = Counter()  # of runs and of all other tokens
-    n_chars = n_sentences = 0
-    for text in texts:
-        counts.update(stretches(_base_tokens(cutter, known, text), script))
-        n_chars += len(text)
-        n_sentences += sum(bool(own.search(s)) for s in _SENTENCE_END.split(text))
-    runs = Counter({s: n for s, n in counts.items() if is_run.fullmatch(s)})
-    rest = Counter({s: n for s, n in counts.items() if s not in runs})
-    return Heldout(runs, _spelled(rest, known), n_chars, n_sentences)
+    "Cut documents once; for many texts a `heldout_reader` reads the base's model once"
+    return heldout_reader(base_file, script)(texts)
 
 
 # %% ../nbs/03_search.ipynb #10d01ab9
@@ -576,8 +589,8 @@ def _reasons(row: dict, where: str, base_tokens: float, budget: float, merges: b
     n_params = row["n_params"]
     width = n_params // (2 * row["n_pieces"])
     words = (
-        f"append {row['n_pieces']:,} pieces, {order}, {row['n_all_chars']:,} single characters: "
-        f"{where}; {1 - row['n_tokens'] / base_tokens:.1%} fewer tokens for "
+        f"append {row['n_pieces']:,} pieces, {order}, {row['n_all_chars']:,} single characters "
+        f"with the base's own: {where}; {1 - row['n_tokens'] / base_tokens:.1%} fewer tokens for "
         f"{n_params / 1e6:,.1f}M parameters at width {width:,} "
         f"({row['bf16_bytes'] / 1e6:,.0f} MB in 16 bits)"
     )
@@ -819,8 +832,9 @@ def _try_pieces(
     base_file = base_tokenizer_model(base)
     candidates = read_pieces(pieces, script)
     have = base_pieces(base_file, script)
-    read = {domain: read_heldout(texts, base_file, script) for domain, texts in docs.items()}
-    texts = _with_the_script(read, missing(script))
+    read = heldout_reader(base_file, script)
+    in_domains = {domain: read(documents) for domain, documents in docs.items()}
+    texts = _with_the_script(in_domains, missing(script))
     rows = search_table(candidates, have, texts, *_grid(candidates, have, totals, chars), width)
 
     @functools.cache  # one model for all blocks
@@ -830,7 +844,7 @@ def _try_pieces(
 
     def cut(n_chars: int, sizes: list[int], documents: list[str]) -> Block:
         steps, model = longest(n_chars, max(sizes))
-        text = read_heldout(documents, base_file, script)
+        text = read(documents)
         return Block(all_prefixes(token_counts(model, text), steps, sizes), text.n_sentences)
 
     return _Tried(rows, measure_base(have, texts), texts, len(candidates), script, 0, cut)

@@ -235,7 +235,7 @@ def keep_run(
 
 
 def kept_run(
-    recipe: str,  # tiny, laptop
+    recipe: str,  # tiny, laptop; laptop_seed1: its training once more, `control` alone
 ) -> dict:  # what `keep_run` wrote
     "The numbers of a run that come with the package"
     path = package_data(f"data/{recipe}.json")

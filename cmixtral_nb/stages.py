@@ -136,14 +136,31 @@ def input_fingerprint(
 
 
 # %% ../nbs/a01_stages.ipynb #b56cc56f
-_commands: dict[str, str] = {}  # kind -> the command that makes it, filled by `stage`
+_KINDS = {  # kind -> what a message calls it, and the command that makes it
+    "adapter": ("an adapter", "pretrain"),
+    "efficiency": ("measures of efficiency", "efficiency"),
+    "evaluation": ("an evaluation", "evaluate"),
+    "export": ("an export", "export"),
+    "health": ("measures of health", "health"),
+    "model": ("a model", "init"),
+    "pieces": ("pieces", "tokenizer"),
+    "samples": ("samples", "generate"),
+    "tokenizer": ("a tokenizer", "vocab"),
+    "tokens": ("tokens", "pack"),
+}
+
+
+def _called(kind: str) -> str:
+    "A kind in a sentence, such as 'a corpus' or 'tokens'"
+    return _KINDS[kind][0] if kind in _KINDS else f"a {kind}"
 
 
 def _how_to_make(kind: str, out: str | Path) -> str:
-    "End of a message, such as '; run: cmixtral vocab --out tokenizer'; empty for no kind"
+    "End of a message, such as '; run: cmixtral pack --out tokens'; empty for no kind"
     if not kind:
         return ""
-    return f"; run: cmixtral {_commands.get(kind, kind)} --out {out}"
+    command = _KINDS[kind][1] if kind in _KINDS else kind
+    return f"; run: cmixtral {command} --out {out}"
 
 
 class Artifact:
@@ -203,7 +220,7 @@ class Artifact:
     ) -> Artifact:
         "Open an artifact; `StageError` where it is missing, broken or of another kind"
         folder = Path(path)
-        what = f"a {kind}" if kind else "an artifact"
+        what = _called(kind) if kind else "an artifact"
         require(
             folder.exists(),
             f"{folder} does not exist; expected {what}{_how_to_make(kind, folder)}",
@@ -213,7 +230,10 @@ class Artifact:
             f"{folder} is not {what}: it has no manifest.json{_how_to_make(kind, 'DIR')}",
         )
         found = cls(folder, read_manifest(folder))
-        require(not kind or found.kind == kind, f"{folder} is a {found.kind}, expected {what}")
+        require(
+            not kind or found.kind == kind,
+            f"{folder} is {_called(found.kind)}, expected {what}",
+        )
         if damage := found.damage(verify):
             raise StageError(*[f"{folder}/{line}; make it again with --force" for line in damage])
         return found
@@ -351,7 +371,7 @@ def _ready(
     fault = ""
     if old.key != request["key"]:
         fault = (
-            f"{out} is a {old.kind} made with {_changes(old.manifest, request)}; "
+            f"{out} is {_called(old.kind)} made with {_changes(old.manifest, request)}; "
             "run again with --force, or choose another --out"
         )
     elif damage:
@@ -726,7 +746,6 @@ def stage(
         made = _Stage(
             function, kind, inputs, ignore, schema, resumable, work, check, options, found, parallel
         )
-        _commands.setdefault(kind, function.__name__)
 
         @functools.wraps(function)
         def run(*args, force: bool = False, replace_stale: bool = False, **kwargs) -> Artifact:

@@ -13,6 +13,10 @@ from forks import python
 from plain_install import Plain, install
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
+# glibc gives a large tensor back to the system when it is freed, and the next one is made of new
+# pages, one fault for each 4 KB: half of the time of a small training. Kept, it is used again
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 if os.environ.get("CMIXTRAL_TEST_GPU") != "1":  # before PyTorch looks
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everywhere the same numbers, and two workers at once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,14 +1,18 @@
 """Runs one notebook as a test, for test_notebooks.py: python run_notebook.py NOTEBOOK SITE
 
 SITE is the folder where the package is installed. Figures that are saved must have their axes
-labelled. The status is 1 where a cell fails or a label is missing.
+labelled, and commands must say what is stored in the notebook: the same words, whatever the
+numbers, which differ from machine to machine. The status is 1 where a cell fails, a label is
+missing, or a stored message is old.
 """
 
+import re
 import sys
 import warnings
 from pathlib import Path
 
 import cmixtral_nb
+from cmixtral_nb.recipes import MODULES
 
 warnings.simplefilter("ignore")
 
@@ -48,6 +52,33 @@ def watch_figures(faults):
     setattr(FigureCanvasBase, draw.__name__, checked)
 
 
+NUMBER = re.compile(r"[\d.,:+\-−–±e%]*\d[\d.,:+\-−–±e%]*")
+
+
+def messages(outputs):
+    "What the commands say in the outputs of a cell, such as 'search: append', each number as #"
+    texts = ["".join(output.get("text", "")) for output in outputs]
+    lines = NUMBER.sub("#", "".join(texts)).splitlines()
+    return [line.strip() for line in lines if line.partition(": ")[0] in MODULES]
+
+
+def watch_messages(faults):
+    "Add to `faults` each cell whose commands say other words than the notebook holds"
+    from execnb.shell import CaptureShell
+
+    run = CaptureShell.cell
+
+    def compared(self, cell, *args, **kwargs):
+        stored = messages(cell.get("outputs", []))
+        cell.outputs = []
+        run(self, cell, *args, **kwargs)
+        said = messages(cell.outputs)
+        if said != stored and not self.exc:
+            faults.add(f"cell {cell.id} says {said}, the notebook holds {stored}")
+
+    CaptureShell.cell = compared
+
+
 def main(notebook, site):
     from nbdev.test import test_nb
 
@@ -57,6 +88,7 @@ def main(notebook, site):
     text = notebook.read_text(encoding="utf-8")
     if "plot" in text or "figure" in text:
         watch_figures(faults)
+    watch_messages(faults)
     passed, _ = test_nb(notebook, skip_flags=["notest", "slow", "gpu"])
     print(*sorted(faults), sep="\n", file=sys.stderr)
     return int(not passed or bool(faults))

@@ -242,6 +242,20 @@ def test_arms_on_other_bytes_say_so(arms, tmp_path):
     assert found and found["sentences"][0].startswith("the arms were evaluated on different text")
 
 
+def test_arms_that_were_trained_on_more_text_say_so(arms, tmp_path):
+    run, _ = arms
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    file = copy / "adapter" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    before = arms_of(copy, "zh", ["en"])
+    assert before and not before["fault"]
+    manifest["stats"]["steps"] *= 2
+    file.write_text(json.dumps(manifest))
+    found = arms_of(copy, "zh", ["en"])
+    assert found and found["sentences"][0].startswith("the arms were trained on different text")
+
+
 def test_a_language_that_fills_no_example_is_left_out(arms, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(arms[0], copy, symlinks=True)

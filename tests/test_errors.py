@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import MICRO, cmixtral
 
-from cmixtral_nb.stages import Artifact
+import cmixtral_nb
+from cmixtral_nb.stages import Artifact, StageError
 
 
 def tree(path):
@@ -52,6 +55,21 @@ def jsonl(file, texts):
 def test_missing_file(cli, tmp_path):
     refused(cli, "corpus", sources="zh=nothing.jsonl", out=tmp_path / "c", says="nothing.jsonl")
     assert tree(tmp_path) == {}
+
+
+STAGE = re.compile(r'^@stage\(\s*"(\w+)".*?^def (\w+)', re.MULTILINE | re.DOTALL)
+
+
+def test_what_is_missing_is_named_with_a_command_that_makes_it(tmp_path):
+    package = Path(cmixtral_nb.__file__).parent
+    stages = [m for file in sorted(package.glob("*.py")) for m in STAGE.findall(file.read_text())]
+    assert ("adapter", "pretrain") in stages and len(stages) >= 15
+    for kind in {kind for kind, _ in stages}:
+        with pytest.raises(StageError) as told:
+            Artifact.load(tmp_path / "none", kind)
+        what, command = re.findall(r"expected (.*); run: cmixtral (\w+)", str(told.value))[0]
+        assert (kind, command) in stages
+        assert what == "a corpus" or not re.match(r"a ([aeio]|\w+s$)", what), what
 
 
 def test_empty_corpus(cli, tmp_path):

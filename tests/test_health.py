@@ -188,7 +188,7 @@ def test_what_is_refused(micro, tmp_path, cli, monkeypatch):
     status, err = cli("health", run / "base", "--base", "mixtral")
     assert status == 2 and "no new piece" in err[0]
     status, err = cli("health", run / "merged", "--tokens", run / "corpus")
-    assert status == 2 and "expected a tokens" in err[0]
+    assert status == 2 and "expected tokens" in err[0]
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,7 @@
 """Each notebook is a test: it runs top to bottom in a process of its own, without slow and GPU
 cells, in an empty folder and against the installed wheel, so that nothing of the checkout can
-help it. Figures that it draws must have their axes labelled (run_notebook.py).
+help it. Figures that it draws must have their axes labelled, and what its commands say must be
+what the notebook holds, but for numbers (run_notebook.py).
 """
 
 import re
@@ -38,12 +39,20 @@ fig.savefig('a.png')
 """
 
 
-@pytest.mark.parametrize("source, says", [("1/0", "ZeroDivisionError"), (UNLABELLED, "label on y")])
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("1/0", "ZeroDivisionError"),
+        (UNLABELLED, "label on y"),
+        ("print('corpus: one', 1)", "says ['corpus: one #'], the notebook holds ['corpus: two #']"),
+    ],
+)
 def test_that_a_bad_notebook_fails(source, says, wheel, tmp_path):
     from cmixtral_nb.stages import write_json
 
     cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": source.splitlines(True)}
-    cell |= {"outputs": [], "execution_count": None}
+    stored = {"output_type": "stream", "name": "stdout", "text": ["corpus: two 2\n"]}
+    cell |= {"outputs": [stored], "execution_count": None}
     (tmp_path / "from").mkdir()
     bad = tmp_path / "from" / "bad.ipynb"
     write_json(bad, {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]})

@@ -483,7 +483,7 @@ def test_a_worker_that_dies(tok, monkeypatch):
 def test_not_tokens(here):
     with pytest.raises(StageError, match="no manifest.json"):
         load_examples(here)
-    with pytest.raises(StageError, match="expected a tokens"):
+    with pytest.raises(StageError, match="expected tokens"):
         Artifact.load(here / "nothing", "tokens")
 
 

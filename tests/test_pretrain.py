@@ -247,10 +247,10 @@ def test_refused_before_loading(here, tmp_path, monkeypatch):
     fails("rows is", rows="some")
     fails("epochs is 0", steps=0, epochs=0)
     fails("a step takes 90", batch=90)
-    fails("expected a tokens", tokens="nothing")
+    fails("expected tokens", tokens="nothing")
     fails("no manifest.json", tokens="model")
     fails("does not exist", model="nothing")
-    fails("(?s)expected a tokens.*dropout is 1", tokens="nothing", dropout=1)  # both at once
+    fails("(?s)expected tokens.*dropout is 1", tokens="nothing", dropout=1)  # both at once
     fails("rows_steps is 4, expected below steps, 4: LoRA would not be trained", rows_steps=4)
     fails("rows_steps is 99, .* below steps, 54", rows_steps=99, steps=0, epochs=2)  # 27 an epoch
     fails("rows_steps is 1, but rows is none", rows_steps=1, rows="none")

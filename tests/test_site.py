@@ -297,6 +297,19 @@ def test_a_kept_run_says_what_its_report_says(micro, tmp_path):
         keep_run(run, tmp_path / "kept.json", prompts=["nobody asked"])
 
 
+def test_the_second_seed_of_laptop_is_measured_as_the_first():
+    from cmixtral_nb.showcase import kept_run
+
+    first, second = kept_run("laptop"), kept_run("laptop_seed1")
+    one, other = first["control"], second["control"]
+    assert (other["bytes_read"], other["saved"]) == (one["bytes_read"], one["saved"])
+    for lang, found in one["text"].items():
+        assert other["text"][lang]["n"] == found["n"]
+        assert other["text"][lang]["change"] != found["change"]
+    for arm, points in second["points"].items():
+        assert [p["step"] for p in points] == [p["step"] for p in first["points"][arm]]
+
+
 def test_docs_refuse_what_is_no_checkout(tmp_path, monkeypatch):
     with pytest.raises(StageError, match="expected a checkout"):
         checkout(tmp_path)
