@@ -20,6 +20,7 @@ __all__ = [
 
 # %% ../nbs/a25_efficiency.ipynb #c2f14dc4
 import functools
+import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,17 +143,24 @@ def speed_table(
 N_TEXTS = 12  # that a model writes
 
 
+def _cache_name(model: PreTrainedModel) -> str:
+    "What this version of transformers calls the keys and values of the tokens before"
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
+    known = inspect.signature(plain.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def _write(model: PreTrainedModel, ids: list[int]) -> float:
     "Seconds to write tokens one by one, each after those before it"
     import torch
 
-    cache = None
+    name, cache = _cache_name(model), None
     start = time.perf_counter()
     with torch.inference_mode():
         for i in ids:
             given = torch.tensor([[i]], device=model.device)
-            out = model(input_ids=given, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=given, use_cache=True, **{name: cache})
+            cache = getattr(out, name)
             out.logits[0, -1].argmax().item()  # what it would write; a GPU is waited for
     return time.perf_counter() - start
 

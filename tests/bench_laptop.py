@@ -162,6 +162,7 @@ def finetuned(run: Path, work: Path, name: str, seed: int, size: Size) -> Artifa
         steps=2 * size.steps,
         length=256,
         valid_share=size.valid_share,
+        load_in_4bit=False,  # 4 bits would take most of the pre-training away again
         eval_every=size.steps,
         save_every=size.steps,
         log_every=5,
