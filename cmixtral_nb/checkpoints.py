@@ -485,7 +485,7 @@ def write_index(
 
 # %% ../nbs/a11_checkpoints.ipynb #a4ccffb2
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # such as mistralai/Mixtral-8x7B-v0.1
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # nothing that runs
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # no Python code
 HUB_COPIES = ["consolidated*", "*/*"]  # the weights once more, for other programs
 
 

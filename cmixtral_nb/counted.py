@@ -202,7 +202,7 @@ def bucket_limit(
     limit_chars: int,  # characters of different runs that training will hold; 0: all stay
     n_buckets: int,
 ) -> int:  # characters of different runs that one bucket may leave
-    "An equal part and a little more, where hashes spread evenly; everything where runs are few"
+    "An equal part and a little more; where that part is small, as much as all buckets together"
     part = limit_chars / n_buckets
     return min(limit_chars, int(_UNEVEN * part)) if part >= _MANY else limit_chars
 

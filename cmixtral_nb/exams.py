@@ -656,7 +656,7 @@ def _accuracy(benchmark: str, part: str, metric: str, questions: list[dict]) -> 
     n_right = sum(q[metric] for q in questions)
     p = n_right / n
     low, high = share_ends(n_right, n)
-    stderr = (p * (1 - p) / n) ** 0.5  # as lm-eval has it: 0 where all are right
+    stderr = (p * (1 - p) / n) ** 0.5  # 0 where all are right; lm-eval divides by n - 1
     return dict(
         benchmark=benchmark,
         part=part,

@@ -113,8 +113,7 @@ def check_sft(
 def _require_tokenizer(model: str | Path) -> None:
     require(
         (resolve_model(model) / "tokenizer.json").is_file(),
-        f"{model} holds no tokenizer.json; "
-        f"run: cmixtral init --model {model} --tokenizer DIR --out DIR",
+        f"{model} holds no tokenizer.json; copy the files of its tokenizer beside the model",
     )
 
 

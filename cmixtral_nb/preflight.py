@@ -481,8 +481,9 @@ def _control_text(
     memory = settings_plan(**asked, device=device)["bytes"]["total"]
     longer = longer_without(recipe, folder)
     hours = _hours_text(asked, round(n_tokens * longer), utilisation)
+    assumed = " (assumed)" if longer == _LONGER else ""
     return (
-        f"control, the same text without new pieces: up to {longer:.2f} times the tokens, "
+        f"control, the same text without new pieces: {longer:.2f} times the tokens{assumed}, "
         f"{memory / 1e9:.1f} GB\n{hours}"
     )
 

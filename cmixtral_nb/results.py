@@ -309,7 +309,7 @@ def _check_tokenizer(folder: Path, home: Path, chat: bool) -> None:
     if n_rows and n_tokens > n_rows and home == folder:
         faults.append(
             f"{home} has a tokenizer of {n_tokens:,} tokens, {folder} a model of {n_rows:,} rows; "
-            f"run: cmixtral init --model {folder} --tokenizer {home}"
+            "take the tokenizer that belongs to this model"
         )
     if chat and not _has_template(home):
         faults.append(

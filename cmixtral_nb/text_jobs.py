@@ -266,7 +266,7 @@ def _found_in(
     for bucket in range(N_BUCKETS):
         found = np.fromfile(work.place(kind, bucket), _FOUND)
         ends: Any = np.searchsorted(found["shard"], [shards.start, shards.stop])
-        mine.append(found[slice(*ends)])
+        mine.append(found[slice(*ends)].copy())  # a view would keep all of the bucket
     joined = np.concatenate(mine)
     joined = joined[np.lexsort((joined["line"], joined["doc"], joined["shard"]))]
     bounds: Any = np.searchsorted(joined["shard"], range(shards.start, shards.stop + 1))

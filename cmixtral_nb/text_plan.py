@@ -41,7 +41,7 @@ class TextStep(NamedTuple):
 # count, merge, pack: slopes of the table above; `corpus` reads some 15 MB a second, and its tasks
 # keep the cleaned text, too
 TEXT_STEPS = (
-    TextStep("corpus", 70.0, 0.0, 2.0, 0.5),
+    TextStep("corpus", 70.0, 0.0, 2.0, 0.8),
     TextStep("tokenizer: count", 142.0, 0.0, 0.9, 0.6),
     TextStep("tokenizer: merge", 44.0, 0.0, 0.0, 0.3),
     TextStep("tokenizer: learn", 0.0, 120.0, 0.0, 2.5, alone=True),

@@ -206,7 +206,7 @@ def load_tokenizer(
     path = Path(getattr(folder, "path", folder))
     require(
         (path / "tokenizer.json").is_file(),
-        f"{path} holds no tokenizer.json, expected a tokenizer; run: cmixtral vocab --out {path}",
+        f"{path} holds no tokenizer.json, expected a tokenizer; run: cmixtral vocab --out DIR",
     )
     from transformers import AutoTokenizer
 

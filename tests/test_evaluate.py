@@ -318,7 +318,7 @@ def test_model_and_tokenizer_of_different_sizes(tmp_path, model):
     (small / "manifest.json").unlink(missing_ok=True)
     text = faults(small, out=tmp_path / "o")
     assert "has a tokenizer of 32,000 tokens" in text
-    assert "a model of 31,000 rows; run: cmixtral init" in text
+    assert "a model of 31,000 rows; take the tokenizer" in text
     assert len(text.splitlines()) == 1
     (tmp_path / "small" / "tokenizer.json").unlink()
     assert "has no tokenizer.json; run: cmixtral vocab" in faults(small, out=tmp_path / "o")
