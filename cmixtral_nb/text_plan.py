@@ -38,8 +38,8 @@ class TextStep(NamedTuple):
     alone: bool = False  # one task, whatever there is
 
 
-# count, merge, pack: slopes of the table above; `corpus` reads some 15 MB a second, and its tasks
-# keep the cleaned text, too
+# count, pack: slopes of the table above; merge: twice its slope; `corpus` reads some 15 MB a
+# second, and its tasks keep the cleaned text, too
 TEXT_STEPS = (
     TextStep("corpus", 70.0, 0.0, 2.0, 0.8),
     TextStep("tokenizer: count", 142.0, 0.0, 0.9, 0.6),
