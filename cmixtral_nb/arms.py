@@ -398,7 +398,7 @@ def arms_of(
     pair = {lang: (found["extended"][lang], found["control"][lang]) for lang in langs}
     curves = {arm: curve_of(log, language) for arm, log in logs.items()}
     budgets = _budgets(run, manifests) if all(curves.values()) else {}
-    unequal = same_reading(*(manifests[ARMS[arm]] for arm in ("extended", "control")))
+    unequal = same_reading(manifests[ARMS["extended"]], manifests[ARMS["control"]])
     data: dict[str, Any] = dict(
         language=language,
         fault=same_bytes(evaluations["extended"], evaluations["control"]) or unequal,

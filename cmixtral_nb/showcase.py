@@ -236,7 +236,7 @@ def keep_run(
 
 def kept_run(
     recipe: str,  # tiny, laptop; laptop_seed1: its training once more, `control` alone
-) -> dict:  # what `keep_run` wrote
+) -> dict:  # what `keep_run` wrote; of laptop_seed1 a part of it
     "The numbers of a run that come with the package"
     path = package_data(f"data/{recipe}.json")
     if not path.is_file():

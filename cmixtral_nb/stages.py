@@ -136,7 +136,7 @@ def input_fingerprint(
 
 
 # %% ../nbs/a01_stages.ipynb #b56cc56f
-_KINDS = {  # kind -> what a message calls it, and the command that makes it
+_KINDS = {  # kinds that need another word, or another command, than their own name
     "adapter": ("an adapter", "pretrain"),
     "efficiency": ("measures of efficiency", "efficiency"),
     "evaluation": ("an evaluation", "evaluate"),
@@ -150,16 +150,16 @@ _KINDS = {  # kind -> what a message calls it, and the command that makes it
 }
 
 
-def _called(kind: str) -> str:
-    "A kind in a sentence, such as 'a corpus' or 'tokens'"
-    return _KINDS[kind][0] if kind in _KINDS else f"a {kind}"
+def _words_for(kind: str) -> tuple[str, str]:
+    "What a message calls a kind, and the command that makes it: ('a corpus', 'corpus')"
+    return _KINDS.get(kind, (f"a {kind}", kind))
 
 
 def _how_to_make(kind: str, out: str | Path) -> str:
     "End of a message, such as '; run: cmixtral pack --out tokens'; empty for no kind"
     if not kind:
         return ""
-    command = _KINDS[kind][1] if kind in _KINDS else kind
+    _, command = _words_for(kind)
     return f"; run: cmixtral {command} --out {out}"
 
 
@@ -220,7 +220,7 @@ class Artifact:
     ) -> Artifact:
         "Open an artifact; `StageError` where it is missing, broken or of another kind"
         folder = Path(path)
-        what = _called(kind) if kind else "an artifact"
+        what = _words_for(kind)[0] if kind else "an artifact"
         require(
             folder.exists(),
             f"{folder} does not exist; expected {what}{_how_to_make(kind, folder)}",
@@ -232,7 +232,7 @@ class Artifact:
         found = cls(folder, read_manifest(folder))
         require(
             not kind or found.kind == kind,
-            f"{folder} is {_called(found.kind)}, expected {what}",
+            f"{folder} is {_words_for(found.kind)[0]}, expected {what}",
         )
         if damage := found.damage(verify):
             raise StageError(*[f"{folder}/{line}; make it again with --force" for line in damage])
@@ -371,7 +371,7 @@ def _ready(
     fault = ""
     if old.key != request["key"]:
         fault = (
-            f"{out} is {_called(old.kind)} made with {_changes(old.manifest, request)}; "
+            f"{out} is {_words_for(old.kind)[0]} made with {_changes(old.manifest, request)}; "
             "run again with --force, or choose another --out"
         )
     elif damage:
