@@ -454,8 +454,8 @@ def sentences(
 def _kept_sentence(name: str, found: dict) -> str:
     direction = "fewer" if found["change"] < 0 else "more"
     said = {
-        "gained": "the control has forgotten more",
-        "lost": "the extended model has forgotten more",
+        "gained": "the control is worse",
+        "lost": "the extended model is worse",
         "too few": too_few(found["n"]),
     }.get(found["verdict"], "no difference is shown")
     size = _size(found["change"])

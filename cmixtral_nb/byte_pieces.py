@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = [
     "LETTERS",
     "RULES",
-    "is_shared",
+    "is_latin",
     "letter_counts",
     "exclusive_letters",
     "AnyBytes",
@@ -116,7 +116,7 @@ _COMMON = {
 _RARE = 1e-5  # of all letters of the script; rarer ones are no letters of the language
 
 
-def is_shared(
+def is_latin(
     script: str,  # names of scripts, with blanks between them
 ) -> bool:
     "Whether a piece in the script may as well be English"
@@ -776,7 +776,7 @@ def byte_tokenizer_faults(
     ]
     if repair and not faults:
         # which letters are exclusive is not known yet
-        kind = "any" if letters or is_shared(script) else ""
+        kind = "any" if letters or is_latin(script) else ""
         own = own_bytes(script, kind, "", companions_of(companions))
         faults += faults_of(working_base, known_base(base), own, True) or lost_repair(base)
     return faults
@@ -892,7 +892,7 @@ def learn_byte_pieces(
     counted: Source | None = None,  # words that tasks have counted; None: count here
 ) -> dict[str, Any]:  # statistics for the manifest
     "Learn merges of one language on top of a base's"
-    whole, chosen = known_base(base), letters or ("exclusive" if is_shared(script) else "")
+    whole, chosen = known_base(base), letters or ("exclusive" if is_latin(script) else "")
     owns, exclusive = _owns(corpus, lang, script, chosen, companions, limit_chars)
     own = owns[chosen]
     working = working_base(whole, own, repair)
@@ -949,7 +949,7 @@ def counting_of(
     path = Path(getattr(corpus, "path", corpus))
     if not is_byte_base(base):
         return Counting(path, lang, run_finder(script, marks), len, (script, marks))
-    chosen = letters or ("exclusive" if is_shared(script) else "")
+    chosen = letters or ("exclusive" if is_latin(script) else "")
     own = _owns(path, lang, script, chosen, companions, 0)[0][chosen]
     working = working_base(known_base(base), own, repair)
     how = (base_sha256(base), script, chosen, companions, repair)

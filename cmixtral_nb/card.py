@@ -357,7 +357,7 @@ MODELS = [name for name in CHAIN if name != "adapter"]  # that a card can be abo
 _TAUGHT = ("merged", "chat")  # those that have learned the new language
 
 # what the models of a run are made of, in order of birth
-_BORN = ["corpus", "tokenizer", "base", "model", "adapter", "merged", "sft", "chat"]
+_BORN = ["corpus", "tokenizer", "dense", "base", "model", "adapter", "merged", "sft", "chat"]
 
 
 def _chosen_model(run: Path, stages: list[dict], model: str) -> str:
@@ -377,9 +377,22 @@ def _chosen_model(run: Path, stages: list[dict], model: str) -> str:
     return model
 
 
+def _made_of(model: str, manifests: dict[str, dict]) -> dict[str, dict]:
+    "The manifests of a model and of what it was made from, found by their fingerprints"
+    folder_of = {manifest["fingerprint"]: folder for folder, manifest in manifests.items()}
+    found, waiting = set(), [model]
+    while waiting:
+        folder = waiting.pop()
+        found.add(folder)
+        inputs = [given or {} for given in manifests[folder]["inputs"].values()]
+        prints = {given["fingerprint"] for given in inputs if "fingerprint" in given}
+        waiting += {folder_of[key] for key in prints & folder_of.keys()} - found
+    return {folder: manifests[folder] for folder in _BORN if folder in found}
+
+
 def _licences(recipe: dict, manifests: dict[str, dict]) -> dict[str, str]:
     "Licences of all text that a model has read"
-    sources = recipe.get("corpus", {}).get("sources", [])
+    sources = recipe.get("corpus", {}).get("sources", []) if "corpus" in manifests else []
     if "sft" not in manifests:
         return data_licences(sources)
     sft = manifests["sft"]
@@ -406,9 +419,11 @@ def _about(recipe: dict, model: str) -> str:
     return f"`{model}` of the run `{run}`, made with cmixtral_nb: {told}"
 
 
-def _card_langs(run: Path, recipe: dict) -> list[str]:
+def _card_langs(run: Path, recipe: dict, manifests: dict[str, dict]) -> list[str]:
     "Codes of the languages that a model has read: of the corpus, else of the recipe"
     language, kept = languages(recipe)
+    if "corpus" not in manifests:  # a base that is as it came
+        return sorted(kept) or [language]
     return corpus_langs(run / "corpus") or sorted({language, *kept})
 
 
@@ -439,14 +454,13 @@ def card(
     stages = run_states(run)
     model = _chosen_model(run, stages, model)
     data, recipe = report_data(run, stages), read_recipe(str(run / "recipe.toml"))
-    made_of = _BORN[: _BORN.index(model) + 1]
-    manifests = {key: value for key, value in data["manifests"].items() if key in made_of}
+    manifests = _made_of(model, data["manifests"])
     facts = ModelFacts(
         name=name or f"{recipe['name']}-{model}",
         model=model,
         base_model=_hub_id(recipe),
         licence=licence,
-        languages=_card_langs(run, recipe),
+        languages=_card_langs(run, recipe, manifests),
         about=_about(recipe, model),
         manifests=manifests,
         rows=data["changes"],

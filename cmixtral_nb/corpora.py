@@ -42,7 +42,8 @@ def missing_language(
     "What to say where a corpus has no text in a language, or no held-out text"
     wanted = f"held-out {lang} text" if split == "valid" else f"{lang} text"
     if lang in langs:  # but no document of it was held out
-        return f"{corpus} has no {wanted}; run: cmixtral corpus --valid-share 0.01"
+        again = f"cmixtral corpus --sources {lang}=REF --valid-share 0.01 --out DIR"
+        return f"{corpus} has no {wanted}; run: {again}"
     choice = f"give {option} {langs[0]}, or " if option else ""
     return (
         f"{corpus} has no {wanted}, it has {', '.join(langs)}; "

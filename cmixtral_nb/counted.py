@@ -194,8 +194,8 @@ def merge_task(
     write_json(head, dict(found._asdict(), sizes=list(found.sizes.items())))
 
 
-_MANY = 100_000  # characters of a bucket, of which hashes spread runs evenly
-_UNEVEN = 1.2  # times an equal part; twenty standard deviations for as many characters
+_MANY = 10_000  # characters of a bucket, of which hashes spread runs evenly
+_UNEVEN = 1.2  # times an equal part; over six standard deviations for as many characters
 
 
 def bucket_limit(

@@ -204,7 +204,7 @@ def _utf8_fault(error: UnicodeDecodeError) -> str:
     "What is wrong with a line that is not UTF-8, in words"
     if error.reason == "unexpected end of data":
         return "invalid UTF-8 (the line ends in the middle of a character)"
-    return f"invalid UTF-8 (byte {error.object[error.start]:#04x} at column {error.start})"
+    return f"invalid UTF-8 ({error.object[error.start]:#04x} is byte {error.start + 1} of the line)"
 
 
 # %% ../nbs/a04_documents.ipynb #de0845b4

@@ -290,7 +290,7 @@ def efficiency(
     models: list[str] = None,  # "NAME=FOLDER" each: their tokenizers, and how fast they write
     corpus: Path = None,  # held-out text of this corpus; None: of the text that ships
     domains: list[str] = None,  # more text, "LANG/NAME=REF" each
-    lang: str = "",  # language that models write; empty, or not in the text: the first of the text
+    lang: str = "",  # that models write, of --corpus or --domains; empty: the first of the text
     n_chars: int = 200_000,  # characters of each language; 0: all
     seconds: float = 1.0,  # for each measurement of speed
     new_tokens: int = 48,  # that a model writes of each of twelve texts; 0: do not measure

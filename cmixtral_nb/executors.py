@@ -25,6 +25,7 @@ __all__ = [
 
 # %% ../nbs/a04e_executors.ipynb #4bb25b69
 import contextlib
+import getpass
 import io
 import os
 import re
@@ -239,6 +240,19 @@ def _run_here(executor: PipelineExecutor, pool: ProcessPoolExecutor | None) -> N
 
 
 # %% ../nbs/a04e_executors.ipynb #a660b2e8
+@contextlib.contextmanager
+def _away(job_name: str) -> Iterator[None]:
+    "Tasks elsewhere: some may fail; on Slurm (it has a name) an interruption cancels the array"
+    try:
+        with contextlib.suppress(subprocess.CalledProcessError):  # a task of the array failed
+            yield
+    except KeyboardInterrupt:
+        if job_name:
+            with contextlib.suppress(OSError):  # there is no scancel
+                subprocess.run(["scancel", f"--user={getpass.getuser()}", f"--name={job_name}"])
+        raise
+
+
 @dataclass
 class Jobs:
     "Runs steps as jobs of many tasks"
@@ -258,15 +272,17 @@ class Jobs:
         folder = logs.resolve() / name
         faults = folder / _FAULTS
         how = {} if self.engine == "local" else dict(self.options)  # its processes are ours
+        own = fingerprint(str(folder))[:6]
+        job_name = f"{how.get('job_name', 'cmixtral')}-{name}-{own}"  # of no other folder
         if self.engine == "slurm":
-            how = dict(job_name=f"cmixtral-{name}") | how | dict(sbatch_args={"wait": ""})
+            how |= dict(job_name=job_name, sbatch_args={"wait": ""})
         start: Any = executor_class(self.engine)
         step = Reported(step, str(faults))
         executor = start([step], tasks=tasks, logging_dir=str(folder), **how)
         if self.engine == "local":
             _run_here(executor, self.pool)
         else:
-            with contextlib.suppress(subprocess.CalledProcessError):  # a task of the array failed
+            with _away(job_name if self.engine == "slurm" else ""):
                 executor.run()
         missing = executor.get_incomplete_ranks(skip_completed=True)
         if missing:

@@ -173,6 +173,7 @@ COLAB_EXTRAS = {  # notebook -> the extra that it needs
     "01_corpus": "cluster",
     "03_search": "lexicons",
     "04_vocab": "lexicons",
+    "04b_bytelevel": "lexicons",
     "13_evaluate": "eval",
     "a04d_quality": "cluster",
     "a04e_executors": "cluster",
@@ -184,7 +185,9 @@ COLAB_EXTRAS = {  # notebook -> the extra that it needs
     "a16b_counting_jobs": "cluster",
     "a24_exams": "eval",
     "a30b_recipe_check": "gguf",
+    "a31_preflight": "eval",
     "a33_notebooks": "docs",
+    "a34_book": "docs",
     "a35_pages": "docs",
     "a36_site": "docs",
 }

@@ -92,6 +92,7 @@ def check_pretrain(
     owner = model if Path(model).exists() else folder
     faults = faults_of(same_tokenizer, tokens, owner, remedy)
     faults += _vocabulary_faults(packed, model, folder)
+    faults += _new_row_faults(model, folder, options)
     faults += _example_faults(packed, options)
     faults += _corpus_faults(packed, corpus)
     faults += attention_faults(folder, options["attn"])
@@ -113,6 +114,17 @@ def _vocabulary_faults(packed: Artifact, model: str | Path, folder: Path) -> lis
     return [
         f"{packed} has ids up to {n_ids - 1:,}, {model} has {n_embedding_rows:,} embedding rows; "
         f"run: cmixtral init --model {model} --tokenizer DIR --out DIR"
+    ]
+
+
+def _new_row_faults(model: str | Path, folder: Path, options: dict[str, Any]) -> list[str]:
+    n_old, n_rows = old_rows(model, options["n_old"]), embedding_rows(folder)
+    if options["rows"] != "new" or 0 < n_old < n_rows:
+        return []
+    known = f"n_old is {n_old:,}" if n_old else "it was not extended by cmixtral init"
+    return [
+        f"rows is new, but none of the {n_rows:,} embedding rows of {model} is known to be new "
+        f"({known}); give --rows none or all, or --n-old"
     ]
 
 

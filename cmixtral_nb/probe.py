@@ -60,7 +60,8 @@ def probe_langs(
         f"{corpus} is no corpus, expected one with held-out text; run: cmixtral corpus --out DIR",
     )
     held_out = any(text for lang in langs for text in corpus_texts(corpus, lang, "valid"))
-    require(held_out, f"{corpus} has no held-out text; run: cmixtral corpus --valid-share 0.01")
+    again = "cmixtral corpus --sources LANG=REF --valid-share 0.01 --out DIR"
+    require(held_out, f"{corpus} has no held-out text; run: {again}")
     return langs
 
 

@@ -540,7 +540,7 @@ def verdict_section(
     warnings: str = "",  # HTML: what a reader has to know first
 ) -> str:  # empty where nothing was measured
     "What may be said of each model"
-    return section("Verdict", verdict_list(rows, labels), warnings) if rows else ""
+    return section("Verdict", warnings, verdict_list(rows, labels)) if rows else ""
 
 
 def text_section(

@@ -801,7 +801,7 @@ def _with_the_script(read: dict[str, _Text], missing: str) -> dict[str, _Text]:
         say(
             "search",
             f"{n_chars:,} characters are few to judge by; give more with --domains, "
-            "or run: cmixtral corpus --valid-share SHARE",
+            "or hold out more: cmixtral corpus --valid-share",
         )
     return texts
 

@@ -139,12 +139,12 @@ def _languages(data: dict) -> dict[str, dict]:
 
 
 def _samples(data: dict, prompts: list[str]) -> list[dict]:
-    "What each model wrote after some of the prompts"
+    "What each model wrote after each prompt, and whether a front page shows it"
     asked = [sample["prompt"] for sample in data["samples"]]
     for prompt in prompts:
         require(prompt in asked, f"no sample after {prompt!r}; prompts are {', '.join({*asked})}")
     keys = "model", "prompt", "text"
-    return [{k: s[k] for k in keys} for s in data["samples"] if s["prompt"] in prompts]
+    return [{k: s[k] for k in keys} | {"shown": s["prompt"] in prompts} for s in data["samples"]]
 
 
 _CONTROL_KEYS = "text", "saved", "bytes_read", "budgets", "crossing"
@@ -178,7 +178,7 @@ def _time(stages: list[dict]) -> dict:
 def _kept_run(
     run: str | Path,  # folder of a run that is complete
     sentence: str,  # to cut
-    prompts: list[str] | None = None,  # whose samples to show
+    prompts: list[str] | None = None,  # whose samples a front page shows
     exams: dict[str, str | Path] | None = None,  # model -> folder of an evaluation made apart
 ) -> dict:  # what `keep_run` writes
     "The numbers of a run that a front page shows"
@@ -227,7 +227,7 @@ def keep_run(
     run: str | Path,  # folder of a run that is complete
     out: str | Path,  # JSON file, such as cmixtral_nb/data/laptop.json
     sentence: str = "人工智能正在改变我们的生活。",  # to cut: AI is changing our lives
-    prompts: list[str] | None = None,  # whose samples to show
+    prompts: list[str] | None = None,  # whose samples a front page shows
     exams: dict[str, str | Path] | None = None,  # model -> folder of an evaluation made apart
 ) -> None:
     "Keep the numbers of a run for the front page"
@@ -429,11 +429,12 @@ def _short(text: str, most: int = 60) -> str:
 def sample_table(
     kept: dict,  # from `keep_run`
     lang: str = "en",  # of the page: en or zh
-) -> str:  # markdown; empty where no samples are kept
-    "What each model wrote after each prompt"
-    models = list(dict.fromkeys(sample["model"] for sample in kept["samples"]))
-    prompts = list(dict.fromkeys(sample["prompt"] for sample in kept["samples"]))
-    said = {(s["prompt"], s["model"]): _short(s["text"]) for s in kept["samples"]}
+) -> str:  # markdown; empty where no samples are shown
+    "What each model wrote after each prompt that is shown"
+    samples = [sample for sample in kept["samples"] if sample["shown"]]
+    models = list(dict.fromkeys(sample["model"] for sample in samples))
+    prompts = list(dict.fromkeys(sample["prompt"] for sample in samples))
+    said = {(s["prompt"], s["model"]): _short(s["text"]) for s in samples}
     rows = [[_short(p), *[said.get((p, model), "") for model in models]] for p in prompts]
     words = WORDS[lang]
     return markdown_table([words["prompt"], *[words[m] for m in models]], rows) if rows else ""

@@ -343,6 +343,8 @@ def _changes(old: dict, new: dict) -> str:
         was = old["inputs"].get(name, {}).get("fingerprint")
         if was != given["fingerprint"]:
             changes.append(f"input {name} {was}, now {given['fingerprint']}")
+    gone = old["inputs"].keys() - new["inputs"].keys()
+    changes += [f"input {name} was given, now none" for name in sorted(gone)]
     if old.get("schema") != new["schema"]:
         changes.append(f"schema {old.get('schema')}, now {new['schema']}")
     return "; ".join(changes) or "another version of the stage"

@@ -40,6 +40,7 @@ class Asked(NamedTuple):
     pieces: list[int]  # ascending
     steps: int
     eval_chars: int
+    dtype: str
 
 
 def tokenizer_of(asked: Asked, n_pieces: int) -> Path:
@@ -102,6 +103,7 @@ def train(asked: Asked, n_pieces: int, seed: int) -> None:
         eval_chars=asked.eval_chars,
         save_every=max(1, asked.steps // 2),
         seed=seed,
+        dtype=asked.dtype,
         **SHARED,
     )
 
@@ -153,13 +155,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--eval-chars", type=int, default=8000)
+    parser.add_argument("--dtype", choices=["float32", "native"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="print what is there")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     given.work.mkdir(parents=True, exist_ok=True)
     pieces = sorted(given.pieces)
-    asked = Asked(given.run, given.work, pieces, given.steps, given.eval_chars)
+    asked = Asked(given.run, given.work, pieces, given.steps, given.eval_chars, given.dtype)
     for seed in [] if given.table else given.seeds:
         for n_pieces in pieces:
             train(asked, n_pieces, seed)

@@ -405,13 +405,12 @@ class Arm:
         import torch
 
         with torch.no_grad():
-            first = torch.tensor([self.ids[:1]])
-            cache = self.net(input_ids=first, use_cache=True).past_key_values
+            out = self.net(input_ids=torch.tensor([self.ids[:1]]), use_cache=True)
+            name = "cache" if "cache" in out else "past_key_values"  # by transformers' version
             start = time.time()
             for i in self.ids[1:]:
-                x = torch.tensor([[i]])
-                out = self.net(input_ids=x, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                kept = {name: out[name]}
+                out = self.net(input_ids=torch.tensor([[i]]), use_cache=True, **kept)
         self.hf = min(self.hf, time.time() - start)
 
     def run_llama(self, python, threads):

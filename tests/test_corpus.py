@@ -178,7 +178,7 @@ def test_bad_lines_are_counted(here):
     "i, words",
     [
         (1, "r.jsonl:1: invalid JSON"),
-        (2, "r.jsonl:1: invalid UTF-8 (byte 0xd6 at column 10)"),
+        (2, "r.jsonl:1: invalid UTF-8 (0xd6 is byte 11 of the line)"),
         (3, 'r.jsonl:1: expected an object with a string under "text"'),
         (4, 'under "text"'),
     ],
@@ -528,9 +528,9 @@ def test_a_missing_language_is_one_line_everywhere(here):
         with pytest.raises(StageError) as e:
             list(corpus_texts(c, "en", split))
         assert str(e.value) == no_en.replace("en text", words)
-    assert (
-        missing_language(c, "zh", ["zh"], "valid")
-        == "c has no held-out zh text; run: cmixtral corpus --valid-share 0.01"
+    assert missing_language(c, "zh", ["zh"], "valid") == (
+        "c has no held-out zh text; "
+        "run: cmixtral corpus --sources zh=REF --valid-share 0.01 --out DIR"
     )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import signal
 from functools import partial
 from multiprocessing import get_context
@@ -247,7 +248,8 @@ def test_slurm(made, here, monkeypatch):  # noqa: F811
         scripts = list(Path(f"{stage}.parts").rglob("launch_script.slurm"))
         assert {script.parent.name for script in scripts} == jobs
         for script in scripts:
-            assert f"#SBATCH --job-name=cmixtral-{script.parent.name}\n" in script.read_text()
+            own = rf"^#SBATCH --job-name=cmixtral-{script.parent.name}-[0-9a-f]{{6}}$"
+            assert re.search(own, script.read_text(), re.M)
 
 
 def test_a_task_that_fails_on_slurm_is_named(made, here, monkeypatch):  # noqa: F811
@@ -258,6 +260,18 @@ def test_a_task_that_fails_on_slurm_is_named(made, here, monkeypatch):  # noqa: 
     (here / "bin/sbatch").write_text("#!/bin/bash\necho Submitted batch job 7\n")  # runs nothing
     with pytest.raises(StageError, match="task 0 of encode did not begin; see what the engine"):
         run("pack", folder, Path("other"), **engine(1, "slurm", SLURM))
+
+
+def test_an_interrupted_command_cancels_its_array_on_slurm(made, here, monkeypatch):  # noqa: F811
+    slurm(here / "bin", monkeypatch)
+    (here / "bin/sbatch").write_text("#!/bin/bash\nkill -INT $PPID\nsleep 60\n")  # Ctrl-C
+    (here / "bin/scancel").write_text(f'#!/bin/bash\necho "$@" > {here}/cancelled\n')
+    (here / "bin/scancel").chmod(0o755)
+    with pytest.raises(KeyboardInterrupt):
+        run("pack", made[0], Path("far"), **engine(1, "slurm", SLURM))
+    (script,) = Path("far.parts").rglob("launch_script.slurm")
+    (name,) = re.findall("--job-name=(.+)", script.read_text())
+    assert f"--name={name}" in (here / "cancelled").read_text().split()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

@@ -268,8 +268,9 @@ def test_a_mixture_holds_what_was_planned(family, tmp_path):
     assert lora_parameters(tmp_path, 4) == trained
     ids = test_experts.IDS[:1]
     with torch.no_grad():
-        layers = stock(ids, use_cache=True).past_key_values.layers
-    keeping = [layer for layer in layers if getattr(layer, "keys", None) is not None]
+        out = stock(ids, use_cache=True)
+    cache = out["cache" if "cache" in out else "past_key_values"]
+    keeping = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     n_kept = sum(layer.keys.numel() + layer.values.numel() for layer in keeping)
     planned = planning.inference_bytes(tmp_path, 0, False, "float32", ids.shape[1])
     assert planned["cache"] == 4 * n_kept

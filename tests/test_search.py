@@ -424,7 +424,7 @@ def test_little_text_to_judge_by_is_said(tmp_path, cli):
     said = says("search", "--pieces", pieces_dir, "--corpus", corpus_dir, "--out", tmp_path / "s")
     assert (
         "characters are few to judge by; give more with --domains, "
-        "or run: cmixtral corpus --valid-share SHARE"
+        "or hold out more: cmixtral corpus --valid-share"
     ) in said
     assert said.rstrip().endswith("tried on 1 domain")
     more = ("--valid-share", 0.2, "--out", tmp_path / "d")
@@ -437,7 +437,7 @@ def test_nothing_held_out_and_nothing_to_cut(made, tmp_path):
         f.writelines(json.dumps({"text": f"第{i}篇文章讲词表"}) + "\n" for i in range(9))
     c = corpus([f"zh={tmp_path}/a.jsonl"], out=tmp_path / "c", valid_share=0, min_chars=5)
     with pytest.raises(
-        StageError, match="has no held-out zh text; run: cmixtral corpus --valid-share 0.01"
+        StageError, match="has no held-out zh text; run: cmixtral corpus --sources zh=REF --valid"
     ):
         search(pieces, c, out=tmp_path / "s")
     with pytest.raises(

@@ -7,23 +7,30 @@ import http.server
 import json
 import re
 import shutil
+import sys
 import threading
 import time
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import cmixtral, watched
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cmixtral_nb.book import chain_svg
-from cmixtral_nb.notebooks import cells, checkout, execute
+from cmixtral_nb.notebooks import COLAB_EXTRAS, cells, checkout, execute
 from cmixtral_nb.pages import exported, messages, module_of, package_messages
 from cmixtral_nb.site import docs
 from cmixtral_nb.stages import StageError
 
 ROOT = Path(__file__).parents[1]
 NBS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
+COLABS = {*sys.stdlib_module_names, "cmixtral_nb", "IPython"}  # there before our cell
+BRINGS = metadata.packages_distributions()  # package that is imported -> distributions
+HERE = {canonicalize_name(d.metadata["Name"]) for d in metadata.distributions()}
 MODULES = [p for p in sorted((ROOT / "cmixtral_nb").glob("*.py")) if not p.name.startswith("_")]
 TERMS = [
     "knee",
@@ -281,9 +288,8 @@ def test_a_kept_run_says_what_its_report_says(micro, tmp_path):
     for name, bits in report["bits_per_byte"].items():
         for lang, value in bits.items():
             assert kept["languages"][lang]["models"][name]["value"] == pytest.approx(value)
-    assert [s["text"] for s in kept["samples"]] == [
-        s["text"] for s in report["samples"] if s["prompt"] == prompt
-    ]
+    assert [s["text"] for s in kept["samples"]] == [s["text"] for s in report["samples"]]
+    assert {s["prompt"] for s in kept["samples"] if s["shown"]} == {prompt}
     for cut in kept["cuts"].values():
         assert sum(cut["n_bytes"]) == len(cut["text"].encode())
         assert cut["text"].strip() == "我们学习中文。"
@@ -332,6 +338,48 @@ def test_badges_are_those_that_colab_makes(tmp_path):
         colab(tmp_path / "nbs" / p.name)
         assert (tmp_path / "nbs" / p.name).read_text() == p.read_text(), n
         assert cells(p)[2]["flags"] >= {"hide", "eval: false"}
+
+
+@functools.cache
+def installed_with(extra):
+    "Distributions that the plain install brings (extra empty) or an extra, with all that they need"
+    found, waiting = set(), [("cmixtral_nb", extra)]
+    while waiting:
+        name, asked = waiting.pop()
+        for line in metadata.requires(name) or []:
+            needed = Requirement(line)
+            if needed.marker and not needed.marker.evaluate(dict(extra=asked)):
+                continue
+            key = canonicalize_name(needed.name)
+            if key not in found and key in HERE:
+                waiting += [(key, more) for more in ("", *needed.extras)]
+            found.add(key)
+    return found
+
+
+def imported(source):
+    "Packages that a cell imports as it runs; what its functions import may be missing"
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("notebook", NBS)
+def test_colab_has_what_a_notebook_imports(notebook):
+    "Its first cell installs the plain package, or the extra that `COLAB_EXTRAS` names"
+    extra = COLAB_EXTRAS.get(notebook, "")
+    there = installed_with(extra)
+    for cell in cells(ROOT / "nbs" / f"{notebook}.ipynb"):
+        if cell["cell_type"] != "code" or "eval: false" in cell["flags"]:
+            continue
+        if cell["source"].startswith("%%"):  # of bash
+            continue
+        for package in imported(cell["source"]):
+            if package not in COLABS:
+                brought_by = {canonicalize_name(name) for name in BRINGS.get(package, [])}
+                assert brought_by & there, f"{package}: name its extra in COLAB_EXTRAS"
 
 
 def test_a_cell_that_says_nothing_any_more_keeps_no_output(tmp_path):
