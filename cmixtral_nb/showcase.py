@@ -582,7 +582,8 @@ def results(
         words["from"].format(**values),
     ]
     for run in others:
-        told = [run_text(run, lang), *run_verdicts(run, lang)]
+        source = words["from"].format(**_values(run, lang))
+        told = [run_text(run, lang), *run_verdicts(run, lang), source]
         parts.append(("" if lang == "zh" else " ").join(told))
     return "\n\n".join(part for part in parts if part)
 
