@@ -188,9 +188,13 @@ def _arms_section(facts: ModelFacts) -> str:
     return "\n\n".join(["## With and without new pieces", told, lines])
 
 
-def _promise(script: str, ids_changed: dict[str, dict]) -> str:
+def _promise(certificate: dict[str, dict], ids_changed: dict[str, dict]) -> str:
     "What is known of the token ids of old text: by the certificate, and counted"
-    told = f"Text without a {script} character keeps its token ids."
+    told = "".join(
+        f" The certificate found the {plain(check)}, in {found['cases']:,} cases."
+        for check, found in certificate.items()
+        if check.startswith("ids of texts without") and not found["failed"]
+    )
     for lang, counted in ids_changed.items():
         n_docs, n_changed = counted["n_docs"], counted["n_changed"]
         told += (
@@ -205,7 +209,7 @@ def _vocabulary_section(
     "How many pieces were appended, and what they do to the length of a text"
     if "tokenizer" not in manifests:
         return ""
-    stats, params = manifests["tokenizer"]["stats"], manifests["tokenizer"]["params"]
+    stats = manifests["tokenizer"]["stats"]
     told = (
         f"{stats['n_base']:,} tokens of the base and {stats['n_pieces']:,} "
         f"pieces appended, {stats['n_vocab']:,} in all"
@@ -213,8 +217,8 @@ def _vocabulary_section(
     if stats.get("chars_per_token"):
         before, after = stats.get("chars_per_token_base") or 0, stats["chars_per_token"]
         told += f"; {before:.3f} to {after:.3f} characters per token"
-    promise = _promise(plain(params.get("script") or "new"), ids_changed)
-    return f"## Vocabulary\n\n{told}. {promise}{_health_text(health)}"
+    promise = _promise(stats.get("certificate") or {}, ids_changed)
+    return f"## Vocabulary\n\n{told}.{promise}{_health_text(health)}"
 
 
 def _health_text(health: dict | None) -> str:
