@@ -32,6 +32,11 @@ def corpus_langs(
 
 
 # %% ../nbs/a04b_corpora.ipynb #8cf8f47e
+def _refs(langs: list[str]) -> str:
+    "Example: zh=REF en=REF"
+    return " ".join(f"{lang}=REF" for lang in langs)
+
+
 def missing_language(
     corpus: Artifact | str | Path,  # a corpus folder, as it is shown
     lang: str,  # the language that was asked for
@@ -42,12 +47,12 @@ def missing_language(
     "What to say where a corpus has no text in a language, or no held-out text"
     wanted = f"held-out {lang} text" if split == "valid" else f"{lang} text"
     if lang in langs:  # but no document of it was held out
-        again = f"cmixtral corpus --sources {lang}=REF --valid-share 0.01 --out DIR"
+        again = f"cmixtral corpus --sources {_refs(langs)} --valid-share 0.01 --out DIR"
         return f"{corpus} has no {wanted}; run: {again}"
     choice = f"give {option} {langs[0]}, or " if option else ""
     return (
         f"{corpus} has no {wanted}, it has {', '.join(langs)}; "
-        f"{choice}run: cmixtral corpus --sources {lang}=REF --out DIR"
+        f"{choice}run: cmixtral corpus --sources {_refs([*langs, lang])} --out DIR"
     )
 
 

@@ -33,13 +33,13 @@ class TextStep(NamedTuple):
     name: str
     seconds: float  # of one core, for each GB of text
     fixed: float  # seconds of one core, whatever the text
-    disk: float  # bytes that stay, for each byte of text
+    disk: float  # bytes that it writes, for each byte of text; those of its tasks are deleted
     memory: float  # GB of a task
     alone: bool = False  # one task, whatever there is
 
 
 # count, pack: slopes of the table above; merge: twice its slope; `corpus` reads some 15 MB a
-# second, and its tasks keep the cleaned text, too
+# second, and its tasks write the cleaned text, too, until `corpus` is done
 TEXT_STEPS = (
     TextStep("corpus", 70.0, 0.0, 2.0, 0.8),
     TextStep("tokenizer: count", 142.0, 0.0, 0.9, 0.6),

@@ -509,7 +509,8 @@ def test_limits_and_languages(here):
     assert 100 <= c.stats["zh"]["train"]["n_chars"] < 120
     assert len(list(corpus_texts(c, "zh", limit_chars=20))) == 2
     with pytest.raises(
-        StageError, match="c has no en text, it has zh; run: cmixtral corpus --sources en=REF"
+        StageError,
+        match="c has no en text, it has zh; run: cmixtral corpus --sources zh=REF en=REF",
     ):
         list(corpus_texts(c, "en"))
     assert [*corpus_texts("a.jsonl", "zh")] == [r["text"] for r in ROWS]
@@ -519,7 +520,7 @@ def test_limits_and_languages(here):
 def test_a_missing_language_is_one_line_everywhere(here):
     jsonl(here / "a.jsonl", ROWS)
     c = corpus(["zh=a.jsonl"], out="c", valid_share=0)
-    no_en = "c has no en text, it has zh; run: cmixtral corpus --sources en=REF --out DIR"
+    no_en = "c has no en text, it has zh; run: cmixtral corpus --sources zh=REF en=REF --out DIR"
     assert missing_language(c, "en", ["zh"]) == no_en
     assert lang_faults(c, "en") == [no_en.replace("run:", "give --lang zh, or run:")]
     assert lang_faults(c, "zh") == []
