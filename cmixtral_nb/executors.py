@@ -272,9 +272,10 @@ class Jobs:
         folder = logs.resolve() / name
         faults = folder / _FAULTS
         how = {} if self.engine == "local" else dict(self.options)  # its processes are ours
-        own = fingerprint(str(folder))[:6]
-        job_name = f"{how.get('job_name', 'cmixtral')}-{name}-{own}"  # of no other folder
+        job_name = ""
         if self.engine == "slurm":
+            own = fingerprint(str(folder))[:6]  # no other folder's job has this name
+            job_name = f"{how.get('job_name', 'cmixtral')}-{name}-{own}"
             how |= dict(job_name=job_name, sbatch_args={"wait": ""})
         start: Any = executor_class(self.engine)
         step = Reported(step, str(faults))
@@ -282,7 +283,7 @@ class Jobs:
         if self.engine == "local":
             _run_here(executor, self.pool)
         else:
-            with _away(job_name if self.engine == "slurm" else ""):
+            with _away(job_name):
                 executor.run()
         missing = executor.get_incomplete_ranks(skip_completed=True)
         if missing:

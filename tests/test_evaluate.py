@@ -338,8 +338,9 @@ def test_text_to_measure_on(tmp_path, model):
     (tmp_path / "c" / "manifest.json").write_text(
         json.dumps(dict(kind="corpus", files={}, fingerprint="x"))
     )
-    assert "has no held-out zh text; run: cmixtral corpus --sources " in faults(
-        model, corpus=tmp_path / "c", out=tmp_path / "o"
+    assert (
+        "has no held-out zh text; run: cmixtral corpus --sources en=REF zh=REF --valid-share"
+        in faults(model, corpus=tmp_path / "c", out=tmp_path / "o")
     )
 
 

@@ -262,7 +262,11 @@ def test_refused_before_loading(here, tmp_path, monkeypatch):
     pack(both, here / "model", here / "two", mix=["1:zh", "1:en"], length=32)
     (both / "en.valid.jsonl").unlink()
     fails("zh.jsonl is no corpus, .*two needs", tokens="two", corpus=here / "zh.jsonl")
-    fails("has no held-out en text; run: cmixtral corpus --sources", tokens="two", corpus=both)
+    fails(
+        "has no held-out en text; run: cmixtral corpus --sources .*en=REF.*--valid",
+        tokens="two",
+        corpus=both,
+    )
     tokenizer_file = shutil.copytree(here / "model", here / "other") / "tokenizer.json"
     larger = read_json(tokenizer_file)
     larger["added_tokens"].append(dict(id=32000, content="<|x|>", special=True))

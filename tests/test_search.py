@@ -442,7 +442,8 @@ def test_nothing_held_out_and_nothing_to_cut(made, tmp_path):
         search(pieces, c, out=tmp_path / "s")
     with pytest.raises(
         StageError,
-        match="has no en text, it has zh; give --lang zh, or run: cmixtral corpus --sources zh=REF",
+        match="has no en text, it has zh; give --lang zh, or "
+        "run: cmixtral corpus --sources zh=REF en=REF",
     ):
         search(pieces, c, out=tmp_path / "s", lang="en")
     (tmp_path / "en.txt").write_text("no Han at all")
