@@ -633,7 +633,7 @@ def test_reads_a_corpus(here):
     with pytest.raises(
         StageError,
         match="c has no en text, it has zh; give --lang zh, or run: "
-        "cmixtral corpus --sources en=REF",
+        "cmixtral corpus --sources zh=REF en=REF --out DIR",
     ):
         tokenizer(c, out="q", lang="en")
 
