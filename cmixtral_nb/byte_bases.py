@@ -73,14 +73,14 @@ def to_letters(
     raw: bytes,  # any bytes
 ) -> str:  # one letter for each
     "Example: to_letters(' é'.encode()) -> 'ĠÃ©'"
-    return "".join(LETTER_OF[byte] for byte in raw)
+    return raw.decode("latin-1").translate(LETTER_OF)  # a character for each byte, then its letter
 
 
 def to_bytes(
     piece: str,  # of a byte-level vocabulary
 ) -> bytes:
     "Example: to_bytes('ĠÃ©') -> the three bytes of ' é' in UTF-8"
-    return bytes(BYTE_OF[letter] for letter in piece)
+    return bytes(map(BYTE_OF.__getitem__, piece))
 
 
 def readable(
@@ -411,11 +411,16 @@ def _config_of_ranks(
     )
 
 
-@functools.cache
 def tekken(
     name: str = "tekken",  # of `TEKKEN`
 ) -> ByteBase:
     "Mistral's byte-level tokenizer, from the ranks that mistral-common ships"
+    return _of_mistral_common(name)
+
+
+@functools.cache
+def _of_mistral_common(name: str) -> ByteBase:
+    "The base, read once by a process"
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     file = package_file("mistral_common", TEKKEN[name], "mistral-common")

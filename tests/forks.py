@@ -33,6 +33,7 @@ PRELOADED = [
     "matplotlib.pyplot",
     "peft",
     "sentencepiece",
+    "transformers.integrations.mistral.tokenizer",  # which imports mistral_common
     "transformers.models.llama.modeling_llama",
     "transformers.models.mixtral.modeling_mixtral",
     "transformers.trainer",
