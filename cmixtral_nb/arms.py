@@ -477,7 +477,7 @@ _FARTHEST = 10  # times the text of the pilot
 def pilot_text(
     run: Path,  # folder of a run with a control, and evaluations along its trainings
     language: str,  # the new one, code
-    n_bytes: float,  # of its text that will be read; 0: not known
+    n_bytes: float,  # of its text that the large run will read; 0: not known
 ) -> str:  # one line; `StageError` where the pilot cannot say
     "What a small run says about a large one"
     folders = [Path(run) / folder for folder in ARMS.values()]
@@ -493,7 +493,7 @@ def pilot_text(
     read = f"{megabytes(pair.budget)} of {language_name(language)}"
     told = f"by the pilot {run}, which read {read}: "
     if not n_bytes:
-        return told + crossing
+        return f"{told}{crossing}; to ask about a budget, add --budget-mb MB"
     if n_bytes > _FARTHEST * pair.budget:
         return f"{told}{crossing}; {megabytes(n_bytes)} is too far to say more"
     expected = forecast(pair.curves["extended"], pair.curves["control"], n_bytes)

@@ -142,8 +142,9 @@ class Verdict(NamedTuple):
 def megabytes(
     n_bytes: float,  # of text
 ) -> str:
-    "Example: megabytes(360_000) -> '0.36 MB'"
-    return f"{n_bytes / 1e6:.3g} MB"
+    "Examples: megabytes(360_000) -> '0.36 MB', megabytes(2e9) -> '2,000 MB'"
+    size = n_bytes / 1e6
+    return f"{size:,.0f} MB" if size > 999 else f"{size:.3g} MB"
 
 
 def judge(

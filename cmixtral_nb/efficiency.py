@@ -13,6 +13,7 @@ __all__ = [
     "codecs",
     "token_table",
     "speed_table",
+    "writing_seconds",
     "writing_speed",
     "efficiency_text",
     "efficiency",
@@ -20,7 +21,6 @@ __all__ = [
 
 # %% ../nbs/a25_efficiency.ipynb #c2f14dc4
 import functools
-import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .checkpoints import named_models, resolve_model
 from .corpora import corpus_langs, missing_language
 from .heldout import eval_docs, text_faults
-from .loading import load_model
+from .loading import cache_name, load_model
 from .machine import say
 from .options import above, faults_of, named_refs, range_faults, refuse, split_name
 from .pieces import base_tokenizer_model
@@ -143,18 +143,14 @@ def speed_table(
 N_TEXTS = 12  # that a model writes
 
 
-def _cache_name(model: PreTrainedModel) -> str:
-    "What this version of transformers calls the keys and values of the tokens before"
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
-    known = inspect.signature(plain.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
-
-
-def _write(model: PreTrainedModel, ids: list[int]) -> float:
+def writing_seconds(
+    model: PreTrainedModel,  # from `load_model`
+    ids: list[int],  # tokens, written whatever the model would have chosen
+) -> float:
     "Seconds to write tokens one by one, each after those before it"
     import torch
 
-    name, cache = _cache_name(model), None
+    name, cache = cache_name(model), None
     start = time.perf_counter()
     with torch.inference_mode():
         for i in ids:
@@ -175,8 +171,8 @@ def writing_speed(
     import numpy as np
 
     written = [ids[:n_tokens] for ids in encode_plain(tok, texts[:N_TEXTS])]
-    _write(model, written[0])  # warms up
-    seconds = np.array([_write(model, ids) for ids in written])
+    writing_seconds(model, written[0])  # warms up
+    seconds = np.array([writing_seconds(model, ids) for ids in written])
     n_chars = np.array(
         [len(tok.decode(ids).replace("\ufffd", "")) for ids in written]
     )  # whole ones

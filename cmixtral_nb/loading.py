@@ -12,6 +12,7 @@ __all__ = [
     "nf4_config",
     "load_model",
     "attention_faults",
+    "cache_name",
     "save_4bit",
     "save_stock",
     "streamed",
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a17_loading.ipynb #58fdcef1
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -445,6 +447,16 @@ def _adapter_for(adapter: str | Path, model: str | Path) -> Path:
     if trained_on(folder):  # else the model need not be hashed
         refuse(model_faults(folder, input_fingerprint(model)))
     return folder
+
+
+# %% ../nbs/a17_loading.ipynb #c0a41d52
+def cache_name(
+    model: PreTrainedModel | PeftModel,
+) -> str:  # `cache` or, in older versions, `past_key_values`
+    "What transformers calls the keys and values of the tokens before: given, and in what comes out"
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # within peft's
+    known = inspect.signature(plain.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 # %% ../nbs/a17_loading.ipynb #54fd5b6f

@@ -1086,10 +1086,15 @@ def inference_faults(
     else:
         remedy = 'set device = "auto" on a machine with several GPUs'
     where = dict(cpu="of RAM", auto="on all GPUs together").get(device, "on one GPU")
+    needed, found = _needed_and_found(need(), have)
     return [
-        f"[{stage}] needs {need() / 1e9:.1f} GB {where}, found {have / 1e9:.1f} GB; {remedy}; "
-        f"run: cmixtral plan {recipe}"
+        f"[{stage}] needs {needed} {where}, found {found}; {remedy}; run: cmixtral plan {recipe}"
     ]
+
+
+def _needed_and_found(need: int, have: int) -> tuple[str, str]:
+    "The first rounded up and the second down, so that they differ: '80.1 GB', '80.0 GB'"
+    return f"{math.ceil(need / 1e8) / 10:.1f} GB", f"{math.floor(have / 1e8) / 10:.1f} GB"
 
 
 # %% ../nbs/a19_plan.ipynb #bcebead7
@@ -1112,7 +1117,7 @@ def plan_faults(
     have = have or _bytes_here(device, n_gpus)
     if not have or need <= have:
         return []
-    found = f"{have / 1e9:.1f} GB"
+    needed, found = _needed_and_found(need, have)
     if device == "cpu":
         where = "of RAM"
         found += " and no GPU"
@@ -1122,8 +1127,7 @@ def plan_faults(
         where = "on each GPU"
     remedy = fit_text(config, settings, have, length, vocab_size, device, n_gpus)
     return [
-        f"[{stage}] needs {need / 1e9:.1f} GB {where}, found {found}; {remedy}; "
-        f"run: cmixtral plan {recipe}"
+        f"[{stage}] needs {needed} {where}, found {found}; {remedy}; run: cmixtral plan {recipe}"
     ]
 
 

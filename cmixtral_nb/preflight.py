@@ -57,7 +57,7 @@ from .dense import mixture_config
 from .exams import hub_datasets, split_tasks, task_faults, task_files
 from .gguf_models import gguf_config
 from .machine import gpu_bytes, world_size
-from .options import as_list, range_faults, refuse
+from .options import as_list, at_least, range_faults, refuse
 from .packages import installed_version, package_fault, package_faults
 from .recipe_check import check_recipe
 from .stages import StageError, read_json, require, write_json
@@ -440,17 +440,34 @@ def _use_faults(recipe: dict, commands: set[str], device: str) -> list[str]:
 
 
 # %% ../nbs/a31_preflight.ipynb #b70a4b4d
+_PAYS = (
+    "does extension pay? Not known before it is measured: run a small recipe with [control] "
+    "and at least five evaluations, then "
+)
+
+
 def plan(
     recipe: str = "paper",  # shipped recipe (tiny, laptop, paper) or TOML file
     out: Path | None = None,  # folder of the run; default runs/NAME
     utilisation: float = 0.3,  # share of a GPU's peak that training reaches, for the hours
     pilot: Path | None = None,  # small run with a control: does extension pay at this budget?
+    budget_mb: float = 0,  # MB of the new language to ask the pilot about; 0: the text, once packed
 ):
     "Show what a recipe needs: memory by kind, which GPUs, hours, disk, and what is missing here"
     read = read_recipe(recipe)
-    refuse(check_recipe(read) + range_faults(dict(utilisation=utilisation)))
+    faults = check_recipe(read)
+    faults += range_faults(
+        dict(utilisation=utilisation, budget_mb=budget_mb), budget_mb=at_least(0)
+    )
+    if budget_mb and not pilot:
+        faults.append("budget_mb is asked of a pilot; add --pilot RUN, a run with [control]")
+    refuse(faults)
     folder = Path(out or f"runs/{read['name']}")
-    pays = _pays_text(read, folder, pilot)
+    if pilot:
+        n_bytes = budget_mb * 1e6 or text_bytes(read, folder)
+        pays = pilot_text(pilot, languages(read)[0], n_bytes)
+    else:
+        pays = _PAYS + f"cmixtral plan {recipe} --pilot RUN"
     is_small = {"base", "convert"} & set(read)  # made here, so perhaps for no GPU
     device = "cpu" if is_small and not gpu_bytes() else "cuda"
     asked = plan_inputs(read, "pretrain", folder)
@@ -485,17 +502,6 @@ def _control_text(
     return (
         f"control, the same text without new pieces: {longer:.2f} times the tokens{assumed}, "
         f"{memory / 1e9:.1f} GB\n{hours}"
-    )
-
-
-def _pays_text(recipe: dict, folder: Path, pilot: Path | None) -> str:
-    "Whether extension pays at this budget, as far as a small run says it"
-    language, _ = languages(recipe)
-    if pilot:
-        return pilot_text(pilot, language, text_bytes(recipe, folder))
-    return (
-        "does extension pay? Not known before it is measured: run a small recipe with [control] "
-        "and at least five evaluations, then cmixtral plan --pilot RUN"
     )
 
 

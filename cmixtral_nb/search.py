@@ -73,6 +73,7 @@ from cmixtral_nb.search_files import (
 )
 
 from .byte_bases import is_byte_base
+from .corpora import corpus_langs
 from .corpus import FEW_CHARS
 from .figures import GREY, in_style, legend_above, panels
 from .languages import script_pattern
@@ -786,9 +787,10 @@ _Text = TypeVar("_Text", Heldout, ByteText)
 
 def _no_script(corpus: str | Path, lang: str, script: str) -> str:
     "What to say where no text has the script"
+    refs = " ".join(f"{each}=REF" for each in corpus_langs(corpus) or [lang])
     return (
         f"{corpus}: the held-out {lang} text has no {script} characters; "
-        f"run: cmixtral corpus --sources {lang}=REF"
+        f"run: cmixtral corpus --sources {refs} --out DIR"
     )
 
 

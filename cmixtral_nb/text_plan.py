@@ -14,6 +14,7 @@ __all__ = [
     "TextStep",
     "StepPlan",
     "text_plan",
+    "disk_at_once",
     "text_table",
 ]
 
@@ -33,21 +34,22 @@ class TextStep(NamedTuple):
     name: str
     seconds: float  # of one core, for each GB of text
     fixed: float  # seconds of one core, whatever the text
-    disk: float  # bytes that it writes, for each byte of text; those of its tasks are deleted
+    stays: float  # bytes on disk, for each byte of text
+    passes: float  # the same, beside them until its command is done
     memory: float  # GB of a task
     alone: bool = False  # one task, whatever there is
 
 
-# count, pack: slopes of the table above; merge: twice its slope; `corpus` reads some 15 MB a
-# second, and its tasks write the cleaned text, too, until `corpus` is done
+# seconds of count and pack: slopes of the table above; of merge: twice its slope; of corpus: one
+# task of a04f reads 10 MB a second
 TEXT_STEPS = (
-    TextStep("corpus", 70.0, 0.0, 2.0, 0.8),
-    TextStep("tokenizer: count", 142.0, 0.0, 0.9, 0.6),
-    TextStep("tokenizer: merge", 44.0, 0.0, 0.0, 0.3),
-    TextStep("tokenizer: learn", 0.0, 120.0, 0.0, 2.5, alone=True),
-    TextStep("search", 0.0, 120.0, 0.0, 1.0, alone=True),
-    TextStep("pack: encode", 159.0, 0.0, 2 / TOKEN_BYTES, 0.5),
-    TextStep("pack: join", 6.0, 0.0, 2 / TOKEN_BYTES, 0.5, alone=True),
+    TextStep("corpus", 100.0, 0.0, 1.0, 2.1, 0.8),
+    TextStep("tokenizer: count", 142.0, 0.0, 0.0, 0.9, 0.6),
+    TextStep("tokenizer: merge", 44.0, 0.0, 0.0, 1.8, 0.3),
+    TextStep("tokenizer: learn", 0.0, 120.0, 0.0, 0.0, 2.5, alone=True),
+    TextStep("search", 0.0, 120.0, 0.0, 0.0, 1.0, alone=True),
+    TextStep("pack: encode", 159.0, 0.0, 0.0, 2 / TOKEN_BYTES, 0.5),
+    TextStep("pack: join", 6.0, 0.0, 2 / TOKEN_BYTES, 2 / TOKEN_BYTES, 0.5, alone=True),
 )
 
 
@@ -57,7 +59,8 @@ class StepPlan(NamedTuple):
     name: str
     core_hours: float
     hours: float  # from start to end
-    disk: float  # bytes
+    stays: float  # bytes on disk
+    passes: float  # bytes on disk beside them, until its command is done
     memory: float  # bytes of a task
 
 
@@ -70,8 +73,20 @@ def text_plan(
     for step in TEXT_STEPS:
         core_hours = (1 + SPARE) * (step.seconds * n_bytes / GB + step.fixed) / 3600
         hours = core_hours if step.alone else core_hours / cores
-        plans.append(StepPlan(step.name, core_hours, hours, step.disk * n_bytes, step.memory * GB))
+        disk = step.stays * n_bytes, step.passes * n_bytes
+        plans.append(StepPlan(step.name, core_hours, hours, *disk, step.memory * GB))
     return plans
+
+
+def disk_at_once(
+    steps: Iterable[StepPlan],  # in their order
+) -> float:  # bytes
+    "The most on disk at one time: what the steps before left, and what a step writes"
+    left = most = 0.0
+    for step in steps:
+        left += step.stays
+        most = max(most, left + step.passes)
+    return most
 
 
 def text_table(
@@ -81,14 +96,22 @@ def text_table(
     "The plan for a few numbers of cores, as a table"
     plans = {n: text_plan(n_bytes, n) for n in cores}
     head = "".join(f"{f'{n} cores' if n > 1 else '1 core':>12}" for n in plans)
-    lines = [f"{f'text, {n_bytes / GB:,.4g} GB':<20}{head}{'disk':>12}{'a task':>10}"]
+    head += f"{'disk: stays':>14}{'passes':>12}{'a task':>10}"
+    lines = [f"{f'text, {n_bytes / GB:,.4g} GB':<20}{head}"]
     for steps in zip(*plans.values(), strict=True):
         hours = "".join(f"{_hours(step.hours):>12}" for step in steps)
-        disk = f"{steps[0].disk / GB:,.1f} GB" if steps[0].disk else "-"
-        lines.append(f"{steps[0].name:<20}{hours}{disk:>12}{steps[0].memory / GB:>7.1f} GB")
+        disk = f"{_gigabytes(steps[0].stays):>14}{_gigabytes(steps[0].passes):>12}"
+        lines.append(f"{steps[0].name:<20}{hours}{disk}{_gigabytes(steps[0].memory):>10}")
     totals = "".join(f"{_hours(sum(step.hours for step in plan)):>12}" for plan in plans.values())
-    left = sum(step.disk for step in text_plan(n_bytes))
-    return "\n".join([*lines, f"{'together':<20}{totals}{f'{left / GB:,.1f} GB':>12}"])
+    plan = text_plan(n_bytes)
+    left, most = sum(step.stays for step in plan), disk_at_once(plan)
+    lines.append(f"{'together':<20}{totals}{_gigabytes(left):>14}")
+    return "\n".join([*lines, f"at most {_gigabytes(most)} on disk at one time"])
+
+
+def _gigabytes(n_bytes: float) -> str:
+    "Examples: 2.5e9 -> '2.5 GB', 0 -> '-'"
+    return f"{n_bytes / GB:,.1f} GB" if n_bytes else "-"
 
 
 def _hours(hours: float) -> str:

@@ -40,6 +40,7 @@ from cmixtral_nb.certificate import hostile_texts
 from cmixtral_nb.chat_tokenizer import form_of
 from cmixtral_nb.conversations import read_conversations, translations
 from cmixtral_nb.corpora import corpus_texts
+from cmixtral_nb.efficiency import writing_seconds
 from cmixtral_nb.engines import ask_engine, ask_ids, our_answers
 from cmixtral_nb.generate import encode_prompt, generate_text
 from cmixtral_nb.llama_rules import (
@@ -402,16 +403,7 @@ class Arm:
     llama: float = 9e9
 
     def run_hf(self):
-        import torch
-
-        with torch.no_grad():
-            out = self.net(input_ids=torch.tensor([self.ids[:1]]), use_cache=True)
-            name = "cache" if "cache" in out else "past_key_values"  # by transformers' version
-            start = time.time()
-            for i in self.ids[1:]:
-                kept = {name: out[name]}
-                out = self.net(input_ids=torch.tensor([[i]]), use_cache=True, **kept)
-        self.hf = min(self.hf, time.time() - start)
+        self.hf = min(self.hf, writing_seconds(self.net, self.ids))
 
     def run_llama(self, python, threads):
         asked = dict(model=str(self.gguf), ids=self.ids, repeat=1, threads=threads)

@@ -388,3 +388,23 @@ def test_a_pilot_that_cannot_say_is_refused(arms, tmp_path, cli):
     assert status == 2 and len(err) == 2 and "expected a run with [control]" in err[0]
     status, err = cli("plan", "tiny", "--pilot", run)
     assert status == 2 and "was evaluated 3 times, expected at least 5" in err[0]
+
+
+def test_a_pilot_is_asked_about_a_budget(arms, tmp_path, cli):
+    "Of curves whose control stays lower for good, at budgets near and far"
+    run = shutil.copytree(arms[0], tmp_path / "pilot", symlinks=True)
+    read = Artifact.load(run / "control_tokens").stats["sources"]["zh"]["n_bytes"]
+    for folder, floor in (("adapter", 1.3), ("control_adapter", 1.0)):
+        rows = [dict(step=step, bpb_zh=floor + 1 / (1 + step)) for step in range(7)]
+        (run / folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def says(*more):
+        status, err = cli("plan", "tiny", "--pilot", run, *more)
+        assert (status, err) == (0, [])
+        (line,) = [x for x in cli.out.splitlines() if x.startswith("by the pilot")]
+        return line
+
+    near = 2 * read / 1e6
+    assert f"extension costs at {near:.3g} MB: +" in says("--budget-mb", near)
+    assert says("--budget-mb", 5000).endswith("5,000 MB is too far to say more")
+    assert says().endswith("to ask about a budget, add --budget-mb MB")

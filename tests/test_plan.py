@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from cmixtral_nb import plan as planning
-from cmixtral_nb.loading import load_model, save_4bit
+from cmixtral_nb.loading import cache_name, load_model, save_4bit
 from cmixtral_nb.machine import available_bytes
 from cmixtral_nb.mixtral import small_config
 from cmixtral_nb.placement import spread
@@ -269,7 +269,7 @@ def test_a_mixture_holds_what_was_planned(family, tmp_path):
     ids = test_experts.IDS[:1]
     with torch.no_grad():
         out = stock(ids, use_cache=True)
-    cache = out["cache" if "cache" in out else "past_key_values"]
+    cache = out[cache_name(stock)]
     keeping = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     n_kept = sum(layer.keys.numel() + layer.values.numel() for layer in keeping)
     planned = planning.inference_bytes(tmp_path, 0, False, "float32", ids.shape[1])

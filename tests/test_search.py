@@ -443,11 +443,12 @@ def test_nothing_held_out_and_nothing_to_cut(made, tmp_path):
     with pytest.raises(
         StageError,
         match="has no en text, it has zh; give --lang zh, or "
-        "run: cmixtral corpus --sources zh=REF en=REF",
+        "run: cmixtral corpus --sources zh=REF en=REF --out DIR",
     ):
         search(pieces, c, out=tmp_path / "s", lang="en")
     (tmp_path / "en.txt").write_text("no Han at all")
-    with pytest.raises(StageError, match="has no Han characters; run: cmixtral corpus"):
+    other_script = "has no Han characters; run: cmixtral corpus --sources zh=REF --out DIR"
+    with pytest.raises(StageError, match=other_script):
         search(pieces, tmp_path / "en.txt", out=tmp_path / "s")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(

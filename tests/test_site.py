@@ -238,6 +238,15 @@ def test_the_gpu_page_says_what_plan_says(pages, cli):
     assert page.count("fits") > 4
 
 
+def test_the_tables_of_the_gpu_page_are_those_of_today():
+    "Its cell is run by hand: cmixtral_nb.notebooks.execute, with the flag `notest`"
+    from cmixtral_nb.pages import gpu_page
+
+    (cell,) = [c for c in cells(ROOT / "nbs/gpu.ipynb") if "gpu_page()" in c["source"]]
+    (shown,) = cell["outputs"]
+    assert "".join(shown["data"]["text/markdown"]) == gpu_page()
+
+
 def test_the_picture_is_the_one_that_is_drawn():
     assert (ROOT / "nbs" / "chain.svg").read_text() == chain_svg()
 
