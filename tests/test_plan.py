@@ -676,7 +676,7 @@ def test_what_fits_has_no_fault():
 
 def test_a_smaller_batch_comes_first_and_the_step_keeps_its_size():
     assert faults(60) == [
-        "[pretrain] needs 72.3 GB on each GPU, found 60.0 GB; "
+        "[pretrain] needs 72.4 GB on each GPU, found 60.0 GB; "
         "set batch = 8, accumulation = 2; run: cmixtral plan RECIPE"
     ]
     assert faults(60, accumulation=3)[0].count("batch = 8, accumulation = 6") == 1
@@ -765,7 +765,7 @@ def test_more_than_all_gpus_is_told_too():
 
 def test_nothing_fits():
     assert faults(16, batch=2) == [
-        "[pretrain] needs 49.3 GB on each GPU, found 16.0 GB; no setting makes it fit: "
+        "[pretrain] needs 49.4 GB on each GPU, found 16.0 GB; no setting makes it fit: "
         '35.4 GB even with batch = 1, rows = "new", rank = 8, '
         "accumulation = 2, alpha = 16; run: cmixtral plan RECIPE"
     ]
