@@ -410,6 +410,8 @@ def test_a_pilot_is_asked_about_a_budget(arms, tmp_path, cli):
 
     unasked = says()
     assert unasked.endswith("to ask about a budget, add --budget-mb MB")
-    near = 2 * float(re.search(r"which read ([\d.]+) MB", unasked)[1])
+    read = re.search(r"which read ([\d.]+) MB", unasked)
+    assert read
+    near = 2 * float(read[1])
     assert f"extension costs at {near:.3g} MB: +" in says("--budget-mb", near)
     assert says("--budget-mb", 5000).endswith("5,000 MB is too far to say more")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from forks import python
 
+from cmixtral_nb.notebooks import cells
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "nbs").glob("*.ipynb"))
 APPENDICES = [p for p in NOTEBOOKS if re.match(r"a\d", p.stem)]  # run by test_appendices.py
 RUN = Path(__file__).with_name("run_notebook.py")
@@ -30,6 +32,22 @@ STORIES_AND_PAGES = [path for path in NOTEBOOKS if path not in APPENDICES]
 def test_notebook(path, wheel, tmp_path):
     out = run(path, wheel, tmp_path)
     assert out.returncode == 0, out.stderr[-3000:]
+
+
+ON_DRAWING = {"a03c_figures", "a33_notebooks"}  # what is drawn there shows a helper at work
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if p.stem not in ON_DRAWING], ids=lambda p: p.stem
+)
+def test_figures_are_in_the_style_of_the_book(path):
+    "Who draws with pyplot sets the style first"
+    code = [cell["source"] for cell in cells(path) if cell["cell_type"] == "code"]
+    drawing = [
+        i for i, source in enumerate(code) if re.search(r"^ *[^#\n]*plt\.subplots", source, re.M)
+    ]
+    styled = [i for i, source in enumerate(code) if re.search(r"^set_style\(\)$", source, re.M)]
+    assert not drawing or styled and styled[0] <= drawing[0]
 
 
 UNLABELLED = """import matplotlib.pyplot as plt
