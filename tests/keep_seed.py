@@ -40,7 +40,8 @@ def seed_numbers(run: Path, about: str) -> dict:
     recipe = read_recipe(str(run / "recipe.toml"))
     found = arms_of(run, recipe["language"], recipe["kept"])
     if not found:
-        sys.exit(f"{run}: expected both arms, trained and evaluated; run: cmixtral run --out {run}")
+        again = f"run: cmixtral run {run}/recipe.toml --out {run}"
+        sys.exit(f"{run}: expected both arms, trained and evaluated; {again}")
     found["budgets"].pop("time", None)
     return dict(
         recipe=recipe["name"],

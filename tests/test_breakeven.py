@@ -50,7 +50,7 @@ def one_pair(seed, family):
 
 
 def test_the_interval_covers():
-    "It says 90%; the bar is 85%. Half of the pairs never cross, so both answers are asked for"
+    "It says 90%; the bar is 85%. Half of the pairs do not cross as far as one looks: both answers"
     pairs = [one_pair(seed, power_law) for seed in range(1000, 1200)]
     # a grid place is 2% from the next
     covered = [v.low * 0.98 <= truth <= v.high * 1.02 for v, truth in pairs]
