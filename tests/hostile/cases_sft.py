@@ -253,7 +253,7 @@ def template(text, file="chat_template.jinja"):
 ASKED = "{{ bos_token }}{% for m in messages %}{{ m.content WORDS }}{% endfor %}"
 PYTHON = "().__class__.__base__.__subclasses__()"
 TEMPLATES = {
-    "{% for a in range(9999) %}" * 4 + "x" + "{% endfor %}" * 4: "more than 5 s",
+    "{% for a in range(9999) %}" * 4 + "{% set b = a %}" + "{% endfor %}" * 4: "more than 5 s",
     "{{ 10 ** (10 ** 10) }}": "more than 5 s",
     "{{ ('x' * 10**10) | length }}": "MemoryError",
     "{{ '%10000000000d' % 1 }}": "MemoryError",
