@@ -6,7 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["corpus_langs", "missing_language", "held_out_faults", "lang_faults", "corpus_texts"]
+__all__ = [
+    "corpus_langs",
+    "source_refs",
+    "missing_language",
+    "held_out_faults",
+    "lang_faults",
+    "corpus_texts",
+]
 
 # %% ../nbs/a04b_corpora.ipynb #59997cf8
 from collections import Counter
@@ -32,8 +39,10 @@ def corpus_langs(
 
 
 # %% ../nbs/a04b_corpora.ipynb #8cf8f47e
-def _refs(langs: list[str]) -> str:
-    "Example: zh=REF en=REF"
+def source_refs(
+    langs: list[str],  # codes
+) -> str:  # for `cmixtral corpus --sources`
+    "Example: source_refs(['zh', 'en']) -> 'zh=REF en=REF'"
     return " ".join(f"{lang}=REF" for lang in langs)
 
 
@@ -47,12 +56,12 @@ def missing_language(
     "What to say where a corpus has no text in a language, or no held-out text"
     wanted = f"held-out {lang} text" if split == "valid" else f"{lang} text"
     if lang in langs:  # but no document of it was held out
-        again = f"cmixtral corpus --sources {_refs(langs)} --valid-share 0.01 --out DIR"
+        again = f"cmixtral corpus --sources {source_refs(langs)} --valid-share 0.01 --out DIR"
         return f"{corpus} has no {wanted}; run: {again}"
     choice = f"give {option} {langs[0]}, or " if option else ""
     return (
         f"{corpus} has no {wanted}, it has {', '.join(langs)}; "
-        f"{choice}run: cmixtral corpus --sources {_refs([*langs, lang])} --out DIR"
+        f"{choice}run: cmixtral corpus --sources {source_refs([*langs, lang])} --out DIR"
     )
 
 

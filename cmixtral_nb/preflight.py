@@ -440,12 +440,6 @@ def _use_faults(recipe: dict, commands: set[str], device: str) -> list[str]:
 
 
 # %% ../nbs/a31_preflight.ipynb #b70a4b4d
-_PAYS = (
-    "does extension pay? Not known before it is measured: run a small recipe with [control] "
-    "and at least five evaluations, then "
-)
-
-
 def plan(
     recipe: str = "paper",  # shipped recipe (tiny, laptop, paper) or TOML file
     out: Path | None = None,  # folder of the run; default runs/NAME
@@ -467,7 +461,7 @@ def plan(
         n_bytes = budget_mb * 1e6 or text_bytes(read, folder)
         pays = pilot_text(pilot, languages(read)[0], n_bytes)
     else:
-        pays = _PAYS + f"cmixtral plan {recipe} --pilot RUN"
+        pays = _no_pilot(recipe)
     is_small = {"base", "convert"} & set(read)  # made here, so perhaps for no GPU
     device = "cpu" if is_small and not gpu_bytes() else "cuda"
     asked = plan_inputs(read, "pretrain", folder)
@@ -488,6 +482,14 @@ def plan(
     print(pays)
     for fault in preflight(read, steps):
         print("missing here: " + fault)
+
+
+def _no_pilot(recipe: str) -> str:
+    "What would tell whether extension pays"
+    return (
+        "does extension pay? Not known before it is measured: run a small recipe with [control] "
+        f"and at least five evaluations, then cmixtral plan {recipe} --pilot RUN"
+    )
 
 
 def _control_text(

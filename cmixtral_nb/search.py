@@ -73,7 +73,7 @@ from cmixtral_nb.search_files import (
 )
 
 from .byte_bases import is_byte_base
-from .corpora import corpus_langs
+from .corpora import corpus_langs, source_refs
 from .corpus import FEW_CHARS
 from .figures import GREY, in_style, legend_above, panels
 from .languages import script_pattern
@@ -787,7 +787,7 @@ _Text = TypeVar("_Text", Heldout, ByteText)
 
 def _no_script(corpus: str | Path, lang: str, script: str) -> str:
     "What to say where no text has the script"
-    refs = " ".join(f"{each}=REF" for each in corpus_langs(corpus) or [lang])
+    refs = source_refs(corpus_langs(corpus) or [lang])
     return (
         f"{corpus}: the held-out {lang} text has no {script} characters; "
         f"run: cmixtral corpus --sources {refs} --out DIR"

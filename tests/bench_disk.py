@@ -9,6 +9,7 @@ stays, as bytes for each byte of text.
 """
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -26,9 +27,10 @@ from cmixtral_nb.tokenizer_files import write_tokenizer
 def size_of(folder: Path) -> int:
     "Bytes of all files in a folder; what is deleted meanwhile counts as nothing"
     n_bytes = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            n_bytes += file.stat().st_size
+    for parent, _, names in os.walk(folder):  # unlike rglob it passes over what vanishes
+        for name in names:
+            with contextlib.suppress(OSError):
+                n_bytes += os.path.getsize(os.path.join(parent, name))
     return n_bytes
 
 
@@ -56,13 +58,19 @@ def watched(folder: Path) -> Iterator[list[int]]:
 
 
 def main(args: list[str]) -> None:
-    if args[:1] == ["watch"]:
-        watch(Path(args[1]))
-    if len(args) not in (2, 3):
-        sys.exit(__doc__)
-    work, data = Path(args[0]).resolve(), args[1]
+    match args:
+        case ["watch", folder]:
+            watch(Path(folder))
+        case [work, data, *rest] if len(rest) < 2:
+            measure(Path(work).resolve(), data, int(rest[0]) if rest else 2)
+        case _:
+            sys.exit(__doc__)
+
+
+def measure(work: Path, data: str, tasks: int) -> None:
+    "Run the commands in a new folder, and print a line for each"
     work.mkdir(parents=True)
-    engine: dict = dict(engine="local", tasks=int(args[2]) if len(args) == 3 else 2)
+    engine: dict = dict(engine="local", tasks=tasks)
     write_tokenizer(base_tokenizer_model("mixtral"), work / "base")
     text, pieces, tokens = work / "corpus", work / "pieces", work / "tokens"
     commands: dict[str, Callable[[], Artifact]] = {

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from cmixtral_nb.arms import ARMS, arms_of
 from cmixtral_nb.recipes import read_recipe
+from cmixtral_nb.run_files import log_rows
+from cmixtral_nb.showcase import _points
 from cmixtral_nb.stages import Artifact, write_json
-from cmixtral_nb.training import read_log
 
 KEPT = (  # of `arms_of`
     "language",
@@ -27,12 +28,6 @@ KEPT = (  # of `arms_of`
     "context",
     "writing",
 )
-
-
-def points(training: Path) -> list[dict]:
-    "Bits per byte of held-out text along a training: step, and a column for each language"
-    rows = [row for row in read_log(training) if any(key.startswith("bpb_") for key in row)]
-    return [{k: row[k] for k in row if k == "step" or k.startswith("bpb_")} for row in rows]
 
 
 def seed_numbers(run: Path, about: str) -> dict:
@@ -48,7 +43,7 @@ def seed_numbers(run: Path, about: str) -> dict:
         seed=Artifact.load(run / ARMS["extended"]).params["seed"],
         about=about,
         control={key: found[key] for key in KEPT},
-        points={folder: points(run / folder) for folder in ARMS.values()},
+        points=_points(dict(losses={folder: log_rows(run / folder) for folder in ARMS.values()})),
     )
 
 
