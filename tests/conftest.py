@@ -193,6 +193,20 @@ def once(tmp_path_factory, name, make):
     return folder, answer.read_text()
 
 
+OF_THE_SESSION = ("plain", "micro", "wheel")  # folders that are not those of one file of tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tidied(tmp_path_factory):
+    "What the fixtures of a file of tests have left on disk goes with its last test"
+    root = tmp_path_factory.getbasetemp()
+    before = set(root.iterdir())
+    yield
+    for folder in set(root.iterdir()) - before:
+        if not folder.name.startswith((*OF_THE_SESSION, "test_")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def plain(wheel, tmp_path_factory):
     "The package as `pip install .` leaves it, without any extra"

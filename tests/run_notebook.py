@@ -6,8 +6,10 @@ numbers, which differ from machine to machine. The status is 1 where a cell fail
 missing, or a stored message is old.
 """
 
+import os
 import re
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -84,6 +86,9 @@ def main(notebook, site):
 
     source = Path(cmixtral_nb.__file__)
     assert source.is_relative_to(site), f"{source} is not the installed package"
+    os.environ["TMPDIR"] = tempfile.tempdir = (
+        os.getcwd()
+    )  # folders that it makes go with the test's
     faults: set[str] = set()
     text = notebook.read_text(encoding="utf-8")
     if "plot" in text or "figure" in text:

@@ -168,10 +168,11 @@ def test_table_of_what_is_new(folder, made):
     assert {row[2] for row in rows} >= {"char", "word", "control"}
 
 
-def test_every_reader_gives_the_same_ids(made, folder):
+def test_every_reader_gives_the_same_ids(made, folder, monkeypatch):
     "tokenizers, AutoTokenizer beside the model's configuration, and tiktoken from the ranks"
     from tiktoken.load import load_tiktoken_bpe
 
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # it keeps files by their path
     grown = read_byte_base(made.path)
     view = BpeView(grown)
     texts = [*texts_of("Khmer", 1), *hostile_texts(300, ["ខ្មែ"]), "the <|im_end|> text"]
