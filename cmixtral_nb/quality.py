@@ -34,6 +34,7 @@ UNSPACED = ("Han", "Kana", "Thai", "Lao", "Khmer", "Myanmar")  # scripts without
 WORD_CHARS = 2  # characters of a word in such a script, about
 _SYLLABIC = ("Tibetan",)  # a mark after each syllable; a word has about two of them, too
 _TSHEG = "\u0f0b\u0f0c"  # that mark
+_NO_WIDTH = "\u200b"  # a space; between words of Thai, Lao, Khmer and Burmese `clean` keeps it
 
 
 def is_unspaced(
@@ -51,7 +52,8 @@ def _words() -> Any:  # a pattern of the package regex, which knows letters and 
     # Persian and the scripts of India keep letters apart or together with marks of no width
     letters = rf"(?:(?![{own}])[\p{{L}}\p{{M}}\p{{N}}\u200c\u200d])+"
     joined = rf"{letters}(?:['’_.@/-]{letters})*"  # don't, well-known, example.com
-    return regex.compile(rf"[{own}]\p{{M}}*|{joined}|[^\s{_TSHEG}\p{{L}}\p{{M}}\p{{N}}]+")
+    others = rf"[^\s{_TSHEG}{_NO_WIDTH}\p{{L}}\p{{M}}\p{{N}}]+"
+    return regex.compile(rf"[{own}]\p{{M}}*|{joined}|{others}")
 
 
 def words(
