@@ -123,6 +123,12 @@ def is_latin(
     return "Latin" in script.split()
 
 
+def _small(letter: str) -> str:
+    "The small letter of a letter; itself where that is two characters, as of Turkish İ"
+    small = letter.lower()
+    return small if len(small) == 1 else letter
+
+
 def letter_counts(
     texts: Iterable[str],  # documents
     script: str,  # of the letters
@@ -130,9 +136,13 @@ def letter_counts(
     "How often each letter of a script occurs, both cases together"
     counts: Counter = Counter()
     for text in texts:
-        counts.update(text.lower())
+        counts.update(text)
     own = script_pattern(script)
-    return Counter({c: n for c, n in counts.items() if own.match(c) and c.isalpha()})
+    small: Counter = Counter()
+    for letter, n in counts.items():
+        if own.match(letter) and letter.isalpha():
+            small[_small(letter)] += n
+    return small
 
 
 def exclusive_letters(

@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 # %% ../nbs/01_corpus.ipynb #40f86d36
+import functools
 import hashlib
 import itertools
 import json
@@ -68,7 +69,7 @@ _JUNK = re.compile(
     "["
     "\x00-\x08\x0e-\x1f\x7f-\x9f"  # control characters, but not tab and \n
     "\u2060\ufeff"  # of no width: joiner, byte order mark
-    "\u200e\u200f\u202a-\u202e"  # marks of the direction of writing
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks of the direction of writing
     "\ufffe\uffff"  # not characters
     "\ud800-\udfff"  # halves of surrogate pairs, which UTF-8 cannot hold
     "]"
@@ -76,8 +77,17 @@ _JUNK = re.compile(
 # a space of no width, but between words of Thai, Lao, Burmese and Khmer, which have no other blank
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _NO_WIDTH = re.compile(f"(?<![{_UNSPACED}])\u200b(?![{_UNSPACED}])")
-_TRAILING_BLANKS = re.compile(r"[ \t\u3000]+\n")
+# from the first blank on: tried from each blank, a long run would take the square of its length
+_TRAILING_BLANKS = re.compile(r"(?<![ \t\u3000])[ \t\u3000]+\n")
 _EMPTY_LINES = re.compile(r"\n{3,}")
+
+
+@functools.cache
+def _many_marks() -> Any:  # a pattern of the package regex, which knows marks
+    "A hundred marks on one letter, and those after them; NFC sorts them in quadratic time"
+    import regex
+
+    return regex.compile(r"(\p{M}{100})\p{M}+")
 
 
 def clean(
@@ -90,6 +100,7 @@ def clean(
     text = _LINE_ENDS.sub("\n", text)
     text = _JUNK.sub("", text)
     text = _NO_WIDTH.sub("", text)
+    text = _many_marks().sub(r"\1", text)
     text = unicodedata.normalize("NFC", text)
     text = _TRAILING_BLANKS.sub("\n", text + "\n")
     text = _EMPTY_LINES.sub("\n\n", text)  # at most one empty line

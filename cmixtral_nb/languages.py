@@ -29,7 +29,8 @@ SCRIPTS = {
     "Han": "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
     "Kana": "\u3040-\u30ff",  # Hiragana and Katakana
     "Hangul": "\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3",  # jamo, compatibility jamo, syllables
-    "Latin": "A-Za-z\u00aa\u00ba\u00c0-\u024f\u1e00-\u1eff",  # with ª and º, and all accents
+    # with ª and º, all accents, and ə, ɓ, ɛ of Azerbaijani, Hausa and Ewe
+    "Latin": "A-Za-z\u00aa\u00ba\u00c0-\u02af\u1e00-\u1eff",
     "Cyrillic": "\u0400-\u052f",
     "Greek": "\u0370-\u03ff\u1f00-\u1fff",  # modern, and with the accents of ancient Greek
     "Arabic": "\u0600-\u06ff\u0750-\u077f",  # with the letters of Persian and Urdu
