@@ -264,6 +264,31 @@ def _that_change(before: TokenizerView, after: TokenizerView, docs: list[str]) -
     return [smallest(part, changes)] if part else found
 
 
+def _own(script: str) -> OwnBytes | None:
+    "The characters that new pieces may hold; None for Latin letters, which English has too"
+    return None if "Latin" in script.split() else OwnBytes(own_characters(script))
+
+
+def _extension(
+    old: TokenizerView,
+    new: TokenizerView,
+    tok: PreTrainedTokenizerBase | None,
+    texts: list[str],
+    script: str,
+) -> Extension:
+    "A tokenizer before and after, of its kind"
+    if isinstance(old, BpeView) and isinstance(new, BpeView):
+        return ByteExtension(old, new, tok, texts, script, _own(script))
+    return Extension(old, new, tok, texts, script)
+
+
+def _may_change(ext: Extension, text: str, ids: list[int]) -> bool:
+    "Whether a text holds the script; where all languages have its letters, a new piece"
+    if "Latin" in ext.script.split():
+        return max(ids, default=0) >= len(ext.before)
+    return ext.has_own(text)
+
+
 def language_cost(
     before: TokenizerView,  # the base
     after: TokenizerView,  # its extension
@@ -272,19 +297,22 @@ def language_cost(
     script: str,  # of the new pieces
 ) -> dict[str, Any]:  # a counted line of the certificate
     "What an extension does to the documents of a language"
-    old, new = before.encode(docs), after.encode(docs)
-    changed = [doc for doc, a, b in zip(docs, old, new, strict=True) if a != b]
-    n_chars, n_old, n_new = (sum(map(len, rows)) for rows in (docs, old, new))
+    ext = _extension(before, after, None, docs, script)
+    rows = zip(docs, ext.ids_before, ext.ids, strict=True)
+    changed = [(doc, ids) for doc, was, ids in rows if was != ids]
+    broken = [doc for doc, ids in changed if not _may_change(ext, doc, ids)]
+    is_own = bool({*script.split()} & {*lang_script(lang).split()})
+    n_chars, n_old, n_new = (sum(map(len, rows)) for rows in (docs, ext.ids_before, ext.ids))
     return dict(
         counted=f"{language_name(lang)} documents whose ids change",
         cases=len(docs),
         changed=len(changed),
-        may_change=bool({*script.split()} & {*lang_script(lang).split()}),
+        may_change=is_own or not broken,
         tokens_before=n_old,
         tokens_after=n_new,
         chars_per_token_before=n_chars / max(1, n_old),
         chars_per_token_after=n_chars / max(1, n_new),
-        examples=_that_change(before, after, changed),
+        examples=_that_change(before, after, broken or [doc for doc, _ in changed]),
     )
 
 
@@ -292,20 +320,14 @@ def language_cost(
 _OF_ONE = [text_comes_back, no_control_from_text, *FOLDER_CHECKS]  # that ask nothing of the base
 
 
-def _own(script: str) -> OwnBytes | None:
-    "The characters that new pieces may hold; None for Latin letters, which English has too"
-    return None if "Latin" in script.split() else OwnBytes(own_characters(script))
-
-
 def _asked(
     before: Audited, after: Audited, texts: list[str], script: str
 ) -> tuple[Extension, list[Callable[[Any], dict]]]:
     "What the checks of its kind are asked about, and the checks"
-    old, new = before.view, after.view
-    if isinstance(old, BpeView) and isinstance(new, BpeView):
-        extension = ByteExtension(old, new, after.tok, texts, script, _own(script))
+    extension = _extension(before.view, after.view, after.tok, texts, script)
+    if isinstance(extension, ByteExtension):
         return extension, byte_checks(extension)
-    return Extension(old, new, after.tok, texts, script), [*CHECKS]
+    return extension, [*CHECKS]
 
 
 def audit_lines(
