@@ -181,11 +181,16 @@ def _written_in(lang: str, script: str) -> bool:
     return bool({*script.split()} & {*lang_script(lang).split()})
 
 
+def _is_new(name: str, script: str, lang: str) -> bool:
+    "Whether the new pieces are of this language; English they are of only where `lang` says so"
+    return name == lang if lang else name != "en" and _written_in(name, script)
+
+
 def certificate_texts(
     corpus: Artifact | str | Path | None,  # a corpus, or None
     script: str = "Han",  # script of the new pieces
     limit_chars: int = 1_000_000,  # of each source
-    lang: str = "",  # language of the new pieces; empty: any that is written in the script
+    lang: str = "",  # language of the new pieces; empty: any in the script but English
 ) -> tuple[
     list[str], list[str]
 ]:  # lines to certify with; documents of the language to measure with
@@ -197,8 +202,8 @@ def certificate_texts(
         for doc in docs:
             lines += doc.replace("▁", "_").split("\n")
     for texts in (held, shipped):
-        asked = [lang] if lang else [name for name in texts if _written_in(name, script)]
-        if measured := [doc for name in asked for doc in texts.get(name, [])]:
+        asked = [docs for name, docs in texts.items() if _is_new(name, script, lang)]
+        if measured := [doc for docs in asked for doc in docs]:
             return lines, measured
     return lines, []  # no text in this language is at hand
 
@@ -685,18 +690,27 @@ def changed_documents(
     after: TokenizerView,  # its extension
     corpus: Artifact | str | Path | None,  # a corpus, or None
     script: str = "Han",  # of the new pieces
-    lang: str = "",  # language of the new pieces; empty: those that are written in the script
+    lang: str = "",  # language of the new pieces; empty: those in the script but English
     limit_chars: int = 1_000_000,  # of each language
 ) -> dict[str, dict]:  # language -> n_docs, n_changed, share of tokens that are new, examples
-    "Held-out documents of the other languages whose ids are not what they were"
+    """Documents of the other languages whose ids are not what they were
+
+    Those that a corpus holds out. Where it has no English, and the script is that of English, those
+    that come with the package.
+    """
+    held = _held_out(corpus, limit_chars)
+    texts = dict(held)
+    if "en" not in held and _written_in("en", script):
+        texts["en"] = shipped_docs("en", limit_chars)
     found = {}
-    for name, docs in _held_out(corpus, limit_chars).items():
-        if name == lang or (not lang and _written_in(name, script)):
+    for name, docs in texts.items():
+        if _is_new(name, script, lang):
             continue
         old, new = before.encode(docs), after.encode(docs)
         changed = [doc for doc, a, b in zip(docs, old, new, strict=True) if a != b]
         n_new = sum(i >= len(before) for ids in new for i in ids)
         found[name] = dict(
+            of="held-out" if name in held else "shipped",
             n_docs=len(docs),
             n_changed=len(changed),
             share=n_new / max(1, sum(map(len, new))),
@@ -708,7 +722,7 @@ def changed_documents(
 def _changed_line(lang: str, counted: dict) -> dict:
     "A line of the certificate that is counted and not promised"
     return dict(
-        counted=f"held-out {language_name(lang)} documents whose ids change",
+        counted=f"{counted['of']} {language_name(lang)} documents whose ids change",
         cases=counted["n_docs"],
         changed=counted["n_changed"],
         share_of_tokens=counted["share"],
@@ -720,14 +734,14 @@ def say_changed(
     changed: dict[str, dict],  # from `changed_documents`
     script: str,  # of the new pieces
 ) -> None:
-    "What the languages of the corpus pay, one line each; silent where nothing changes"
+    "What the other languages pay, one line each; silent where nothing changes"
     for lang, counted in changed.items():
         if not counted["n_changed"]:
             continue
         examples = ", ".join(counted["examples"])
         say(
             "vocab",
-            f"ids change in {counted['n_changed']:,} of {counted['n_docs']:,} held-out "
+            f"ids change in {counted['n_changed']:,} of {counted['n_docs']:,} {counted['of']} "
             f"{language_name(lang)} documents, {counted['share']:.2%} of their tokens are new"
             + (f", in words such as {examples}" if examples else "")
             + (
