@@ -34,6 +34,7 @@ __all__ = [
 
 # %% ../nbs/a04_documents.ipynb #9cbab21f
 import bz2
+import codecs
 import glob
 import gzip
 import io
@@ -90,6 +91,8 @@ def open_text(
 ) -> BinaryIO:  # bytes, decompressed
     "Open a file for reading bytes, decompressed according to its name"
     path = Path(path)
+    if path.suffix in _OPENERS and not path.stat().st_size:
+        raise EOFError("the file holds no bytes")  # gzip and zstd would read it as an empty text
     opener = _OPENERS.get(path.suffix, open)
     return opener(path, "rb")
 
@@ -212,6 +215,16 @@ N_PLACES = 20  # bad lines that are named; the others are counted
 _TEXT_FIELDS = ("text", "content", "raw_content", "zh")  # the names that data sets use
 
 
+def _is_utf16(line: bytes) -> bool:
+    "Whether a first line begins with the mark of UTF-16, or has a zero beside each letter"
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return True
+    line = line.removesuffix(b"\n")
+    first, second = line[::2], line[1::2]
+    has_zeros = (all(first) and not any(second)) or (all(second) and not any(first))
+    return has_zeros and len(line) >= 4
+
+
 @dataclass
 class _Reader:
     "Makes rows of the records of one file; counts the bad ones, or stops at the first"
@@ -245,8 +258,12 @@ class _Reader:
             if raw is None:
                 self.bad(TOO_LONG, number, f"the line is {TOO_LONG}")
                 continue
-            # a file may start with a byte order mark
-            encoding = "utf-8-sig" if number == 1 and not self.start else "utf-8"
+            is_first = number == 1 and not self.start
+            require(
+                not (is_first and _is_utf16(raw)),
+                f"{self.name} is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8",
+            )
+            encoding = "utf-8-sig" if is_first else "utf-8"  # it may start with a byte order mark
             try:
                 line = raw.rstrip(b"\r\n").decode(encoding)
             except UnicodeDecodeError as e:

@@ -121,12 +121,20 @@ BYTES = [
     Case(
         f"a line of {name}",
         CORPUS.format("a.jsonl"),
-        make=file("a.jsonl", line + b"\n" + rows(GOOD).encode()),
+        make=file("a.jsonl", rows(GOOD).encode() + line + b"\n"),
         may_succeed=True,
         leaves=("o",),
         check=counted("invalid"),
     )
     for name, line in ODD_BYTES.items()
+]
+BYTES += [
+    Case(
+        "a whole text in UTF-16",
+        CORPUS.format("a.jsonl"),
+        make=file("a.jsonl", rows(GOOD).encode("utf-16")),
+        says="a.jsonl is UTF-16, expected UTF-8",
+    )
 ]
 
 ODD_FIELDS = {  # fields beside a good text: none of them ends a corpus
