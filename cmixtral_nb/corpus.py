@@ -61,7 +61,7 @@ from .languages import lang_script, script_share
 from .machine import progress, say
 from .options import refuse
 from .quality import is_unspaced, quality_check
-from .stages import stage
+from .stages import StageError, stage
 
 # %% ../nbs/01_corpus.ipynb #ea6fde6e
 _LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")  # \x0c is the end of a page
@@ -350,6 +350,12 @@ def _check(**options):
     refuse(corpus_faults(**options))
 
 
+def _clear(works: list[TextWork]):
+    "Delete what the tasks of an engine have written"
+    for work in works:
+        clear_parts(work)
+
+
 @stage(
     "corpus",
     inputs=("files",),
@@ -402,8 +408,11 @@ def corpus(
                     folder = parts_folder(out) / lang
                     works.append(text.by_tasks(folder, jobs, tasks, near))
                     counted = join_parts(works[-1], tasks, files, limit_chars)
-            stats[lang] = _stats(lang, refs, *counted, valid_share)
+            try:
+                stats[lang] = _stats(lang, refs, *counted, valid_share)
+            except StageError:  # the next command asks for something else
+                _clear(works)
+                raise
             _report(lang, stats[lang], valid_share)
-    for work in works:
-        clear_parts(work)
+    _clear(works)
     return stats

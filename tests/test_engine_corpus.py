@@ -208,6 +208,14 @@ def test_another_request_does_not_go_on_in_the_same_folder(here, small_shards):
         corpus(["zh=a.jsonl"], out="far", valid_share=0, engine="local", where=HERE)
 
 
+def test_after_a_refusal_the_command_that_it_names_goes_through(here, small_shards):
+    write("a.jsonl", PARAGRAPHS)
+    how: dict = dict(engine="local", where=HERE)
+    with pytest.raises(StageError, match="is held out at valid_share=1e-09; raise it, to 0.5"):
+        corpus(["zh=a.jsonl"], out="far", valid_share=1e-9, **how)
+    assert corpus(["zh=a.jsonl"], out="far", valid_share=0.5, **how).stats["zh"]["n_docs"]
+
+
 # ---- Slurm and Ray
 
 SBATCH = r"""
