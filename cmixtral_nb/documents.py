@@ -19,6 +19,7 @@ __all__ = [
     "in_utf8",
     "fits_line",
     "doc_files",
+    "found_domains",
     "n_hub_files",
     "read_docs",
     "read_part",
@@ -51,7 +52,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from .languages import lang_script
 from .machine import package_data
-from .options import faults_of, range_faults, refuse
+from .options import faults_of, range_faults, refuse, split_name
 from .stages import StageError, require
 
 _T = TypeVar("_T")
@@ -443,6 +444,20 @@ def doc_files(
         return [path]
     found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(name, recursive=True))
     return sorted(f for f in found if f.is_file() and _form(f) and f.name != "manifest.json")
+
+
+def found_domains(
+    domains: list[str] | None = None,  # NAME=REF each
+    **_: Any,  # the other arguments of a stage
+) -> dict[str, list[str]]:  # for the key of the stage
+    "Domains, and beside a pattern or a column the files that it leads to"
+    found = []
+    for domain in domains or []:
+        _, ref = split_name(domain)
+        found.append(str(domain))
+        if not Path(ref).exists() and not ref.startswith("builtin:"):
+            found += map(str, doc_files(ref))
+    return dict(domains=found) if found else {}
 
 
 def _ref_faults(ref: str) -> list[str]:

@@ -25,6 +25,7 @@ from cmixtral_nb.results import (
 
 from .bits import document_bits, require_finite
 from .checkpoints import resolve_model
+from .documents import found_domains
 from .exams import Answers, run_lm_eval, split_tasks
 from .heldout import eval_docs
 from .loading import load_model
@@ -179,6 +180,7 @@ def _ask_texts(
     ignore=("batch", "device"),
     schema=2,
     resumable=True,
+    found=found_domains,
     check=check_evaluation,
     options=evaluation_option_faults,
 )

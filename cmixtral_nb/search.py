@@ -75,6 +75,7 @@ from cmixtral_nb.search_files import (
 from .byte_bases import is_byte_base
 from .corpora import corpus_langs, source_refs
 from .corpus import FEW_CHARS
+from .documents import found_domains
 from .figures import GREY, in_style, legend_above, panels
 from .languages import script_pattern
 from .machine import say
@@ -937,6 +938,7 @@ def _near(chars_per_token: float, ceiling: float) -> str:
 @stage(
     "search",
     inputs=("pieces", "corpus", "base", "domains"),
+    found=found_domains,
     check=check_search,
     options=search_option_faults,
     schema=2,

@@ -36,6 +36,7 @@ from .figures import save_svg
 from .languages import script_pattern
 from .options import at_least, between, faults_of, range_faults, refuse, split_name
 from .pieces import base_tokenizer_model, read_pieces
+from .shapes import visible
 from .stages import Artifact, StageError, read_json, require, write_json, write_text
 from .tokenizer_files import check_special, read_bpe, require_model_is_all
 
@@ -99,6 +100,12 @@ def heldout(
         name, docs = _named_domain(given, limit_chars)
         require(name not in texts, f"domains: {given}: there is a domain {name}; give another name")
         texts[name] = docs
+    refuse(
+        f"a domain is called {visible(repr(name), 40)}, expected a name without tabs and ends of "
+        "lines; rename that source of the corpus, or that of --domains"
+        for name in texts
+        if {*name} & {*"\t\r\n"}  # they would break the table
+    )
     require(
         "mean" not in texts,
         "a domain is called mean, as is the row of all together; rename that source of the corpus, "

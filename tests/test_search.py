@@ -319,6 +319,18 @@ def test_table_against_whole_tokenizers(made):
         assert r["n_params"] == 2 * 4096 * r["n_pieces"] == r["bf16_bytes"] / 2
 
 
+@pytest.mark.parametrize("ref", ["new*.jsonl", "news.jsonl#body"])
+def test_a_changed_file_behind_a_pattern_or_column_is_noticed(made, tmp_path, ref):
+    d, c, pieces = made
+    how: dict = dict(chars=["0"], totals=[200], domains=[f"news={tmp_path}/{ref}"])
+    how |= dict(corpus=c, out=tmp_path / "s", limit_chars=2000)
+    (tmp_path / "news.jsonl").write_text(json.dumps(dict(text="新闻", body="新闻")))
+    search(pieces, **how)
+    assert search.state(pieces, **how) == "up to date"
+    (tmp_path / "news.jsonl").write_text(json.dumps(dict(text="再说", body="再说")))
+    assert search.state(pieces, **how).startswith("stale: input domains")
+
+
 def test_search_writes_table_choice_and_curve(made, capsys):
     d, c, pieces = made
     (d / "news.txt").write_text("新闻说，词表很大。\n\n再说一次，词表很大。", encoding="utf-8")
