@@ -16,6 +16,7 @@ __all__ = [
 ]
 
 # %% ../nbs/a04b_corpora.ipynb #59997cf8
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,6 +91,11 @@ def lang_faults(
 
 
 # %% ../nbs/a04b_corpora.ipynb #cae6b366
+def _composed(row: dict) -> dict:
+    "A row of text that no corpus has cleaned, in the form of a corpus (NFC)"
+    return {**row, "text": unicodedata.normalize("NFC", row["text"])}
+
+
 def corpus_texts(
     corpus: Artifact | str | Path,  # a corpus folder, or anything that `read_docs` reads
     lang: str,  # language code
@@ -103,7 +109,7 @@ def corpus_texts(
         require(part.is_file(), missing_language(_folder(corpus), lang, langs, split))
         rows = read_docs(part, on_error="stop")
     else:
-        rows = read_docs(str(corpus), counts=bad)
+        rows = map(_composed, read_docs(str(corpus), counts=bad))
     yield from up_to((row["text"] for row in rows), limit_chars)
     if bad and not limit_chars:  # a sample says nothing
         say("corpus", f"{corpus}: left out {reasons_of(bad)}")

@@ -29,6 +29,7 @@ __all__ = [
 
 # %% ../nbs/a07_lexicons.ipynb #0a78f8d4
 import codecs
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -154,6 +155,7 @@ def _word_and_count(line: bytes) -> tuple[str, int]:
     "Example: _word_and_count('葡萄 30 n'.encode()) -> ('葡萄', 30); the count is -1 where none is"
     word, *rest = [*line.decode("utf-8", "replace").split(), ""]  # at blanks or tabs
     is_count = rest and rest[0].isdecimal() and len(rest[0]) <= _COUNT_DIGITS
+    word = unicodedata.normalize("NFC", word)  # as the text of a corpus
     return word, int(rest[0]) if is_count and "\ufffd" not in word else -1
 
 
