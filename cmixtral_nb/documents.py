@@ -448,7 +448,7 @@ def doc_files(
 
 def found_domains(
     domains: list[str] | None = None,  # NAME=REF each
-    **_: Any,  # the other arguments of a stage
+    **others: Any,  # the other arguments of a stage
 ) -> dict[str, list[str]]:  # for the key of the stage
     "Domains, and beside a pattern or a column the files that it leads to"
     found = []
