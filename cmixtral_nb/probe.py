@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .base import text_blocks
 from .bits import bits_per_byte, head_loss, logits_are_products
+from .checkpoints import load_complete
 from .corpora import corpus_langs, corpus_texts
 from .figures import BLUE, GREY, in_style, panels
 from .languages import language_name
@@ -133,9 +134,7 @@ def load_float32(
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        net = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        )
+        net = load_complete(AutoModelForCausalLM, folder, dtype=torch.float32)
     if hasattr(net.config, "num_local_experts"):
         net.config._experts_implementation = use_by_expert()
     return net
