@@ -585,6 +585,13 @@ def test_a_layout_that_contradicts_its_configuration_is_not_loaded(family, four,
     assert len(str(no.value).splitlines()) <= 3  # of many the first
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "olmoe"])
+def test_a_probe_reads_experts_of_any_form(family, place):
+    "Transposed and with a bias, without a gate, and as a Mixtral's"
+    folder, wanted = saved(family, place)
+    torch.testing.assert_close(logits(load_float32(folder)), wanted, atol=1e-4, rtol=1e-4)
+
+
 LACKING = {  # family -> a tensor that transformers would draw at random
     "gpt_oss": "model.layers.1.self_attn.sinks",
     "qwen3_moe": "model.layers.1.mlp.gate.weight",
