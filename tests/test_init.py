@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -705,6 +706,30 @@ def test_a_head_with_a_bias(refuses, tok, tmp_path):
     p = write_tok(tmp_path / "phi", OLD)
     PhiForCausalLM(PhiConfig(**LLAMA)).save_pretrained(p)
     refuses("has a head with a bias", p, tok)
+
+
+@pytest.mark.parametrize(
+    "family, table",
+    [
+        ("gemma4_text", "model.embed_tokens_per_layer.weight"),  # one more beside the embedding
+        ("rwkv", "head.weight"),  # a head under a name of its own
+    ],
+)
+def test_rows_that_would_not_grow(family, table, refuses, tok, tmp_path):
+    "The model would break at the first new token"
+    sizes = dict(vocab_size=len(OLD), vocab_size_per_layer_input=len(OLD), hidden_size=32)
+    few = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    config = AutoConfig.for_model(family, **sizes, **few, intermediate_size=48)
+    p = write_tok(tmp_path / family, OLD)
+    AutoModelForCausalLM.from_config(config).save_pretrained(p)
+    refuses(f"{table} has a row for each token, and gets no new ones", p, tok)
+
+
+def test_a_matrix_that_is_as_high_as_the_embedding(tok, tmp_path):
+    p = write_tok(tmp_path / "llama", OLD)
+    config = LlamaConfig(**LLAMA | dict(intermediate_size=len(OLD)))
+    LlamaForCausalLM(config).save_pretrained(p)
+    assert init(p, tok, out=tmp_path / "out").stats["n_new"] == len(NEW)
 
 
 def test_ids_with_a_gap(refuses, model, tok):
