@@ -272,7 +272,11 @@ def _split_faults(metadata: dict[str, Any]) -> list[str]:
     ]
 
 
-_PLAIN = {"scaling.type": ["none"], "scaling.factor": [0, 1], "scale_linear": [0, 1]}
+_PLAIN: dict[str, list] = {
+    "scaling.type": ["none"],
+    "scaling.factor": [0, 1],
+    "scale_linear": [0, 1],
+}
 
 
 def _rotation_faults(model: Gguf) -> list[str]:
