@@ -30,6 +30,7 @@ __all__ = [
     "require_space",
     "write_index",
     "resolve_model",
+    "load_complete",
     "named_models",
     "link_file",
     "rewrite_shard",
@@ -55,14 +56,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .configs import require_config
+from .configs import refuse_at, require_config
 from .options import Range, faults_of, named_refs, one_of, refuse
 from .shapes import TEXT, parse_json, read_shaped, shape_fault, visible, whole
 from .stages import StageError, read_json, require, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/a11_checkpoints.ipynb #49a7388d
 DTYPES = {  # name in a header -> name in torch
@@ -531,6 +532,29 @@ def resolve_model(
     )
     require_config(config, says, tensor_shapes(folder))
     return folder
+
+
+# %% ../nbs/a11_checkpoints.ipynb #complete2
+def load_complete(
+    kind: Any,  # AutoModelForCausalLM, or the class of a model
+    folder: str | Path,  # of the model; its weights are not read where there is a `state_dict`
+    **how: Any,  # for `from_pretrained`
+) -> PreTrainedModel:
+    "A model from transformers; `StageError` where its weights lack a tensor"
+    source = None if "state_dict" in how else folder
+    if source is not None and "gguf_file" not in how:
+        wanted = ("model.safetensors", INDEX)
+        require(
+            any((Path(folder) / name).is_file() for name in wanted),
+            f"{folder} has no model.safetensors and no {INDEX}; expected the index of its shards; "
+            "copy or download it",
+        )
+    net, found = kind.from_pretrained(
+        source, trust_remote_code=False, output_loading_info=True, **how
+    )
+    path = Path(folder) / how.get("gguf_file", "")
+    refuse_at(path, [f"the weights lack {name}" for name in sorted(found["missing_keys"])])
+    return net
 
 
 # %% ../nbs/a11_checkpoints.ipynb #named001

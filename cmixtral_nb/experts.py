@@ -56,7 +56,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .checkpoints import DTYPES, read_header, tensor_files, tensor_shapes
+from cmixtral_nb.checkpoints import (
+    DTYPES,
+    load_complete,
+    read_header,
+    tensor_files,
+    tensor_shapes,
+)
+
 from .machine import Trimmer
 from .options import refuse
 from .placement import without_memory
@@ -1031,13 +1038,12 @@ def load_experts(
     how |= dict(
         config=decoded_config(config),
         quantization_config=_experts_splitter()(_UNQUANTISED),
-        trust_remote_code=False,
     )
     with open_experts(folder, net) as checkpoint:
         sources = [part.source for part in checkpoint.values()]
         if not any(source.place or source.code for source in sources):  # single on disk, too
-            return type(net).from_pretrained(folder, dtype=dtype, **how)
-        return type(net).from_pretrained(None, state_dict=checkpoint, dtype=kind, **how)
+            return load_complete(type(net), folder, dtype=dtype, **how)
+        return load_complete(type(net), folder, state_dict=checkpoint, dtype=kind, **how)
 
 
 def load_experts_4bit(
@@ -1053,12 +1059,12 @@ def load_experts_4bit(
         bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     with open_experts(folder, net) as checkpoint:
-        return type(net).from_pretrained(
-            None,
+        return load_complete(
+            type(net),
+            folder,
             config=decoded_config(config),
             dtype=dtype,
             quantization_config=nf4,
-            trust_remote_code=False,
             state_dict=checkpoint,
             **how,
         )

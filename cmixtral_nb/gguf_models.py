@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .byte_bases import ByteBase, write_byte_tokenizer
-from .checkpoints import require_space
+from .checkpoints import load_complete, require_space
 from .llama_rules import RULES, set_rule
 from .machine import available_bytes, quiet, say
 from .options import Range, faults_of, one_of, range_faults, refuse
@@ -80,6 +80,7 @@ class Gguf(NamedTuple):
     path: Path
     metadata: dict[str, Any]  # such as "tokenizer.ggml.pre" -> "smollm"
     n_params: int
+    tensors: tuple[str, ...]  # their names, such as "blk.0.ffn_up.weight"
 
 
 def read_gguf(
@@ -106,12 +107,13 @@ def _read_once(path: Path, identity: tuple[int, int]) -> Gguf:
         reader = GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         n_params = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        names = tuple(tensor.name for tensor in reader.tensors)
     except OSError as e:
         raise StageError(f"{path}: cannot be read ({e.strerror})") from None
     except Exception as e:  # of whatever kind the bytes provoke
         words = " ".join(str(e).split())[:100]
         raise StageError(f"{path} is no whole GGUF file ({words}); download it again") from None
-    return Gguf(path, metadata, n_params)
+    return Gguf(path, metadata, n_params, names)
 
 
 def gguf_config(
@@ -259,6 +261,40 @@ def _kind_faults(metadata: dict[str, Any]) -> list[str]:
     return [] if kind in known else [f"architecture {kind!r}, expected one of {', '.join(known)}"]
 
 
+def _split_faults(metadata: dict[str, Any]) -> list[str]:
+    "Whether a file is one part of several"
+    n_parts = metadata.get("split.count", 1)
+    if n_parts in (0, 1):
+        return []
+    return [
+        f"it is one of {n_parts} parts, expected a whole model; join them with: "
+        "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+    ]
+
+
+_PLAIN: dict[str, list] = {
+    "scaling.type": ["none"],
+    "scaling.factor": [0, 1],
+    "scale_linear": [0, 1],
+}
+
+
+def _rotation_faults(model: Gguf) -> list[str]:
+    "Whether positions are stretched, which transformers does not read from a GGUF file"
+    rope = f"{model.metadata.get('general.architecture')}.rope"
+    found = [name for name in model.tensors if name.startswith(("rope_freqs", "rope_factors"))]
+    for name, plain in _PLAIN.items():
+        value = model.metadata.get(f"{rope}.{name}", plain[0])
+        if value not in plain:
+            found.append(f"{rope}.{name} {value!r}")
+    if not found:
+        return []
+    return [
+        f"its positions are stretched ({found[0]}), which is not read from GGUF; take the model's "
+        "own folder"
+    ]
+
+
 def check_gguf(
     file: str | Path,  # .gguf file, or package:NAME
     dtype: str,  # of the weights
@@ -269,8 +305,9 @@ def check_gguf(
         model = read_gguf(file)
     except StageError as e:
         raise StageError(*faults, *e.args) from None
-    for fault in [*_kind_faults(model.metadata), *tokenizer_faults(model.metadata)]:
-        faults.append(f"{model.path}: {fault}")
+    of_file = _kind_faults(model.metadata) + _split_faults(model.metadata)
+    of_file += _rotation_faults(model) + tokenizer_faults(model.metadata)
+    faults += [f"{model.path}: {fault}" for fault in of_file]
     refuse(faults + _memory_faults(model, dtype))
 
 
@@ -289,11 +326,11 @@ def _load(path: Path, dtype: str) -> PreTrainedModel:
     # The bar of dequantising has no switch
     watched = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     with quiet(), watched:
-        net = transformers.AutoModelForCausalLM.from_pretrained(
+        net = load_complete(
+            transformers.AutoModelForCausalLM,
             path.parent,
             gguf_file=path.name,
             dtype=getattr(torch, dtype),
-            trust_remote_code=False,
             **how,
         )
     for name in _OF_THE_FILE:

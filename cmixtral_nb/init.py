@@ -87,14 +87,22 @@ def _is_byte_level(tok: PreTrainedTokenizerBase) -> bool:
     return "ByteLevel" in str(tok.backend_tokenizer.decoder)
 
 
+def _as_piece(name: str) -> str:
+    "A byte-level token in sentencepiece's writing; with a ▁ that is no blank, byte by byte"
+    if not set(name) <= BYTE_OF.keys():  # a control token
+        return name
+    token = to_bytes(name)
+    if "▁".encode() in token:
+        return "".join(f"<0x{byte:02X}>" for byte in token)
+    return readable(token)
+
+
 def pieces_of(
     tok: PreTrainedTokenizerBase,  # of any kind
 ) -> list[str]:  # in the order of their ids
     "All tokens, as sentencepiece writes them: ▁ for a blank, <0xE4> for a byte"
     names = tok.convert_ids_to_tokens(range(len(tok)))
-    if not _is_byte_level(tok):
-        return names
-    return [readable(to_bytes(name)) if set(name) <= BYTE_OF.keys() else name for name in names]
+    return [*map(_as_piece, names)] if _is_byte_level(tok) else names
 
 
 # %% ../nbs/06_init.ipynb #ebeeb598
@@ -300,6 +308,8 @@ def _same_tokens(
 ) -> dict[int, int]:
     "New id -> old id of tokens that both have, and of those that have the same role"
     same = {i: ids[0] for i, ids in enumerate(spell(old, pieces)) if len(ids) == 1}
+    added = old.get_added_vocab()  # written as they are, in whatever vocabulary
+    same |= {i: added[name] for name, i in new.get_added_vocab().items() if name in added}
     for role in ("pad", "unk", "bos", "eos"):
         old_id = getattr(old, f"{role}_token_id")
         new_id = getattr(new, f"{role}_token_id")

@@ -56,7 +56,7 @@ from cmixtral_nb.experts import (
 )
 
 from .adapter_forms import single_form
-from .checkpoints import resolve_model, tensor_shapes
+from .checkpoints import load_complete, resolve_model, tensor_shapes
 from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from .machine import chosen_dtype, quiet, say, trim_memory
 from .manifests import read_manifest
@@ -160,12 +160,12 @@ def _load_linear_4bit(
     "A model whose matrices are all `nn.Linear`"
     net = without_memory(config, dtype)
     with open_experts(folder, net) as checkpoint:
-        return type(net).from_pretrained(
-            None,
+        return load_complete(
+            type(net),
+            folder,
             config=decoded_config(config),
             dtype=dtype,
             quantization_config=nf4_config(dtype),
-            trust_remote_code=False,
             state_dict=checkpoint,
             **how,
         )
@@ -425,9 +425,7 @@ def _load_whole(folder: Path, config: PretrainedConfig, **how) -> PreTrainedMode
 
     if storage_method(config) in DECODED or _is_stacked(config):
         return load_experts(folder, config, **how)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, config=config, trust_remote_code=False, **how
-    )
+    return load_complete(AutoModelForCausalLM, folder, config=config, **how)
 
 
 def _is_stacked(config: PretrainedConfig) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
 
 # %% ../nbs/a12c_packed_experts.ipynb #540ad445
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -371,7 +372,7 @@ def pack_experts(
 
 
 def _packable(layout: Layout, matrices: list[nn.Module]) -> bool:
-    "Whether all matrices are in 4 bits, doubly quantised, in memory, on one device"
+    "Whether all matrices are in 4 bits, doubly quantised, in whole blocks, on one device"
     from bitsandbytes.nn import Linear4bit
 
     if not all(type(matrix) is Linear4bit for matrix in matrices):
@@ -379,4 +380,8 @@ def _packable(layout: Layout, matrices: list[nn.Module]) -> bool:
     devices = {matrix.weight.device for matrix in matrices}
     states = [matrix.weight.quant_state for matrix in matrices]
     doubly = all(state is not None and state.nested for state in states)
-    return doubly and len(devices) == 1 and can_pack(layout, devices.pop().type)
+    if not doubly or len(devices) > 1:
+        return False
+    # Of a stack, blocks are counted on from one matrix into the next
+    in_blocks = all(math.prod(state.shape) % state.blocksize == 0 for state in states)
+    return in_blocks and can_pack(layout, devices.pop().type)

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .base import text_blocks
 from .bits import bits_per_byte, head_loss, logits_are_products
+from .checkpoints import load_complete
 from .corpora import corpus_langs, corpus_texts
+from .experts import layouts_of
 from .figures import BLUE, GREY, in_style, panels
 from .languages import language_name
 from .machine import quiet
@@ -125,18 +127,24 @@ def train_briefly(
 
 
 # %% ../nbs/a14_probe.ipynb #ea70760b
+def _as_of_mixtral(net: PreTrainedModel) -> bool:
+    "Whether all experts lie as a Mixtral's: (E, out, in), gate above up, without a bias"
+    return all(
+        layout.gated and not (layout.transposed or layout.interleaved or layout.has_bias)
+        for layout in layouts_of(net).values()
+    )
+
+
 def load_float32(
     folder: str | Path,  # HF model folder
 ) -> PreTrainedModel:  # on the CPU
-    "A stock model in float32; the experts of a Mixtral are computed one after another"
+    "A stock model in float32; experts as a Mixtral's are computed one after another"
     import torch
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        net = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        )
-    if hasattr(net.config, "num_local_experts"):
+        net = load_complete(AutoModelForCausalLM, folder, dtype=torch.float32)
+    if hasattr(net.config, "num_local_experts") and _as_of_mixtral(net):
         net.config._experts_implementation = use_by_expert()
     return net
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cmixtral_nb.adapters import plain_name, save_adapter
-from cmixtral_nb.checkpoints import tensor_shapes
+from cmixtral_nb.checkpoints import INDEX, tensor_shapes
 from cmixtral_nb.experts import (
     METHOD,
     _join,
@@ -44,6 +44,7 @@ from cmixtral_nb.loading import load_model, save_4bit, save_stock, streamed
 from cmixtral_nb.merge import merge, nf4_roundtrip
 from cmixtral_nb.parameters import anatomy
 from cmixtral_nb.placement import without_memory
+from cmixtral_nb.probe import load_float32
 from cmixtral_nb.qlora import add_lora, expert_bytes, parameter_table, quantised
 from cmixtral_nb.stages import StageError, read_json, write_json
 
@@ -582,6 +583,42 @@ def test_a_layout_that_contradicts_its_configuration_is_not_loaded(family, four,
     ) as no:
         load_model(tmp_path / family, load_in_4bit=four)
     assert len(str(no.value).splitlines()) <= 3  # of many the first
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "olmoe"])
+def test_a_probe_reads_experts_of_any_form(family, place):
+    "Transposed and with a bias, without a gate, and as a Mixtral's"
+    folder, wanted = saved(family, place)
+    torch.testing.assert_close(logits(load_float32(folder)), wanted, atol=1e-4, rtol=1e-4)
+
+
+LACKING = {  # family -> a tensor that transformers would draw at random
+    "gpt_oss": "model.layers.1.self_attn.sinks",
+    "qwen3_moe": "model.layers.1.mlp.gate.weight",
+    "qwen2": "model.layers.1.self_attn.q_proj.bias",  # no mixture
+}
+
+
+@pytest.mark.parametrize("family", LACKING)
+def test_a_model_that_lacks_a_tensor_is_not_loaded(family, tmp_path):
+    kind = AutoConfig.for_model(family, **SIZES | FAMILIES.get(family, dict(intermediate_size=64)))
+    AutoModelForCausalLM.from_config(kind).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[LACKING[family]]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    in_4bit = partial(load_model, load_in_4bit=True, device="cpu")
+    for load in (load_float32, partial(load_model, device="cpu"), in_4bit):
+        with pytest.raises(StageError, match=f"the weights lack {LACKING[family]}"):
+            load(tmp_path)
+
+
+def test_shards_without_their_index(tmp_path):
+    kind = AutoConfig.for_model("phi3", **SIZES, intermediate_size=64)
+    net = AutoModelForCausalLM.from_config(kind)
+    net.save_pretrained(tmp_path, max_shard_size="100KB")
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(StageError, match=f"no model.safetensors and no {INDEX}; expected"):
+        load_model(tmp_path, device="cpu")
 
 
 def test_a_class_that_nobody_knows():

@@ -1,6 +1,8 @@
 "a13c_gguf: real weights from a GGUF file, and files that are none"
 
+import functools
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ gguf = pytest.importorskip("gguf")
 LETTERS = list(LETTER_OF.values())
 TOKENS = [*LETTERS, "12", "ab", "<|end|>"]
 NAMES = {  # tensor of a Llama of one layer -> in GGUF
+    "rope_freqs": "rope_freqs",
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -147,6 +150,10 @@ FAULTS = {
     "its tokenizer is of type 'llama', expected gpt2": dict(model="llama"),
     "tokenizer.ggml.pre is 'nobody'": dict(pre="nobody"),
     "architecture 'nothing'": dict(kind="nothing"),
+    r"stretched \(llama.rope.scaling.type 'yarn'\)": dict(
+        add_rope_scaling_type=gguf.RopeScalingType.YARN, add_rope_scaling_factor=4.0
+    ),
+    r"stretched \(llama.rope.scaling.factor 8.0\)": dict(add_rope_scaling_factor=8.0),
 }
 
 
@@ -156,6 +163,37 @@ def test_what_cannot_be_read_is_said_on_one_line(says, net, tmp_path):
     with pytest.raises(StageError, match=says):
         convert(str(file), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_part_of_several(net, tmp_path, monkeypatch):
+    in_parts = functools.partial(gguf.GGUFWriter, split_max_tensors=6)
+    monkeypatch.setattr(gguf, "GGUFWriter", in_parts)
+    write_gguf(tmp_path / "small.gguf", net)
+    with pytest.raises(StageError, match="one of 2 parts.*llama-gguf-split --merge"):
+        convert(str(tmp_path / "small-00001-of-00002.gguf"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def with_tensors(net, tensors):
+    "A model that is written with other tensors"
+    return SimpleNamespace(config=net.config, state_dict=lambda: tensors)
+
+
+def test_a_model_without_one_of_its_matrices(net, tmp_path):
+    "transformers fills it with random numbers"
+    tensors = {name: W for name, W in net.state_dict().items() if "up_proj" not in name}
+    file = write_gguf(tmp_path / "small.gguf", with_tensors(net, tensors))
+    with pytest.raises(StageError, match="small.gguf: the weights lack .*up_proj.weight"):
+        convert(str(file), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_positions_that_a_tensor_stretches(net, tmp_path):
+    "As llama.cpp's converter writes Llama from 3.1 on; transformers leaves it out"
+    tensors = {**net.state_dict(), "rope_freqs.weight": torch.ones(8)}
+    file = write_gguf(tmp_path / "small.gguf", with_tensors(net, tensors))
+    with pytest.raises(StageError, match=r"stretched \(rope_freqs.weight\)"):
+        convert(str(file), tmp_path / "out")
 
 
 def test_broken_files(net, tmp_path):

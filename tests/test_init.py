@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -347,16 +348,16 @@ def test_mean_rows_lie_between_their_parts(spellings):
 # a tokenizer that shares nothing with the model's
 
 
-@pytest.fixture
-def byte_level(tmp_path):
-    "A byte-level tokenizer in the manner of GPT-2, and a tied Llama that has it"
+USER = "<｜User｜>"  # of DeepSeek: a control token that is not ASCII
+
+
+def byte_tok(path, texts):
+    "A byte-level tokenizer in the manner of GPT-2"
     t = Tokenizer(models.BPE())
-    t.pre_tokenizer, t.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
     t.train_from_iterator(
-        ["the cat, a b c 中", "中国 的 a cat", "你 佈 佉 住"] * 9,
+        texts,
         trainers.BpeTrainer(
             vocab_size=300,
             special_tokens=["<|end|>", "<|go|>"],
@@ -364,8 +365,15 @@ def byte_level(tmp_path):
             show_progress=False,
         ),
     )
+    t.add_special_tokens([USER])
     special = dict(eos_token="<|end|>", bos_token="<|go|>", unk_token="<|end|>")
-    p = save_tok(t, tmp_path / "bytes", **special)
+    return save_tok(t, path, **special)
+
+
+@pytest.fixture
+def byte_level(tmp_path):
+    "A byte-level tokenizer, and a tied Llama that has it"
+    p = byte_tok(tmp_path / "bytes", ["the cat, a b c 中", "中国 的 a cat", "你 佈 佉 住"] * 9)
     torch.manual_seed(0)
     net = LlamaForCausalLM(
         LlamaConfig(
@@ -440,6 +448,23 @@ def test_transplant_to_bytes(byte_level, model, tmp_path):
     ):
         mean = W[[OLD.index(part) for part in parts]].float().mean(0).bfloat16()
         assert torch.equal(R[new[token]], mean)
+
+
+def test_rows_of_tokens_that_both_vocabularies_have(byte_level, tok, tmp_path):
+    "Control tokens that are not ASCII, and ▁ where it is a letter and no blank"
+    t = Tokenizer.from_file(str(tok / "tokenizer.json"))
+    t.add_special_tokens([USER])
+    t.save(str(tok / "tokenizer.json"))
+    bytes_too = byte_tok(tmp_path / "more", ["a ▁ cat", "▁▁", "cat ▁ 中国"] * 9)
+    W = all_tensors(byte_level)["model.embed_tokens.weight"]
+    has = load_tokenizer(byte_level).get_vocab()
+    for number, (new, names) in enumerate([(tok, [USER]), (bytes_too, [USER, "Ġ", "ä¸Ń"])]):
+        a = init(byte_level, new, out=tmp_path / f"out{number}", transplant=True)
+        R = all_tensors(a.path)["model.embed_tokens.weight"]
+        wanted = load_tokenizer(new).get_vocab()
+        assert all(torch.equal(R[wanted[name]], W[has[name]]) for name in names)
+    assert "âĸģ" in wanted and "âĸģ" not in has
+    assert not torch.equal(R[wanted["âĸģ"]], W[has["Ġ"]])
 
 
 def test_transplant_of_an_extension_is_the_extension(model, tok, tmp_path):
@@ -705,6 +730,30 @@ def test_a_head_with_a_bias(refuses, tok, tmp_path):
     p = write_tok(tmp_path / "phi", OLD)
     PhiForCausalLM(PhiConfig(**LLAMA)).save_pretrained(p)
     refuses("has a head with a bias", p, tok)
+
+
+@pytest.mark.parametrize(
+    "family, table",
+    [
+        ("gemma4_text", "model.embed_tokens_per_layer.weight"),  # one more beside the embedding
+        ("rwkv", "head.weight"),  # a head under a name of its own
+    ],
+)
+def test_rows_that_would_not_grow(family, table, refuses, tok, tmp_path):
+    "The model would break at the first new token"
+    sizes = dict(vocab_size=len(OLD), vocab_size_per_layer_input=len(OLD), hidden_size=32)
+    few = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    config = AutoConfig.for_model(family, **sizes, **few, intermediate_size=48)
+    p = write_tok(tmp_path / family, OLD)
+    AutoModelForCausalLM.from_config(config).save_pretrained(p)
+    refuses(f"{table} has a row for each token, and gets no new ones", p, tok)
+
+
+def test_a_matrix_that_is_as_high_as_the_embedding(tok, tmp_path):
+    p = write_tok(tmp_path / "llama", OLD)
+    config = LlamaConfig(**LLAMA | dict(intermediate_size=len(OLD)))
+    LlamaForCausalLM(config).save_pretrained(p)
+    assert init(p, tok, out=tmp_path / "out").stats["n_new"] == len(NEW)
 
 
 def test_ids_with_a_gap(refuses, model, tok):

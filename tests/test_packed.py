@@ -99,6 +99,16 @@ def logits(model, ids=IDS):
         return model.eval()(ids, use_cache=False).logits
 
 
+def test_matrices_that_end_within_a_block_are_not_packed(tmp_path):
+    sizes = dict(hidden_size=40, moe_intermediate_size=20, num_experts_per_tok=4)
+    random_model("qwen3_moe", **MANY["qwen3_moe"], **sizes).save_pretrained(tmp_path)
+    model = load_model(tmp_path, load_in_4bit=True, dtype="float32", device="cpu")
+    found = logits(model)
+    for mixture in single_experts(model).values():
+        mixture.__class__ = single_experts_class()
+    assert torch.equal(found, logits(model))
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     n_experts=st.integers(2, 6),
