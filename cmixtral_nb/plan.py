@@ -209,15 +209,17 @@ def _in_4bit(shape: _Shape) -> list[tuple[int, int]]:
 
 
 def _largest(shape: _Shape) -> int:
-    "Numbers in the largest matrix but embedding and head"
-    return max(n_out * n_in for _, n_out, n_in, _ in _matrices(shape))
+    "Numbers in the largest matrix but embedding and head; 0: LoRA reaches none (GPT-2)"
+    return max((n_out * n_in for _, n_out, n_in, _ in _matrices(shape)), default=0)
 
 
 def _unpacked(shape: _Shape, value_bytes: int) -> int:
     "Weights that leave 4 bits together: a matrix, or a group of many small experts"
+    if shape.n_experts < FEWEST:
+        return _largest(shape)
     one = shape.width * shape.inner_width
     in_a_group = AT_ONCE["cuda" if value_bytes == 2 else "cpu"] // one
-    if shape.n_experts < FEWEST or in_a_group < IN_A_GROUP:
+    if in_a_group < IN_A_GROUP:
         return _largest(shape)
     return max(_largest(shape), min(in_a_group, shape.n_experts) * one)
 

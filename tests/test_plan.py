@@ -254,6 +254,20 @@ def test_every_family_is_planned(name):
     assert planning.inference_bytes(config)["cache"] > 0
 
 
+_UNGATED = ["bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mamba", "opt"]
+
+
+@pytest.mark.parametrize("name", _UNGATED)
+def test_a_model_without_gated_networks_is_planned(name):
+    "Its matrices are not those of a Llama; of GPT-2, LoRA reaches none"
+    sizes = dict(vocab_size=500, hidden_size=64, num_attention_heads=4)
+    config = AutoConfig.for_model(name, **sizes).to_dict()
+    plan = memory_plan(config, rank=8, n_old=400, rows="new")
+    assert bool(plan["trainable"]["lora"]) == (name != "gpt2")
+    assert plan["bytes"]["static"] < plan["bytes"]["total"]
+    assert planning.inference_bytes(config)["total"] > plan["bytes"]["frozen"]
+
+
 @pytest.mark.parametrize("family", test_experts.FAMILIES)
 def test_a_mixture_holds_what_was_planned(family, tmp_path):
     "Frozen weights in 4 bits, LoRA on each matrix, and the cache of what was read"
