@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .adapter_forms import single_form
 from cmixtral_nb.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -40,6 +41,8 @@ from cmixtral_nb.adapters import (
     require_adapter,
     trained_on,
 )
+from .checkpoints import resolve_model, row_tensors, tensor_shapes
+from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from cmixtral_nb.experts import (
     METHOD,
     decoded_config,
@@ -54,10 +57,6 @@ from cmixtral_nb.experts import (
     split_experts,
     stacked_experts,
 )
-
-from .adapter_forms import single_form
-from .checkpoints import resolve_model, tensor_shapes
-from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from .machine import chosen_dtype, quiet, say, trim_memory
 from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
@@ -264,9 +263,8 @@ def _adapter_config(values: dict, model: PreTrainedModel, trainable: bool) -> Pe
 # %% ../nbs/a17_loading.ipynb #11b17263
 def _grow_rows(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     "Give a model as many rows as the adapter's embedding and head have"
-    vocabulary = re.compile(r"(embed_tokens|lm_head)\.weight$")
-    sizes = [t.shape[0] for name, t in tensors.items() if t.dim() and vocabulary.search(name)]
-    n_rows = max(sizes, default=0)
+    tables = [tensors[name] for name in row_tensors(tensors)]
+    n_rows = max((table.shape[0] for table in tables if table.dim()), default=0)
     if n_rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(n_rows, mean_resizing=False)
 

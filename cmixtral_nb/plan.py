@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .bits import BLOCKS, FEW_LOGITS
-from .checkpoints import tensor_files
+from .checkpoints import row_tensors, tensor_files
 from .experts import METHOD
 from .machine import available_bytes, gpu_bytes
 from .options import faults_of, range_faults, refuse
@@ -943,8 +943,7 @@ def _rewritten_bytes(files: dict[str, Path], base: int) -> int:
     "Bytes of the shards with embedding or head: `init` writes them again, it links the others"
     if not files:
         return min(base, 2 * 5 * 10**9)  # on the hub, two shards of 5 GB
-    tables = ("embed_tokens", "lm_head")
-    return _file_bytes(f for name, f in files.items() if any(table in name for table in tables))
+    return _file_bytes(files[name] for name in row_tensors(files))
 
 
 def _file_bytes(files: Iterable[Path]) -> int:
