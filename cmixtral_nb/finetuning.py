@@ -138,11 +138,14 @@ def _require_bpe(model: str | Path, load_bpe: Callable[[Path], _Cut]) -> None:
 
 
 def _probes(tok: PreTrainedTokenizerBase, n: int = 20) -> list[str]:
-    "English, and the last words of the vocabulary: those of a new language, if it was extended"
-    is_mark = {id: token.special for id, token in tok.added_tokens_decoder.items()}
+    "English, words from the end of the vocabulary, where a new language is, and added tokens"
+    added = tok.added_tokens_decoder
+    is_mark = {id: token.special for id, token in added.items()}
     texts = (tok.decode([id]) for id in reversed(range(len(tok))) if not is_mark.get(id))
     words = (text for text in texts if _is_word(text.strip()))
-    return ["How old is the river?", *itertools.islice(words, n)]
+    as_text = [token.content for token in added.values() if not token.special]
+    within = [f"the {token} river{token}s" for token in as_text]  # with and without a blank
+    return ["How old is the river?", *itertools.islice(words, n), *within]
 
 
 def _is_word(text: str) -> bool:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cmixtral_nb import finetuning
@@ -681,6 +681,52 @@ def test_dropout_needs_the_merges_of_the_tokenizer(model, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="</s>").save_pretrained(d)
     with pytest.raises(StageError, match="m has a Unigram tokenizer, BPE-dropout needs BPE"):
         s.sft(d, out=tmp_path / "o")
+
+
+def qwen_like(**flags):
+    "A tokenizer that cuts words as Qwen's does, with a token that was added as text"
+    cut = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(cut), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    teacher = trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator(["the river\n\n"] * 9, teacher)
+    tok.add_special_tokens(["<|endoftext|>"])
+    tok.add_tokens([AddedToken("<think>", normalized=False, **flags)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>")
+
+
+def beside(tok, model, folder):
+    "A tokenizer beside the weights of a model"
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(model / name)
+    tok.save_pretrained(folder)
+
+
+def test_dropout_leaves_added_text_whole(model, tmp_path):
+    "In prompts it is one token"
+    beside(qwen_like(), model, tmp_path)
+    tok = load_tokenizer(tmp_path)
+    bpe = s.load_bpe(tmp_path)
+    think = tok.convert_tokens_to_ids("<think>")
+    text = "user\nthe river<think> the river"
+    assert bpe(text) == encode_plain(tok, [text])[0] and think in bpe(text)
+    cuts = [bpe(text, 0.5, k, keep=5) for k in range(9)]
+    assert all(think in ids and tok.decode(ids) == text for ids in cuts)
+    assert len({str(ids) for ids in cuts}) > 5
+    finetuning._require_bpe(tmp_path, s.load_bpe)
+
+
+def test_added_text_that_takes_blanks_is_not_cut_by_dropout(model, tmp_path):
+    beside(qwen_like(rstrip=True), model, tmp_path)
+    with pytest.raises(StageError, match="cut 'the <think> river<think>s' otherwise than"):
+        finetuning._require_bpe(tmp_path, s.load_bpe)
 
 
 def test_a_template_that_does_not_compile_is_refused_before_training(model, tmp_path):
