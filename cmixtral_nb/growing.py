@@ -20,11 +20,14 @@ from cmixtral_nb.checkpoints import (
     resolve_model,
     row_tensors,
     tensor_files,
+    tensor_shapes,
 )
 
 from .adapters import is_finite
 from .corpora import corpus_langs
+from .loading import model_config
 from .options import TRAINED_IN, faults_of, one_of, range_faults, refuse
+from .placement import without_memory
 from .probe import probe_langs
 from .stages import Artifact, StageError, require
 from .tokenizer_files import load_tokenizer, new_tokens
@@ -82,12 +85,35 @@ def old_and_new(
 
 
 # %% ../nbs/a14b_growing.ipynb #fc3492cb
+def _table_faults(model: Path) -> list[str]:
+    "Whether a table beside embedding and head has a row for each token, or one has another name"
+    import torch
+
+    n_rows = embedding_rows(model)
+    as_high = [name for name, shape in tensor_shapes(model).items() if shape[:1] == (n_rows,)]
+    if as_high == row_tensors(as_high) or faults_of(model_config, model):
+        return []  # there is none, or who loads the model says why it cannot be
+    # A matrix may be as high by chance: the model knows which of them are tables
+    net = without_memory(model_config(model), torch.float32)
+    embeddings = [m for m in net.modules() if isinstance(m, torch.nn.Embedding)]
+    tables = [m.weight for m in embeddings if m.num_embeddings == n_rows]
+    if head := net.get_output_embeddings():
+        tables.append(head.weight)
+    found = [name for name, p in net.named_parameters() if any(p is table for table in tables)]
+    return [
+        f"{model}: {name} has a row for each token, and gets no new ones; expected such rows in "
+        "embedding and head alone, under a name that is known, such as embed_tokens and lm_head"
+        for name in found
+        if not row_tensors([name])
+    ]
+
+
 def row_faults(
     model: Path,  # HF model folder
-) -> list[str]:  # one line for each fault: NaN or infinity, a bias of the head, no embedding
+) -> list[str]:  # one line for each: NaN or infinity, a bias of the head, rows that are not known
     "What is wrong with the rows that a model has"
     files = tensor_files(model)
-    faults = faults_of(embedding_rows, model)
+    faults = faults_of(embedding_rows, model) or _table_faults(model)
     if any(
         is_head(name.removesuffix("bias") + "weight") for name in files if name.endswith("bias")
     ):

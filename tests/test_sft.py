@@ -702,6 +702,18 @@ def qwen_like(**flags):
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>")
 
 
+@pytest.mark.parametrize("before", ["", "\n\n", "  \r\n", "  "])
+def test_an_answer_goes_on_where_its_prompt_ends(tok, before):
+    "Though Qwen's way to cut joins line ends"
+    turns = [dict(role="user", content="the river"), dict(role="assistant", content=before + "a")]
+    talk = to_messages(dict(messages=turns))
+    for one in (tok, chat_tokenizer(qwen_like(), "chatml")):
+        prompt, _ = s.encode_chat(one, talk[:1], generate=True)
+        ids, mask = s.encode_chat(one, talk)
+        assert ids[: len(prompt)] == prompt and not any(mask[: len(prompt)])
+        assert mask[len(prompt)]
+
+
 def beside(tok, model, folder):
     "A tokenizer beside the weights of a model"
     for name in ("config.json", "model.safetensors"):
