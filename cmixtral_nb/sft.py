@@ -441,7 +441,7 @@ def answer_bits(
     tok: PreTrainedTokenizerBase,  # its tokenizer
     talks: list[list[dict]],  # conversations
     length: int = 1024,  # tokens; every conversation must fit
-    batch: int = 8,  # conversations at once
+    batch: int = 8,  # conversations in one row
 ) -> float:  # bits for each UTF-8 byte of the answers, end tokens included in the bits
     "How well a model predicts the answers of conversations it has not seen"
     was_training = model.training
@@ -560,13 +560,14 @@ def sft(
         eval_on_start=not done,
         neftune_noise_alpha=_neftune_alpha(neftune, batch),
     )
+    bits = partial(answer_bits, net, tok, length=length, batch=batch)
     run = trainer(
         net,
         Rounds(talks.train, tok, bpe, n_steps * n_step, bpe_dropout, seed, loss_on, length),
         args,
         partial(collate_chat, length=length),
         rows_lr=rows_lr or lr,
-        measure=partial(measured, talks.valid, partial(answer_bits, net, tok, length=length)),
+        measure=partial(measured, talks.valid, bits),
         log=out / "log.jsonl",
         ordered=True,
     )

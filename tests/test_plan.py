@@ -611,6 +611,27 @@ def test_a_checkpoint_that_is_stored_in_4_bits_stays_so():
     )
 
 
+def test_32_bits_on_a_gpu_are_planned_as_such():
+    "Weights twice as large, and CUDA beside them"
+    settings = dict(SEED, load_in_4bit=False)
+    short, full = (
+        settings_plan("mixtral", dict(settings, dtype=dtype), 2048)["bytes"]
+        for dtype in (None, "float32")
+    )
+    assert full["frozen"] == pytest.approx(2 * short["frozen"], rel=0.01)
+    assert full["cuda"] > short["cuda"]
+
+
+def test_conversations_of_a_batch_share_one_mask():
+    "Each token of the row has its pair with each"
+    settings = dict(SEED, batch=4, attn="sdpa")
+    apart, one_row = (
+        settings_plan("mixtral", dict(settings, **more), 512)["bytes"]["activations"]
+        for more in ({}, dict(loss_on="answers"))
+    )
+    assert one_row - apart == (4 * 512) ** 2 - 4 * 512**2
+
+
 def test_gpu_table_says_what_fits():
     lines = gpu_table(
         lambda zero, n: (30 if zero else 45) * GB, cards=(24, 40, 48), most=2

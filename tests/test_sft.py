@@ -570,10 +570,12 @@ def test_both_losses_are_measured_alike(model, tmp_path):
     kw: dict[str, Any] = dict(rank=2, alpha=4, lr=1e-2, steps=2, batch=2, accumulation=1, length=96)
     kw |= dict(valid_share=0.2, eval_every=2, load_in_4bit=False, neftune=0, bpe_dropout=0)
     kw |= dict(conversations=[own_file(tmp_path, KHMER)], lang="km", kept=["en"], device="cpu")
-    on_answers, on_all = (
-        s.sft(model, out=tmp_path / loss_on, loss_on=loss_on, **kw)
-        for loss_on in ("answers", "all")
-    )
+    with patch.object(s, "answer_bits", wraps=s.answer_bits) as measured:
+        on_answers, on_all = (
+            s.sft(model, out=tmp_path / loss_on, loss_on=loss_on, **kw)
+            for loss_on in ("answers", "all")
+        )
+    assert all(call.kwargs["batch"] == 2 for call in measured.call_args_list)  # as in training
     assert on_all.manifest["params"]["loss_on"] == "all"
     for count in ("n_conversations", "n_valid", "n_tokens", "n_answer_tokens"):
         assert on_answers.stats[count] == on_all.stats[count]
