@@ -42,7 +42,7 @@ from cmixtral_nb.conversations import (
 from .chat_tokenizer import FORMS, PAD, chat_tokenizer, template_for
 from .checkpoints import resolve_model
 from .corpus import is_heldout
-from .loading import attention_faults
+from .loading import attention_faults, require_positions
 from .machine import gpu_bytes, say, world_size
 from .options import TRAINED_IN, at_least, faults_of, one_of, range_faults, refuse
 from .packages import package_faults
@@ -99,6 +99,9 @@ def check_sft(
         faults = faults_of(_require_marks, model, options["rows"], template)
         faults += faults_of(_require_template, model, template)
         faults += attention_faults(resolve_model(model), options["attn"])
+        faults += faults_of(
+            require_positions, resolve_model(model), options["length"], "use --length"
+        )
         faults += plan_faults(
             resolve_model(model),
             options,

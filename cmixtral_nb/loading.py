@@ -12,6 +12,7 @@ __all__ = [
     "nf4_config",
     "load_model",
     "attention_faults",
+    "require_positions",
     "cache_name",
     "save_4bit",
     "save_stock",
@@ -29,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .adapter_forms import single_form
 from cmixtral_nb.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -41,8 +41,6 @@ from cmixtral_nb.adapters import (
     require_adapter,
     trained_on,
 )
-from .checkpoints import resolve_model, row_tensors, tensor_shapes
-from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from cmixtral_nb.experts import (
     METHOD,
     decoded_config,
@@ -57,6 +55,10 @@ from cmixtral_nb.experts import (
     split_experts,
     stacked_experts,
 )
+
+from .adapter_forms import single_form
+from .checkpoints import resolve_model, row_tensors, tensor_shapes
+from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from .machine import chosen_dtype, quiet, say, trim_memory
 from .manifests import read_manifest
 from .mixtral import BLOCK_IN_MEMORY, BLOCK_ON_DISK
@@ -376,6 +378,24 @@ def attention_faults(
     if not asked.startswith("flash"):
         return []
     return faults_of(model_config, folder) or _flash_faults(model_config(folder), asked)
+
+
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions)\.weight$")
+
+
+def require_positions(
+    folder: str | Path,  # model folder
+    length: int,  # tokens of a text
+    remedy: str,  # a command or an option, before the number
+) -> None:
+    "`StageError` where a text has more tokens than there are learned positions (GPT-2, OPT)"
+    if not any(map(_POSITIONS.search, tensor_shapes(folder))):
+        return
+    most = model_config(folder).get_text_config().max_position_embeddings
+    require(
+        length <= most,
+        f"{folder} has learned {most:,} positions, length is {length:,}; {remedy} {most}",
+    )
 
 
 def _flash_faults(config: PretrainedConfig, asked: str) -> list[str]:

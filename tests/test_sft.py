@@ -737,6 +737,17 @@ def test_dropout_leaves_added_text_whole(model, tmp_path):
     finetuning._require_bpe(tmp_path, s.load_bpe)
 
 
+def test_a_text_beyond_the_last_position_is_refused(tmp_path):
+    "GPT-2 has learned so many, and would end in a traceback"
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=64)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "m")
+    qwen_like().save_pretrained(tmp_path / "m")
+    with pytest.raises(StageError, match="m has learned 64 positions, length is 65; use --length"):
+        s.sft(tmp_path / "m", out=tmp_path / "o", length=65, template="chatml")
+
+
 def test_added_text_that_takes_blanks_is_not_cut_by_dropout(model, tmp_path):
     beside(qwen_like(rstrip=True), model, tmp_path)
     with pytest.raises(StageError, match="cut 'the <think> river<think>s' otherwise than"):
