@@ -46,6 +46,7 @@ from .loading import attention_faults, require_positions
 from .machine import gpu_bytes, say, world_size
 from .options import TRAINED_IN, at_least, faults_of, one_of, range_faults, refuse
 from .packages import package_faults
+from .packing import special_ids
 from .plan import plan_faults
 from .qlora import parameter_table, quantised
 from .stages import StageError, input_fingerprint, require, tokenizer_fingerprint
@@ -92,6 +93,8 @@ def check_sft(
     "`StageError` with everything that is wrong with a request to `sft`"
     faults = request_faults(**options) + package_faults(dict(options, device=device))
     faults += faults_of(_require_tokenizer, model)
+    if not faults:
+        faults = faults_of(special_ids, load_tokenizer(resolve_model(model)))
     if options["bpe_dropout"] and not faults:
         faults += faults_of(_require_bpe, model, load_bpe)
     if not faults:

@@ -748,6 +748,17 @@ def test_a_text_beyond_the_last_position_is_refused(tmp_path):
         s.sft(tmp_path / "m", out=tmp_path / "o", length=65, template="chatml")
 
 
+def test_a_tokenizer_without_an_end_is_refused(model, tmp_path):
+    "The rows of its marks would begin from nothing"
+    endless = qwen_like()
+    endless.eos_token = None
+    endless.bos_token = "<|endoftext|>"
+    (tmp_path / "m").mkdir()
+    beside(endless, model, tmp_path / "m")
+    with pytest.raises(StageError, match="names no eos_token, expected the token that ends"):
+        s.sft(tmp_path / "m", out=tmp_path / "o")
+
+
 def test_added_text_that_takes_blanks_is_not_cut_by_dropout(model, tmp_path):
     beside(qwen_like(rstrip=True), model, tmp_path)
     with pytest.raises(StageError, match="cut 'the <think> river<think>s' otherwise than"):
@@ -845,7 +856,7 @@ def test_what_languages_decide_is_in_the_manifest(micro):
     "option,value",
     [
         *[("length", n) for n in (2, 15, -1)],
-        *[("warmup", n) for n in (-1, float("nan"), float("inf"))],
+        *[("warmup", n) for n in (-1, 1, float("nan"), float("inf"))],
         *[("lr", n) for n in (0, -1, float("nan"), float("inf"))],
         *[("rows_lr", n) for n in (-1, float("nan"), float("inf"))],
         *[(name, 0) for name in ("eval_every", "save_every", "log_every", "batch", "rank")],
