@@ -78,7 +78,11 @@ _MOST_CHARS = 1_000_000  # of a conversation; training reads the first `length` 
 
 
 def _checked(messages: list[dict]) -> list[dict]:
-    "Messages that end with an answer; `ValueError` where words are missing or out of order"
+    """Messages that end with an answer; `ValueError` where words are missing or out of order
+
+    Empty lines before an answer are left out: many tokenizers would join them with the line end
+    after the role, and the answer would not go on where a prompt ends.
+    """
     for message in messages:
         _check_words(message)
     if sum(len(message["content"]) for message in messages) > _MOST_CHARS:
@@ -90,7 +94,14 @@ def _checked(messages: list[dict]) -> list[dict]:
         roles.pop()
     turns = roles[1:] if roles[0] == "system" else roles
     _check_turns(turns)
-    return messages[: len(roles)]
+    return [_without_empty_lines(message) for message in messages[: len(roles)]]
+
+
+def _without_empty_lines(message: dict) -> dict:
+    "An answer that begins with its first line of words, indented as it was"
+    if message["role"] != "assistant":
+        return message
+    return dict(message, content=re.sub(r"^\s*[\r\n]", "", message["content"]))
 
 
 def _check_words(message: dict) -> None:
