@@ -42,10 +42,11 @@ from cmixtral_nb.conversations import (
 from .chat_tokenizer import FORMS, PAD, chat_tokenizer, template_for
 from .checkpoints import resolve_model
 from .corpus import is_heldout
-from .loading import attention_faults
+from .loading import attention_faults, require_positions
 from .machine import gpu_bytes, say, world_size
 from .options import TRAINED_IN, at_least, faults_of, one_of, range_faults, refuse
 from .packages import package_faults
+from .packing import special_ids
 from .plan import plan_faults
 from .qlora import parameter_table, quantised
 from .stages import StageError, input_fingerprint, require, tokenizer_fingerprint
@@ -92,6 +93,8 @@ def check_sft(
     "`StageError` with everything that is wrong with a request to `sft`"
     faults = request_faults(**options) + package_faults(dict(options, device=device))
     faults += faults_of(_require_tokenizer, model)
+    if not faults:
+        faults = faults_of(special_ids, load_tokenizer(resolve_model(model)))
     if options["bpe_dropout"] and not faults:
         faults += faults_of(_require_bpe, model, load_bpe)
     if not faults:
@@ -99,6 +102,9 @@ def check_sft(
         faults = faults_of(_require_marks, model, options["rows"], template)
         faults += faults_of(_require_template, model, template)
         faults += attention_faults(resolve_model(model), options["attn"])
+        faults += faults_of(
+            require_positions, resolve_model(model), options["length"], "use --length"
+        )
         faults += plan_faults(
             resolve_model(model),
             options,
@@ -138,11 +144,14 @@ def _require_bpe(model: str | Path, load_bpe: Callable[[Path], _Cut]) -> None:
 
 
 def _probes(tok: PreTrainedTokenizerBase, n: int = 20) -> list[str]:
-    "English, and the last words of the vocabulary: those of a new language, if it was extended"
-    is_mark = {id: token.special for id, token in tok.added_tokens_decoder.items()}
+    "English, words from the end of the vocabulary, where a new language is, and added tokens"
+    added = tok.added_tokens_decoder
+    is_mark = {id: token.special for id, token in added.items()}
     texts = (tok.decode([id]) for id in reversed(range(len(tok))) if not is_mark.get(id))
     words = (text for text in texts if _is_word(text.strip()))
-    return ["How old is the river?", *itertools.islice(words, n)]
+    as_text = [token.content for token in added.values() if not token.special]
+    within = [f"the {token} river{token}s" for token in as_text]  # with and without a blank
+    return ["How old is the river?", *itertools.islice(words, n), *within]
 
 
 def _is_word(text: str) -> bool:

@@ -165,7 +165,7 @@ RANGES = {
     "top_p": between(0, 1),
     "utilisation": Range(lambda value: _is_number(value) and 0 < value <= 1, "above 0, at most 1"),
     "valid_share": between(0, 1, below=True),
-    "warmup": at_least(0),
+    "warmup": between(0, 1, below=True),
     "workers": between(1, 256),
     "zero": one_of(0, 2),
 }

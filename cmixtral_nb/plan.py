@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .bits import BLOCKS, FEW_LOGITS
-from .checkpoints import tensor_files
+from .checkpoints import row_tensors, tensor_files
 from .experts import METHOD
 from .machine import available_bytes, gpu_bytes
 from .options import faults_of, range_faults, refuse
@@ -209,15 +209,17 @@ def _in_4bit(shape: _Shape) -> list[tuple[int, int]]:
 
 
 def _largest(shape: _Shape) -> int:
-    "Numbers in the largest matrix but embedding and head"
-    return max(n_out * n_in for _, n_out, n_in, _ in _matrices(shape))
+    "Numbers in the largest matrix but embedding and head; 0: LoRA reaches none (GPT-2)"
+    return max((n_out * n_in for _, n_out, n_in, _ in _matrices(shape)), default=0)
 
 
 def _unpacked(shape: _Shape, value_bytes: int) -> int:
     "Weights that leave 4 bits together: a matrix, or a group of many small experts"
+    if shape.n_experts < FEWEST:
+        return _largest(shape)
     one = shape.width * shape.inner_width
     in_a_group = AT_ONCE["cuda" if value_bytes == 2 else "cpu"] // one
-    if shape.n_experts < FEWEST or in_a_group < IN_A_GROUP:
+    if in_a_group < IN_A_GROUP:
         return _largest(shape)
     return max(_largest(shape), min(in_a_group, shape.n_experts) * one)
 
@@ -519,11 +521,16 @@ def memory_plan(
     zero: int = 0,  # 0: data parallel, 2: DeepSpeed ZeRO-2
     n_gpus: int = 1,  # side by side
     attn: str = "flash_attention_2",  # or sdpa, eager: these take a mask for packed documents
+    on_gpu: bool | None = None,  # None: where it computes in 16 bits
+    joined: bool = False,  # the examples of a batch are one row, as conversations are
 ) -> dict[str, dict]:  # parameters by kind; trainable: lora, rows; bytes on each GPU, with total
     "What QLoRA training needs, before anything is downloaded"
     shape = _shape(config)
     size = vocab_size or shape.vocab_size
     value_bytes = _BYTES[dtype]
+    if on_gpu is None:
+        on_gpu = value_bytes == 2
+    pairs = (batch * length) ** 2 if joined else batch * length**2
     parameters = count_parameters(config, size)
     trainable = dict(
         lora=lora_parameters(config, rank),
@@ -551,10 +558,10 @@ def memory_plan(
         rows=rows,
         value_bytes=value_bytes,
         checkpointing=checkpointing,
-        pairs=0 if attn == _FLASH else batch * length**2,
+        pairs=0 if attn == _FLASH else pairs,
     )
     counted = sizes["static"] + sizes["copies"] + sizes["peak"]
-    sizes["cuda"] = _CUDA_BYTES + _GAPS * counted if value_bytes == 2 else 0
+    sizes["cuda"] = _CUDA_BYTES + _GAPS * counted if on_gpu else 0
     sizes["total"] = counted + sizes["cuda"]
     rounded = {kind: round(n_bytes) for kind, n_bytes in sizes.items()}
     return dict(parameters=parameters, trainable=trainable, bytes=rounded)
@@ -651,16 +658,19 @@ def settings_plan(
     sizes = _as_dict(config)
     names = ("rank", "rows", "optim", "batch", "dropout", "zero", "attn")
     same = {name: settings[name] for name in names if name in settings}
+    in_32_bits = device == "cpu" or settings.get("dtype") == "float32"
     return memory_plan(
         sizes,
         vocab_size,
         **same,
         n_old=settings.get("n_old") or vocab_rows(sizes),
         load_in_4bit=settings.get("load_in_4bit", True) or stored_in_4bit(sizes),
-        dtype="float32" if device == "cpu" else "bfloat16",
+        dtype="float32" if in_32_bits else "bfloat16",
         length=length,
         checkpointing=_checkpoints(settings, device),
         n_gpus=n_gpus,
+        on_gpu=device != "cpu",
+        joined="loss_on" in settings,  # an option of `sft` alone
     )
 
 
@@ -941,8 +951,7 @@ def _rewritten_bytes(files: dict[str, Path], base: int) -> int:
     "Bytes of the shards with embedding or head: `init` writes them again, it links the others"
     if not files:
         return min(base, 2 * 5 * 10**9)  # on the hub, two shards of 5 GB
-    tables = ("embed_tokens", "lm_head")
-    return _file_bytes(f for name, f in files.items() if any(table in name for table in tables))
+    return _file_bytes(files[name] for name in row_tensors(files))
 
 
 def _file_bytes(files: Iterable[Path]) -> int:

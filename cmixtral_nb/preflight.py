@@ -221,7 +221,7 @@ def disk_of(
         inputs["vocab_size"],
         sum(planned["trainable"].values()),
         planned["bytes"]["optimiser"],
-        n_tokens,
+        _tokens_of_text(recipe, n_tokens),
         width=4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2,
         folder=Path(model) if here else None,
         keep_last=settings("pretrain", recipe)["keep_last"],
@@ -233,6 +233,14 @@ def disk_of(
     if "control" in recipe:
         disk |= _control_disk(recipe, disk, n_tokens)
     return disk
+
+
+def _tokens_of_text(recipe: dict, n_tokens: int) -> int:
+    "Tokens that lie on disk, however often they are read"
+    chosen = settings("pretrain", recipe)
+    if chosen["steps"]:
+        return round(recipe.get("tokens", 0)) or n_tokens
+    return round(n_tokens / chosen["epochs"])
 
 
 def _control_disk(recipe: dict, disk: dict[str, int], n_tokens: int) -> dict[str, int]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from .bits import bits_per_byte
 from .checkpoints import embedding_rows, resolve_model
 from .corpora import corpus_langs, corpus_texts, held_out_faults
-from .loading import attention_faults
+from .loading import attention_faults, require_positions
 from .machine import gpu_bytes, process_rank, world_size
 from .manifests import read_manifest
 from .options import TRAINED_IN, at_least, between, faults_of, range_faults, refuse
@@ -39,7 +39,7 @@ from .qlora import parameter_table, quantised
 from .stages import Artifact, input_fingerprint, read_json, same_tokenizer, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 
 # %% ../nbs/a20b_pretraining.ipynb #af9144ef
@@ -96,6 +96,8 @@ def check_pretrain(
     faults += _example_faults(packed, options)
     faults += _corpus_faults(packed, corpus)
     faults += attention_faults(folder, options["attn"])
+    remedy = "run: cmixtral pack --length"
+    faults += faults_of(require_positions, folder, packed.stats["length"], remedy)
     faults += _watch_faults(packed, options)
     faults += wrong
     if not faults and not options["steps"]:
@@ -284,7 +286,7 @@ def _beginning(texts: list[str], n_chars: int) -> list[str]:
 # %% ../nbs/a20b_pretraining.ipynb #3a2fd550
 def bytes_per_step(
     packed: dict[str, Any],  # stats of a tokens folder
-    n_step: int,  # examples in a step
+    n_step: float,  # examples in a step, on average
 ) -> dict[str, float]:  # language -> bytes of text
     "How much text of each language a step reads on average"
     sources = packed["sources"]
@@ -308,14 +310,13 @@ def run_stats(
     "What the manifest of an adapter says of its training"
     losses = [line["loss"] for line in log if "loss" in line]
     steps = run.state.global_step
-    args = run.args
-    n_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    n_examples = _examples_read(steps, run.args, packed)
     return dict(
         tokenizer=packed.manifest["tokenizer"],
         base=input_fingerprint(base),
         steps=steps,
-        n_trained_tokens=steps * n_step * packed.stats["length"],
-        bytes_per_step=bytes_per_step(packed.stats, n_step),
+        n_trained_tokens=n_examples * packed.stats["length"],
+        bytes_per_step=bytes_per_step(packed.stats, n_examples / max(1, steps)),
         loss=dict(first=losses[0], last=losses[-1]),
         bpb=_bpb_changes(log),
         alarms=[f"step {line['step']:,}: {line['alarm']}" for line in log if "alarm" in line],
@@ -323,6 +324,15 @@ def run_stats(
         quantised=quantised(model),
         quantised_dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _examples_read(steps: int, args: TrainingArguments, packed: Artifact) -> int:
+    "Examples of so many steps; the last step of an epoch has what is left of its batches"
+    n_batch = args.train_batch_size * args.world_size
+    n_batches = packed.stats["n_rows"] // n_batch  # in an epoch
+    n_steps = math.ceil(n_batches / args.gradient_accumulation_steps)
+    epochs, more = divmod(steps, max(1, n_steps))
+    return (epochs * n_batches + more * args.gradient_accumulation_steps) * n_batch
 
 
 def _bpb_changes(log: list[dict]) -> dict[str, dict[str, float]]:

@@ -136,6 +136,20 @@ def _namesakes(model: PreTrainedModel, targets: list[str]) -> list[str] | None:
     return found or None
 
 
+def _tables(model: PreTrainedModel, rows: str) -> list[str]:
+    "What peft is to train: embed_tokens and lm_head, or what a family calls them"
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    embedding = names[model.get_input_embeddings()]
+    if _is_tied(model) and (rows == "new" or embedding == "embed_tokens"):
+        return [embedding]  # peft adds the head, which is the same matrix
+    return [embedding, names[model.get_output_embeddings()]]
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    "Whether the head is the embedding"
+    return model.config.get_text_config().tie_word_embeddings
+
+
 def _lora_config(
     model: PreTrainedModel, rank: int, alpha: float, dropout: float, rows: str, n_old: int
 ) -> LoraConfig:
@@ -152,11 +166,13 @@ def _lora_config(
             'rows="new" needs n_old, the rows before the vocabulary grew, '
             f"from 1 to {n_rows - 1:,}; found {n_old}"
         )
-    refuse(faults)
-    tied = model.config.get_text_config().tie_word_embeddings  # then the head is the embedding
-    matrices = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
-    new = list(range(n_old, n_rows))
     targets = _lora_targets(model) if rank else DUMMY_TARGET_MODULES
+    if not targets:
+        kind = model.config.model_type
+        faults.append(f"{kind} has no linear layer for LoRA; give rank 0, or another model")
+    refuse(faults)
+    tables = _tables(model, rows)
+    new = list(range(n_old, n_rows))
     return LoraConfig(
         r=rank or 1,
         lora_alpha=alpha,
@@ -164,9 +180,9 @@ def _lora_config(
         task_type="CAUSAL_LM",
         target_modules=targets,
         exclude_modules=_namesakes(model, targets) if rank else None,
-        modules_to_save=matrices if rows == "all" else None,
-        trainable_token_indices=dict.fromkeys(matrices, new) if rows == "new" else None,
-        ensure_weight_tying=tied and rows == "all",
+        modules_to_save=tables if rows == "all" else None,
+        trainable_token_indices=dict.fromkeys(tables, new) if rows == "new" else None,
+        ensure_weight_tying=_is_tied(model) and rows == "all",
     )
 
 
@@ -247,6 +263,16 @@ def ready_to_train(
 
 
 # %% ../nbs/08_qlora.ipynb #99707932
+def _without_copy(model: PeftModel) -> list[str]:
+    "Which of embedding and head have no rows that are trained"
+    tables = dict(embedding=model.get_input_embeddings(), head=model.get_output_embeddings())
+    return [
+        name
+        for name, table in tables.items()
+        if not any(p.requires_grad for p in table.parameters())
+    ]
+
+
 def add_lora(
     model: PreTrainedModel,  # from `load_model(..., trainable=True)`
     rank: int = 64,  # r of the two thin matrices; 0: no LoRA, the rows alone
@@ -271,6 +297,8 @@ def add_lora(
     ready_to_train(with_lora)
     if rank and (missed := without_lora(with_lora)):
         raise StageError(f"LoRA is missing on {len(missed)} matrices, such as {missed[0]}")
+    if rows != "none" and (missed := _without_copy(with_lora)):
+        raise StageError(f"{' and '.join(missed)} would not be trained; give rows none")
     return with_lora
 
 
@@ -278,8 +306,8 @@ def add_lora(
 _PARTS = {  # what the name of a parameter holds -> the part of the model; the first that fits
     r"vision|multi_modal": "vision",
     r"\.experts\.": "experts",
-    r"embed_tokens|embeddings|\.wte\.|\.wpe\.": "embedding",
-    r"lm_head": "head",
+    r"embed_tokens|embed_in|embeddings|\.wte\.|\.wpe\.": "embedding",
+    r"lm_head|embed_out": "head",
     r"shared_(expert|mlp)": "shared",  # by all tokens
     r"\.mlp\.|feed_forward|(gate|up|down)_proj": "feed-forward",
     r"_proj|attn|mixer": "attention",  # or what stands in its place, such as Mamba

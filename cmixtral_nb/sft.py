@@ -11,6 +11,7 @@ __all__ = [
     "decode_chat",
     "BPE",
     "dropout_encoder",
+    "never_cut",
     "PairBPE",
     "load_bpe",
     "grow_rows",
@@ -25,6 +26,7 @@ import heapq
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -131,8 +133,10 @@ class BPE:
     def __init__(
         self,
         sp: SentencePieceProcessor,  # of a BPE model
+        added: dict[str, int] | None = None,  # from `never_cut`
     ):
         self.sp = sp
+        self.added = added or {}
         self.ids: dict[str, int] = {}  # piece -> id
         self.costs: dict[str, float] = {}  # piece -> the lower, the sooner it is joined
         self.byte_ids: dict[str, int] = {}  # "<0x0A>" -> id
@@ -152,6 +156,26 @@ class BPE:
         keep: int = 0,  # characters at the start that are cut as ever
     ) -> list[int]:
         rng = random.Random(seed)
+        ids = []
+        start = 0
+        for part in self._parts(text):
+            if part in self.added:
+                ids.append(self.added[part])
+            else:
+                ids += self._cut(part, p, rng, max(0, keep - start))
+            start += len(part)
+        return ids
+
+    def _parts(self, text: str) -> list[str]:
+        "Added tokens, the longer first as the library finds them, and the words between them"
+        if not self.added:
+            return [text]
+        longest_first = sorted(self.added, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        return [part for part in parts if part]
+
+    def _cut(self, text: str, p: float, rng: random.Random, keep: int) -> list[int]:
+        "Ids of words without added tokens"
         ids = []
         for symbols, n_kept in self.stretches(text, keep, p > 0):
 
@@ -234,6 +258,17 @@ def dropout_encoder(
 
 
 # %% ../nbs/11_sft.ipynb #a1f1ba42
+def never_cut(
+    tok: Tokenizer,  # of the library `tokenizers`
+) -> dict[str, int]:  # token -> id
+    "Added tokens that are text, such as Qwen's <think>; those that take blanks too are left out"
+    return {
+        token.content: i
+        for i, token in tok.get_added_tokens_decoder().items()
+        if not (token.special or token.lstrip or token.rstrip or token.single_word)
+    }
+
+
 class PairBPE(BPE):
     "The merges of a tokenizer.json: pairs in the order of their ranks, within pre-tokens"
 
@@ -242,6 +277,7 @@ class PairBPE(BPE):
         tok: Tokenizer,  # of the library `tokenizers`, with a model BPE
     ):
         self.tok = tok
+        self.added = never_cut(tok)
         model = json.loads(tok.to_str())["model"]
         self.ids = model["vocab"]
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
@@ -287,10 +323,12 @@ def load_bpe(
     "The merges of a model's tokenizer"
     import sentencepiece
 
+    tok = load_tokenizer(folder).backend_tokenizer
     if not (folder / "tokenizer.model").is_file():
-        return PairBPE(load_tokenizer(folder).backend_tokenizer)
+        return PairBPE(tok)
     model_file = str(folder / "tokenizer.model")
-    return BPE(sentencepiece.SentencePieceProcessor(model_file=model_file))
+    sp = sentencepiece.SentencePieceProcessor(model_file=model_file)
+    return BPE(sp, never_cut(tok))
 
 
 # %% ../nbs/11_sft.ipynb #dcb39ecb
@@ -403,7 +441,7 @@ def answer_bits(
     tok: PreTrainedTokenizerBase,  # its tokenizer
     talks: list[list[dict]],  # conversations
     length: int = 1024,  # tokens; every conversation must fit
-    batch: int = 8,  # conversations at once
+    batch: int = 8,  # conversations in one row
 ) -> float:  # bits for each UTF-8 byte of the answers, end tokens included in the bits
     "How well a model predicts the answers of conversations it has not seen"
     was_training = model.training
@@ -522,13 +560,14 @@ def sft(
         eval_on_start=not done,
         neftune_noise_alpha=_neftune_alpha(neftune, batch),
     )
+    bits = partial(answer_bits, net, tok, length=length, batch=batch)
     run = trainer(
         net,
         Rounds(talks.train, tok, bpe, n_steps * n_step, bpe_dropout, seed, loss_on, length),
         args,
         partial(collate_chat, length=length),
         rows_lr=rows_lr or lr,
-        measure=partial(measured, talks.valid, partial(answer_bits, net, tok, length=length)),
+        measure=partial(measured, talks.valid, bits),
         log=out / "log.jsonl",
         ordered=True,
     )

@@ -350,6 +350,21 @@ def _changes(old: dict, new: dict) -> str:
     return "; ".join(changes) or "another version of the stage"
 
 
+def _prints(request: dict) -> dict[str, str]:
+    "Input -> fingerprint"
+    return {name: given["fingerprint"] for name, given in request["inputs"].items()}
+
+
+def _is_same(old: dict, new: dict) -> bool:
+    "Whether a manifest or a mark tells of a request; 128 and 128.0 are one value in two spellings"
+    if old.get("key") == new["key"]:
+        return True
+    asked = old.get("asked", old)  # a mark has it apart, or not at all
+    named = ("kind", "schema", "params")
+    same = all(asked.get(name) == new[name] for name in named)
+    return same and _prints(asked) == _prints(new)
+
+
 def _nothing_at(out: Path) -> bool:
     "Whether a folder is still to be made; one without a single file or folder is nobody's loss"
     return not out.exists() or (out.is_dir() and not any(out.iterdir()))
@@ -371,7 +386,7 @@ def _ready(
     old = Artifact(out, read_manifest(out))
     damage = old.damage()
     fault = ""
-    if old.key != request["key"]:
+    if not _is_same(old.manifest, request):
         fault = (
             f"{out} is {_words_for(old.kind)[0]} made with {_changes(old.manifest, request)}; "
             "run again with --force, or choose another --out"
@@ -399,7 +414,7 @@ def _state(out: Path, request: dict) -> str:
     old = Artifact(out, read_manifest(out))
     if damage := old.damage():
         return f"damaged: {damage[0]}"
-    if old.key != request["key"]:
+    if not _is_same(old.manifest, request):
         return f"stale: {_changes(old.manifest, request)}"
     return "up to date"
 
@@ -539,7 +554,7 @@ def _begin(
 ) -> None:
     "An empty `out.tmp` with the mark of this process; what the same request left there stays"
     left = signed(lock)
-    if not work or left.get("key") != request["key"]:
+    if not work or not _is_same(left, request):
         if _has_work(tmp, work):
             old = left.get("asked")
             changes = _changes(old, request) if old else "another request"

@@ -13,6 +13,7 @@ __all__ = [
     "read_log",
     "saved_checkpoints",
     "drop_half_written",
+    "require_same_processes",
     "flops_per_token",
     "log_speed",
     "Numbered",
@@ -34,6 +35,7 @@ __all__ = [
 # %% ../nbs/a20_training.ipynb #01fe9982
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -87,12 +89,21 @@ def read_log(
 
 
 # %% ../nbs/a20_training.ipynb #5bda6614
+_COMPLETE = "complete"  # file in a checkpoint: how many processes wrote it, the last thing they did
+
+
 def saved_checkpoints(
     folder: Path,  # holds checkpoint-N folders
 ) -> list[Path]:  # oldest first
     "Checkpoints that were written to their end: the mark is the last file written"
-    marks = Path(folder).glob("checkpoint-*/complete")
-    return sorted((mark.parent for mark in marks), key=_step_of)
+    whole = [checkpoint for checkpoint in _checkpoints(folder) if (checkpoint / _COMPLETE).exists()]
+    return sorted(whole, key=_step_of)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    "Whole and half-written ones; a copy of another name, checkpoint-backup, is not ours"
+    named = Path(folder).glob("checkpoint-*")
+    return [path for path in named if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -105,10 +116,27 @@ def drop_half_written(
 ) -> None:
     "Remove checkpoints without the mark, once for all processes"
     if process_rank() == 0:
-        for checkpoint in Path(folder).glob("checkpoint-*"):
-            if not (checkpoint / "complete").exists():
+        for checkpoint in _checkpoints(folder):
+            if not (checkpoint / _COMPLETE).exists():
                 shutil.rmtree(checkpoint)
     meet()
+
+
+def require_same_processes(
+    checkpoint: Path,  # whole
+) -> None:
+    "`StageError` unless as many processes train as before: they divide the examples of a step"
+    begun_with = (checkpoint / _COMPLETE).read_text().strip()
+    if not begun_with.isdecimal() or int(begun_with) == world_size():
+        return
+    n = int(begun_with)
+    remedy = f"put in front of the command: torchrun --nproc-per-node {n} --no-python"
+    if n == 1:
+        remedy = "run the command without torchrun"
+    raise StageError(
+        f"{checkpoint.parent} was begun with {n} processes, found {world_size()}; {remedy}; "
+        "or delete that folder to begin anew"
+    )
 
 
 # %% ../nbs/a20_training.ipynb #60b9c6bd
@@ -219,7 +247,7 @@ def _log_keeper(
             meet()  # each process has written its random state
             if state.is_world_process_zero:
                 checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_text(checkpoint / "complete", "")
+                write_text(checkpoint / _COMPLETE, str(args.world_size))
 
         def on_log(self, args, state, control, logs, model, **kw):
             if not state.is_world_process_zero:
@@ -494,7 +522,10 @@ def ready_checkpoints(
             say("training", f"{saved[-1].name} is damaged ({fault}); {then}")
             shutil.rmtree(saved[-1])
     meet()
-    return saved_checkpoints(folder)
+    saved = saved_checkpoints(folder)
+    if saved:
+        require_same_processes(saved[-1])
+    return saved
 
 
 # %% ../nbs/a20_training.ipynb #ad2c96f1

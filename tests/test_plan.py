@@ -254,6 +254,20 @@ def test_every_family_is_planned(name):
     assert planning.inference_bytes(config)["cache"] > 0
 
 
+_UNGATED = ["bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mamba", "opt"]
+
+
+@pytest.mark.parametrize("name", _UNGATED)
+def test_a_model_without_gated_networks_is_planned(name):
+    "Its matrices are not those of a Llama; of GPT-2, LoRA reaches none"
+    sizes = dict(vocab_size=500, hidden_size=64, num_attention_heads=4)
+    config = AutoConfig.for_model(name, **sizes).to_dict()
+    plan = memory_plan(config, rank=8, n_old=400, rows="new")
+    assert bool(plan["trainable"]["lora"]) == (name != "gpt2")
+    assert plan["bytes"]["static"] < plan["bytes"]["total"]
+    assert planning.inference_bytes(config)["total"] > plan["bytes"]["frozen"]
+
+
 @pytest.mark.parametrize("family", test_experts.FAMILIES)
 def test_a_mixture_holds_what_was_planned(family, tmp_path):
     "Frozen weights in 4 bits, LoRA on each matrix, and the cache of what was read"
@@ -595,6 +609,27 @@ def test_a_checkpoint_that_is_stored_in_4_bits_stays_so():
         settings_plan(c, dict(SEED, load_in_4bit=False), 2048)["bytes"]["frozen"]
         == settings_plan(c, SEED, 2048)["bytes"]["frozen"]
     )
+
+
+def test_32_bits_on_a_gpu_are_planned_as_such():
+    "Weights twice as large, and CUDA beside them"
+    settings = dict(SEED, load_in_4bit=False)
+    short, full = (
+        settings_plan("mixtral", dict(settings, dtype=dtype), 2048)["bytes"]
+        for dtype in (None, "float32")
+    )
+    assert full["frozen"] == pytest.approx(2 * short["frozen"], rel=0.01)
+    assert full["cuda"] > short["cuda"]
+
+
+def test_conversations_of_a_batch_share_one_mask():
+    "Each token of the row has its pair with each"
+    settings = dict(SEED, batch=4, attn="sdpa")
+    apart, one_row = (
+        settings_plan("mixtral", dict(settings, **more), 512)["bytes"]["activations"]
+        for more in ({}, dict(loss_on="answers"))
+    )
+    assert one_row - apart == (4 * 512) ** 2 - 4 * 512**2
 
 
 def test_gpu_table_says_what_fits():

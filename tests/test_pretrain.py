@@ -110,6 +110,13 @@ def test_killed_for_real(here, whole):
     shutil.copytree(kept / "checkpoint-2", kept / "checkpoint-3")  # a newer one, cut short
     (kept / "checkpoint-3/complete").unlink()
     (kept / "checkpoint-3/adapter_model.safetensors").write_bytes(b"half")
+    (kept / "checkpoint-backup").mkdir()  # by a careful user
+    mark = kept / "checkpoint-2/complete"
+    assert mark.read_text() == "1"
+    mark.write_text("2")
+    with pytest.raises(StageError, match="begun with 2 processes, found 1; .*-per-node 2"):
+        pretrain(here / "model", here / "tokens", here / "again", **ARGS)
+    mark.write_text("1")
     again = pretrain(here / "model", here / "tokens", here / "again", **ARGS)
     assert again.fingerprint == whole.fingerprint
     assert (again / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()

@@ -419,6 +419,49 @@ def test_rows_alone(here, tmp_path, rows):
         add_lora(load_model(here / "model"), rank=0, rows="none")
 
 
+_OTHER_NAMES = {
+    "gpt_neox": dict(intermediate_size=64),  # embed_in, and on disk embed_out
+    "mpt": dict(max_seq_len=64),  # wte, tied
+    "bloom": {},  # word_embeddings, tied
+}
+
+
+@pytest.mark.parametrize("rows", ["all", "new"])
+@pytest.mark.parametrize("family", _OTHER_NAMES)
+def test_an_embedding_of_another_name_is_trained_and_merged(tmp_path, family, rows):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = AutoConfig.for_model(family, **sizes, **_OTHER_NAMES[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    frozen = load_model(tmp_path / "model", trainable=True)
+    if rows == "all":
+        frozen.resize_token_embeddings(104, mean_resizing=False)  # as for marks of a chat
+    m = add_lora(frozen, 4, rows=rows, n_old=90)
+    tables = {m.get_input_embeddings(), m.get_output_embeddings()}
+    copies = {p for table in tables for p in table.parameters() if p.requires_grad}
+    assert len(copies) == (1 if config.tie_word_embeddings else 2)
+    for p in copies:
+        p.data += torch.randn_like(p)
+    save_adapter(m, tmp_path / "adapter")
+    made = merge(tmp_path / "model", tmp_path / "adapter", out=tmp_path / "merged", device="cpu")
+    ids = torch.arange(70, 100)[None]
+    read = load_model(tmp_path / "model", adapter=tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, m.eval()(ids).logits)
+        torch.testing.assert_close(load_model(made)(ids).logits, m(ids).logits)
+
+
+def test_a_model_without_linear_layers_gets_no_lora():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", vocab_size=100, n_embd=32, n_layer=1, n_head=2)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(StageError, match="gpt2 has no linear layer for LoRA; give rank 0"):
+        add_lora(model)
+    assert add_lora(model, rank=0)
+
+
 def trained(m):
     "Loss and gradients of a step under autocast"
     with torch.autocast("cpu", torch.bfloat16):

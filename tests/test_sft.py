@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cmixtral_nb import finetuning
@@ -570,10 +570,12 @@ def test_both_losses_are_measured_alike(model, tmp_path):
     kw: dict[str, Any] = dict(rank=2, alpha=4, lr=1e-2, steps=2, batch=2, accumulation=1, length=96)
     kw |= dict(valid_share=0.2, eval_every=2, load_in_4bit=False, neftune=0, bpe_dropout=0)
     kw |= dict(conversations=[own_file(tmp_path, KHMER)], lang="km", kept=["en"], device="cpu")
-    on_answers, on_all = (
-        s.sft(model, out=tmp_path / loss_on, loss_on=loss_on, **kw)
-        for loss_on in ("answers", "all")
-    )
+    with patch.object(s, "answer_bits", wraps=s.answer_bits) as measured:
+        on_answers, on_all = (
+            s.sft(model, out=tmp_path / loss_on, loss_on=loss_on, **kw)
+            for loss_on in ("answers", "all")
+        )
+    assert all(call.kwargs["batch"] == 2 for call in measured.call_args_list)  # as in training
     assert on_all.manifest["params"]["loss_on"] == "all"
     for count in ("n_conversations", "n_valid", "n_tokens", "n_answer_tokens"):
         assert on_answers.stats[count] == on_all.stats[count]
@@ -683,6 +685,86 @@ def test_dropout_needs_the_merges_of_the_tokenizer(model, tmp_path):
         s.sft(d, out=tmp_path / "o")
 
 
+def qwen_like(**flags):
+    "A tokenizer that cuts words as Qwen's does, with a token that was added as text"
+    cut = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(cut), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    teacher = trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator(["the river\n\n"] * 9, teacher)
+    tok.add_special_tokens(["<|endoftext|>"])
+    tok.add_tokens([AddedToken("<think>", normalized=False, **flags)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("before", ["", "\n\n", "  \r\n", "  "])
+def test_an_answer_goes_on_where_its_prompt_ends(tok, before):
+    "Though Qwen's way to cut joins line ends"
+    turns = [dict(role="user", content="the river"), dict(role="assistant", content=before + "a")]
+    talk = to_messages(dict(messages=turns))
+    for one in (tok, chat_tokenizer(qwen_like(), "chatml")):
+        prompt, _ = s.encode_chat(one, talk[:1], generate=True)
+        ids, mask = s.encode_chat(one, talk)
+        assert ids[: len(prompt)] == prompt and not any(mask[: len(prompt)])
+        assert mask[len(prompt)]
+
+
+def beside(tok, model, folder):
+    "A tokenizer beside the weights of a model"
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(model / name)
+    tok.save_pretrained(folder)
+
+
+def test_dropout_leaves_added_text_whole(model, tmp_path):
+    "In prompts it is one token"
+    beside(qwen_like(), model, tmp_path)
+    tok = load_tokenizer(tmp_path)
+    bpe = s.load_bpe(tmp_path)
+    think = tok.convert_tokens_to_ids("<think>")
+    text = "user\nthe river<think> the river"
+    assert bpe(text) == encode_plain(tok, [text])[0] and think in bpe(text)
+    cuts = [bpe(text, 0.5, k, keep=5) for k in range(9)]
+    assert all(think in ids and tok.decode(ids) == text for ids in cuts)
+    assert len({str(ids) for ids in cuts}) > 5
+    finetuning._require_bpe(tmp_path, s.load_bpe)
+
+
+def test_a_text_beyond_the_last_position_is_refused(tmp_path):
+    "GPT-2 has learned so many, and would end in a traceback"
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(vocab_size=300, n_embd=8, n_layer=1, n_head=1, n_positions=64)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "m")
+    qwen_like().save_pretrained(tmp_path / "m")
+    with pytest.raises(StageError, match="m has learned 64 positions, length is 65; use --length"):
+        s.sft(tmp_path / "m", out=tmp_path / "o", length=65, template="chatml")
+
+
+def test_a_tokenizer_without_an_end_is_refused(model, tmp_path):
+    "The rows of its marks would begin from nothing"
+    endless = qwen_like()
+    endless.eos_token = None
+    endless.bos_token = "<|endoftext|>"
+    (tmp_path / "m").mkdir()
+    beside(endless, model, tmp_path / "m")
+    with pytest.raises(StageError, match="names no eos_token, expected the token that ends"):
+        s.sft(tmp_path / "m", out=tmp_path / "o")
+
+
+def test_added_text_that_takes_blanks_is_not_cut_by_dropout(model, tmp_path):
+    beside(qwen_like(rstrip=True), model, tmp_path)
+    with pytest.raises(StageError, match="cut 'the <think> river<think>s' otherwise than"):
+        finetuning._require_bpe(tmp_path, s.load_bpe)
+
+
 def test_a_template_that_does_not_compile_is_refused_before_training(model, tmp_path):
     with (
         patch("cmixtral_nb.chat_tokenizer.chat_template", lambda *form: "{% if %}"),
@@ -774,7 +856,7 @@ def test_what_languages_decide_is_in_the_manifest(micro):
     "option,value",
     [
         *[("length", n) for n in (2, 15, -1)],
-        *[("warmup", n) for n in (-1, float("nan"), float("inf"))],
+        *[("warmup", n) for n in (-1, 1, float("nan"), float("inf"))],
         *[("lr", n) for n in (0, -1, float("nan"), float("inf"))],
         *[("rows_lr", n) for n in (-1, float("nan"), float("inf"))],
         *[(name, 0) for name in ("eval_every", "save_every", "log_every", "batch", "rank")],
