@@ -186,8 +186,13 @@ def decode_after(
     new: list[int],  # ids that follow
 ) -> str:
     "The text that new tokens add: decoded alone they would lose a space at the start"
-    tail = before[-8:]  # any few tokens in front are enough: they are cut off again
-    head = tok.decode(tail, skip_special_tokens=True)
+    # A few tokens in front are enough, for they are cut off again. Byte tokens are decoded as
+    # one run, so the tail must begin where a character begins (which has at most four bytes).
+    for n_tail in (8, 9, 10, 11, len(before)):
+        tail = before[-n_tail:]
+        head = tok.decode(tail, skip_special_tokens=True)
+        if not head.startswith("\ufffd"):
+            break
     whole = tok.decode(tail + new, skip_special_tokens=True)
     if whole.startswith(head):
         return whole[len(head) :]
