@@ -35,6 +35,7 @@ import inspect
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -486,6 +487,17 @@ def load_evaluation(
 
 
 # %% ../nbs/a24b_results.ipynb #1b5a8a75
+def _by_document(documents: list[dict]) -> dict[tuple[str, str, int], dict]:
+    "(domain, id, copy) -> row; documents of the same words have one id, and are counted each"
+    rows: dict[tuple[str, str, int], dict] = {}
+    copies: Counter[tuple[str, str]] = Counter()
+    for doc in documents:
+        key = doc["domain"], doc["id"]
+        rows[*key, copies[key]] = doc
+        copies[key] += 1
+    return rows
+
+
 def _text_measure(name: str, kind: str, documents: list[dict]) -> dict:
     "Bits per byte of some documents"
     return dict(
@@ -493,7 +505,7 @@ def _text_measure(name: str, kind: str, documents: list[dict]) -> dict:
         kind=kind,
         lower_is_better=True,
         n=len(documents),
-        rows={(d["domain"], d["id"]): (d["bits"], d["n_bytes"]) for d in documents},
+        rows={key: (d["bits"], d["n_bytes"]) for key, d in _by_document(documents).items()},
     )
 
 
@@ -604,13 +616,13 @@ def measures(
 # %% ../nbs/a24b_results.ipynb #3c0ab7f9
 def document_bytes(
     documents: list[dict],  # of an evaluation
-) -> dict[tuple[str, str], int]:  # (domain, id) -> bytes
+) -> dict[tuple[str, str, int], int]:  # (domain, id, copy) -> bytes
     "How much text each document of an evaluation has"
-    return {(doc["domain"], doc["id"]): doc["n_bytes"] for doc in documents}
+    return {key: doc["n_bytes"] for key, doc in _by_document(documents).items()}
 
 
 def total_bytes(
-    sizes: dict[tuple[str, str], int],  # from `document_bytes`
+    sizes: dict[tuple[str, str, int], int],  # from `document_bytes`
 ) -> str:
-    "Example: total_bytes({('news', 'a'): 1200}) -> '1,200 bytes in 1 documents'"
+    "Example: total_bytes({('news', 'a', 0): 1200}) -> '1,200 bytes in 1 documents'"
     return f"{sum(sizes.values()):,} bytes in {len(sizes):,} documents"
