@@ -61,7 +61,7 @@ class Curves(NamedTuple):
 
 
 # %% ../nbs/a27b_breakeven.ipynb #0fe13ca1
-_GRID = 40  # values of bend, and of power
+_GRID = 80  # values of bend, and of power; half as many are too few for points with little noise
 _POWERS = (0.05, 3.0)
 _FEWEST = 5  # evaluations: two numbers are fitted by least squares, two by the grid
 
@@ -80,7 +80,7 @@ def fit_curves(
     read: np.ndarray,  # (points,) bytes read at each evaluation, the first 0
     bits: np.ndarray,  # (points,) bits per byte
     n_draws: int = 4000,  # at most
-    seed: int = 0,  # of the draws
+    seed: int | list[int] = 0,  # of the draws; arms that are compared need different ones
 ) -> Curves:  # as often as they are likely; fewer draws where the points do not fall
     "Learning curves that may have made some points"
     import numpy as np
@@ -172,10 +172,11 @@ def in_words(
         where = f"(90%: {megabytes(v.low)} to {megabytes(v.high)})"
         return f"extension pays: the curves cross at about {megabytes(v.middle)} {where}"
     if v.verdict == "does not pay":
-        return f"extension does not pay in bits per byte: the curves do not cross within {end}"
+        return f"extension does not pay in bits per byte: the extended model is not better at {end}"
+    from_where = f", but not before {megabytes(v.low)} (95%)" if v.low else ""
     return (
-        f"undecided: with a probability of {v.share:.0%} the curves cross within {end}, "
-        f"not before {megabytes(v.low)} (95%); train longer, or evaluate more often"
+        f"undecided: with a probability of {v.share:.0%} the extended model is better at {end}"
+        f"{from_where}; train longer, or evaluate more often"
     )
 
 
@@ -336,7 +337,11 @@ def fit_pair(
     adapters = dict(extended=extended, control=control)
     refuse([line for ref in adapters.values() for line in faults_of(read_arm, ref, lang)])
     arms = {name: read_arm(ref, lang) for name, ref in adapters.items()}
-    curves = {name: fit_curves(*arm, seed=seed) for name, arm in arms.items()}
+    # an arm has its own draws: with the same ones, errors of both would cancel out
+    curves = {
+        name: fit_curves(*arm, seed=[seed, number])
+        for number, (name, arm) in enumerate(arms.items())
+    }
     refuse(
         f"{ref}: bits per byte of {lang} do not fall along the training, so no learning curve "
         "fits; train at a lower --lr, or give another --lang"

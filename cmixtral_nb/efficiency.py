@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoints import named_models, resolve_model
 from .corpora import corpus_langs, missing_language
-from .heldout import eval_docs, text_faults
+from .heldout import BUILTIN_LANGS, eval_docs, text_faults
 from .loading import cache_name, load_model
 from .machine import say
 from .options import above, faults_of, named_refs, range_faults, refuse, split_name
@@ -258,8 +258,12 @@ def _option_faults(tokenizers=None, models=None, domains=None, **others):
 def _lang_faults(lang: str, corpus: Path | None, domains: list[str] | None) -> list[str]:
     "Why there is no text in a language, where a corpus is to have it"
     others = [split_name(domain)[0].split("/")[0] for domain in domains or []]
-    if not lang or corpus is None or lang in [*corpus_langs(corpus), *others]:
+    known = BUILTIN_LANGS if corpus is None else corpus_langs(corpus)
+    if not lang or lang in [*known, *others]:
         return []
+    if corpus is None:
+        shipped = " and ".join(BUILTIN_LANGS)
+        return [f"no {lang!r} in the text that ships, which has {shipped}; give --corpus DIR"]
     return [missing_language(corpus, lang, corpus_langs(corpus), "valid", "--lang")]
 
 

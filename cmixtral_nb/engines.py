@@ -105,7 +105,8 @@ def _ask(
             [python or sys.executable, str(probe)],
             input=json.dumps(dict(asked, out=str(out))),
             capture_output=True,
-            text=True,
+            encoding="utf-8",  # whatever the locale says
+            errors="replace",
             env=env,
         )
         return read_json(out) if out.is_file() else _last_words(run)
@@ -280,7 +281,8 @@ def _run(command: list[str], fault: str):
         command,
         stdout=subprocess.DEVNULL,
         stderr=None if shown else subprocess.PIPE,
-        text=True,
+        encoding="utf-8",  # whatever the locale says
+        errors="replace",
         env=dict(os.environ, HF_HUB_OFFLINE="1"),
     )
     require(run.returncode == 0, f"{fault} ({_last_words(run)})")

@@ -673,7 +673,12 @@ def _mean_accuracy(total: dict, subjects: list[dict]) -> dict:
     "The line of the mean of subjects, whose squared errors add up"
     k = len(subjects)
     value = sum(s["value"] for s in subjects) / k
-    half = sum(((s["high"] - s["low"]) / 2) ** 2 for s in subjects) ** 0.5 / k
+    variance = 0.0
+    for s in subjects:
+        # two more right and two more wrong: a subject that is all right is not without error
+        share = (s["value"] * s["n"] + 2) / (s["n"] + 4)
+        variance += share * (1 - share) / s["n"]
+    half = 1.96 * variance**0.5 / k
     return dict(
         total,
         part="mean of subjects",

@@ -35,6 +35,7 @@ from cmixtral_nb.samples import (
     require_room,
     samples_table,
     sampling_faults,
+    stored_context,
 )
 from cmixtral_nb.templates import (
     BEGIN_MARK,
@@ -46,6 +47,7 @@ from cmixtral_nb.templates import (
     words_of,
 )
 
+from .bits import require_finite
 from .chat_tokenizer import control_tokens
 from .checkpoints import named_models, resolve_model
 from .loading import load_model
@@ -140,6 +142,16 @@ def default_settings(
             net.generation_config = config
 
 
+@contextmanager
+def _told_of_nan(model: PreTrainedModel, ids: Tensor) -> Iterator[None]:
+    "Where sampling fails: `StageError` if the model gives NaN, else what torch says"
+    try:
+        yield
+    except RuntimeError:
+        require_finite(model(input_ids=ids).logits[0, -1].tolist(), model)
+        raise
+
+
 def generate_text(
     model: PreTrainedModel,  # from `load_model`
     tok: PreTrainedTokenizerBase,  # from `load_tokenizer`
@@ -162,7 +174,7 @@ def generate_text(
     if temperature > 0:
         how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     torch.manual_seed(seed)
-    with torch.no_grad(), default_settings(model):
+    with torch.no_grad(), default_settings(model), _told_of_nan(model, x):
         y = model.generate(
             input_ids=x,
             attention_mask=torch.ones_like(x),
@@ -186,8 +198,13 @@ def decode_after(
     new: list[int],  # ids that follow
 ) -> str:
     "The text that new tokens add: decoded alone they would lose a space at the start"
-    tail = before[-8:]  # any few tokens in front are enough: they are cut off again
-    head = tok.decode(tail, skip_special_tokens=True)
+    # A few tokens in front are enough, for they are cut off again. Byte tokens are decoded as
+    # one run, so the tail must begin where a character begins (which has at most four bytes).
+    for n_tail in (8, 9, 10, 11, len(before)):
+        tail = before[-n_tail:]
+        head = tok.decode(tail, skip_special_tokens=True)
+        if not head.startswith("\ufffd"):
+            break
     whole = tok.decode(tail + new, skip_special_tokens=True)
     if whole.startswith(head):
         return whole[len(head) :]
@@ -195,6 +212,27 @@ def decode_after(
 
 
 # %% ../nbs/12_generate.ipynb #a2d32121
+def _as_asked(
+    prompts: list[str], tok: PreTrainedTokenizerBase, chat: bool
+) -> list[str | list[dict]]:
+    "Prompts as a model gets them: as questions, where it has a chat template"
+    if chat and tok.chat_template:
+        return [[dict(role="user", content=prompt)] for prompt in prompts]
+    return list(prompts)
+
+
+def _require_rooms(
+    folder: Path,
+    tok: PreTrainedTokenizerBase,
+    talks: list[str | list[dict]],  # from `_as_asked`
+    max_new_tokens: int,
+) -> None:
+    "Refuse all prompts that leave no room for their answers"
+    room = stored_context(folder)
+    sizes = [len(encode_prompt(tok, talk)) for talk in talks]
+    refuse([line for n in sizes for line in faults_of(require_room, n, max_new_tokens, room)])
+
+
 @stage(
     "samples",
     inputs=("models", "prompts"),
@@ -218,13 +256,16 @@ def generate(
 ):
     "Let models continue the same prompts"
     asked = read_prompts(prompts)
+    refs = named_models(models)
+    toks = {name: load_tokenizer(resolve_model(ref)) for name, ref in refs.items()}
+    talks = {name: _as_asked(asked, tok, chat and name not in plain) for name, tok in toks.items()}
+    for name, ref in refs.items():  # before the first model writes
+        _require_rooms(resolve_model(ref), toks[name], talks[name], max_new_tokens)
     rows = []
-    for name, ref in named_models(models).items():
+    for name, ref in refs.items():
         model = load_model(ref, load_in_4bit=load_in_4bit, attn=attn, device=device)
-        tok = load_tokenizer(resolve_model(ref))
-        for i, prompt in enumerate(asked):
-            in_template = chat and tok.chat_template and name not in plain
-            given = [dict(role="user", content=prompt)] if in_template else prompt
+        tok = toks[name]
+        for i, (prompt, given) in enumerate(zip(asked, talks[name], strict=True)):
             said = generate_text(model, tok, given, max_new_tokens, temperature, top_p, seed + i)
             rows.append(dict(model=name, prompt=prompt, **said))
         del model  # before the next one is loaded
@@ -320,12 +361,11 @@ def chat(
         if words == "/reset":
             talk = list(start)
         elif words:
-            talk = _fit(tok, [*talk, dict(role="user", content=line)], room, len(start))
+            asked = _fit(tok, [*talk, dict(role="user", content=line)], room, len(start))
             try:
-                answer = _answer(net, tok, talk, seed=seed, **how)
-            except StageError as e:  # too long even alone: it is not said
+                answer = _answer(net, tok, asked, seed=seed, **how)
+            except StageError as e:  # too long even alone: it is not said, and nothing forgotten
                 print(e, file=sys.stderr)
-                talk.pop()
                 continue
             seed += 1
-            talk.append(dict(role="assistant", content=answer or "…"))
+            talk = [*asked, dict(role="assistant", content=answer or "…")]

@@ -44,7 +44,7 @@ from .manifests import read_manifest
 from .options import at_least, faults_of, range_faults, refuse
 from .pack import load_examples
 from .report import element, number_cell, section, svg, table
-from .results import markdown_table, tokenizer_faults
+from .results import markdown_table, tokenizer_faults, window_faults
 from .shapes import visible
 from .stages import require, same_tokenizer, stage, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
@@ -383,6 +383,7 @@ def _check(model, base=None, tokens=None, corpus=None, **options: Any) -> None:
     if not no_model:
         folder = resolve_model(model)
         faults += tokenizer_faults(folder) or faults_of(new_pieces, folder, base)
+        faults += window_faults(folder, options["length"])
         if tokens:
             remedy = "cmixtral pack --tokenizer MODEL --out DIR"
             faults += faults_of(load_examples, tokens) or faults_of(

@@ -6,7 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["heldout_docs", "heldout_texts", "domain_docs", "eval_docs", "text_faults"]
+__all__ = [
+    "BUILTIN_LANGS",
+    "heldout_docs",
+    "heldout_texts",
+    "domain_docs",
+    "eval_docs",
+    "text_faults",
+]
 
 # %% ../nbs/a24c_heldout.ipynb #08715865
 import hashlib
@@ -23,7 +30,7 @@ from .stages import Artifact, require
 
 # %% ../nbs/a24c_heldout.ipynb #345841af
 _BUILTIN_SHARE = 0.01  # held out of the shipped text, by hash of the document
-_BUILTIN_LANGS = ["zh", "en"]  # read where no corpus is named; Khmer ships too
+BUILTIN_LANGS = ["zh", "en"]  # read where no corpus is named; Khmer ships too
 
 
 def _size(doc: dict) -> int:
@@ -92,7 +99,7 @@ def eval_docs(
 ) -> dict[str, list[dict]]:  # language -> documents: text, domain
     "All held-out documents, by language; those of a corpus in the order of its sources"
     out: dict[str, list[dict]] = {}
-    for lang in _BUILTIN_LANGS if corpus is None else _langs_as_asked(corpus):
+    for lang in BUILTIN_LANGS if corpus is None else _langs_as_asked(corpus):
         out[lang] = [
             dict(text=doc["text"], domain=f"{lang}/{doc['source']}")
             for doc in heldout_docs(lang, corpus, n_chars)

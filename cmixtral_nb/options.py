@@ -161,7 +161,10 @@ RANGES = {
     "shots": at_least(0),
     "steps": at_least(0),
     "tasks": at_least(1),
-    "temperature": at_least(0),
+    "temperature": Range(
+        lambda value: _is_number(value) and (value == 0 or value >= 0.001),
+        "0, or at least 0.001",  # logits divided by less may be infinite
+    ),
     "top_p": between(0, 1),
     "utilisation": Range(lambda value: _is_number(value) and 0 < value <= 1, "above 0, at most 1"),
     "valid_share": between(0, 1, below=True),

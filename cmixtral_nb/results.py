@@ -19,6 +19,7 @@ __all__ = [
     "write_results",
     "tokenizer_home",
     "tokenizer_faults",
+    "window_faults",
     "evaluation_option_faults",
     "check_evaluation",
     "read_lines",
@@ -35,6 +36,7 @@ import inspect
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ from .checkpoints import resolve_model
 from .heldout import text_faults
 from .languages import language_name
 from .machine import say, versions
+from .samples import stored_context
 from .stages import require, tokenizer_fingerprint, write_json, write_text
 from .templates import check_template
 from .tokenizer_files import load_tokenizer
@@ -336,6 +339,24 @@ def _has_template(folder: Path) -> bool:
 
 
 # %% ../nbs/a24b_results.ipynb #16a4a56e
+def _check_window(folder: Path, length: int) -> None:
+    "`StageError` where a window of text is longer than a model's context"
+    room = stored_context(folder)
+    require(
+        length <= room,
+        f"length is {length:,}, expected at most {room:,}, the context of {folder}; "
+        f"give --length {room}",
+    )
+
+
+def window_faults(
+    folder: Path,  # of a model
+    length: int,  # tokens in a window of text
+) -> list[str]:  # one line each
+    "What is wrong with the length of windows for a model"
+    return range_faults(dict(length=length)) or faults_of(_check_window, folder, length)
+
+
 def evaluation_option_faults(
     dtype: str | None = None,  # None: chosen by the device
     domains: list[str] | None = None,  # more text, "LANG/NAME=REF" each
@@ -359,18 +380,22 @@ def check_evaluation(
     dtype: str | None = None,  # None: chosen by the device
     shots: int = 0,  # solved examples before each question
     chat: bool = False,  # a chat template is needed
-    **options: Any,  # limit, batch, length and n_chars have ranges; others cannot be wrong
+    length: int = 1024,  # tokens in a window, for bpb
+    **options: Any,  # limit, batch and n_chars have ranges; others cannot be wrong
 ) -> None:
     "`StageError` with everything that is wrong with a request to `evaluate`"
     names = split_tasks(tasks)
     exams = [name for name in names if name != "bpb"]
-    faults = evaluation_option_faults(dtype, domains, tasks=tasks, shots=shots, **options)
+    options |= dict(shots=shots, length=length)
+    faults = evaluation_option_faults(dtype, domains, tasks=tasks, **options)
     if exams:
         faults += task_faults(exams, data, shots)
     if adapter is not None:
         faults += faults_of(require_adapter, adapter)
     no_model = faults_of(resolve_model, model)
     faults += no_model or tokenizer_faults(resolve_model(model), adapter, chat)
+    if "bpb" in names and not no_model:
+        faults += window_faults(resolve_model(model), length)
     if exams and chat and not faults:  # lm-eval renders the template in this process
         home = tokenizer_home(resolve_model(model), adapter)
         faults += faults_of(check_template, load_tokenizer(home))
@@ -486,6 +511,17 @@ def load_evaluation(
 
 
 # %% ../nbs/a24b_results.ipynb #1b5a8a75
+def _by_document(documents: list[dict]) -> dict[tuple[str, str, int], dict]:
+    "(domain, id, copy) -> row; documents of the same words have one id, and are counted each"
+    rows: dict[tuple[str, str, int], dict] = {}
+    copies: Counter[tuple[str, str]] = Counter()
+    for doc in documents:
+        key = doc["domain"], doc["id"]
+        rows[*key, copies[key]] = doc
+        copies[key] += 1
+    return rows
+
+
 def _text_measure(name: str, kind: str, documents: list[dict]) -> dict:
     "Bits per byte of some documents"
     return dict(
@@ -493,7 +529,7 @@ def _text_measure(name: str, kind: str, documents: list[dict]) -> dict:
         kind=kind,
         lower_is_better=True,
         n=len(documents),
-        rows={(d["domain"], d["id"]): (d["bits"], d["n_bytes"]) for d in documents},
+        rows={key: (d["bits"], d["n_bytes"]) for key, d in _by_document(documents).items()},
     )
 
 
@@ -604,13 +640,13 @@ def measures(
 # %% ../nbs/a24b_results.ipynb #3c0ab7f9
 def document_bytes(
     documents: list[dict],  # of an evaluation
-) -> dict[tuple[str, str], int]:  # (domain, id) -> bytes
+) -> dict[tuple[str, str, int], int]:  # (domain, id, copy) -> bytes
     "How much text each document of an evaluation has"
-    return {(doc["domain"], doc["id"]): doc["n_bytes"] for doc in documents}
+    return {key: doc["n_bytes"] for key, doc in _by_document(documents).items()}
 
 
 def total_bytes(
-    sizes: dict[tuple[str, str], int],  # from `document_bytes`
+    sizes: dict[tuple[str, str, int], int],  # from `document_bytes`
 ) -> str:
-    "Example: total_bytes({('news', 'a'): 1200}) -> '1,200 bytes in 1 documents'"
+    "Example: total_bytes({('news', 'a', 0): 1200}) -> '1,200 bytes in 1 documents'"
     return f"{sum(sizes.values()):,} bytes in {len(sizes):,} documents"

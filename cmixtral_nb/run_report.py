@@ -281,7 +281,9 @@ def _bits_tile(rows: list[dict], lang: str) -> str:
         names = [name for name in CHAIN[:-1] if "change" in row["models"].get(name, {})]
         if row["key"] == lang and names:
             model = row["models"][names[-1]]
-            text = f"bits per byte of {language_name(lang)} {NAMES[names[-1]]}, against the base"
+            first = next(iter(row["models"]))  # the base; without its evaluation, the next model
+            whom = "the base" if first == "base" else f"the model {NAMES[first]}"
+            text = f"bits per byte of {language_name(lang)} {NAMES[names[-1]]}, against {whom}"
             text += span_text(row, model)
             if model["verdict"] == "too few":
                 text += f"; {too_few(model['n'])}"
@@ -523,7 +525,8 @@ def report(
     page_file, data_file, recipe = out / "report.html", out / "report.json", out / "recipe.toml"
     files, stages = _files(out), run_states(out)
     states = [(row["folder"], row["fingerprint"], row["state"]) for row in stages]
-    made_from = fingerprint([_SCHEMA, states, read_recipe(str(recipe))])
+    # `files` too: an evaluation or a sample may have come in that no step of the recipe made
+    made_from = fingerprint([_SCHEMA, states, read_recipe(str(recipe)), files])
     if page_file.is_file() and _made_from(data_file) == made_from:
         say("report", f"{page_file} is up to date")
         return

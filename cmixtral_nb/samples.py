@@ -14,6 +14,7 @@ __all__ = [
     "request_faults",
     "check_generate",
     "context_of",
+    "stored_context",
     "require_room",
     "samples_table",
 ]
@@ -27,7 +28,7 @@ from .checkpoints import named_models, resolve_model
 from .documents import in_utf8
 from .options import Range, faults_of, range_faults, refuse
 from .packages import package_faults
-from .shapes import visible
+from .shapes import read_shaped, visible, whole
 from .stages import StageError, require
 from .templates import check_template
 from .tokenizer_files import load_tokenizer
@@ -135,6 +136,19 @@ def context_of(
     "Tokens that a model holds; a billion where it has no limit, as Mamba"
     config = model.config.get_text_config()  # that of Gemma 3 and others is a part of the whole
     return getattr(config, "max_position_embeddings", None) or 10**9
+
+
+_CONTEXT = {"max_position_embeddings?": whole(1), "n_positions?": whole(1)}  # the second: GPT-2
+
+
+def stored_context(
+    folder: str | Path,  # of a model
+) -> int:
+    "What `context_of` says of a model, from its config.json alone"
+    shape = {**_CONTEXT, "text_config?": _CONTEXT}
+    config = read_shaped(Path(folder) / "config.json", shape)
+    config = config.get("text_config") or config
+    return config.get("max_position_embeddings") or config.get("n_positions") or 10**9
 
 
 def require_room(

@@ -61,19 +61,26 @@ def _form(model: str | Path) -> str:
 
 
 # %% ../nbs/a23_serve.ipynb #cd649b23
-def port_free(
-    host: str,  # address to listen at
-    port: int,  # 1 to 65535; 0: any
-) -> bool:
-    "Whether a server can listen there"
+def _why_not(host: str, port: int) -> str:
+    "Why a server cannot listen there; empty where it can"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
+    except PermissionError:
+        return "not for every user"
     except (OSError, TypeError, ValueError):  # the last two: a name that none can be
-        return False
-    return True
+        return "in use"
+    return ""
+
+
+def port_free(
+    host: str,  # address to listen at
+    port: int,  # 1 to 65535; 0: any
+) -> bool:
+    "Whether a server can listen there"
+    return not _why_not(host, port)
 
 
 def _port_faults(host: str, port: int) -> list[str]:
@@ -81,8 +88,8 @@ def _port_faults(host: str, port: int) -> list[str]:
     faults = range_faults(dict(port=port))
     if not port_free(host, 0):
         faults.append(f"{host} is no address of this machine; take another with --host")
-    elif not faults and not port_free(host, port):
-        faults.append(f"port {port} of {host} is in use; take another with --port")
+    elif not faults and (why := _why_not(host, port)):
+        faults.append(f"port {port} of {host} is {why}; take another with --port")
     return faults
 
 

@@ -45,7 +45,8 @@ def one_pair(seed, family):
     rng = np.random.default_rng(seed)
     arms = family(rng, 2.3, 3.2), family(rng, 1.6, 2.2)
     sigma = rng.choice([0.003, 0.01, 0.03])
-    fits = [fit_curves(READ, arm(READ) + sigma * rng.standard_normal(11), 1000) for arm in arms]
+    points = [arm(READ) + sigma * rng.standard_normal(11) for arm in arms]
+    fits = [fit_curves(READ, bits, 1000, seed=number) for number, bits in enumerate(points)]
     return judge(crossings(fits[0], fits[1], budget=1e6)), true_crossing(*arms)
 
 
@@ -71,9 +72,19 @@ def test_a_trial_on_real_weights():
     "SmolLM2-135M and 6,000 Chinese pieces: after 0.6 MB of text there is no crossing in sight"
     megabytes = np.array([0, 0.25, 0.5, 0.61])
     extended = fit_curves(megabytes * 1e6, np.array([2.673, 2.095, 1.944, 1.891]))
-    control = fit_curves(np.array([0, 0.25e6, 0.37e6]), np.array([1.760, 1.515, 1.500]))
+    control = fit_curves(np.array([0, 0.25e6, 0.37e6]), np.array([1.760, 1.515, 1.500]), seed=1)
     v = judge(crossings(extended, control, budget=0.61e6))
     assert v.verdict != "pays" and v.share < 0.5 and v.low > 0.61e6
+
+
+def test_a_control_that_overtakes_is_not_said_to_stay_apart():
+    "The extended model is ahead at first: the curves do cross, and it is behind at the end"
+    extended, control = (
+        Curves(*(np.array([x]) for x in numbers))
+        for numbers in ((1.2, 0.6, 0.1e6, 0.5), (0.9, 1.8, 0.05e6, 0.6))
+    )
+    told = in_words(judge(crossings(extended, control, budget=1e6)), 1e6)
+    assert "the extended model is not better at 10 MB" in told and "cross" not in told
 
 
 def test_the_same_draws_for_the_same_seed():

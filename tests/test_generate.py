@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -127,8 +128,9 @@ def test_no_word_becomes_control(chat_tok, word):
     st.text(
         st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="▁"),
         max_size=12,
-    ),
-    st.text("ab 你好,", min_size=1, max_size=9),
+    )
+    | st.text("ଓଡ଼ିଆ龘靐齉", max_size=12),  # byte tokens, more than a tail holds
+    st.text("ab 你好,ଓଡ଼ିଆ龘靐齉", min_size=1, max_size=9),
 )
 def test_what_follows_a_prompt_keeps_its_spaces(tok, before, after):
     ids = encode_plain(tok, [before + after])[0]
@@ -145,6 +147,13 @@ def test_without_an_end_a_text_has_its_full_length(model):
     assert g.stop_ids(m, tok) == []
     written = g.generate_text(m, tok, "hello", max_new_tokens=3, temperature=0)
     assert (written["n_tokens"], written["stop"]) == (3, "length")
+
+
+def test_a_model_that_gives_nan_is_said_to_do_so(model, tok):
+    m = g.load_model(model, device="cpu")
+    m.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(StageError, match="the model gives NaN or infinity"):
+        g.generate_text(m, tok, "hello", max_new_tokens=3)
 
 
 def test_both_ends_count(model, tok):
@@ -255,7 +264,7 @@ def test_chat_checks_its_options_before_it_loads(tmp_path):
     lines = str(e.value).splitlines()
     assert lines[:3] == [
         "max_new_tokens is 0, expected 1 to 1,048,576",
-        "temperature is -1, expected at least 0",
+        "temperature is -1, expected 0, or at least 0.001",
         "top_p is 0, expected above 0, at most 1",
     ]
     assert "none" in lines[3]
@@ -301,8 +310,12 @@ def test_a_prompt_longer_than_the_context(model, tok, tmp_path):
         f"the model holds {room:,}, of which the answer may take 5; shorten it",
     ):
         g.generate_text(m, tok, "长" * 350_000, 5)
-    with pytest.raises(StageError, match="the prompt has"):
+    with (
+        patch.object(g, "load_model") as loaded,
+        pytest.raises(StageError, match="the prompt has"),
+    ):
         g.generate([f"a={model}"], prompts=["长" * 9000], out=tmp_path / "o")
+    loaded.assert_not_called()
     assert not list(tmp_path.iterdir())
 
 
@@ -326,15 +339,13 @@ def test_a_tokenizer_without_orders(chat_tok, monkeypatch):
 
 
 def test_chat_goes_on_after_a_message_of_a_megabyte(model, tmp_path, capsys):
-    "One line on standard error; the message is not said, the next one is"
-    from unittest.mock import patch
-
+    "One line on standard error; the message is not said, and what was said before it is kept"
     for f in model.iterdir():
         (tmp_path / f.name).write_bytes(f.read_bytes())
     tiny_model(32003).save_pretrained(tmp_path)
     write_chat_tokenizer(model, tmp_path)
     capsys.readouterr()
-    typed = iter(["长" * 350_000, "hello", "/exit"])
+    typed = iter(["hello", "长" * 350_000, "again", "/exit"])
     asked = []
     generate_text = g.generate_text
 
@@ -349,5 +360,5 @@ def test_chat_goes_on_after_a_message_of_a_megabyte(model, tmp_path, capsys):
     assert [line for line in err if "Loading weights" not in line and line.strip()] == [err[-1]]
     assert "the prompt has" in got.err
     assert "shorten it" in got.err
-    assert [m["content"] for m in asked[-1]] == ["hello"]
+    assert [m["content"] for m in asked[-1] if m["role"] == "user"] == ["hello", "again"]
     assert got.out.strip()
