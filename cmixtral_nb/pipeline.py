@@ -134,7 +134,7 @@ def run(
 
 # %% ../nbs/14_pipeline.ipynb #d61fdc4a
 def _step_state(step: Step, recipe: dict, out: Path) -> str:
-    "Up to date, stale, interrupted, damaged or missing; or what the step waits for"
+    "As a stage says it, such as 'up to date'; or what the step waits for"
     folder = out / step.folder
     try:
         return command(step.command).state(**arguments(step, recipe, out), out=folder)
@@ -179,7 +179,7 @@ def _number(value: float | None, unit: float, digits: int) -> str:
 def status(
     run: Path,  # folder of a run
 ) -> None:
-    "Show which stages of a run are up to date, stale, interrupted or missing"
+    "Show which stages of a run are up to date, stale, running, interrupted or missing"
     rows = run_states(run)
     width = max([11, *(len(row["stage"]) + 2 for row in rows)])
     head = f"{'stage':{width}}{'folder':20}{'MB':>9}{'seconds':>9}{'peak GB':>9}"

@@ -58,6 +58,7 @@ from cmixtral_nb.folders import (
     sign,
     signed,
     take,
+    writer,
 )
 from cmixtral_nb.machine import (
     meet,
@@ -393,7 +394,9 @@ def _tmp_of(out: Path) -> Path:
 
 
 def _state(out: Path, request: dict) -> str:
-    "What lies at `out`: missing, interrupted, damaged, stale or up to date"
+    "What lies at `out`: missing, running, interrupted, damaged, stale or up to date"
+    if who := writer(_tmp_of(out)):
+        return f"running ({who})"
     if not (out / "manifest.json").is_file():
         return "interrupted" if (_tmp_of(out) / MARK).exists() else "missing"
     old = Artifact(out, read_manifest(out))
@@ -688,7 +691,7 @@ class _Stage:
         return self.options(**{**defaults, **given}) if self.options else []
 
     def state(self, *args, **kwargs) -> str:
-        "What lies in the folder of a call: missing, interrupted, damaged, stale or up to date"
+        "What lies in the folder of a call, as `_state` says it"
         _, out, request = self._asked(args, kwargs)
         return _state(out, request)
 
