@@ -11,6 +11,8 @@ __all__ = ["select_steps", "run", "run_states", "status"]
 # %% ../nbs/14_pipeline.ipynb #26c49683
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from cmixtral_nb.recipes import (
@@ -24,8 +26,9 @@ from cmixtral_nb.recipes import (
     recipe_steps,
 )
 
+from .folders import discard, release, sign, take
 from .machine import process_rank, say, trim_memory
-from .manifests import read_manifest
+from .manifests import read_manifest, request_key
 from .options import faults_of, nearest, refuse
 from .preflight import preflight
 from .recipe_check import check_recipe
@@ -101,6 +104,21 @@ def _require_recipe(path: Path) -> None:
     require(commands & set(recipe), f"{path} has no table of a stage")
 
 
+@contextmanager
+def _alone(out: Path, recipe: dict) -> Iterator[None]:
+    "The folder of a run as this process's own; `StageError` where another process runs there"
+    request = dict(kind="run", schema=1, params=dict(recipe=recipe["name"]), inputs={})
+    tmp = out / "run.tmp"  # inside, as the folder above may not be ours
+    lock = take(out, tmp)
+    try:
+        sign(lock, dict(request, key=request_key(request)))
+        yield
+    finally:
+        with suppress(OSError):
+            discard(tmp)
+        release(lock)
+
+
 def run(
     recipe: str = "tiny",  # shipped recipe (tiny, laptop, paper) or TOML file
     out: Path | None = None,  # folder of the run; default runs/NAME
@@ -122,13 +140,15 @@ def run(
     is_first = process_rank() == 0  # of several processes one writes and speaks
     if is_first:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "recipe.toml", text)
-    for number, step in enumerate(chosen, 1):
+    with _alone(out, asked) if is_first else nullcontext():
         if is_first:
-            print(f"[{number}/{len(chosen)}] ", end="", flush=True)
-        _run_step(step, asked, out, force)
-    if is_first and to in ("", "report"):
-        command("report")(out)
+            write_text(out / "recipe.toml", text)
+        for number, step in enumerate(chosen, 1):
+            if is_first:
+                print(f"[{number}/{len(chosen)}] ", end="", flush=True)
+            _run_step(step, asked, out, force)
+        if is_first and to in ("", "report"):
+            command("report")(out)
     return out
 
 
