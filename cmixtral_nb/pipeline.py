@@ -10,10 +10,12 @@ __all__ = ["select_steps", "run", "run_states", "status"]
 
 # %% ../nbs/14_pipeline.ipynb #26c49683
 import gc
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from cmixtral_nb.recipes import (
     STAGES,
@@ -104,6 +106,26 @@ def _require_recipe(path: Path) -> None:
     require(commands & set(recipe), f"{path} has no table of a stage")
 
 
+def _earlier_faults(
+    steps: list[Step],  # those that come before the first one to run
+    recipe: dict[str, Any],  # as read
+    out: Path,  # folder of the run
+    asked: str,  # the recipe as the command names it
+) -> list[str]:  # one line for each folder
+    "Which folders are not there, or are not what the recipe asks for"
+    faults = []
+    for step in steps:
+        folder, state = out / step.folder, _step_state(step, recipe, out)
+        if state == "up to date":
+            continue
+        if state.startswith("waits"):  # what it was made from has gone, which it no longer needs
+            faults += faults_of(Artifact.load, folder)
+            continue
+        remedy = shlex.join(["cmixtral", "run", asked, "--out", str(out), "--to", steps[-1].stage])
+        faults.append(f"{folder} is {state}; run: {remedy}")
+    return faults
+
+
 @contextmanager
 def _alone(out: Path, recipe: dict) -> Iterator[None]:
     "The folder of a run as this process's own; `StageError` where another process runs there"
@@ -134,9 +156,7 @@ def run(
     steps = recipe_steps(asked)
     chosen = select_steps(steps, from_, to)
     before = steps[: steps.index(chosen[0])] if chosen else steps
-    for step in before:
-        Artifact.load(out / step.folder)
-    refuse(preflight(asked, chosen))
+    refuse([*_earlier_faults(before, asked, out, recipe), *preflight(asked, chosen)])
     is_first = process_rank() == 0  # of several processes one writes and speaks
     if is_first:
         out.mkdir(parents=True, exist_ok=True)
