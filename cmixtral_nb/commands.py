@@ -56,7 +56,7 @@ def option_settings(
 ) -> dict[str, Any]:  # keyword arguments of `add_argument`
     "How a parameter is read from the command line"
     typ, default = anno_type(param.annotation), param.default
-    if default not in (param.empty, None, "", False):
+    if default not in (param.empty, None, "", False, ()):
         shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
         doc += f" (default {shown})"
     settings: dict[str, Any] = {"help": doc.replace("%", "%%")}
