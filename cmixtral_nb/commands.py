@@ -45,7 +45,7 @@ from .files import StageError
 from .machine import grow_segments
 from .options import LARGEST, as_list, nearest, refuse
 from .preflight import hub_ids
-from .recipes import anno_type, command, read_recipe
+from .recipes import MODULES, anno_type, command, read_recipe
 from .shapes import visible
 
 
@@ -56,7 +56,7 @@ def option_settings(
 ) -> dict[str, Any]:  # keyword arguments of `add_argument`
     "How a parameter is read from the command line"
     typ, default = anno_type(param.annotation), param.default
-    if default not in (param.empty, None, "", False):
+    if default not in (param.empty, None, "", False, ()):
         shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
         doc += f" (default {shown})"
     settings: dict[str, Any] = {"help": doc.replace("%", "%%")}
@@ -353,6 +353,16 @@ def _let_output_go() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+_PRINTS = ("plan", "status", "compare", "breakeven", "chat")  # without --out they make no file
+
+
+def _made_to_be_read(argv: list[str]) -> bool:
+    "Whether all that a command line is for is what it prints"
+    name = argv[0] if argv else "--help"
+    writes = any(word.startswith("--out") for word in argv)
+    return name not in MODULES or (name in _PRINTS and not writes)
+
+
 def _nobody_reads() -> bool:
     "Whether standard output is a pipe whose reader has gone"
     try:
@@ -427,9 +437,17 @@ def _do(argv: list[str]) -> int:
     return 0
 
 
+def _stopped_by_reader(argv: list[str]) -> int:
+    "Nobody reads on: that is all of a table which `head` has cut, and the end of a stage half-way"
+    if _made_to_be_read(argv):
+        return 0
+    print("standard output was closed; the same command goes on from here", file=sys.stderr)
+    return 128 + signal.SIGPIPE
+
+
 def main(
     argv: list[str] | None = None,  # arguments; default: those of the process
-) -> int:  # exit status: 0, 1 for a mistake (ours, or found), 2 for a fault, 130, 143
+) -> int:  # exit status: 0, 1 for a mistake (ours, or found), 2 for a fault, 130, 141, 143
     "The command `cmixtral`"
     argv = sys.argv[1:] if argv is None else list(argv)
     _any_terminal()
@@ -447,7 +465,7 @@ def main(
     except Exception as e:
         if isinstance(e, BrokenPipeError) and _nobody_reads():
             _let_output_go()
-            return 0  # `cmixtral ... | head` has read enough
+            return _stopped_by_reader(argv)
         if isinstance(e, OSError) and e.errno == errno.ENOSPC and not e.filename:
             _let_output_go()  # the disk below it may be the full one
         return _explain(e, argv)

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "MARK",
     "read_mark",
+    "writer",
     "take",
     "release",
     "sign",
@@ -31,6 +32,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,14 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
+def _try_twice(descriptor: int) -> bool:
+    "The same with a second try, as `writer` has the lock for a moment"
+    if _try_lock(descriptor):
+        return True
+    time.sleep(0.1)
+    return _try_lock(descriptor)
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     "Whether an open file is the one at a path"
     try:
@@ -133,14 +143,31 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _busy(out: Path, descriptor: int) -> StageError:
-    "Who writes there"
+def _owner(descriptor: int) -> str:
+    "Who has the lock on a mark, such as 'process 7'"
     mark = read_mark(_text_of(descriptor))
     who = f"process {mark['pid']}" if mark else "another process"
-    if mark and mark["host"] != platform.node():
-        who += f" on {mark['host']}"
+    return f"{who} on {mark['host']}" if mark and mark["host"] != platform.node() else who
+
+
+def writer(
+    tmp: Path,  # `o.tmp` of a stage
+) -> str:  # such as 'process 7'; empty where nobody writes there
+    "Who makes a folder at this moment"
+    try:
+        descriptor = os.open(tmp / MARK, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:  # no mark, or one that is not ours to lock
+        return ""
+    try:
+        return "" if _try_lock(descriptor) else _owner(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _busy(out: Path, descriptor: int) -> StageError:
     return StageError(
-        f"{out} is being written by {who}; wait until it is done, or choose another --out"
+        f"{out} is being written by {_owner(descriptor)}; "
+        "wait until it is done, or choose another --out"
     )
 
 
@@ -156,14 +183,15 @@ def _open_mark(tmp: Path) -> int | None:
 
 def take(
     out: Path,  # folder that a stage will make; `o.tmp` beside it becomes this process's own
+    tmp: Path | None = None,  # a folder in place of `o.tmp`
 ) -> int:  # descriptor of the lock, for `release`
     "Lock `o.tmp`, made if need be; `StageError` where another process has it, or it is not ours"
-    tmp = out.with_name(out.name + ".tmp")
+    tmp = tmp or out.with_name(out.name + ".tmp")
     for _ in range(1000):
         descriptor = _open_mark(tmp)
         if descriptor is None:
             continue
-        if not _try_lock(descriptor):
+        if not _try_twice(descriptor):
             fault = _busy(out, descriptor)
             os.close(descriptor)
             raise fault
@@ -266,7 +294,7 @@ def foreign_files(
 ) -> list[str]:  # names, sorted
     "Files in an artifact that its stage did not write, or that were changed since"
     listed = read_manifest(out)["files"]
-    time = (out / "manifest.json").stat().st_mtime_ns
+    sealed = (out / "manifest.json").stat().st_mtime_ns
     found = []
     for parent, folders, files in os.walk(out):
         links = [name for name in folders if Path(parent, name).is_symlink()]
@@ -275,7 +303,7 @@ def foreign_files(
             if name in ("manifest.json", MARK):
                 continue
             is_ours = name in listed and not path.is_dir()
-            if not is_ours or not _is_unchanged(path, listed[name], time):
+            if not is_ours or not _is_unchanged(path, listed[name], sealed):
                 found.append(name)
     return sorted(found)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["old_and_new", "row_faults", "init_option_faults", "check_init"]
 
 # %% ../nbs/a14b_growing.ipynb #15c5d001
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def old_and_new(
     if transplant:
         return old, new
     added = new_tokens(old, new)
-    remedy = f"run: cmixtral vocab --base {model} --out DIR"
+    remedy = f"run: cmixtral vocab --base {shlex.quote(str(model))} --out DIR"
     if added is None:
         why = f"the first {len(old):,} tokens differ"
         if len(new) < len(old):

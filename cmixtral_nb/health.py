@@ -357,8 +357,9 @@ def _own_language(
     tok: PreTrainedTokenizerBase,
     new: list[int],
     docs: dict[str, list[dict]],  # of `eval_docs`
+    corpus: str | Path | None = None,  # where they are from; None: the text that ships
 ) -> str:
-    "The language of which new pieces are the largest share"
+    "The language of which new pieces are the largest share; `StageError` where it has none"
     import numpy as np
 
     def share(lang: str) -> float:
@@ -366,7 +367,14 @@ def _own_language(
         flat = np.concatenate([np.array(each, dtype=int) for each in ids])
         return float(np.isin(flat, new).mean()) if len(flat) else 0.0
 
-    return max(docs, key=share)
+    shares = {lang: share(lang) for lang in docs}
+    lang = max(shares, key=shares.__getitem__)
+    require(
+        shares[lang] or corpus,
+        f"no new piece occurs in the text that ships ({', '.join(docs)}); "
+        "give --corpus, with held-out text of the new language",
+    )
+    return lang
 
 
 def _option_faults(domains: list[str] | None = None, **others: Any) -> list[str]:
@@ -431,7 +439,7 @@ def health(
     pair, tok = new_pieces(folder, base), load_tokenizer(folder)
     new = pair.new_ids
     docs = eval_docs(corpus, n_chars, domains)
-    lang = _own_language(tok, new, docs)
+    lang = _own_language(tok, new, docs, corpus)
     lm = load_model(model, load_in_4bit=load_in_4bit, device=device)
     places = _scored(lm, tok, [doc["text"] for doc in docs[lang]], length, batch)
     targets = target_counts(load_examples(tokens), len(tok)) if tokens else None

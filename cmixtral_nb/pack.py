@@ -256,6 +256,8 @@ def pack(
             sources[lang]["n_valid"] = _write_valid(valid_file, held_out, valid_chars)
     writer.finish(fingerprint([tokenizer_key, sources, length]))
     _say_packed(writer, sources)
+    if uneven := _uneven(sources):
+        say("pack", uneven)
     return dict(
         tokenizer=tokenizer_key,
         n_rows=writer.n_examples,
@@ -266,6 +268,20 @@ def pack(
         **special_ids(tok),
         sources=sources,
     )
+
+
+def _uneven(sources: dict[str, dict]) -> str:
+    "What to say where the first language of the mix, the new one, is less than the others together"
+    new, *kept = sources
+    n_new, n_kept = sources[new]["n_tokens"], sum(sources[lang]["n_tokens"] for lang in kept)
+    if n_new >= n_kept:
+        return ""
+    ratios = [f"{sources[new]['ratio']:g}:{new}"]
+    for lang in kept:
+        ratio = max(1e-4, sources[lang]["ratio"] * n_new / n_kept)
+        ratios.append(f"{ratio:.2g}:{lang}")
+    share = n_new / (n_new + n_kept)
+    return f"{new} is {share:.0%} of the tokens; for half of them give --mix {' '.join(ratios)}"
 
 
 def _say_packed(writer: ExampleWriter, sources: dict[str, dict]) -> None:

@@ -473,6 +473,14 @@ def source_faults(
     run = "run: cmixtral corpus --sources"
     if have := corpus_langs(corpus):
         missing = [lang for lang in wanted if lang not in have]
+        others = [lang for lang in have if lang not in wanted]
+        if missing and missing[0] == wanted[0] and others:  # the new language is another one
+            ratios = [f"1:{lang}" for lang in others]
+            ratios += [f"0.5:{lang}" for lang in wanted if lang in have]
+            return [
+                f"{corpus} has no {', '.join(missing)} text, it has {', '.join(have)}; "
+                f"give --mix {' '.join(ratios)}"
+            ]
         return [missing_language(corpus, lang, have) for lang in missing]
     if not doc_files(corpus):
         return [f"{corpus} is neither a corpus nor a text file; {run} zh=REF --out DIR"]

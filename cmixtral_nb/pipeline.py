@@ -10,8 +10,12 @@ __all__ = ["select_steps", "run", "run_states", "status"]
 
 # %% ../nbs/14_pipeline.ipynb #26c49683
 import gc
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from cmixtral_nb.recipes import (
     STAGES,
@@ -24,8 +28,9 @@ from cmixtral_nb.recipes import (
     recipe_steps,
 )
 
+from .folders import discard, release, sign, take
 from .machine import process_rank, say, trim_memory
-from .manifests import read_manifest
+from .manifests import read_manifest, request_key
 from .options import faults_of, nearest, refuse
 from .preflight import preflight
 from .recipe_check import check_recipe
@@ -101,6 +106,41 @@ def _require_recipe(path: Path) -> None:
     require(commands & set(recipe), f"{path} has no table of a stage")
 
 
+def _earlier_faults(
+    steps: list[Step],  # those that come before the first one to run
+    recipe: dict[str, Any],  # as read
+    out: Path,  # folder of the run
+    asked: str,  # the recipe as the command names it
+) -> list[str]:  # one line for each folder
+    "Which folders are not there, or are not what the recipe asks for"
+    faults = []
+    for step in steps:
+        folder, state = out / step.folder, _step_state(step, recipe, out)
+        if state == "up to date":
+            continue
+        if state.startswith("waits"):  # what it was made from has gone, which it no longer needs
+            faults += faults_of(Artifact.load, folder)
+            continue
+        remedy = shlex.join(["cmixtral", "run", asked, "--out", str(out), "--to", steps[-1].stage])
+        faults.append(f"{folder} is {state}; run: {remedy}")
+    return faults
+
+
+@contextmanager
+def _alone(out: Path, recipe: dict) -> Iterator[None]:
+    "The folder of a run as this process's own; `StageError` where another process runs there"
+    request = dict(kind="run", schema=1, params=dict(recipe=recipe["name"]), inputs={})
+    tmp = out / "run.tmp"  # inside, as the folder above may not be ours
+    lock = take(out, tmp)
+    try:
+        sign(lock, dict(request, key=request_key(request)))
+        yield
+    finally:
+        with suppress(OSError):
+            discard(tmp)
+        release(lock)
+
+
 def run(
     recipe: str = "tiny",  # shipped recipe (tiny, laptop, paper) or TOML file
     out: Path | None = None,  # folder of the run; default runs/NAME
@@ -116,25 +156,25 @@ def run(
     steps = recipe_steps(asked)
     chosen = select_steps(steps, from_, to)
     before = steps[: steps.index(chosen[0])] if chosen else steps
-    for step in before:
-        Artifact.load(out / step.folder)
-    refuse(preflight(asked, chosen))
+    refuse([*_earlier_faults(before, asked, out, recipe), *preflight(asked, chosen)])
     is_first = process_rank() == 0  # of several processes one writes and speaks
     if is_first:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "recipe.toml", text)
-    for number, step in enumerate(chosen, 1):
+    with _alone(out, asked) if is_first else nullcontext():
         if is_first:
-            print(f"[{number}/{len(chosen)}] ", end="", flush=True)
-        _run_step(step, asked, out, force)
-    if is_first and to in ("", "report"):
-        command("report")(out)
+            write_text(out / "recipe.toml", text)
+        for number, step in enumerate(chosen, 1):
+            if is_first:
+                print(f"[{number}/{len(chosen)}] ", end="", flush=True)
+            _run_step(step, asked, out, force)
+        if is_first and to in ("", "report"):
+            command("report")(out)
     return out
 
 
 # %% ../nbs/14_pipeline.ipynb #d61fdc4a
 def _step_state(step: Step, recipe: dict, out: Path) -> str:
-    "Up to date, stale, interrupted, damaged or missing; or what the step waits for"
+    "As a stage says it, such as 'up to date'; or what the step waits for"
     folder = out / step.folder
     try:
         return command(step.command).state(**arguments(step, recipe, out), out=folder)
@@ -179,7 +219,7 @@ def _number(value: float | None, unit: float, digits: int) -> str:
 def status(
     run: Path,  # folder of a run
 ) -> None:
-    "Show which stages of a run are up to date, stale, interrupted or missing"
+    "Show which stages of a run are up to date, stale, running, interrupted or missing"
     rows = run_states(run)
     width = max([11, *(len(row["stage"]) + 2 for row in rows)])
     head = f"{'stage':{width}}{'folder':20}{'MB':>9}{'seconds':>9}{'peak GB':>9}"

@@ -57,6 +57,7 @@ from .dense import mixture_config
 from .exams import hub_datasets, split_tasks, task_faults, task_files
 from .gguf_models import gguf_config
 from .machine import gpu_bytes, world_size
+from .manifests import read_manifest
 from .options import as_list, at_least, range_faults, refuse
 from .packages import installed_version, package_fault, package_faults
 from .recipe_check import check_recipe
@@ -167,13 +168,15 @@ def plan_inputs(
 def _vocab_size(recipe: dict, n_old: int, out: Path | None) -> int:
     "Embedding rows of the extended model: as made in `out`, else at most what the recipe says"
     if out and (out / "model" / "config.json").is_file():
-        return read_json(out / "model" / "config.json")["vocab_size"]
+        return vocab_rows(out / "model")
     vocab = settings("vocab", recipe)
     size = n_old
     if "vocab" in recipe:
         n_new = vocab["n_pieces"]
-        if not n_new and "search" in recipe:  # the search takes at most its largest
-            n_new = max(int(total) for total in settings("search", recipe)["totals"] or [0])
+        if not n_new and "search" in recipe:  # at most its largest total, or all candidates
+            totals = settings("search", recipe)["totals"]
+            n_candidates = settings("tokenizer", recipe)["n_pieces"]
+            n_new = max(int(total) for total in totals or [n_candidates])
         size += n_new + len(vocab["tokens"] or [])
     if vocab["multiple"]:
         size += -size % vocab["multiple"]  # filled up
@@ -191,6 +194,13 @@ def plan_of(
 
 
 # %% ../nbs/a31_preflight.ipynb #777b33c9
+def _stats(out: Path | None, name: str) -> dict[str, Any]:
+    "What the manifest of a run's folder counts; empty where it is not made yet"
+    if out and (out / name / "manifest.json").is_file():
+        return read_manifest(out / name)["stats"]
+    return {}
+
+
 def tokens_of(
     recipe: dict[str, Any],  # as read
     out: Path | None = None,  # folder of the run, where the tokens may have been packed
@@ -200,9 +210,8 @@ def tokens_of(
     if chosen["steps"]:
         length = settings("pack", recipe)["length"]
         return chosen["steps"] * chosen["batch"] * chosen["accumulation"] * length
-    packed = out / "tokens" / "manifest.json" if out else None
-    if packed and packed.is_file():
-        return round(chosen["epochs"] * read_json(packed)["stats"]["n_tokens"])
+    if packed := _stats(out, "tokens"):
+        return round(chosen["epochs"] * packed["n_tokens"])
     return round(chosen["epochs"] * recipe.get("tokens", 0))
 
 
@@ -272,12 +281,6 @@ def longer_without(
     if density.get("chars_per_token") and density.get("chars_per_token_base"):
         return density["chars_per_token"] / density["chars_per_token_base"]
     return _LONGER
-
-
-def _stats(out: Path | None, name: str) -> dict[str, Any]:
-    "What the manifest of a run's folder counts; empty where it is not made yet"
-    manifest = out / name / "manifest.json" if out else None
-    return read_json(manifest)["stats"] if manifest and manifest.is_file() else {}
 
 
 def control_inputs(
@@ -470,26 +473,34 @@ def plan(
         pays = pilot_text(pilot, languages(read)[0], n_bytes)
     else:
         pays = _no_pilot(recipe)
-    is_small = {"base", "convert"} & set(read)  # made here, so perhaps for no GPU
-    device = "cpu" if is_small and not gpu_bytes() else "cuda"
-    asked = plan_inputs(read, "pretrain", folder)
-    memory = settings_plan(**asked, device=device)
-    n_tokens = tokens_of(read, folder)
-    print(_memory_text(asked, memory, device))
-    print(_gpus_text(asked))
-    print(_use_text(read, asked))
-    print(_hours_text(asked, n_tokens, utilisation))
-    if "control" in read:
-        print(_control_text(read, folder, n_tokens, utilisation, device))
-    print(disk_text(disk_of(read, asked, memory, n_tokens)))
-    if n_bytes := corpus_bytes(read, folder):
-        print("\nbefore training:\n\n" + text_table(n_bytes))
     steps = recipe_steps(read)
     stages = list(dict.fromkeys(step.stage for step in steps))
+    if {"pretrain", "sft"} & set(stages):
+        _print_training(read, folder, utilisation)
+    elif set(INFERENCE) & set(stages):
+        print(_use_text(read, plan_inputs(read, "pretrain", folder)))
+    if n_bytes := corpus_bytes(read, folder):
+        print("\nbefore training:\n\n" + text_table(n_bytes))
     print(f"\nstages: {', '.join(stages)}, report; folder: {folder}")
     print(pays)
     for fault in preflight(read, steps):
         print("missing here: " + fault)
+
+
+def _print_training(recipe: dict, folder: Path, utilisation: float) -> None:
+    "What a recipe that trains needs: memory, GPUs, hours, disk"
+    is_small = {"base", "convert"} & set(recipe)  # made here, so perhaps for no GPU
+    device = "cpu" if is_small and not gpu_bytes() else "cuda"
+    asked = plan_inputs(recipe, "pretrain", folder)
+    memory = settings_plan(**asked, device=device)
+    n_tokens = tokens_of(recipe, folder)
+    print(_memory_text(asked, memory, device))
+    print(_gpus_text(asked))
+    print(_use_text(recipe, asked))
+    print(_hours_text(asked, n_tokens, utilisation))
+    if "control" in recipe:
+        print(_control_text(recipe, folder, n_tokens, utilisation, device))
+    print(disk_text(disk_of(recipe, asked, memory, n_tokens)))
 
 
 def _no_pilot(recipe: str) -> str:

@@ -20,6 +20,7 @@ __all__ = [
 
 # %% ../nbs/a20b_pretraining.ipynb #97cfad5b
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ def _vocabulary_faults(packed: Artifact, model: str | Path, folder: Path) -> lis
         return []
     return [
         f"{packed} has ids up to {n_ids - 1:,}, {model} has {n_embedding_rows:,} embedding rows; "
-        f"run: cmixtral init --model {model} --tokenizer DIR --out DIR"
+        f"run: cmixtral init --model {shlex.quote(str(model))} --tokenizer DIR --out DIR"
     ]
 
 

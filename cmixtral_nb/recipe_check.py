@@ -244,7 +244,9 @@ def _control_faults(
 
 
 # %% ../nbs/a30b_recipe_check.ipynb #cfac1573
-_HAS_MIXTRALS = re.compile("mixtral|mistral-7b", re.IGNORECASE)  # models with its tokenizer
+_HAS_MIXTRALS = re.compile(  # models with its tokenizer; later ones have 768 tokens more
+    r"mistralai/(Mixtral-8x7B-(Instruct-)?v0\.1|Mistral-7B-(Instruct-v0\.2|(Instruct-)?v0\.1))"
+)
 
 
 def _base_faults(recipe: dict) -> list[str]:
@@ -257,7 +259,7 @@ def _base_faults(recipe: dict) -> list[str]:
     model = base_model(recipe)
     unknown = [name for name in extending if "base" not in recipe[name]]
     is_here = not model or os.path.isdir(model) or not HUB_ID.fullmatch(model)
-    if "vocab" not in unknown or is_here or _HAS_MIXTRALS.search(model):
+    if "vocab" not in unknown or is_here or _HAS_MIXTRALS.fullmatch(model):
         return []
     return [
         f"[vocab] base is missing: the tokenizer of {model} is not known before it is here; "

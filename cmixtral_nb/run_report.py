@@ -50,13 +50,14 @@ from .gain import changes, percent, too_few, verdicts
 from .health import health_section, worst_pieces
 from .languages import language_name
 from .machine import say, versions
+from .manifests import read_manifest
 from .options import faults_of
 from .pieces import base_tokenizer_model
 from .pipeline import run_states
-from .recipes import CHAIN, CONTROL, languages, read_recipe, settings
+from .recipes import CHAIN, CONTROL, languages, read_recipe
 from .results import by_language, load_evaluation
 from .shapes import TEXT, read_shaped, visible
-from .stages import StageError, fingerprint, write_json, write_text
+from .stages import StageError, fingerprint, input_fingerprint, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, processor
 
 
@@ -90,13 +91,17 @@ def _evaluations(out: Path) -> dict[str, dict]:  # model -> what `load_evaluatio
     return {name: load_evaluation(out / "evaluation" / name) for name in names}
 
 
-def _old_tokenizer(out: Path, recipe: dict) -> str | Path:
-    "What the tokenizer of a run was before it was extended"
-    made_here, elsewhere = out / "base", recipe.get("init", {}).get("model", "")
-    for folder in (made_here, Path(elsewhere)):
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    return settings("vocab", recipe)["base"]
+def _old_tokenizer(out: Path) -> Path | None:
+    "What the tokenizer of a run was before it was extended; None where it has gone or changed"
+    try:
+        base = read_manifest(out / "tokenizer")["inputs"]["base"]
+        path, recorded = str(base["path"]), base["fingerprint"]
+        if path == recorded:  # the name of one that ships, such as mixtral
+            return base_tokenizer_model(path)
+        found = out / path  # as manifests say it, whatever the current folder is
+        return found if input_fingerprint(found) == recorded else None
+    except (KeyError, StageError):
+        return None
 
 
 def _heldout(corpus: Path, lang: str) -> list[str]:
@@ -107,10 +112,10 @@ def _heldout(corpus: Path, lang: str) -> list[str]:
         return []
 
 
-def _ids_changed(out: Path, recipe: dict, kept: list[str]) -> dict[str, dict]:
+def _ids_changed(out: Path, kept: list[str]) -> dict[str, dict]:
     "Of each language to keep: documents whose token ids are not what they were"
-    before = _old_tokenizer(out, recipe)
-    if not (out / "corpus").is_dir() or faults_of(_token_ids, before, []):
+    before = _old_tokenizer(out)
+    if before is None or not (out / "corpus").is_dir() or faults_of(_token_ids, before, []):
         return {}
     texts = {lang: _heldout(out / "corpus", lang) for lang in kept}
     return {
@@ -118,12 +123,12 @@ def _ids_changed(out: Path, recipe: dict, kept: list[str]) -> dict[str, dict]:
     }
 
 
-def _vocabulary(out: Path, recipe: dict, manifests: dict, kept: list[str]) -> dict:
+def _vocabulary(out: Path, manifests: dict, kept: list[str]) -> dict:
     "Size of the vocabulary, and what it did to the languages to keep"
     if "tokenizer" not in manifests:
         return {}
     counted = manifests["tokenizer"]["stats"]
-    return dict(counted, ids_changed=_ids_changed(out, recipe, kept))
+    return dict(counted, ids_changed=_ids_changed(out, kept))
 
 
 def _by_language(
@@ -209,7 +214,7 @@ def _gathered(
         about=" ".join(str(recipe.get("about") or "").split()),
         language=language,
         kept=kept,
-        vocabulary=_vocabulary(out, recipe, manifests, kept),
+        vocabulary=_vocabulary(out, manifests, kept),
         bits_per_byte=bits,
         characters_per_token=density,
         merge={key: stats.get("merged", {}).get(key) for key in ("into", "logit_difference")},

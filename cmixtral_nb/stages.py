@@ -58,6 +58,7 @@ from cmixtral_nb.folders import (
     sign,
     signed,
     take,
+    writer,
 )
 from cmixtral_nb.machine import (
     meet,
@@ -103,12 +104,18 @@ def _is_prompt(path: Path) -> bool:
     return any(len(part.encode(errors="surrogatepass")) > 255 for part in path.parts)
 
 
+def _is_hidden(name: Path) -> bool:
+    "Whether a file or a folder above it is one of a program's notes, such as .git or .cache"
+    return any(part.startswith(".") for part in name.parts)
+
+
 def _folder_fingerprint(folder: Path) -> str:
-    "From the manifest where there is one, else from the names and contents of all files"
+    "From the manifest where there is one, else from names and contents of all files in sight"
     if (folder / "manifest.json").exists():
         return Artifact.load(folder).fingerprint
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
-    return fingerprint({str(f.relative_to(folder)): _file_id(f) for f in files})
+    files = {f.relative_to(folder): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    seen = {name: f for name, f in files.items() if not _is_hidden(name)}
+    return fingerprint({str(name): _file_id(f) for name, f in seen.items()})
 
 
 def input_fingerprint(
@@ -408,7 +415,9 @@ def _tmp_of(out: Path) -> Path:
 
 
 def _state(out: Path, request: dict) -> str:
-    "What lies at `out`: missing, interrupted, damaged, stale or up to date"
+    "What lies at `out`: missing, running, interrupted, damaged, stale or up to date"
+    if who := writer(_tmp_of(out)):
+        return f"running ({who})"
     if not (out / "manifest.json").is_file():
         return "interrupted" if (_tmp_of(out) / MARK).exists() else "missing"
     old = Artifact(out, read_manifest(out))
@@ -703,7 +712,7 @@ class _Stage:
         return self.options(**{**defaults, **given}) if self.options else []
 
     def state(self, *args, **kwargs) -> str:
-        "What lies in the folder of a call: missing, interrupted, damaged, stale or up to date"
+        "What lies in the folder of a call, as `_state` says it"
         _, out, request = self._asked(args, kwargs)
         return _state(out, request)
 

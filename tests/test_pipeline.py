@@ -95,7 +95,7 @@ def test_a_changed_value_redoes_its_stage_and_those_after_it(micro, tmp_path):
 def test_from_and_to(micro, tmp_path, cli):
     out, recipe, _ = micro
     status, err = cli("run", recipe, "--out", tmp_path / "new", "--from", "pack")
-    assert status == 2 and "does not exist" in err[0]
+    assert status == 2 and "corpus is missing; run: cmixtral run" in err[0]
     status, err = cli("run", recipe, "--out", out, "--from", "sft", "--to", "pack")
     assert (status, err) == (2, ["StageError: --from sft comes after --to pack"])
     status, err = cli("run", recipe, "--out", out, "--to", "mrege")

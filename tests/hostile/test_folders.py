@@ -311,15 +311,21 @@ def test_what_users_can_do_something_about(monkeypatch, capsys, error, says):
     assert line.startswith("StageError: ") and says in line
 
 
-def test_pipes_and_disks_that_take_no_more():
+def test_pipes_and_disks_that_take_no_more(tmp_path):
     "`| true` reads nothing, /dev/full takes nothing; Python itself would complain when it ends"
-    code = "import sys; from cmixtral_nb.commands import main; sys.exit(main(['--help']))"
-    run = [sys.executable, "-c", code]
+    code = "import sys; from cmixtral_nb.commands import main; sys.exit(main(sys.argv[1:]))"
+    run = [sys.executable, "-c", code, "--help"]
+    corpus = ["corpus", "--sources", "zh=builtin:zh", "--limit-chars", "90000"]
+    corpus += ["--valid-share", "0.3", "--out", str(tmp_path / "o")]
     reader, writer = os.pipe()
     os.close(reader)
     closed = subprocess.run(run, stdout=writer, stderr=subprocess.PIPE, text=True)
+    stage = subprocess.run([*run[:-1], *corpus], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (closed.returncode, closed.stderr) == (0, "")
+    goes_on = "standard output was closed; the same command goes on from here\n"
+    assert (stage.returncode, stage.stderr) == (141, goes_on)
+    assert not (tmp_path / "o").exists()
     with open("/dev/full", "w") as full:
         refused_by = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True)
     assert refused_by.returncode == 2 and "no space left" in refused_by.stderr
