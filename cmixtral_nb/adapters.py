@@ -194,14 +194,32 @@ _SHAPE = {  # of what a LoRA says of itself; each may be missing or null
     "bias?": one_of("none", "all", "lora_only"),
     "task_type?": TEXT,
 }
-_OTHER_KINDS = (  # of LoRA: they import packages, copy layers or compute before they load
+_OTHER_KINDS = (  # of LoRA: they import packages, copy layers, or compute something else
     "megatron_config",
     "layer_replication",
     "eva_config",
     "corda_config",
     "arrow_config",
     "alora_invocation_tokens",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
 )
+_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # before training, by these starts
+
+
+def _start_faults(config: dict[str, Any]) -> list[str]:
+    "Whether training began by taking the first product of A and B out of the base; one line"
+    start = str(config.get("init_lora_weights"))
+    if not start.lower().startswith(_BASE_CHANGED):
+        return []
+    return [
+        f"init_lora_weights is {visible(start, 40)}, which changes the base as well; make it a "
+        "LoRA of the unchanged base: "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft"
+    ]
 
 
 def _config_faults(config: dict[str, Any]) -> list[str]:
@@ -211,6 +229,7 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
         for key in _OTHER_KINDS
         if config.get(key)
     ]
+    faults += _start_faults(config)
     for key in ("target_modules", "exclude_modules"):
         pattern = config.get(key)
         if isinstance(pattern, str) and (fault := pattern_fault(pattern)):

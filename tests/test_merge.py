@@ -1056,6 +1056,17 @@ def test_adapters_that_are_no_plain_lora(refuses, model, adapter):
     )
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_changes_the_base(refuses, llama, tmp_path, start):
+    "peft takes the first product out of the base again where it loads such an adapter"
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start)
+    net = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+    net.save_pretrained(tmp_path / "a")
+    refuses(f"init_lora_weights is {start}, which changes the base", llama, tmp_path / "a")
+    configure(tmp_path / "a", init_lora_weights="gaussian")
+    run(llama, tmp_path / "a", tmp_path)
+
+
 def test_half_a_pair_and_wrong_ranks(refuses, model, adapter):
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     edit(adapter, lambda t: t.update({key: t[key][:2]}))
