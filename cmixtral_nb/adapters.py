@@ -49,6 +49,7 @@ from cmixtral_nb.checkpoints import (
     read_header,
     resolve_model,
     row_tensors,
+    second_copy,
     tensor_files,
 )
 
@@ -621,9 +622,22 @@ def _whole_faults(a: Adapter, shapes: dict[str, list[int]]) -> list[str]:
         fits = new[0] >= old[0] if may_grow else new[0] == old[0]
         if not fits or new[1:] != old[1:]:
             faults.append(f"{a.path}: {name} is {new}, the model has {old}")
+    faults += _tied_faults(a, shapes)
     if not _rows_agree(a, shapes):
         faults.append(f"{a.path}: embedding and head have different numbers of rows")
     return faults
+
+
+def _tied_faults(a: Adapter, shapes: dict[str, list[int]]) -> list[str]:
+    "Whether peft trained a copy of an embedding, while the head tied to it stayed as it was"
+    saved = [f"{module}.weight" for module in a.config.get("modules_to_save") or []]
+    own_head = any(map(is_head, [*shapes, *a.whole]))
+    if own_head or a.config.get("ensure_weight_tying") or not any(map(is_embedding, saved)):
+        return []
+    return [
+        f"{a.path} was trained on a copy of the embedding, and the head that is tied to it stayed "
+        "as it was; merge it with peft, or train it with ensure_weight_tying"
+    ]
 
 
 def _rows_agree(a: Adapter, shapes: dict[str, list[int]]) -> bool:
@@ -713,7 +727,8 @@ def merge_faults(
 def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     "Where a model and adapters that are each sound do not fit together"
     faults = faults_of(embedding_rows, resolve_model(model))
-    shards = sorted(set(tensor_files(resolve_model(model)).values()))
+    files = tensor_files(resolve_model(model))
+    shards = sorted(set(files.values()))
     head = {name: entry for shard in shards for name, entry in read_header(shard).items()}
     stored = [name for name in head if ".absmax" in name or ".quant_state" in name]
     if stored:
@@ -725,6 +740,7 @@ def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
             'save_stock(load_model(MODEL, dtype="bfloat16"), NEW) of cmixtral_nb.loading makes them'
         ]
     shapes = plain_shapes(head, mixture_on_disk(resolve_model(model)))
+    shapes.pop(plain_name(second_copy(resolve_model(model), files)), None)
     fingerprint = input_fingerprint(model)
     for a in adapters:
         faults += adapter_faults(a, shapes, fingerprint)

@@ -635,6 +635,57 @@ def test_tied_model_with_a_head_of_its_own(llama, tmp_path):
     )
 
 
+@pytest.fixture
+def tied(llama):
+    "A tied model whose files hold the one matrix twice"
+    config = read_json(llama / "config.json")
+    write_json(llama / "config.json", dict(config, tie_word_embeddings=True))
+    t = load_file(llama / "model.safetensors")
+    t["lm_head.weight"] = t["model.embed_tokens.weight"].clone()
+    save_file(t, llama / "model.safetensors", metadata={"format": "pt"})
+    return llama
+
+
+def with_rows_of(net, out, **kw):
+    "An adapter of peft that trains rows of the embedding, and the logits it gives"
+    net = shake(get_peft_model(net, LoraConfig(r=4, target_modules=["q_proj"], **kw)))
+    net.save_pretrained(out)
+    return logits(net)
+
+
+def test_tied_model_that_is_stored_twice(tied, tmp_path):
+    net = AutoModelForCausalLM.from_pretrained(tied)
+    assert net.lm_head.weight is net.model.embed_tokens.weight
+    want = with_rows_of(net, tmp_path / "a", trainable_token_indices={"embed_tokens": [3, 7]})
+    m = merge(tied, tmp_path / "a", out=tmp_path / "m", device="cpu")
+    got = AutoModelForCausalLM.from_pretrained(m.path)
+    assert got.lm_head.weight is got.model.embed_tokens.weight
+    assert torch.allclose(logits(got), want, atol=1e-5)
+
+
+def test_a_head_that_is_not_the_embedding_is_not_said_to_be(tied, tmp_path):
+    t = load_file(tied / "model.safetensors")
+    t["lm_head.weight"][5] += 1
+    save_file(t, tied / "model.safetensors", metadata={"format": "pt"})
+    net = AutoModelForCausalLM.from_pretrained(tied)
+    want = with_rows_of(net, tmp_path / "a")
+    m = merge(tied, tmp_path / "a", out=tmp_path / "m", device="cpu")
+    assert read_json(m.path / "config.json")["tie_word_embeddings"] is False
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(m.path)), want, atol=1e-5)
+
+
+def test_a_copy_of_a_tied_embedding(refuses, tied, tmp_path):
+    "peft trains a copy where it is not told of the head, which stays as it was"
+    net = AutoModelForCausalLM.from_pretrained(tied)
+    with_rows_of(net, tmp_path / "a", modules_to_save=["embed_tokens"])
+    refuses("was trained on a copy of the embedding", tied, tmp_path / "a")
+
+
+def test_a_weight_that_is_not_there(llama):
+    with pytest.raises(StageError, match="the weights lack model.layers.9.mlp.up_proj.weight"):
+        read_weight(open_sources(llama, [], into="original"), "model.layers.9.mlp.up_proj.weight")
+
+
 def test_tokenizer_of_the_adapter_wins(model, tmp_path):
     a = make_adapter(model, tmp_path / "a", "all", 3)
     (model / "tokenizer.json").write_text('{"old": 1}')
