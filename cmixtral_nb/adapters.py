@@ -59,7 +59,7 @@ from .options import Range, as_list, faults_of, one_of, range_faults, refuse
 from .shapes import TEXT, TRUTH, number, read_shaped, shape_fault, visible, whole
 from .small_floats import storage_method
 from .stages import StageError, input_fingerprint, read_json, require, write_json
-from .stored_experts import OnDisk, Stacked, mixture_on_disk
+from .stored_experts import OnDisk, Stacked, mixture_on_disk, names_in_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -556,11 +556,11 @@ class Adapter:
 # %% ../nbs/a18_adapters.ipynb #c92e75ad
 def plain_shapes(
     head: dict[str, dict],  # tensor of a model -> dtype, shape
+    names: dict[str, str],  # name in memory -> tensor
     disk: OnDisk | None,  # from `mixture_on_disk`
 ) -> dict[str, list[int]]:  # plain name -> shape
     "Shapes of a model's weights; of a mixture single matrices and stacked parameters, both"
-    in_memory = disk.names if disk else {name: name for name in head}
-    shapes = {plain_name(name): head[tensor]["shape"] for name, tensor in in_memory.items()}
+    shapes = {plain_name(name): head[tensor]["shape"] for name, tensor in names.items()}
     of_experts = disk.shapes | disk.parameters if disk else {}
     return shapes | {plain_name(name): list(shape) for name, shape in of_experts.items()}
 
@@ -726,21 +726,23 @@ def merge_faults(
 
 def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     "Where a model and adapters that are each sound do not fit together"
-    faults = faults_of(embedding_rows, resolve_model(model))
-    files = tensor_files(resolve_model(model))
+    folder = resolve_model(model)
+    faults = faults_of(embedding_rows, folder)
+    files = tensor_files(folder)
     shards = sorted(set(files.values()))
     head = {name: entry for shard in shards for name, entry in read_header(shard).items()}
     stored = [name for name in head if ".absmax" in name or ".quant_state" in name]
     if stored:
         return [f"{model} is stored in 4 bits ({stored[0]}); give the model it was made from"]
-    config = read_shaped(resolve_model(model) / "config.json", {})
+    config = read_shaped(folder / "config.json", {})
     if method := storage_method(config):
         return [
             f"{model} is stored in {visible(method, 20)}; adapters are merged into 16 bits: "
             'save_stock(load_model(MODEL, dtype="bfloat16"), NEW) of cmixtral_nb.loading makes them'
         ]
-    shapes = plain_shapes(head, mixture_on_disk(resolve_model(model)))
-    shapes.pop(plain_name(second_copy(resolve_model(model), files)), None)
+    disk, copy = mixture_on_disk(folder), second_copy(folder, files)
+    names = disk.names if disk else names_in_memory(folder)
+    shapes = plain_shapes(head, {n: t for n, t in names.items() if t != copy}, disk)
     fingerprint = input_fingerprint(model)
     for a in adapters:
         faults += adapter_faults(a, shapes, fingerprint)

@@ -72,7 +72,7 @@ from .loading import TOO_LITTLE, one_tensor_at_a_time, streamed
 from .machine import say
 from .options import as_list
 from .stages import StageError, require, stage
-from .stored_experts import OnDisk, Stacked, mixture_on_disk
+from .stored_experts import OnDisk, Stacked, mixture_on_disk, names_in_memory
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
 if TYPE_CHECKING:
@@ -161,15 +161,16 @@ def open_sources(
     shards = sorted(set(files.values()))
     head = {name: entry for shard in shards for name, entry in read_header(shard).items()}
     head.pop(copy, None)
-    disk = mixture_on_disk(model)  # None: names on disk are those in memory
-    in_memory = disk.names if disk else {name: name for name in head}
-    names = {plain_name(name): tensor for name, tensor in in_memory.items() if tensor != copy}
+    disk = mixture_on_disk(model)  # None: no mixture
+    in_memory = disk.names if disk else names_in_memory(model)
+    in_memory = {name: tensor for name, tensor in in_memory.items() if tensor != copy}
+    names = {plain_name(name): tensor for name, tensor in in_memory.items()}
     plain = {tensor: name for name, tensor in names.items()}
     parts = {plain_name(name): source for name, source in disk.parts.items()} if disk else {}
     if _HEAD not in names:
         for a in adapters:
             _leave_tied(a)
-    in_4bit, computed_in = _held_in_4bit(plain_shapes(head, disk), disk, adapters)
+    in_4bit, computed_in = _held_in_4bit(plain_shapes(head, in_memory, disk), disk, adapters)
     return Sources(
         files=files,
         head=head,

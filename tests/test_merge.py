@@ -22,6 +22,8 @@ from test_experts import saved as saved_family
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralForCausalLM,
@@ -681,6 +683,31 @@ def test_a_copy_of_a_tied_embedding(refuses, tied, tmp_path):
     refuses("was trained on a copy of the embedding", tied, tmp_path / "a")
 
 
+@pytest.fixture
+def seeing(tmp_path):
+    "A model that sees pictures too: its files call their tensors otherwise than the model does"
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(sizes, vocab_size=V, num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    torch.manual_seed(0)
+    picture = dict(sizes, image_size=28, patch_size=14)
+    net = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=picture))
+    net.save_pretrained(tmp_path / "seeing")
+    return tmp_path / "seeing"
+
+
+@pytest.mark.parametrize(
+    "kw", [dict(trainable_token_indices={"embed_tokens": [3, 7]}), dict(modules_to_save=WHOLE)]
+)
+def test_a_model_that_sees_pictures(seeing, tmp_path, kw):
+    net = AutoModelForCausalLM.from_pretrained(seeing)
+    want = with_rows_of(net, tmp_path / "a", **kw)
+    m = merge(seeing, tmp_path / "a", out=tmp_path / "m", device="cpu")
+    assert m.stats["n_lora"] == 2  # one of them in the part that sees
+    got, info = AutoModelForCausalLM.from_pretrained(m.path, output_loading_info=True)
+    assert torch.allclose(logits(got), want, atol=1e-5)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
 def test_a_weight_that_is_not_there(llama):
     with pytest.raises(StageError, match="the weights lack model.layers.9.mlp.up_proj.weight"):
         read_weight(open_sources(llama, [], into="original"), "model.layers.9.mlp.up_proj.weight")
@@ -957,7 +984,7 @@ def test_killed_at_random_moments(tmp_path):
 def test_half_of_a_small_file_is_not_in_the_manifest(model, adapter, tmp_path, monkeypatch):
     want = run(model, adapter, tmp_path, "whole")
 
-    def dying(*a):
+    def dying(*a, **changes):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "copy_config", dying)
