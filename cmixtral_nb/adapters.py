@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "SAME_WEIGHTS",
     "STACKED_PARAMETERS",
     "plain_name",
     "is_linear",
@@ -17,6 +18,7 @@ __all__ = [
     "lora_faults",
     "trained_on",
     "trained_in_4bit",
+    "fingerprints_of",
     "model_faults",
     "save_adapter",
     "plain_stacked",
@@ -347,15 +349,29 @@ def trained_in_4bit(
     return None if held is None else bool(held)
 
 
+SAME_WEIGHTS = "same_weights.json"  # in a model's folder: fingerprint of the one it is a copy of
+
+
+def fingerprints_of(
+    model: str | Path,  # HF model folder, artifact or hub id
+) -> list[str]:
+    "Of a model, and of the one whose weights it holds in another form, as `save_stock` notes it"
+    note = resolve_model(model) / SAME_WEIGHTS
+    copied = [read_shaped(note, {"fingerprint": TEXT})["fingerprint"]] if note.is_file() else []
+    return [input_fingerprint(model), *copied]
+
+
 def model_faults(
     folder: Path,  # of an adapter
-    found: str,  # fingerprint of the model it is used with; empty where it has none
+    *found: str,  # from `fingerprints_of` the model it is used with
 ) -> list[str]:  # one line or none
     "Whether an adapter was trained on another model"
     was = trained_on(folder)
-    if not was or not found or was == found:
+    if not was or not found or was in found:
         return []
-    return [f"{folder} was trained on model {was}, found {found}; give the model it was trained on"]
+    return [
+        f"{folder} was trained on model {was}, found {found[0]}; give the model it was trained on"
+    ]
 
 
 # %% ../nbs/a18_adapters.ipynb #d68d574e
@@ -664,11 +680,11 @@ _UNSUPPORTED = {  # key of adapter_config.json -> in words
 def adapter_faults(
     adapter: Adapter,  # the adapter
     shapes: dict[str, list[int]],  # plain name -> shape, of the model
-    fingerprint: str = "",  # of the model
+    *fingerprints: str,  # of the model, from `fingerprints_of`
 ) -> list[str]:  # at most five lines
     "Everything that keeps an adapter from being merged into this model"
     config, path = adapter.config, adapter.path
-    faults = model_faults(path, fingerprint)
+    faults = model_faults(path, *fingerprints)
     if (kind := config.get("peft_type") or "LORA") != "LORA":
         faults.append(f"{path} is a {visible(kind, 40)} adapter, expected LORA")
     if missing := [key for key in ("r", "lora_alpha") if config.get(key) is None]:
@@ -738,14 +754,15 @@ def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     if method := storage_method(config):
         return [
             f"{model} is stored in {visible(method, 20)}; adapters are merged into 16 bits: "
-            'save_stock(load_model(MODEL, dtype="bfloat16"), NEW) of cmixtral_nb.loading makes them'
+            'save_stock(load_model(MODEL, dtype="bfloat16"), NEW, MODEL) of cmixtral_nb.loading '
+            "makes them"
         ]
     disk, copy = mixture_on_disk(folder), second_copy(folder, files)
     names = disk.names if disk else names_in_memory(folder)
     shapes = plain_shapes(head, {n: t for n, t in names.items() if t != copy}, disk)
-    fingerprint = input_fingerprint(model)
+    fingerprints = fingerprints_of(model)
     for a in adapters:
-        faults += adapter_faults(a, shapes, fingerprint)
+        faults += adapter_faults(a, shapes, *fingerprints)
         shapes |= {name: a.shape(tensor) for name, tensor in a.whole.items()}
     return faults
 

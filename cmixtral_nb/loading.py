@@ -32,7 +32,9 @@ from typing import TYPE_CHECKING
 from cmixtral_nb.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    SAME_WEIGHTS,
     Adapter,
+    fingerprints_of,
     lora_faults,
     model_faults,
     plain_name,
@@ -56,7 +58,7 @@ from cmixtral_nb.experts import (
 )
 
 from .adapter_forms import single_form
-from .checkpoints import resolve_model, tensor_shapes
+from .checkpoints import copy_tokenizer, resolve_model, tensor_shapes
 from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from .machine import chosen_dtype, quiet, say, trim_memory
 from .manifests import read_manifest
@@ -68,7 +70,7 @@ from .qlora import expert_bytes, ready_to_train
 from .routers import routers_in_own_precision
 from .shapes import read_shaped, visible
 from .small_floats import DECODED, storage_method
-from .stages import StageError, input_fingerprint, require
+from .stages import StageError, input_fingerprint, require, write_json
 from .stored_experts import mixture_in_memory
 
 if TYPE_CHECKING:
@@ -445,7 +447,7 @@ def _adapter_for(adapter: str | Path, model: str | Path) -> Path:
     folder = require_adapter(adapter)
     refuse(lora_faults(folder))
     if trained_on(folder):  # else the model need not be hashed
-        refuse(model_faults(folder, input_fingerprint(model)))
+        refuse(model_faults(folder, *fingerprints_of(model)))
     return folder
 
 
@@ -478,6 +480,7 @@ def save_4bit(
 def save_stock(
     model: PreTrainedModel,  # from `load_model`, not in 4 bits
     out: str | Path,  # folder
+    source: str | Path | None = None,  # the model, if its weights are all as they were
 ):
     "Save under the family's own names and model type, as transformers, vLLM, llama.cpp expect them"
     mixture = bool(single_experts(model))
@@ -487,6 +490,9 @@ def save_stock(
         model.save_pretrained(str(out))
     if mixture:
         split_experts(model)
+    if source is not None:  # then adapters for it fit the copy too
+        copy_tokenizer(resolve_model(source), Path(out))
+        write_json(Path(out) / SAME_WEIGHTS, dict(fingerprint=input_fingerprint(source)))
 
 
 # %% ../nbs/a17_loading.ipynb #097e614b
