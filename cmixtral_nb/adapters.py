@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "SAME_WEIGHTS",
     "STACKED_PARAMETERS",
     "plain_name",
     "is_linear",
@@ -17,6 +18,7 @@ __all__ = [
     "lora_faults",
     "trained_on",
     "trained_in_4bit",
+    "fingerprints_of",
     "model_faults",
     "save_adapter",
     "plain_stacked",
@@ -49,6 +51,7 @@ from cmixtral_nb.checkpoints import (
     read_header,
     resolve_model,
     row_tensors,
+    second_copy,
     tensor_files,
 )
 
@@ -58,7 +61,7 @@ from .options import Range, as_list, faults_of, one_of, range_faults, refuse
 from .shapes import TEXT, TRUTH, number, read_shaped, shape_fault, visible, whole
 from .small_floats import storage_method
 from .stages import StageError, input_fingerprint, read_json, require, write_json
-from .stored_experts import OnDisk, Stacked, mixture_on_disk
+from .stored_experts import OnDisk, Stacked, mixture_on_disk, names_in_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -194,14 +197,32 @@ _SHAPE = {  # of what a LoRA says of itself; each may be missing or null
     "bias?": one_of("none", "all", "lora_only"),
     "task_type?": TEXT,
 }
-_OTHER_KINDS = (  # of LoRA: they import packages, copy layers or compute before they load
+_OTHER_KINDS = (  # of LoRA: they import packages, copy layers, or compute something else
     "megatron_config",
     "layer_replication",
     "eva_config",
     "corda_config",
     "arrow_config",
     "alora_invocation_tokens",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
 )
+_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # before training, by these starts
+
+
+def _start_faults(config: dict[str, Any]) -> list[str]:
+    "Whether training began by taking the first product of A and B out of the base; one line"
+    start = str(config.get("init_lora_weights"))
+    if not start.lower().startswith(_BASE_CHANGED):
+        return []
+    return [
+        f"init_lora_weights is {visible(start, 40)}, which changes the base as well; make it a "
+        "LoRA of the unchanged base: "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft"
+    ]
 
 
 def _config_faults(config: dict[str, Any]) -> list[str]:
@@ -211,6 +232,7 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
         for key in _OTHER_KINDS
         if config.get(key)
     ]
+    faults += _start_faults(config)
     for key in ("target_modules", "exclude_modules"):
         pattern = config.get(key)
         if isinstance(pattern, str) and (fault := pattern_fault(pattern)):
@@ -327,15 +349,29 @@ def trained_in_4bit(
     return None if held is None else bool(held)
 
 
+SAME_WEIGHTS = "same_weights.json"  # in a model's folder: fingerprint of the one it is a copy of
+
+
+def fingerprints_of(
+    model: str | Path,  # HF model folder, artifact or hub id
+) -> list[str]:
+    "Of a model, and of the one whose weights it holds in another form, as `save_stock` notes it"
+    note = resolve_model(model) / SAME_WEIGHTS
+    copied = [read_shaped(note, {"fingerprint": TEXT})["fingerprint"]] if note.is_file() else []
+    return [input_fingerprint(model), *copied]
+
+
 def model_faults(
     folder: Path,  # of an adapter
-    found: str,  # fingerprint of the model it is used with; empty where it has none
+    *found: str,  # from `fingerprints_of` the model it is used with
 ) -> list[str]:  # one line or none
     "Whether an adapter was trained on another model"
     was = trained_on(folder)
-    if not was or not found or was == found:
+    if not was or not found or was in found:
         return []
-    return [f"{folder} was trained on model {was}, found {found}; give the model it was trained on"]
+    return [
+        f"{folder} was trained on model {was}, found {found[0]}; give the model it was trained on"
+    ]
 
 
 # %% ../nbs/a18_adapters.ipynb #d68d574e
@@ -536,11 +572,11 @@ class Adapter:
 # %% ../nbs/a18_adapters.ipynb #c92e75ad
 def plain_shapes(
     head: dict[str, dict],  # tensor of a model -> dtype, shape
+    names: dict[str, str],  # name in memory -> tensor
     disk: OnDisk | None,  # from `mixture_on_disk`
 ) -> dict[str, list[int]]:  # plain name -> shape
     "Shapes of a model's weights; of a mixture single matrices and stacked parameters, both"
-    in_memory = disk.names if disk else {name: name for name in head}
-    shapes = {plain_name(name): head[tensor]["shape"] for name, tensor in in_memory.items()}
+    shapes = {plain_name(name): head[tensor]["shape"] for name, tensor in names.items()}
     of_experts = disk.shapes | disk.parameters if disk else {}
     return shapes | {plain_name(name): list(shape) for name, shape in of_experts.items()}
 
@@ -602,9 +638,22 @@ def _whole_faults(a: Adapter, shapes: dict[str, list[int]]) -> list[str]:
         fits = new[0] >= old[0] if may_grow else new[0] == old[0]
         if not fits or new[1:] != old[1:]:
             faults.append(f"{a.path}: {name} is {new}, the model has {old}")
+    faults += _tied_faults(a, shapes)
     if not _rows_agree(a, shapes):
         faults.append(f"{a.path}: embedding and head have different numbers of rows")
     return faults
+
+
+def _tied_faults(a: Adapter, shapes: dict[str, list[int]]) -> list[str]:
+    "Whether peft trained a copy of an embedding, while the head tied to it stayed as it was"
+    saved = [f"{module}.weight" for module in a.config.get("modules_to_save") or []]
+    own_head = any(map(is_head, [*shapes, *a.whole]))
+    if own_head or a.config.get("ensure_weight_tying") or not any(map(is_embedding, saved)):
+        return []
+    return [
+        f"{a.path} was trained on a copy of the embedding, and the head that is tied to it stayed "
+        "as it was; merge it with peft, or train it with ensure_weight_tying"
+    ]
 
 
 def _rows_agree(a: Adapter, shapes: dict[str, list[int]]) -> bool:
@@ -631,11 +680,11 @@ _UNSUPPORTED = {  # key of adapter_config.json -> in words
 def adapter_faults(
     adapter: Adapter,  # the adapter
     shapes: dict[str, list[int]],  # plain name -> shape, of the model
-    fingerprint: str = "",  # of the model
+    *fingerprints: str,  # of the model, from `fingerprints_of`
 ) -> list[str]:  # at most five lines
     "Everything that keeps an adapter from being merged into this model"
     config, path = adapter.config, adapter.path
-    faults = model_faults(path, fingerprint)
+    faults = model_faults(path, *fingerprints)
     if (kind := config.get("peft_type") or "LORA") != "LORA":
         faults.append(f"{path} is a {visible(kind, 40)} adapter, expected LORA")
     if missing := [key for key in ("r", "lora_alpha") if config.get(key) is None]:
@@ -693,22 +742,27 @@ def merge_faults(
 
 def _fit_faults(model: str | Path, adapters: list[Adapter]) -> list[str]:
     "Where a model and adapters that are each sound do not fit together"
-    faults = faults_of(embedding_rows, resolve_model(model))
-    shards = sorted(set(tensor_files(resolve_model(model)).values()))
+    folder = resolve_model(model)
+    faults = faults_of(embedding_rows, folder)
+    files = tensor_files(folder)
+    shards = sorted(set(files.values()))
     head = {name: entry for shard in shards for name, entry in read_header(shard).items()}
     stored = [name for name in head if ".absmax" in name or ".quant_state" in name]
     if stored:
         return [f"{model} is stored in 4 bits ({stored[0]}); give the model it was made from"]
-    config = read_shaped(resolve_model(model) / "config.json", {})
+    config = read_shaped(folder / "config.json", {})
     if method := storage_method(config):
         return [
             f"{model} is stored in {visible(method, 20)}; adapters are merged into 16 bits: "
-            'save_stock(load_model(MODEL, dtype="bfloat16"), NEW) of cmixtral_nb.loading makes them'
+            'save_stock(load_model(MODEL, dtype="bfloat16"), NEW, MODEL) of cmixtral_nb.loading '
+            "makes them"
         ]
-    shapes = plain_shapes(head, mixture_on_disk(resolve_model(model)))
-    fingerprint = input_fingerprint(model)
+    disk, copy = mixture_on_disk(folder), second_copy(folder, files)
+    names = disk.names if disk else names_in_memory(folder)
+    shapes = plain_shapes(head, {n: t for n, t in names.items() if t != copy}, disk)
+    fingerprints = fingerprints_of(model)
     for a in adapters:
-        faults += adapter_faults(a, shapes, fingerprint)
+        faults += adapter_faults(a, shapes, *fingerprints)
         shapes |= {name: a.shape(tensor) for name, tensor in a.whole.items()}
     return faults
 

@@ -20,6 +20,7 @@ __all__ = [
     "is_embedding",
     "is_head",
     "row_tensors",
+    "second_copy",
     "embedding_rows",
     "specs_of",
     "n_bytes",
@@ -278,6 +279,33 @@ def row_tensors(
 ) -> list[str]:  # the embedding, and the head unless it is tied to it
     "Names of the tensors with one row for each token"
     return [name for name in names if is_embedding(name) or is_head(name)]
+
+
+def _says_tied(folder: Path) -> bool:
+    "Whether the head is the embedding; where the configuration is silent, its family says so"
+    from transformers import AutoConfig
+
+    says = read_json(folder / "config.json")
+    if "tie_word_embeddings" in says:
+        return bool(says["tie_word_embeddings"])
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # of its own checks, whatever they raise: who loads the model says so
+        return False
+    return getattr(config, "tie_word_embeddings", False)
+
+
+def second_copy(
+    folder: Path,  # HF model folder
+    files: dict[str, Path],  # from `tensor_files`
+) -> str:  # name of the tensor; empty where there is none
+    "A head that is stored beside the embedding it is tied to; transformers ties equal ones alone"
+    import torch
+
+    embedding, head = (next(filter(is_one, files), "") for is_one in (is_embedding, is_head))
+    if not embedding or not head or not _says_tied(folder):
+        return ""
+    return head if torch.equal(load_tensor(files, embedding), load_tensor(files, head)) else ""
 
 
 def embedding_rows(

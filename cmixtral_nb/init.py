@@ -42,6 +42,7 @@ from cmixtral_nb.checkpoints import (
     load_tensor,
     resolve_model,
     row_tensors,
+    second_copy,
     tensor_files,
     write_special_ids,
 )
@@ -406,6 +407,8 @@ def write_rows(
 ) -> dict[str, Any]:  # n_old, n_new, n_rows, n_taken, sub_tokens, norms; distill
     "The model with a row for each new token"
     files = tensor_files(src)
+    copy = second_copy(src, files)
+    files.pop(copy, None)
     change = _change(src, tokenizer, transplant)
     spellings = spell(change.old, change.pieces, method)
     for i, old_id in change.taken.items():
@@ -418,10 +421,13 @@ def write_rows(
         taught = distill(src, change.old, change.new, whole, texts, steps, seed, state, dtype)
         grown = _taught(files, change, taught)
         state.unlink(missing_ok=True)
-        config["tie_word_embeddings"] = False
         found["distill"] = dict(taught.stats, untied="lm_head.weight" not in files)
     else:
         grown = _made(files, change, spellings, method, seed)
+    if any(map(is_head, grown.matrices)):
+        config["tie_word_embeddings"] = False  # some say otherwise of two that differ
+    elif copy:
+        grown.matrices[copy] = grown.matrices[next(filter(is_embedding, files))]
     n_rows = len(next(iter(grown.matrices.values())))
     copy_weights(src, out, grown.matrices)
     copy_config(src, out, n_rows, **config)

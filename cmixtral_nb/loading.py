@@ -12,7 +12,6 @@ __all__ = [
     "nf4_config",
     "load_model",
     "attention_faults",
-    "require_positions",
     "cache_name",
     "save_4bit",
     "save_stock",
@@ -33,7 +32,9 @@ from typing import TYPE_CHECKING
 from cmixtral_nb.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    SAME_WEIGHTS,
     Adapter,
+    fingerprints_of,
     lora_faults,
     model_faults,
     plain_name,
@@ -57,7 +58,7 @@ from cmixtral_nb.experts import (
 )
 
 from .adapter_forms import single_form
-from .checkpoints import resolve_model, row_tensors, tensor_shapes
+from .checkpoints import copy_tokenizer, resolve_model, tensor_shapes
 from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from .machine import chosen_dtype, quiet, say, trim_memory
 from .manifests import read_manifest
@@ -69,7 +70,7 @@ from .qlora import expert_bytes, ready_to_train
 from .routers import routers_in_own_precision
 from .shapes import read_shaped, visible
 from .small_floats import DECODED, storage_method
-from .stages import StageError, input_fingerprint, require
+from .stages import StageError, input_fingerprint, require, write_json
 from .stored_experts import mixture_in_memory
 
 if TYPE_CHECKING:
@@ -265,8 +266,9 @@ def _adapter_config(values: dict, model: PreTrainedModel, trainable: bool) -> Pe
 # %% ../nbs/a17_loading.ipynb #11b17263
 def _grow_rows(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     "Give a model as many rows as the adapter's embedding and head have"
-    tables = [tensors[name] for name in row_tensors(tensors)]
-    n_rows = max((table.shape[0] for table in tables if table.dim()), default=0)
+    vocabulary = re.compile(r"(embed_tokens|lm_head)\.weight$")
+    sizes = [t.shape[0] for name, t in tensors.items() if t.dim() and vocabulary.search(name)]
+    n_rows = max(sizes, default=0)
     if n_rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(n_rows, mean_resizing=False)
 
@@ -380,24 +382,6 @@ def attention_faults(
     return faults_of(model_config, folder) or _flash_faults(model_config(folder), asked)
 
 
-_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions)\.weight$")
-
-
-def require_positions(
-    folder: str | Path,  # model folder
-    length: int,  # tokens of a text
-    remedy: str,  # a command or an option, before the number
-) -> None:
-    "`StageError` where a text has more tokens than there are learned positions (GPT-2, OPT)"
-    if not any(map(_POSITIONS.search, tensor_shapes(folder))):
-        return
-    most = model_config(folder).get_text_config().max_position_embeddings
-    require(
-        length <= most,
-        f"{folder} has learned {most:,} positions, length is {length:,}; {remedy} {most}",
-    )
-
-
 def _flash_faults(config: PretrainedConfig, asked: str) -> list[str]:
     "One line, or none"
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -463,7 +447,7 @@ def _adapter_for(adapter: str | Path, model: str | Path) -> Path:
     folder = require_adapter(adapter)
     refuse(lora_faults(folder))
     if trained_on(folder):  # else the model need not be hashed
-        refuse(model_faults(folder, input_fingerprint(model)))
+        refuse(model_faults(folder, *fingerprints_of(model)))
     return folder
 
 
@@ -496,6 +480,7 @@ def save_4bit(
 def save_stock(
     model: PreTrainedModel,  # from `load_model`, not in 4 bits
     out: str | Path,  # folder
+    source: str | Path | None = None,  # the model, if its weights are all as they were
 ):
     "Save under the family's own names and model type, as transformers, vLLM, llama.cpp expect them"
     mixture = bool(single_experts(model))
@@ -505,6 +490,9 @@ def save_stock(
         model.save_pretrained(str(out))
     if mixture:
         split_experts(model)
+    if source is not None:  # then adapters for it fit the copy too
+        copy_tokenizer(resolve_model(source), Path(out))
+        write_json(Path(out) / SAME_WEIGHTS, dict(fingerprint=input_fingerprint(source)))
 
 
 # %% ../nbs/a17_loading.ipynb #097e614b

@@ -52,6 +52,7 @@ from cmixtral_nb.checkpoints import (
     copy_config,
     copy_tokenizer,
     is_embedding,
+    is_head,
     is_written,
     load_tensor,
     n_bytes,
@@ -59,6 +60,7 @@ from cmixtral_nb.checkpoints import (
     read_header,
     require_space,
     resolve_model,
+    second_copy,
     tensor_files,
     write_index,
     write_tensors,
@@ -70,7 +72,7 @@ from .loading import TOO_LITTLE, one_tensor_at_a_time, streamed
 from .machine import say
 from .options import as_list
 from .stages import StageError, require, stage
-from .stored_experts import OnDisk, Stacked, mixture_on_disk
+from .stored_experts import OnDisk, Stacked, mixture_on_disk, names_in_memory
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
 if TYPE_CHECKING:
@@ -155,17 +157,20 @@ def open_sources(
 ) -> Sources:
     "Read the headers of a model; its tensors stay on disk"
     files = tensor_files(model)
+    copy = second_copy(model, files)
     shards = sorted(set(files.values()))
     head = {name: entry for shard in shards for name, entry in read_header(shard).items()}
-    disk = mixture_on_disk(model)  # None: names on disk are those in memory
-    in_memory = disk.names if disk else {name: name for name in head}
+    head.pop(copy, None)
+    disk = mixture_on_disk(model)  # None: no mixture
+    in_memory = disk.names if disk else names_in_memory(model)
+    in_memory = {name: tensor for name, tensor in in_memory.items() if tensor != copy}
     names = {plain_name(name): tensor for name, tensor in in_memory.items()}
     plain = {tensor: name for name, tensor in names.items()}
     parts = {plain_name(name): source for name, source in disk.parts.items()} if disk else {}
     if _HEAD not in names:
         for a in adapters:
             _leave_tied(a)
-    in_4bit, computed_in = _held_in_4bit(plain_shapes(head, disk), disk, adapters)
+    in_4bit, computed_in = _held_in_4bit(plain_shapes(head, in_memory, disk), disk, adapters)
     return Sources(
         files=files,
         head=head,
@@ -246,8 +251,10 @@ def read_weight(
         W = load_tensor(src.files, tensor)
     elif (part := src.parts.get(name)) and part.place:
         W = StackedFile(src.files[part.tensor]).part(part.tensor, part.place)
-    else:  # the head of a model that ties it
+    elif name == _HEAD:  # tied
         return read_weight(src, embedding_of(src))
+    else:
+        raise StageError(f"the weights lack {name}; copy or download the model again")
     if src.into == "dequantised" and name in src.in_4bit:
         return nf4_roundtrip(W, src.computed_in, src.device)
     return W
@@ -511,8 +518,8 @@ def left_in_4bit(
 # %% ../nbs/10_merge.ipynb #75c91399
 def _write_rest(src: Sources, model: Path, out: Path, n_rows: int) -> dict[str, Path]:
     "Configuration, tokenizer and index beside the weights; which shard holds each tensor"
-    untied = len(merged_specs(src)) > len(src.head)
-    changes = {"tie_word_embeddings": False} if untied else {}
+    own_head = any(is_head(name) for name, *_ in merged_specs(src))
+    changes = {"tie_word_embeddings": False} if own_head else {}
     copy_config(model, out, n_rows, **changes)
     with_tokenizer = [a.path for a in src.adapters if (a.path / "tokenizer.json").is_file()]
     copy_tokenizer(with_tokenizer[-1] if with_tokenizer else model, out)

@@ -6,9 +6,17 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["Stacked", "stacked_matrices", "OnDisk", "mixture_on_disk", "mixture_in_memory"]
+__all__ = [
+    "Stacked",
+    "stacked_matrices",
+    "OnDisk",
+    "mixture_on_disk",
+    "names_in_memory",
+    "mixture_in_memory",
+]
 
 # %% ../nbs/a12d_stored_experts.ipynb #538352e4
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -72,16 +80,11 @@ def mixture_on_disk(
     folder: str | Path,  # model folder
 ) -> OnDisk | None:  # None: no mixture, or one that cannot be read
     "Where the matrices of a mixture lie"
-    from transformers.core_model_loading import rename_source_key
-
     net = _net_of(folder)
     layouts = {} if net is None or mixture_faults(net) else layouts_of(net)
     if net is None or not layouts:
         return None
     tensors = tensor_shapes(folder)
-    renaming = stock_rules(net).renaming
-    prefix, in_memory = net.base_model_prefix, net.state_dict()
-    names = {rename_source_key(t, renaming, [], prefix, in_memory)[0]: t for t in tensors}
     parts, shapes = {}, {}
     for name, source in expert_sources(net, tensors).items():
         if source.place is None:
@@ -91,7 +94,24 @@ def mixture_on_disk(
         shapes[name] = layouts[module].shapes[leaf][: 2 if kind == "weight" else 1]
     stacked = stacked_matrices(net, layouts)
     parameters = _parameter_shapes(layouts, stacked)
-    return OnDisk(names, parts, shapes, _quantised_names(net, layouts), stacked, parameters)
+    names, in_4bit = _in_memory(net, tensors), _quantised_names(net, layouts)
+    return OnDisk(names, parts, shapes, in_4bit, stacked, parameters)
+
+
+def names_in_memory(
+    folder: str | Path,  # model folder, of a mixture or not
+) -> dict[str, str]:  # name in memory -> tensor
+    "What a model calls the tensors of its files: one that sees pictures too calls them otherwise"
+    net, tensors = _net_of(folder), tensor_shapes(folder)
+    return {name: name for name in tensors} if net is None else _in_memory(net, tensors)
+
+
+def _in_memory(net: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    "Name in memory -> tensor, by the rules of the model's class"
+    from transformers.core_model_loading import rename_source_key
+
+    renaming, prefix, state = stock_rules(net).renaming, net.base_model_prefix, net.state_dict()
+    return {rename_source_key(tensor, renaming, [], prefix, state)[0]: tensor for tensor in tensors}
 
 
 def mixture_in_memory(

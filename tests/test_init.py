@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -171,6 +172,21 @@ def test_tied_model(tok, tmp_path):
     net = AutoModelForCausalLM.from_pretrained(a.path)
     assert net.lm_head.weight is net.model.embed_tokens.weight
     assert len(net.lm_head.weight) == len(OLD) + 3
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tied_model_that_is_stored_twice(tok, tmp_path, same):
+    "It stays tied, whatever the method; where the two differ, nothing says that they are tied"
+    p = write_tok(tmp_path / "tied", OLD)
+    config = LlamaConfig(**dict(LLAMA, num_hidden_layers=1), tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(p)
+    t = all_tensors(p)
+    t["lm_head.weight"] = t["model.embed_tokens.weight"] * (1 if same else 2)
+    save_file(t, p / "model.safetensors", {"format": "pt"})
+    a = init(p, tok, out=tmp_path / "out", method="asymmetric")
+    net = AutoModelForCausalLM.from_pretrained(a.path)
+    assert (net.lm_head.weight is net.model.embed_tokens.weight) == same
+    assert read_json(a.path / "config.json")["tie_word_embeddings"] == same
 
 
 LLAMA = dict(

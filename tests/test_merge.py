@@ -22,6 +22,8 @@ from test_experts import saved as saved_family
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralForCausalLM,
@@ -635,6 +637,82 @@ def test_tied_model_with_a_head_of_its_own(llama, tmp_path):
     )
 
 
+@pytest.fixture
+def tied(llama):
+    "A tied model whose files hold the one matrix twice"
+    config = read_json(llama / "config.json")
+    write_json(llama / "config.json", dict(config, tie_word_embeddings=True))
+    t = load_file(llama / "model.safetensors")
+    t["lm_head.weight"] = t["model.embed_tokens.weight"].clone()
+    save_file(t, llama / "model.safetensors", metadata={"format": "pt"})
+    return llama
+
+
+def with_rows_of(net, out, **kw):
+    "An adapter of peft that trains rows of the embedding, and the logits it gives"
+    net = shake(get_peft_model(net, LoraConfig(r=4, target_modules=["q_proj"], **kw)))
+    net.save_pretrained(out)
+    return logits(net)
+
+
+def test_tied_model_that_is_stored_twice(tied, tmp_path):
+    net = AutoModelForCausalLM.from_pretrained(tied)
+    assert net.lm_head.weight is net.model.embed_tokens.weight
+    want = with_rows_of(net, tmp_path / "a", trainable_token_indices={"embed_tokens": [3, 7]})
+    m = merge(tied, tmp_path / "a", out=tmp_path / "m", device="cpu")
+    got = AutoModelForCausalLM.from_pretrained(m.path)
+    assert got.lm_head.weight is got.model.embed_tokens.weight
+    assert torch.allclose(logits(got), want, atol=1e-5)
+
+
+def test_a_head_that_is_not_the_embedding_is_not_said_to_be(tied, tmp_path):
+    t = load_file(tied / "model.safetensors")
+    t["lm_head.weight"][5] += 1
+    save_file(t, tied / "model.safetensors", metadata={"format": "pt"})
+    net = AutoModelForCausalLM.from_pretrained(tied)
+    want = with_rows_of(net, tmp_path / "a")
+    m = merge(tied, tmp_path / "a", out=tmp_path / "m", device="cpu")
+    assert read_json(m.path / "config.json")["tie_word_embeddings"] is False
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(m.path)), want, atol=1e-5)
+
+
+def test_a_copy_of_a_tied_embedding(refuses, tied, tmp_path):
+    "peft trains a copy where it is not told of the head, which stays as it was"
+    net = AutoModelForCausalLM.from_pretrained(tied)
+    with_rows_of(net, tmp_path / "a", modules_to_save=["embed_tokens"])
+    refuses("was trained on a copy of the embedding", tied, tmp_path / "a")
+
+
+@pytest.fixture
+def seeing(tmp_path):
+    "A model that sees pictures too: its files call their tensors otherwise than the model does"
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(sizes, vocab_size=V, num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    torch.manual_seed(0)
+    picture = dict(sizes, image_size=28, patch_size=14)
+    net = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=picture))
+    net.save_pretrained(tmp_path / "seeing")
+    return tmp_path / "seeing"
+
+
+@pytest.mark.parametrize(
+    "kw", [dict(trainable_token_indices={"embed_tokens": [3, 7]}), dict(modules_to_save=WHOLE)]
+)
+def test_a_model_that_sees_pictures(seeing, tmp_path, kw):
+    net = AutoModelForCausalLM.from_pretrained(seeing)
+    want = with_rows_of(net, tmp_path / "a", **kw)
+    m = merge(seeing, tmp_path / "a", out=tmp_path / "m", device="cpu")
+    assert m.stats["n_lora"] == 2  # one of them in the part that sees
+    got, info = AutoModelForCausalLM.from_pretrained(m.path, output_loading_info=True)
+    assert torch.allclose(logits(got), want, atol=1e-5)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_weight_that_is_not_there(llama):
+    with pytest.raises(StageError, match="the weights lack model.layers.9.mlp.up_proj.weight"):
+        read_weight(open_sources(llama, [], into="original"), "model.layers.9.mlp.up_proj.weight")
+
+
 def test_tokenizer_of_the_adapter_wins(model, tmp_path):
     a = make_adapter(model, tmp_path / "a", "all", 3)
     (model / "tokenizer.json").write_text('{"old": 1}')
@@ -906,7 +984,7 @@ def test_killed_at_random_moments(tmp_path):
 def test_half_of_a_small_file_is_not_in_the_manifest(model, adapter, tmp_path, monkeypatch):
     want = run(model, adapter, tmp_path, "whole")
 
-    def dying(*a):
+    def dying(*a, **changes):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "copy_config", dying)
@@ -1054,6 +1132,17 @@ def test_adapters_that_are_no_plain_lora(refuses, model, adapter):
     refuses(
         "1 tensors that are no LoRA of a linear layer, such as .*lora_embedding_A", model, adapter
     )
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_changes_the_base(refuses, llama, tmp_path, start):
+    "peft takes the first product out of the base again where it loads such an adapter"
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start)
+    net = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
+    net.save_pretrained(tmp_path / "a")
+    refuses(f"init_lora_weights is {start}, which changes the base", llama, tmp_path / "a")
+    configure(tmp_path / "a", init_lora_weights="gaussian")
+    run(llama, tmp_path / "a", tmp_path)
 
 
 def test_half_a_pair_and_wrong_ranks(refuses, model, adapter):

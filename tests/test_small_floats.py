@@ -9,14 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_experts import IDS, SIZES, bytes_read, logits, random_model
+from test_merge import write_manifest
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from cmixtral_nb.adapters import SAME_WEIGHTS, save_adapter
 from cmixtral_nb.experts import open_experts, single_experts, split_experts
-from cmixtral_nb.loading import load_model, model_config
+from cmixtral_nb.loading import load_model, model_config, save_stock
+from cmixtral_nb.merge import merge
 from cmixtral_nb.placement import without_memory
 from cmixtral_nb.qlora import add_lora, expert_bytes, quantised
 from cmixtral_nb.small_floats import decode_fp8, decode_mxfp4
-from cmixtral_nb.stages import StageError, write_json
+from cmixtral_nb.stages import StageError, input_fingerprint, write_json
 
 FP8 = dict(quant_method="fp8", activation_scheme="dynamic", weight_block_size=[32, 32])
 MXFP4 = dict(quant_method="mxfp4", modules_to_not_convert=["lm_head", "model.embed_tokens"])
@@ -224,3 +227,21 @@ def test_small_numbers_by_an_independent_table():
             continue
         size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
         assert found[byte] == (-1) ** sign * size / 2
+
+
+def test_an_adapter_goes_into_a_copy_in_16_bits(in_mxfp4, tmp_path):
+    "It was trained on the model in MXFP4, which cannot be merged into"
+    net = load_model(in_mxfp4, trainable=True, dtype="bfloat16", device="cpu")
+    save_adapter(add_lora(net, rank=2, alpha=2, rows="none"), tmp_path / "a")
+    trained_on = dict(model=dict(fingerprint=input_fingerprint(in_mxfp4)))
+    write_manifest(tmp_path / "a", trained_on, stats={})
+    how = dict(out=tmp_path / "m", check=False, device="cpu")
+    with pytest.raises(StageError, match="is stored in mxfp4; .* NEW, MODEL. of cmixtral_nb"):
+        merge(in_mxfp4, tmp_path / "a", **how)
+    plain = load_model(in_mxfp4, dtype="bfloat16", device="cpu")
+    save_stock(plain, tmp_path / "other")
+    with pytest.raises(StageError, match="was trained on model"):
+        merge(tmp_path / "other", tmp_path / "a", **how)
+    save_stock(plain, tmp_path / "copy", in_mxfp4)
+    assert merge(tmp_path / "copy", tmp_path / "a", **how).stats["n_lora"] > 0
+    assert not (tmp_path / "m" / SAME_WEIGHTS).exists()  # its weights are others

@@ -335,6 +335,8 @@ CONFIGS: dict[str, dict] = {
     "layer_replication is set": dict(layer_replication=[[0, 2]] * 10**5),
     "eva_config is set": dict(eva_config={"rho": 2}),
     "arrow_config is set": dict(arrow_config={"x": 1}),
+    "kasa_config is set": dict(kasa_config={"beta": 1}),
+    "init_lora_weights is OLoRA, which changes the base": dict(init_lora_weights="OLoRA"),
 }
 BROKEN = {
     "a list": ("[]", "the whole is a list"),
