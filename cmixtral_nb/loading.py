@@ -12,6 +12,7 @@ __all__ = [
     "nf4_config",
     "load_model",
     "attention_faults",
+    "require_positions",
     "cache_name",
     "save_4bit",
     "save_stock",
@@ -42,6 +43,13 @@ from cmixtral_nb.adapters import (
     require_adapter,
     trained_on,
 )
+from cmixtral_nb.checkpoints import (
+    copy_tokenizer,
+    load_complete,
+    resolve_model,
+    row_tensors,
+    tensor_shapes,
+)
 from cmixtral_nb.experts import (
     METHOD,
     decoded_config,
@@ -58,7 +66,6 @@ from cmixtral_nb.experts import (
 )
 
 from .adapter_forms import single_form
-from .checkpoints import copy_tokenizer, resolve_model, tensor_shapes
 from .configs import OLD_MIXTRAL, kind_faults, refuse_at, require_config
 from .machine import chosen_dtype, quiet, say, trim_memory
 from .manifests import read_manifest
@@ -162,12 +169,12 @@ def _load_linear_4bit(
     "A model whose matrices are all `nn.Linear`"
     net = without_memory(config, dtype)
     with open_experts(folder, net) as checkpoint:
-        return type(net).from_pretrained(
-            None,
+        return load_complete(
+            type(net),
+            folder,
             config=decoded_config(config),
             dtype=dtype,
             quantization_config=nf4_config(dtype),
-            trust_remote_code=False,
             state_dict=checkpoint,
             **how,
         )
@@ -266,9 +273,8 @@ def _adapter_config(values: dict, model: PreTrainedModel, trainable: bool) -> Pe
 # %% ../nbs/a17_loading.ipynb #11b17263
 def _grow_rows(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     "Give a model as many rows as the adapter's embedding and head have"
-    vocabulary = re.compile(r"(embed_tokens|lm_head)\.weight$")
-    sizes = [t.shape[0] for name, t in tensors.items() if t.dim() and vocabulary.search(name)]
-    n_rows = max(sizes, default=0)
+    tables = [tensors[name] for name in row_tensors(tensors)]
+    n_rows = max((table.shape[0] for table in tables if table.dim()), default=0)
     if n_rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(n_rows, mean_resizing=False)
 
@@ -382,6 +388,24 @@ def attention_faults(
     return faults_of(model_config, folder) or _flash_faults(model_config(folder), asked)
 
 
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions)\.weight$")
+
+
+def require_positions(
+    folder: str | Path,  # model folder
+    length: int,  # tokens of a text
+    remedy: str,  # a command or an option, before the number
+) -> None:
+    "`StageError` where a text has more tokens than there are learned positions (GPT-2, OPT)"
+    if not any(map(_POSITIONS.search, tensor_shapes(folder))):
+        return
+    most = model_config(folder).get_text_config().max_position_embeddings
+    require(
+        length <= most,
+        f"{folder} has learned {most:,} positions, length is {length:,}; {remedy} {most}",
+    )
+
+
 def _flash_faults(config: PretrainedConfig, asked: str) -> list[str]:
     "One line, or none"
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -427,9 +451,7 @@ def _load_whole(folder: Path, config: PretrainedConfig, **how) -> PreTrainedMode
 
     if storage_method(config) in DECODED or _is_stacked(config):
         return load_experts(folder, config, **how)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, config=config, trust_remote_code=False, **how
-    )
+    return load_complete(AutoModelForCausalLM, folder, config=config, **how)
 
 
 def _is_stacked(config: PretrainedConfig) -> bool:
