@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["MODELS", "data_licences", "ModelFacts", "plain", "model_card", "card"]
+__all__ = ["MODELS", "data_licences", "ModelFacts", "model_card", "card"]
 
 # %% ../nbs/a29_card.ipynb #038a87be
-import re
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
-from typing import Any
 
 from .checkpoints import HUB_ID
 from .corpora import corpus_langs
@@ -29,7 +26,7 @@ from .report import TRAINED, value_text
 from .results import markdown_table, read_lines
 from .run_files import speed_rows
 from .run_report import report_data
-from .shapes import TEXT, read_shaped, visible
+from .shapes import TEXT, in_markdown, read_shaped, visible
 from .stages import require, write_text
 
 # %% ../nbs/a29_card.ipynb #5a17f88b
@@ -134,24 +131,11 @@ def _card_head(facts: ModelFacts) -> str:
 
 
 # %% ../nbs/a29_card.ipynb #a6c84407
-_MARKS = re.compile(
-    r"[\\`*\[\]|$~]"  # wherever they are
-    r"|(?<![^\W_])_|_(?![^\W_])"  # not within a word
-    r"|^[#>+-]"  # at the beginning
-)
-
-
-def plain(
-    text: Any,  # a name, a file, a licence: anybody's
-) -> str:
-    "Example: plain('<b>|x|') -> '&lt;b>\\\\|x\\\\|': markdown shows it as it is, on one line"
-    shown = escape(visible(text, 300), quote=False).replace("&gt;", ">")
-    return _MARKS.sub(r"\\\g<0>", shown)
-
-
 def _table(head: list[str], rows: list[list]) -> str:
     "A table in markdown, of cells that may hold anything"
-    return markdown_table(list(map(plain, head)), [list(map(plain, row)) for row in rows])
+    return markdown_table(
+        list(map(in_markdown, head)), [list(map(in_markdown, row)) for row in rows]
+    )
 
 
 def _result_section(facts: ModelFacts) -> str:
@@ -169,7 +153,7 @@ def _result_section(facts: ModelFacts) -> str:
     sentences = verdicts(facts.rows).get(facts.model, [])
     parts = [
         "## What was gained and what it cost",
-        "\n".join(f"- {plain(sentence)}" for sentence in sentences),
+        "\n".join(f"- {in_markdown(sentence)}" for sentence in sentences),
         _table(["", *names], lines),
         "In brackets: 95% intervals.",
     ]
@@ -184,14 +168,14 @@ def _arms_section(facts: ModelFacts) -> str:
         "The control is the same base without new pieces, trained on the same text in the same "
         "order."
     )
-    lines = "\n".join(f"- {plain(line)}" for line in facts.arms)
+    lines = "\n".join(f"- {in_markdown(line)}" for line in facts.arms)
     return "\n\n".join(["## With and without new pieces", told, lines])
 
 
 def _promise(certificate: dict[str, dict], ids_changed: dict[str, dict]) -> str:
     "What is known of the token ids of old text: by the certificate, and counted"
     told = "".join(
-        f" The certificate found the {plain(check)}, in {found['cases']:,} cases."
+        f" The certificate found the {in_markdown(check)}, in {found['cases']:,} cases."
         for check, found in certificate.items()
         if check.startswith("ids of texts without") and not found["failed"]
     )
@@ -225,8 +209,8 @@ def _health_text(health: dict | None) -> str:
     "Which new pieces the merged model has not learned, the sickest named"
     if not health:
         return ""
-    told = f"\n\nAfter merging, {plain(health_line(health))}."
-    if named := [plain(row["piece"]) for row in worst_pieces(health, 5)]:
+    told = f"\n\nAfter merging, {in_markdown(health_line(health))}."
+    if named := [in_markdown(row["piece"]) for row in worst_pieces(health, 5)]:
         told += f" The least learned: {' '.join(named)}."
     return told
 
@@ -281,11 +265,13 @@ def _training_line(name: str, manifest: dict, speed: list[dict]) -> str:
     "Example: '- **pre-training**: rank 4, lr 0.001, 5 tokens; 1 second on cpu, 1.0 GB …'"
     params, stats = manifest["params"], manifest["stats"]
     told = [
-        f"{option} {plain(params[option])}" for option in _OPTIONS if params.get(option) is not None
+        f"{option} {in_markdown(params[option])}"
+        for option in _OPTIONS
+        if params.get(option) is not None
     ]
     told += [_count(stats[key], things) for key, things in _COUNTS.items() if key in stats]
     devices = [row["device"] for row in speed if row.get("device")]
-    where = f" on {plain(devices[0])}" if devices else ""
+    where = f" on {in_markdown(devices[0])}" if devices else ""
     return (
         f"- **{name}**: {', '.join(told)}; {_count(manifest['seconds'], 'seconds')}{where}, "
         f"{manifest['peak_bytes'] / 1e9:.1f} GB of memory at the peak"
@@ -327,7 +313,9 @@ def _provenance_section(manifests: dict[str, dict]) -> str:
     ]
     known = [manifest["versions"] for manifest in manifests.values() if "versions" in manifest]
     versions = known[0] if known else {}
-    made = ", ".join(f"{plain(package)} {plain(version)}" for package, version in versions.items())
+    made = ", ".join(
+        f"{in_markdown(package)} {in_markdown(version)}" for package, version in versions.items()
+    )
     return (
         f"## Provenance\n\nWritten from the manifests of the run: {', '.join(prints)}. "
         f"Made with {made}."
@@ -341,7 +329,7 @@ def model_card(
     "Card of a model from the manifests of its run"
     parts = [
         f"---\n{_card_head(facts)}\n---",
-        f"# {plain(facts.name)}",
+        f"# {in_markdown(facts.name)}",
         facts.about,
         _result_section(facts),
         _arms_section(facts),
@@ -418,7 +406,7 @@ def _hub_id(recipe: dict) -> str | None:
 def _about(recipe: dict, model: str) -> str:
     language, kept = languages(recipe)
     task = f"a base language model taught {language_name(language)}."
-    told = plain(" ".join(str(recipe.get("about") or task).split()))
+    told = in_markdown(" ".join(str(recipe.get("about") or task).split()))
     run = visible(recipe["name"]).replace("`", "'")
     return f"`{model}` of the run `{run}`, made with cmixtral_nb: {told}"
 

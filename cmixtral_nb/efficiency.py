@@ -34,6 +34,7 @@ from .machine import say
 from .options import above, faults_of, named_refs, range_faults, refuse, split_name
 from .pieces import base_tokenizer_model
 from .results import markdown_table
+from .shapes import in_markdown
 from .stages import stage, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, processor
 
@@ -210,8 +211,8 @@ def _tokens_markdown(table: list[dict]) -> str:
     ]
     rows = [
         [
-            row["domain"],
-            row["tokenizer"],
+            in_markdown(row["domain"]),
+            in_markdown(row["tokenizer"]),
             row["n_docs"],
             f"{row['n_chars']:,}",
             f"{row['n_tokens']:,}",
@@ -226,7 +227,7 @@ def _tokens_markdown(table: list[dict]) -> str:
 
 def _speed_markdown(table: list[dict]) -> str:
     rows = [
-        [row["tokenizer"], row["form"], f"{row['encode']:.2f}", f"{row['decode']:.2f}"]
+        [in_markdown(row["tokenizer"]), row["form"], f"{row['encode']:.2f}", f"{row['decode']:.2f}"]
         for row in table
     ]
     return markdown_table(["tokenizer", "form", "encode, MB/s", "decode, MB/s"], rows)
@@ -239,7 +240,9 @@ def _writing_markdown(models: dict[str, dict]) -> str:
             f"{r[f'{unit}_per_second']:.1f} ± {r[f'{unit}_per_second_std']:.1f}"
             for unit in ("tokens", "chars")
         )
-        rows.append([name, tokens, chars, r["n_texts"], f"{r['device']}, {r['dtype']}"])
+        rows.append(
+            [in_markdown(name), tokens, chars, r["n_texts"], f"{r['device']}, {r['dtype']}"]
+        )
     head = ["model", "tokens per second", "characters per second", "texts", "device"]
     return markdown_table(head, rows)
 

@@ -45,7 +45,7 @@ from .options import at_least, faults_of, range_faults, refuse
 from .pack import load_examples
 from .report import element, number_cell, section, svg, table
 from .results import markdown_table, tokenizer_faults, window_faults
-from .shapes import visible
+from .shapes import in_markdown, visible
 from .stages import require, same_tokenizer, stage, write_json, write_text
 from .tokenizer_files import encode_plain, load_tokenizer, start_id
 
@@ -244,7 +244,7 @@ def _shown(row: dict) -> list[str]:
     "A row for people; what is not known is a dash"
     formats = dict(targets=",", places=",", mass=".2e", greedy=".0%", lift=".3g", distance=".2f")
     cells = ["-" if row[name] is None else format(row[name], how) for name, how in formats.items()]
-    return [row["piece"].replace("|", "\\|"), str(row["id"]), *cells]
+    return [in_markdown(row["piece"]), str(row["id"]), *cells]
 
 
 def health_line(

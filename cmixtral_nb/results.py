@@ -62,6 +62,7 @@ from cmixtral_nb.shapes import (
     ANYTHING,
     NAME,
     TEXT,
+    in_markdown,
     number,
     read_shaped,
     read_shaped_lines,
@@ -145,8 +146,8 @@ def _exam_table(table: list[dict]) -> str:
     "Accuracies in per cent"
     rows = [
         [
-            line["benchmark"],
-            line["part"],
+            in_markdown(line["benchmark"]),
+            in_markdown(line["part"]),
             line["metric"],
             line["n"],
             f"{100 * line['value']:.2f} ({100 * line['low']:.2f}–{100 * line['high']:.2f})",
@@ -164,7 +165,7 @@ def _bits_table(domains: dict[str, dict]) -> str:
         error = r["bits_per_byte_stderr"] if r["n_docs"] >= FEWEST else None
         rows.append(
             [
-                domain,
+                in_markdown(domain),
                 r["n_docs"],
                 f"{r['n_bytes']:,}",
                 f"{r['bits_per_byte']:.4f}" + (f" ± {error:.4f}" if error else ""),

@@ -20,7 +20,6 @@ __all__ = [
 ]
 
 # %% ../nbs/a21d_samples.ipynb #1f222b9d
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from .checkpoints import named_models, resolve_model
 from .documents import in_utf8
 from .options import Range, faults_of, range_faults, refuse
 from .packages import package_faults
-from .shapes import read_shaped, visible, whole
+from .shapes import in_markdown, read_shaped, visible, whole
 from .stages import StageError, require
 from .templates import check_template
 from .tokenizer_files import load_tokenizer
@@ -167,8 +166,8 @@ def require_room(
 
 # %% ../nbs/a21d_samples.ipynb #c19689f3
 def _flat(text: str) -> str:
-    "One line, in which nothing is markdown"
-    return re.sub(r"([\\`*_<>|])", r"\\\1", " ".join(text.split()))
+    "All of a text on one line, in which nothing is markdown"
+    return in_markdown(" ".join(text.split()), len(text))
 
 
 def samples_table(
@@ -181,6 +180,6 @@ def samples_table(
         for row in rows:
             if row["prompt"] == prompt:
                 more = "" if row["stop"] == "end" else " …"
-                lines.append(f"- {row['model']}: {_flat(row['text'])}{more}")
+                lines.append(f"- {in_markdown(row['model'])}: {_flat(row['text'])}{more}")
         lines.append("")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ __all__ = [
     "NAME",
     "ANYTHING",
     "visible",
+    "in_markdown",
     "number",
     "whole",
     "shape_fault",
@@ -22,7 +23,9 @@ __all__ = [
 
 # %% ../nbs/a02b_shapes.ipynb #4fb263a2
 import json
+import re
 import unicodedata
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,23 @@ def visible(
     if shown.isascii() and shown.isprintable():  # nearly always
         return shown
     return "".join(map(_spelled, shown))
+
+
+# %% ../nbs/a02b_shapes.ipynb #9d41b6e3
+_MARKS = re.compile(
+    r"[\\`*\[\]|$~]"  # wherever they are
+    r"|(?<![^\W_])_|_(?![^\W_])"  # not within a word
+    r"|^[#>+-]"  # at the beginning
+)
+
+
+def in_markdown(
+    text: Any,  # a name, a file, what a model wrote: anybody's
+    length: int = 300,  # most characters that are shown
+) -> str:
+    "Example: in_markdown('<b>|x|') -> '&lt;b>\\\\|x\\\\|'"
+    shown = escape(visible(text, length), quote=False).replace("&gt;", ">")
+    return _MARKS.sub(r"\\\g<0>", shown)
 
 
 # %% ../nbs/a02b_shapes.ipynb #24d2ba70

@@ -255,7 +255,7 @@ def samples_of(folder):
 
 def test_markdown_survives_what_models_write():
     row = dict(model="m", prompt="a|b", text="*x* <b>\n_y_", stop="length")
-    assert g.samples_table([row]) == "**a\\|b**\n\n- m: \\*x\\* \\<b\\> \\_y\\_ …\n"
+    assert g.samples_table([row]) == "**a\\|b**\n\n- m: \\*x\\* &lt;b> \\_y\\_ …\n"
 
 
 def test_chat_checks_its_options_before_it_loads(tmp_path):
