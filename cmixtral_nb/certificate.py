@@ -182,7 +182,7 @@ def _written_in(lang: str, script: str) -> bool:
 
 
 def _is_new(name: str, script: str, lang: str) -> bool:
-    "Whether the new pieces are of this language; English they are of only where `lang` says so"
+    "Whether the new pieces are of this language; of English only where `lang` names it"
     return name == lang if lang else name != "en" and _written_in(name, script)
 
 

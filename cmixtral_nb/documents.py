@@ -43,6 +43,7 @@ import itertools
 import json
 import lzma
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -216,14 +217,17 @@ N_PLACES = 20  # bad lines that are named; the others are counted
 _TEXT_FIELDS = ("text", "content", "raw_content", "zh")  # the names that data sets use
 
 
-def _is_utf16(line: bytes) -> bool:
-    "Whether a first line begins with the mark of UTF-16, or has a zero beside each letter"
+def _utf16(line: bytes) -> str:
+    "UTF-16, by its mark, or which half of it has a zero beside each letter of a line; else empty"
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return True
+        return "UTF-16"
     line = line.removesuffix(b"\n")
     first, second = line[::2], line[1::2]
-    has_zeros = (all(first) and not any(second)) or (all(second) and not any(first))
-    return has_zeros and len(line) >= 4
+    if len(line) < 4:
+        return ""
+    if all(first) and not any(second):
+        return "UTF-16LE"
+    return "UTF-16BE" if all(second) and not any(first) else ""
 
 
 @dataclass
@@ -260,9 +264,11 @@ class _Reader:
                 self.bad(TOO_LONG, number, f"the line is {TOO_LONG}")
                 continue
             is_first = number == 1 and not self.start
+            other = _utf16(raw) if is_first else ""
             require(
-                not (is_first and _is_utf16(raw)),
-                f"{self.name} is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8",
+                not other,
+                f"{self.name} is {other}, expected UTF-8; "
+                f"run: iconv -f {other} -t UTF-8 {shlex.quote(self.name)} > NEW",
             )
             encoding = "utf-8-sig" if is_first else "utf-8"  # it may start with a byte order mark
             try:

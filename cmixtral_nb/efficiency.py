@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoints import named_models, resolve_model
 from .corpora import corpus_langs, missing_language
+from .documents import found_domains
 from .heldout import BUILTIN_LANGS, eval_docs, text_faults
 from .loading import cache_name, load_model
 from .machine import say
@@ -285,6 +286,7 @@ def _check(models, corpus, lang="", domains=None, **options):
     inputs=("tokenizers", "models", "corpus", "domains"),
     ignore=("device",),
     check=_check,
+    found=found_domains,
     options=_option_faults,
 )
 def efficiency(

@@ -22,7 +22,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,6 @@ from cmixtral_nb.samples import (
     require_room,
     samples_table,
     sampling_faults,
-    stored_context,
 )
 from cmixtral_nb.templates import (
     BEGIN_MARK,
@@ -50,7 +49,7 @@ from cmixtral_nb.templates import (
 from .bits import require_finite
 from .chat_tokenizer import control_tokens
 from .checkpoints import named_models, resolve_model
-from .loading import load_model
+from .loading import load_model, model_config
 from .machine import say
 from .options import as_list, faults_of, refuse
 from .packages import package_faults
@@ -142,14 +141,14 @@ def default_settings(
             net.generation_config = config
 
 
-@contextmanager
-def _told_of_nan(model: PreTrainedModel, ids: Tensor) -> Iterator[None]:
-    "Where sampling fails: `StageError` if the model gives NaN, else what torch says"
-    try:
-        yield
-    except RuntimeError:
-        require_finite(model(input_ids=ids).logits[0, -1].tolist(), model)
-        raise
+def _finite_logits(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
+    "For `generate`: the logits as they are, or `StageError`; drawing from NaN would end CUDA"
+
+    def checked(ids: Tensor, logits: Tensor) -> Tensor:
+        require_finite(logits.float().logsumexp(-1).tolist(), model)
+        return logits
+
+    return checked
 
 
 def generate_text(
@@ -168,13 +167,13 @@ def generate_text(
     ids = encode_prompt(tok, prompt)
     ends = stop_ids(model, tok)
     pads = [i for i in (tok.pad_token_id, *ends, 0) if i is not None]  # one text is never padded
-    require_room(len(ids), max_new_tokens, context_of(model))
+    require_room(len(ids), max_new_tokens, context_of(model.config))
     x = torch.tensor([ids], device=model.device)
     how: dict = dict(do_sample=False)
     if temperature > 0:
         how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     torch.manual_seed(seed)
-    with torch.no_grad(), default_settings(model), _told_of_nan(model, x):
+    with torch.no_grad(), default_settings(model):
         y = model.generate(
             input_ids=x,
             attention_mask=torch.ones_like(x),
@@ -183,6 +182,7 @@ def generate_text(
             pad_token_id=pads[0],
             use_cache=True,
             streamer=streamer,
+            logits_processor=[_finite_logits(model)],
             **how,
         )
     new = y[0, len(ids) :].tolist()
@@ -228,7 +228,7 @@ def _require_rooms(
     max_new_tokens: int,
 ) -> None:
     "Refuse all prompts that leave no room for their answers"
-    room = stored_context(folder)
+    room = context_of(model_config(folder))
     sizes = [len(encode_prompt(tok, talk)) for talk in talks]
     refuse([line for n in sizes for line in faults_of(require_room, n, max_new_tokens, room)])
 
@@ -352,7 +352,7 @@ def chat(
     check_template(tok)
     net = load_model(model, adapter=adapter, load_in_4bit=load_in_4bit, attn=attn, device=device)
     start = [dict(role="system", content=system)] if system else []
-    room = context_of(net) - max_new_tokens
+    room = context_of(net.config) - max_new_tokens
     talk = list(start)
     for line in _lines():
         words = line.strip()

@@ -36,6 +36,7 @@ from .bits import require_finite, target_logits, window_size, windows
 from .byte_bases import LETTER_OF
 from .certificate import Extension, TokenizerView
 from .checkpoints import resolve_model
+from .documents import found_domains
 from .figures import BLUE, GREY, in_style, legend_above, panels, save_svg
 from .heldout import eval_docs, text_faults
 from .loading import load_model
@@ -418,6 +419,7 @@ def _scored(lm: PreTrainedModel, tok: PreTrainedTokenizerBase, texts, length, ba
     inputs=("model", "base", "tokens", "corpus", "domains"),
     ignore=("batch", "device"),
     check=_check,
+    found=found_domains,
     options=_option_faults,
 )
 def health(

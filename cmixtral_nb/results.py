@@ -75,8 +75,8 @@ from .adapters import require_adapter
 from .checkpoints import resolve_model
 from .heldout import text_faults
 from .languages import language_name
+from .loading import require_positions
 from .machine import say, versions
-from .samples import stored_context
 from .stages import require, tokenizer_fingerprint, write_json, write_text
 from .templates import check_template
 from .tokenizer_files import load_tokenizer
@@ -340,22 +340,14 @@ def _has_template(folder: Path) -> bool:
 
 
 # %% ../nbs/a24b_results.ipynb #16a4a56e
-def _check_window(folder: Path, length: int) -> None:
-    "`StageError` where a window of text is longer than a model's context"
-    room = stored_context(folder)
-    require(
-        length <= room,
-        f"length is {length:,}, expected at most {room:,}, the context of {folder}; "
-        f"give --length {room}",
-    )
-
-
 def window_faults(
     folder: Path,  # of a model
     length: int,  # tokens in a window of text
 ) -> list[str]:  # one line each
     "What is wrong with the length of windows for a model"
-    return range_faults(dict(length=length)) or faults_of(_check_window, folder, length)
+    return range_faults(dict(length=length)) or faults_of(
+        require_positions, folder, length, "give --length"
+    )
 
 
 def evaluation_option_faults(

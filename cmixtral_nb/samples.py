@@ -14,7 +14,6 @@ __all__ = [
     "request_faults",
     "check_generate",
     "context_of",
-    "stored_context",
     "require_room",
     "samples_table",
 ]
@@ -27,13 +26,13 @@ from .checkpoints import named_models, resolve_model
 from .documents import in_utf8
 from .options import Range, faults_of, range_faults, refuse
 from .packages import package_faults
-from .shapes import in_markdown, read_shaped, visible, whole
+from .shapes import in_markdown, visible
 from .stages import StageError, require
 from .templates import check_template
 from .tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig
 
 # %% ../nbs/a21d_samples.ipynb #bf5fdfb3
 _BEGINNINGS = {  # language -> texts that a base model can go on with
@@ -130,24 +129,11 @@ def _check_tokenizer(ref: str) -> None:
 
 # %% ../nbs/a21d_samples.ipynb #cef15fe5
 def context_of(
-    model: PreTrainedModel,  # of any family
+    config: PretrainedConfig,  # of a model of any family
 ) -> int:
     "Tokens that a model holds; a billion where it has no limit, as Mamba"
-    config = model.config.get_text_config()  # that of Gemma 3 and others is a part of the whole
+    config = config.get_text_config()  # that of Gemma 3 and others is a part of the whole
     return getattr(config, "max_position_embeddings", None) or 10**9
-
-
-_CONTEXT = {"max_position_embeddings?": whole(1), "n_positions?": whole(1)}  # the second: GPT-2
-
-
-def stored_context(
-    folder: str | Path,  # of a model
-) -> int:
-    "What `context_of` says of a model, from its config.json alone"
-    shape = {**_CONTEXT, "text_config?": _CONTEXT}
-    config = read_shaped(Path(folder) / "config.json", shape)
-    config = config.get("text_config") or config
-    return config.get("max_position_embeddings") or config.get("n_positions") or 10**9
 
 
 def require_room(

@@ -61,6 +61,7 @@ _MARKS = re.compile(
     r"[\\`*\[\]|$~]"  # wherever they are
     r"|(?<![^\W_])_|_(?![^\W_])"  # not within a word
     r"|^[#>+-]"  # at the beginning
+    r"|:(?=//)|(?<=\bwww)\."  # addresses become links by themselves
 )
 
 

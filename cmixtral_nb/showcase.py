@@ -46,6 +46,7 @@ from .recipes import read_recipe
 from .results import markdown_table
 from .run_files import writing_of
 from .run_report import report_data
+from .shapes import in_markdown
 from .stages import StageError, read_json, require, write_json
 from .tokenizer_files import encode_plain, load_tokenizer
 
@@ -421,9 +422,7 @@ def _verdict(code: str, found: dict, lang: str) -> str:
 
 def _short(text: str, most: int = 60) -> str:
     "On one line of a table"
-    line = " ".join(text.split())
-    line = line if len(line) <= most else line[: most - 1] + "…"
-    return html.escape(line, quote=False).replace("|", "\\|")
+    return in_markdown(" ".join(text.split()), most)
 
 
 def sample_table(

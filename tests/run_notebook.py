@@ -94,7 +94,9 @@ def main(notebook, site):
     if "plot" in text or "figure" in text:
         watch_figures(faults)
     watch_messages(faults)
-    passed, _ = test_nb(notebook, skip_flags=["notest", "slow", "gpu"])
+    with tempfile.TemporaryDirectory() as folder:  # what the notebook leaves on disk goes with it
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        passed, _ = test_nb(notebook, skip_flags=["notest", "slow", "gpu"])
     print(*sorted(faults), sep="\n", file=sys.stderr)
     return int(not passed or bool(faults))
 

@@ -149,11 +149,12 @@ def test_without_an_end_a_text_has_its_full_length(model):
     assert (written["n_tokens"], written["stop"]) == (3, "length")
 
 
-def test_a_model_that_gives_nan_is_said_to_do_so(model, tok):
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_model_that_gives_nan_is_said_to_do_so(model, tok, temperature):
     m = g.load_model(model, device="cpu")
     m.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(StageError, match="the model gives NaN or infinity"):
-        g.generate_text(m, tok, "hello", max_new_tokens=3)
+        g.generate_text(m, tok, "hello", max_new_tokens=3, temperature=temperature)
 
 
 def test_both_ends_count(model, tok):
