@@ -353,7 +353,7 @@ def _let_output_go() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-_PRINTS = ("plan", "status", "compare", "breakeven", "chat")  # without --out they make no file
+_PRINTS = ("plan", "status", "breakeven", "chat")  # without --out they make no file
 
 
 def _made_to_be_read(argv: list[str]) -> bool:

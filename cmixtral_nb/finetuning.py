@@ -150,7 +150,7 @@ def _probes(tok: PreTrainedTokenizerBase, n: int = 20) -> list[str]:
     texts = (tok.decode([id]) for id in reversed(range(len(tok))) if not is_mark.get(id))
     words = (text for text in texts if _is_word(text.strip()))
     as_text = [token.content for token in added.values() if not token.special]
-    within = [f"the {token} river{token}s" for token in as_text]  # with and without a blank
+    within = [f"the {token} river{token}s" for token in as_text[:n]]  # with and without a blank
     return ["How old is the river?", *itertools.islice(words, n), *within]
 
 

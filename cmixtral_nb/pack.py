@@ -274,7 +274,7 @@ def _uneven(sources: dict[str, dict]) -> str:
     "What to say where the first language of the mix, the new one, is less than the others together"
     new, *kept = sources
     n_new, n_kept = sources[new]["n_tokens"], sum(sources[lang]["n_tokens"] for lang in kept)
-    if n_new >= n_kept:
+    if not n_new or n_new >= 0.9 * n_kept:  # near enough: the numbers of a mix are rounded
         return ""
     ratios = [f"{sources[new]['ratio']:g}:{new}"]
     for lang in kept:

@@ -106,6 +106,18 @@ def _require_recipe(path: Path) -> None:
     require(commands & set(recipe), f"{path} has no table of a stage")
 
 
+@contextmanager
+def _without_hub() -> Iterator[None]:
+    "Nothing is downloaded only to be looked at; what is not on this machine counts as gone"
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _earlier_faults(
     steps: list[Step],  # those that come before the first one to run
     recipe: dict[str, Any],  # as read
@@ -115,7 +127,8 @@ def _earlier_faults(
     "Which folders are not there, or are not what the recipe asks for"
     faults = []
     for step in steps:
-        folder, state = out / step.folder, _step_state(step, recipe, out)
+        with _without_hub():
+            folder, state = out / step.folder, _step_state(step, recipe, out)
         if state == "up to date":
             continue
         if state.startswith("waits"):  # what it was made from has gone, which it no longer needs

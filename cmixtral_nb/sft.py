@@ -29,7 +29,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,13 +166,15 @@ class BPE:
             start += len(part)
         return ids
 
-    def _parts(self, text: str) -> list[str]:
-        "Added tokens, the longer first as the library finds them, and the words between them"
-        if not self.added:
-            return [text]
+    @cached_property
+    def _added_pattern(self) -> re.Pattern[str]:
+        "Added tokens, the longer first as the library finds them; some models have thousands"
         longest_first = sorted(self.added, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
-        return [part for part in parts if part]
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def _parts(self, text: str) -> list[str]:
+        "Added tokens, and the words between them"
+        return [part for part in self._added_pattern.split(text) if part] if self.added else [text]
 
     def _cut(self, text: str, p: float, rng: random.Random, keep: int) -> list[int]:
         "Ids of words without added tokens"
