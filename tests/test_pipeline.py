@@ -11,11 +11,11 @@ from conftest import MICRO, cmixtral
 from cmixtral_nb import packages
 from cmixtral_nb.byte_bases import LETTER_OF
 from cmixtral_nb.commands import wants_hub
-from cmixtral_nb.pipeline import run_states
+from cmixtral_nb.pipeline import _earlier_faults, run_states
 from cmixtral_nb.recipe_check import check_recipe
 from cmixtral_nb.recipes import STAGES, STEPS, arguments, read_recipe, recipe_steps
 from cmixtral_nb.run_report import report_data
-from cmixtral_nb.stages import Artifact
+from cmixtral_nb.stages import Artifact, StageError
 
 OWN = recipe_steps(tomllib.loads(MICRO))
 N_STEPS = len(OWN)
@@ -257,3 +257,23 @@ def test_a_list_of_tokens_is_no_folder_of_tokens(tmp_path):
     recipe = dict(pretrain=dict(model="org/name", tokens="gone"))
     (fault,) = check_recipe(recipe)
     assert fault == '[pretrain] tokens = "gone": no such folder of tokens on this machine'
+
+
+def test_earlier_stages_are_looked_at_without_the_hub(monkeypatch, tmp_path):
+    "Only to see whether `init` is of today, a base of 90 GB would be downloaded again"
+    from huggingface_hub import constants
+
+    asked = []
+
+    def download(name):
+        asked.append(constants.HF_HUB_OFFLINE)
+        raise StageError(f"{name} is not here")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("cmixtral_nb.checkpoints._download", download)
+    recipe = read_recipe("paper")
+    steps = [step for step in recipe_steps(recipe) if step.stage != "pretrain"]
+    for step in steps:
+        (tmp_path / step.folder).mkdir(parents=True)
+    _earlier_faults(steps, recipe, tmp_path, "paper")
+    assert set(asked) == {True} and not constants.HF_HUB_OFFLINE

@@ -896,7 +896,8 @@ def test_tokens_by_steps_as_packed_as_told_or_not_known(tmp_path):
     more = {**recipe, "pretrain": dict(epochs=2)}
     assert tokens_of(more) == 0
     (tmp_path / "tokens").mkdir()
-    write_json(tmp_path / "tokens" / "manifest.json", dict(stats=dict(n_tokens=1234)))
+    manifest = dict(kind="tokens", files={}, stats=dict(n_tokens=1234))
+    write_json(tmp_path / "tokens" / "manifest.json", manifest)
     assert tokens_of(more, tmp_path) == 2468
     assert tokens_of({**more, "tokens": 5e8}) == GB
     assert tokens_of({**more, "about": "0.5B tokens of novels for Mixtral-8x7B"}) == 0
