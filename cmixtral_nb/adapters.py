@@ -219,9 +219,9 @@ def _start_faults(config: dict[str, Any]) -> list[str]:
     if not start.lower().startswith(_BASE_CHANGED):
         return []
     return [
-        f"init_lora_weights is {visible(start, 40)}, which changes the base as well; make it a "
-        "LoRA of the unchanged base: "
-        "save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft"
+        f"init_lora_weights is {visible(start, 40)}, which changes the base as well; save it as a "
+        "LoRA of the unchanged base (peft can, but for LoftQ): save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=FOLDER_BEFORE_TRAINING)"
     ]
 
 

@@ -36,7 +36,7 @@ from .llama_rules import RULES, set_rule
 from .machine import available_bytes, quiet, say
 from .options import Range, faults_of, one_of, range_faults, refuse
 from .packages import EXTRAS, require_package
-from .shapes import TEXT, TRUTH, shape_fault, whole
+from .shapes import TEXT, TRUTH, shape_fault, visible, whole
 from .stages import StageError, input_fingerprint, require, stage
 
 if TYPE_CHECKING:
@@ -267,31 +267,29 @@ def _split_faults(metadata: dict[str, Any]) -> list[str]:
     if n_parts in (0, 1):
         return []
     return [
-        f"it is one of {n_parts} parts, expected a whole model; join them with: "
+        f"it is one of {visible(n_parts, 20)} parts, expected a whole model; join them with: "
         "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
     ]
 
 
-_PLAIN: dict[str, list] = {
-    "scaling.type": ["none"],
-    "scaling.factor": [0, 1],
-    "scale_linear": [0, 1],
-}
+_ROTATION = ("scaling.type", "scaling.factor", "scale_linear")
 
 
 def _rotation_faults(model: Gguf) -> list[str]:
     "Whether positions are stretched, which transformers does not read from a GGUF file"
     rope = f"{model.metadata.get('general.architecture')}.rope"
     found = [name for name in model.tensors if name.startswith(("rope_freqs", "rope_factors"))]
-    for name, plain in _PLAIN.items():
-        value = model.metadata.get(f"{rope}.{name}", plain[0])
-        if value not in plain:
-            found.append(f"{rope}.{name} {value!r}")
+    said = {name: model.metadata.get(f"{rope}.{name}") for name in _ROTATION}
+    kind = said.pop("scaling.type")
+    if kind not in (None, "none", "linear"):
+        found.append(f"{rope}.scaling.type {kind}")
+    if kind != "none":  # which leaves the factors unused
+        found += [f"{rope}.{name} {x}" for name, x in said.items() if x not in (None, 0, 1)]
     if not found:
         return []
     return [
-        f"its positions are stretched ({found[0]}), which is not read from GGUF; take the model's "
-        "own folder"
+        f"its positions are stretched ({visible(found[0])}), which is not read from GGUF; take the "
+        "model's own folder"
     ]
 
 

@@ -150,7 +150,7 @@ FAULTS = {
     "its tokenizer is of type 'llama', expected gpt2": dict(model="llama"),
     "tokenizer.ggml.pre is 'nobody'": dict(pre="nobody"),
     "architecture 'nothing'": dict(kind="nothing"),
-    r"stretched \(llama.rope.scaling.type 'yarn'\)": dict(
+    r"stretched \(llama.rope.scaling.type yarn\)": dict(
         add_rope_scaling_type=gguf.RopeScalingType.YARN, add_rope_scaling_factor=4.0
     ),
     r"stretched \(llama.rope.scaling.factor 8.0\)": dict(add_rope_scaling_factor=8.0),

@@ -481,6 +481,8 @@ def test_rows_of_tokens_that_both_vocabularies_have(byte_level, tok, tmp_path):
         assert all(torch.equal(R[wanted[name]], W[has[name]]) for name in names)
     assert "âĸģ" in wanted and "âĸģ" not in has
     assert not torch.equal(R[wanted["âĸģ"]], W[has["Ġ"]])
+    again = init(a.path, bytes_too, out=tmp_path / "again", transplant=True)
+    assert torch.equal(all_tensors(again.path)["model.embed_tokens.weight"], R)
 
 
 def test_transplant_of_an_extension_is_the_extension(model, tok, tmp_path):
