@@ -210,7 +210,8 @@ _OTHER_KINDS = (  # of LoRA: they import packages, copy layers, or compute somet
     "use_bdlora",
     "use_qalora",
 )
-_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # before training, by these starts
+# starts (`init_lora_weights`) that change the weights of the base before the training
+_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _start_faults(config: dict[str, Any]) -> list[str]:

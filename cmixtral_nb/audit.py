@@ -57,13 +57,15 @@ from cmixtral_nb.certificate import (
     shipped_docs,
     smallest,
     text_comes_back,
+    written_in,
 )
 
+from .byte_pieces import is_latin
 from .byte_vocab import BpeView, ByteExtension, byte_checks, neighbours
 from .bytelevel import OwnBytes, own_characters
 from .folders import place_fault
 from .heldout import eval_docs, text_faults
-from .languages import SCRIPTS, lang_script, language_name, script_pattern, script_ranges
+from .languages import SCRIPTS, language_name, script_pattern, script_ranges
 from .machine import say
 from .options import faults_of, range_faults, refuse
 from .pieces import base_tokenizer_model, read_model
@@ -266,7 +268,7 @@ def _that_change(before: TokenizerView, after: TokenizerView, docs: list[str]) -
 
 def _own(script: str) -> OwnBytes | None:
     "The characters that new pieces may hold; None for Latin letters, which English has too"
-    return None if "Latin" in script.split() else OwnBytes(own_characters(script))
+    return None if is_latin(script) else OwnBytes(own_characters(script))
 
 
 def _extension(
@@ -284,7 +286,7 @@ def _extension(
 
 def _may_change(ext: Extension, text: str, ids: list[int]) -> bool:
     "Whether a text holds the script; where all languages have its letters, a new piece"
-    if "Latin" in ext.script.split():
+    if is_latin(ext.script):
         return max(ids, default=0) >= len(ext.before)
     return ext.has_own(text)
 
@@ -301,13 +303,12 @@ def language_cost(
     rows = zip(docs, ext.ids_before, ext.ids, strict=True)
     changed = [(doc, ids) for doc, was, ids in rows if was != ids]
     broken = [doc for doc, ids in changed if not _may_change(ext, doc, ids)]
-    is_own = bool({*script.split()} & {*lang_script(lang).split()})
     n_chars, n_old, n_new = (sum(map(len, rows)) for rows in (docs, ext.ids_before, ext.ids))
     return dict(
         counted=f"{language_name(lang)} documents whose ids change",
         cases=len(docs),
         changed=len(changed),
-        may_change=is_own or not broken,
+        may_change=written_in(lang, script) or not broken,
         tokens_before=n_old,
         tokens_after=n_new,
         chars_per_token_before=n_chars / max(1, n_old),

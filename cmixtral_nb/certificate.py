@@ -13,6 +13,7 @@ __all__ = [
     "CERTIFICATE_RANGES",
     "hostile_texts",
     "shipped_docs",
+    "written_in",
     "certificate_texts",
     "smallest",
     "certificate_line",
@@ -176,14 +177,17 @@ def _held_out(
     return {lang: list(up_to(corpus_texts(corpus, lang, "valid"), limit_chars)) for lang in langs}
 
 
-def _written_in(lang: str, script: str) -> bool:
+def written_in(
+    lang: str,  # code
+    script: str,  # one or more, such as "Han Kana"
+) -> bool:
     "Whether a language uses one of the scripts"
     return bool({*script.split()} & {*lang_script(lang).split()})
 
 
 def _is_new(name: str, script: str, lang: str) -> bool:
     "Whether the new pieces are of this language; of English only where `lang` names it"
-    return name == lang if lang else name != "en" and _written_in(name, script)
+    return name == lang if lang else name != "en" and written_in(name, script)
 
 
 def certificate_texts(
@@ -700,7 +704,7 @@ def changed_documents(
     """
     held = _held_out(corpus, limit_chars)
     texts = dict(held)
-    if "en" not in held and _written_in("en", script):
+    if "en" not in held and written_in("en", script):
         texts["en"] = shipped_docs("en", limit_chars)
     found = {}
     for name, docs in texts.items():
@@ -746,7 +750,7 @@ def say_changed(
             + (f", in words such as {examples}" if examples else "")
             + (
                 f"; {language_name(lang)} is written in the same script"
-                if _written_in(lang, script)
+                if written_in(lang, script)
                 else ""
             ),
         )
@@ -771,7 +775,7 @@ def is_shared(
     langs: Iterable[str],  # other languages
 ) -> bool:
     "Whether one of them is written in the script: then its texts may hold a new piece"
-    return any(_written_in(lang, script) for lang in langs)
+    return any(written_in(lang, script) for lang in langs)
 
 
 def write_certificate(

@@ -264,12 +264,8 @@ class _Reader:
                 self.bad(TOO_LONG, number, f"the line is {TOO_LONG}")
                 continue
             is_first = number == 1 and not self.start
-            other = _utf16(raw) if is_first else ""
-            require(
-                not other,
-                f"{self.name} is {other}, expected UTF-8; "
-                f"run: iconv -f {other} -t UTF-8 {shlex.quote(self.name)} > NEW",
-            )
+            if is_first:
+                self._require_utf8(raw)
             encoding = "utf-8-sig" if is_first else "utf-8"  # it may start with a byte order mark
             try:
                 line = raw.rstrip(b"\r\n").decode(encoding)
@@ -277,6 +273,15 @@ class _Reader:
                 self.bad("invalid UTF-8", number, _utf8_fault(e))
             else:
                 yield number, line
+
+    def _require_utf8(self, first_line: bytes) -> None:
+        "`StageError` where a file begins as UTF-16"
+        other = _utf16(first_line)
+        require(
+            not other,
+            f"{self.name} is {other}, expected UTF-8; "
+            f"run: iconv -f {other} -t UTF-8 {shlex.quote(self.name)} > NEW",
+        )
 
     def joined(self, lines: Iterable[tuple[int, str]]) -> str:
         "The lines of one document; empty where it is too long, which is counted"

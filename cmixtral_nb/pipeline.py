@@ -106,18 +106,6 @@ def _require_recipe(path: Path) -> None:
     require(commands & set(recipe), f"{path} has no table of a stage")
 
 
-@contextmanager
-def _without_hub() -> Iterator[None]:
-    "Nothing is downloaded only to be looked at; what is not on this machine counts as gone"
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def _earlier_faults(
     steps: list[Step],  # those that come before the first one to run
     recipe: dict[str, Any],  # as read
@@ -127,8 +115,7 @@ def _earlier_faults(
     "Which folders are not there, or are not what the recipe asks for"
     faults = []
     for step in steps:
-        with _without_hub():
-            folder, state = out / step.folder, _step_state(step, recipe, out)
+        folder, state = out / step.folder, _step_state(step, recipe, out)
         if state == "up to date":
             continue
         if state.startswith("waits"):  # what it was made from has gone, which it no longer needs
@@ -186,11 +173,24 @@ def run(
 
 
 # %% ../nbs/14_pipeline.ipynb #d61fdc4a
+@contextmanager
+def _without_hub() -> Iterator[None]:
+    "Nothing is downloaded only to be looked at; what is not on this machine counts as gone"
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _step_state(step: Step, recipe: dict, out: Path) -> str:
     "As a stage says it, such as 'up to date'; or what the step waits for"
     folder = out / step.folder
     try:
-        return command(step.command).state(**arguments(step, recipe, out), out=folder)
+        with _without_hub():
+            return command(step.command).state(**arguments(step, recipe, out), out=folder)
     except StageError as e:
         return f"waits: {e.args[0]}" if folder.exists() else "missing"
 

@@ -357,7 +357,7 @@ def _changes(old: dict, new: dict) -> str:
     return "; ".join(changes) or "another version of the stage"
 
 
-def _prints(request: dict) -> dict[str, str]:
+def _fingerprints(request: dict) -> dict[str, str]:
     "Input -> fingerprint"
     return {name: given["fingerprint"] for name, given in request["inputs"].items()}
 
@@ -369,7 +369,7 @@ def _is_same(old: dict, new: dict) -> bool:
     asked = old.get("asked", old)  # a mark has it apart, or not at all
     named = ("kind", "schema", "params")
     same = all(asked.get(name) == new[name] for name in named)
-    return same and _prints(asked) == _prints(new)
+    return same and _fingerprints(asked) == _fingerprints(new)
 
 
 def _nothing_at(out: Path) -> bool:

@@ -86,9 +86,6 @@ def main(notebook, site):
 
     source = Path(cmixtral_nb.__file__)
     assert source.is_relative_to(site), f"{source} is not the installed package"
-    os.environ["TMPDIR"] = tempfile.tempdir = (
-        os.getcwd()
-    )  # folders that it makes go with the test's
     faults: set[str] = set()
     text = notebook.read_text(encoding="utf-8")
     if "plot" in text or "figure" in text:
